@@ -1,1 +1,20 @@
-//! Placeholder of the first commit.
+//! A virtio-mem device (VIRTIO 1.4, section 5.15) whose block state others can rely on.
+//!
+//! The crate reads in the order of a guest request:
+//!
+//! - [`device`]: the device model. Pure: no transport, no threads, no memory.
+//! - [`ram_discard`]: who may rely on which memory being there, and how they are told of changes.
+//! - [`memory`]: guest RAM as the host sees it: backing files, discard, holes.
+//! - [`controller`]: the four put together: one request at a time, durable, all or nothing.
+//!
+//! It opens no sockets and knows no transport; the daemon `vhost-user-mem` is its first user.
+
+#![forbid(unsafe_code)]
+
+//pub mod controller;
+pub mod device;
+//pub mod memory;
+pub mod ram_discard;
+mod range;
+
+pub use range::ByteRange;

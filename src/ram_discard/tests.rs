@@ -1,0 +1,278 @@
+use super::*;
+use proptest::prelude::*;
+
+const GRANULE: u64 = 4096;
+
+/// A source that is a plain list of granules.
+struct Granules(Mutex<Vec<bool>>);
+
+impl Granules {
+    fn new(granules: &[bool]) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(granules.to_vec())))
+    }
+}
+
+impl RamDiscardSource for Granules {
+    fn region_size(&self) -> u64 {
+        self.0.lock().len() as u64 * GRANULE
+    }
+
+    fn granularity(&self) -> u64 {
+        GRANULE
+    }
+
+    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+        naive_ranges(&self.0.lock(), section, populated).first().copied()
+    }
+}
+
+/// Walks byte ranges granule by granule.
+fn naive_ranges(granules: &[bool], section: ByteRange, populated: bool) -> Vec<ByteRange> {
+    let mut ranges: Vec<ByteRange> = Vec::new();
+    for (index, _) in granules.iter().enumerate().filter(|(_, p)| **p == populated) {
+        let granule = ByteRange::new(index as u64 * GRANULE, GRANULE).unwrap();
+        let Some(part) = granule.intersection(section) else { continue };
+        match ranges.last_mut() {
+            Some(last) if last.end() == part.start() => {
+                *last = ByteRange::from_bounds(last.start(), part.end()).unwrap();
+            }
+            _ => ranges.push(part),
+        }
+    }
+    ranges
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Call {
+    Populate(&'static str, ByteRange),
+    Discard(&'static str, ByteRange),
+}
+
+type Calls = Arc<Mutex<Vec<Call>>>;
+
+struct Recorder {
+    name: &'static str,
+    calls: Calls,
+    refuses: Option<ByteRange>,
+}
+
+impl Recorder {
+    fn boxed(name: &'static str, calls: &Calls) -> Box<Self> {
+        Box::new(Self { name, calls: Arc::clone(calls), refuses: None })
+    }
+
+    fn refusing(name: &'static str, calls: &Calls, range: ByteRange) -> Box<Self> {
+        Box::new(Self { name, calls: Arc::clone(calls), refuses: Some(range) })
+    }
+}
+
+impl RamDiscardListener for Recorder {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+        if self.refuses.is_some_and(|range| range.overlaps(section)) {
+            return Err("no".to_owned());
+        }
+        self.calls.lock().push(Call::Populate(self.name, section));
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, section: ByteRange) {
+        self.calls.lock().push(Call::Discard(self.name, section));
+    }
+}
+
+fn granules(from: u64, to: u64) -> ByteRange {
+    ByteRange::from_bounds(from * GRANULE, to * GRANULE).unwrap()
+}
+
+fn manager_of(sources: &[Arc<Granules>]) -> (RamDiscardManager, Vec<SourceId>) {
+    let manager = RamDiscardManager::new(sources[0].region_size());
+    let add = |source: &Arc<Granules>| manager.add_source(source.clone()).unwrap();
+    let ids = sources.iter().map(add).collect();
+    (manager, ids)
+}
+
+fn collect(manager: &RamDiscardManager, section: ByteRange, populated: bool) -> Vec<ByteRange> {
+    let mut ranges = Vec::new();
+    let visit = |range| {
+        ranges.push(range);
+        ControlFlow::Continue(())
+    };
+    let _ = if populated {
+        manager.replay_populated(section, visit)
+    } else {
+        manager.replay_discarded(section, visit)
+    };
+    ranges
+}
+
+const T: bool = true;
+const F: bool = false;
+
+#[test]
+fn a_late_listener_is_told_each_populated_run_once() {
+    let (manager, _) = manager_of(&[Granules::new(&[T, T, F, T, F, F, T, T])]);
+    let calls = Calls::default();
+    let id = manager.register(granules(1, 8), Recorder::boxed("dma", &calls)).unwrap();
+    let populated = [granules(1, 2), granules(3, 4), granules(6, 8)];
+    assert_eq!(*calls.lock(), populated.map(|range| Call::Populate("dma", range)));
+    calls.lock().clear();
+    manager.unregister(id).unwrap();
+    assert_eq!(*calls.lock(), populated.map(|range| Call::Discard("dma", range)));
+    assert!(matches!(manager.unregister(id), Err(RegisterError::NotRegistered)));
+}
+
+#[test]
+fn a_refused_populate_is_taken_back_in_reverse() {
+    let (manager, sources) = manager_of(&[Granules::new(&[F; 8])]);
+    let calls = Calls::default();
+    for name in ["first", "second"] {
+        manager.register(granules(0, 8), Recorder::boxed(name, &calls)).unwrap();
+    }
+    let refusing = Recorder::refusing("third", &calls, granules(2, 3));
+    manager.register(granules(0, 8), refusing).unwrap();
+    let refused = manager.begin().notify_populate(sources[0], granules(1, 4)).unwrap_err();
+    assert_eq!(refused.listener, "third");
+    assert_eq!(
+        *calls.lock(),
+        [
+            Call::Populate("first", granules(1, 4)),
+            Call::Populate("second", granules(1, 4)),
+            Call::Discard("second", granules(1, 4)),
+            Call::Discard("first", granules(1, 4)),
+        ]
+    );
+}
+
+#[test]
+fn a_listener_that_refuses_at_registration_is_not_registered() {
+    let (manager, sources) = manager_of(&[Granules::new(&[T, F, T])]);
+    let calls = Calls::default();
+    let refusing = Recorder::refusing("dma", &calls, granules(2, 3));
+    assert!(matches!(manager.register(granules(0, 3), refusing), Err(RegisterError::Refused(_))));
+    let told = [Call::Populate("dma", granules(0, 1)), Call::Discard("dma", granules(0, 1))];
+    assert_eq!(*calls.lock(), told);
+    manager.begin().notify_discard(sources[0], granules(0, 1));
+    assert_eq!(calls.lock().len(), 2, "it hears nothing more");
+}
+
+#[test]
+fn listeners_hear_of_their_section_only() {
+    let (manager, sources) = manager_of(&[Granules::new(&[F; 8])]);
+    let calls = Calls::default();
+    manager.register(granules(2, 4), Recorder::boxed("dma", &calls)).unwrap();
+    let mut transaction = manager.begin();
+    transaction.notify_populate(sources[0], granules(0, 8)).unwrap();
+    transaction.notify_discard(sources[0], granules(4, 8));
+    drop(transaction);
+    assert_eq!(*calls.lock(), [Call::Populate("dma", granules(2, 4))]);
+    let outside = manager.register(granules(4, 9), Recorder::boxed("dma", &calls));
+    assert!(matches!(outside, Err(RegisterError::OutsideRegion { .. })));
+}
+
+#[test]
+fn with_several_sources_only_what_all_others_populate_is_announced() {
+    let sources = [Granules::new(&[F, F, F, F]), Granules::new(&[T, F, T, T])];
+    let (manager, ids) = manager_of(&sources);
+    let calls = Calls::default();
+    manager.register(granules(0, 4), Recorder::boxed("dma", &calls)).unwrap();
+    manager.begin().notify_populate(ids[0], granules(0, 4)).unwrap();
+    let announced = [granules(0, 1), granules(2, 4)].map(|range| Call::Populate("dma", range));
+    assert_eq!(*calls.lock(), announced);
+}
+
+#[test]
+fn adding_and_removing_a_source_tells_the_difference() {
+    let (manager, _) = manager_of(&[Granules::new(&[T, T, F, T])]);
+    let calls = Calls::default();
+    manager.register(granules(0, 4), Recorder::boxed("dma", &calls)).unwrap();
+    calls.lock().clear();
+    let second = manager.add_source(Granules::new(&[T, F, F, F])).unwrap();
+    let difference = [granules(1, 2), granules(3, 4)];
+    assert_eq!(*calls.lock(), difference.map(|range| Call::Discard("dma", range)));
+    calls.lock().clear();
+    manager.remove_source(second).unwrap();
+    assert_eq!(*calls.lock(), difference.map(|range| Call::Populate("dma", range)));
+}
+
+#[test]
+fn a_source_stays_when_a_listener_refuses_its_removal() {
+    let sources = [Granules::new(&[T, T, T, T]), Granules::new(&[F, T, T, F])];
+    let (manager, ids) = manager_of(&sources);
+    let calls = Calls::default();
+    let refusing = Recorder::refusing("dma", &calls, granules(3, 4));
+    manager.register(granules(0, 4), refusing).unwrap();
+    calls.lock().clear();
+    assert!(manager.remove_source(ids[1]).is_err());
+    let told = [Call::Populate("dma", granules(0, 1)), Call::Discard("dma", granules(0, 1))];
+    assert_eq!(*calls.lock(), told);
+    assert_eq!(collect(&manager, granules(0, 4), true), [granules(1, 3)]);
+}
+
+#[test]
+fn without_sources_all_is_populated() {
+    let manager = RamDiscardManager::new(8 * GRANULE);
+    assert_eq!(collect(&manager, granules(1, 3), true), [granules(1, 3)]);
+    assert_eq!(collect(&manager, granules(1, 3), false), []);
+}
+
+#[test]
+fn a_listener_that_registers_against_requests_sees_each_block_once() {
+    const NR: usize = 256;
+    let source = Granules::new(&[false; NR]);
+    let (manager, ids) = manager_of(std::slice::from_ref(&source));
+    let (manager, source) = (&manager, &source);
+    for _ in 0..20 {
+        source.0.lock().fill(false);
+        let calls = Calls::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for index in 0..NR {
+                    let mut transaction = manager.begin();
+                    let range = granules(index as u64, index as u64 + 1);
+                    transaction.notify_populate(ids[0], range).unwrap();
+                    source.0.lock()[index] = true;
+                }
+            });
+            let whole = granules(0, NR as u64);
+            let id = manager.register(whole, Recorder::boxed("dma", &calls)).unwrap();
+            while !manager.is_populated(whole) {
+                std::thread::yield_now();
+            }
+            let mut seen = [0; NR];
+            for call in calls.lock().iter() {
+                let Call::Populate(_, range) = call else { panic!("{call:?}") };
+                for granule in range.start() / GRANULE..range.end() / GRANULE {
+                    seen[usize::try_from(granule).unwrap()] += 1;
+                }
+            }
+            assert_eq!(seen, [1; NR]);
+            manager.unregister(id).unwrap();
+        });
+    }
+}
+
+proptest! {
+    #[test]
+    fn merged_replays_agree_with_the_walk_over_granules(
+        sources in prop::collection::vec(prop::collection::vec(any::<bool>(), 48), 1..4),
+        window in (0u64..48 * GRANULE, 1u64..48 * GRANULE),
+    ) {
+        let all: Vec<_> = sources.iter().map(|granules| Granules::new(granules)).collect();
+        let (manager, _) = manager_of(&all);
+        let both: Vec<bool> = (0..48).map(|i| sources.iter().all(|s| s[i])).collect();
+        let end = (window.0 + window.1).min(48 * GRANULE);
+        let section = ByteRange::from_bounds(window.0, end).unwrap();
+        for populated in [true, false] {
+            prop_assert_eq!(
+                collect(&manager, section, populated),
+                naive_ranges(&both, section, populated)
+            );
+        }
+        let whole = naive_ranges(&both, section, true) == [section];
+        prop_assert_eq!(manager.is_populated(section), whole);
+    }
+}
