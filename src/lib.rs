@@ -11,9 +11,9 @@
 
 #![forbid(unsafe_code)]
 
-//pub mod controller;
+pub mod controller;
 pub mod device;
-//pub mod memory;
+pub mod memory;
 pub mod ram_discard;
 mod range;
 

@@ -1,5 +1,7 @@
 //! The device's geometry, its configuration space and the rule for the usable region.
 
+use std::ops::Range;
+
 use thiserror::Error;
 
 use crate::ByteRange;
@@ -131,6 +133,12 @@ impl Geometry {
     /// The region counted from its own start; `None` when it has no bytes.
     pub fn section(&self) -> Option<ByteRange> {
         ByteRange::new(0, self.region_size)
+    }
+
+    /// Blocks as bytes from the start of the region; `None` of no blocks.
+    pub fn section_of(&self, blocks: &Range<usize>) -> Option<ByteRange> {
+        let start = blocks.start as u64 * self.block_size;
+        ByteRange::from_bounds(start, blocks.end as u64 * self.block_size)
     }
 
     /// `min(region_size, roundup(requested_size + 256 MiB, block_size))`, 0 when nothing is

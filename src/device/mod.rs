@@ -18,8 +18,6 @@ pub use config::{
 };
 pub use request::{BlockSpan, BlockState, REQUEST_LEN, RESPONSE_LEN, Request, Response};
 
-use crate::ByteRange;
-
 /// Why a requested size is refused; nothing was changed. Sizes in bytes.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum RequestedSizeError {
@@ -197,12 +195,6 @@ impl VirtioMem {
             plugged_size: self.plugged_size(),
             requested_size: self.requested_size,
         }
-    }
-
-    /// Blocks as bytes from the start of the region; `None` of no blocks.
-    pub fn section_of(&self, blocks: &Range<usize>) -> Option<ByteRange> {
-        let block_size = self.geometry.block_size();
-        ByteRange::from_bounds(blocks.start as u64 * block_size, blocks.end as u64 * block_size)
     }
 
     /// Judges a request. Nothing is changed; ERROR wins over NACK where both apply, since the

@@ -1,0 +1,292 @@
+use super::*;
+use crate::device::BlockSpan;
+use rustix::fs::MemfdFlags;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+const BLOCK: u64 = 1 << 20;
+const ADDR: u64 = 1 << 32;
+const NR: u64 = 64;
+
+/// A store that fails on demand and remembers what it was told.
+#[derive(Default)]
+struct Store {
+    fails: AtomicBool,
+    commits: AtomicUsize,
+    answered: AtomicUsize,
+}
+
+struct SharedStore(Arc<Store>);
+
+impl StateStore for SharedStore {
+    fn commit(&mut self, _record: &StateRecord<'_>) -> io::Result<()> {
+        if self.0.fails.load(Ordering::Relaxed) {
+            return Err(io::Error::other("the disk is gone"));
+        }
+        self.0.commits.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn mark_answered(&mut self) -> io::Result<()> {
+        self.0.answered.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+struct Rig {
+    controller: MemController,
+    store: Arc<Store>,
+    file: File,
+}
+
+fn memfd() -> File {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(rustix::fs::memfd_create("controller-test", flags).unwrap());
+    file.set_len(NR * BLOCK).unwrap();
+    file
+}
+
+fn ram(file: &File) -> Vec<Arc<RamBlock>> {
+    let file = file.try_clone().unwrap();
+    vec![Arc::new(RamBlock::new("mem".to_owned(), ADDR, NR * BLOCK, file, 0).unwrap())]
+}
+
+fn device(requested: u64) -> VirtioMem {
+    VirtioMem::new(Geometry::new(ADDR, NR * BLOCK, BLOCK, None).unwrap(), requested).unwrap()
+}
+
+fn rig() -> Rig {
+    let store = Arc::new(Store::default());
+    let mut start = Start::volatile(device(NR * BLOCK));
+    start.store = Box::new(SharedStore(Arc::clone(&store)));
+    let controller = MemController::new(start);
+    let file = memfd();
+    controller.set_memory(ram(&file)).unwrap();
+    Rig { controller, store, file }
+}
+
+fn span(first: u64, nb_blocks: u16) -> BlockSpan {
+    BlockSpan { addr: ADDR + first * BLOCK, nb_blocks }
+}
+
+fn plug(first: u64, nb_blocks: u16) -> Request {
+    Request::Plug(span(first, nb_blocks))
+}
+
+fn unplug(first: u64, nb_blocks: u16) -> Request {
+    Request::Unplug(span(first, nb_blocks))
+}
+
+fn section(first: u64, end: u64) -> ByteRange {
+    ByteRange::from_bounds(first * BLOCK, end * BLOCK).unwrap()
+}
+
+impl Rig {
+    fn execute(&self, request: Request) -> Response {
+        let response = self.controller.execute(request);
+        self.controller.answered();
+        response
+    }
+
+    fn fill(&self, first: u64, end: u64) {
+        let bytes = vec![0x5a; usize::try_from((end - first) * BLOCK).unwrap()];
+        self.file.write_all_at(&bytes, first * BLOCK).unwrap();
+    }
+
+    fn held(&self) -> u64 {
+        self.file.metadata().unwrap().blocks() * 512 / BLOCK
+    }
+}
+
+struct Refuser(ByteRange);
+
+impl RamDiscardListener for Refuser {
+    fn name(&self) -> &str {
+        "refuser"
+    }
+
+    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+        if self.0.overlaps(section) { Err("pinned elsewhere".to_owned()) } else { Ok(()) }
+    }
+
+    fn notify_discard(&mut self, _section: ByteRange) {}
+}
+
+#[test]
+fn unplug_gives_the_memory_back_and_leaves_the_neighbours() {
+    let rig = rig();
+    assert_eq!(rig.execute(plug(0, 8)), Response::Ack);
+    rig.fill(0, 8);
+    assert_eq!(rig.execute(unplug(2, 3)), Response::Ack);
+    assert_eq!(rig.held(), 5);
+    assert_eq!(rig.controller.populated_size(), Some(5 * BLOCK));
+    assert_eq!(rig.controller.ranges(true), [section(0, 2), section(5, 8)]);
+    assert_eq!(rig.controller.ranges(false), [section(2, 5), section(8, NR)]);
+}
+
+#[test]
+fn without_memory_requests_are_busy_and_change_nothing() {
+    let rig = rig();
+    rig.execute(plug(0, 1));
+    rig.controller.set_memory(Vec::new()).unwrap();
+    let before = rig.controller.config();
+    for request in [plug(1, 1), unplug(0, 1), Request::UnplugAll] {
+        assert_eq!(rig.execute(request), Response::Busy, "{request:?}");
+    }
+    assert_eq!(rig.controller.config(), before);
+    assert_eq!(rig.controller.populated_size(), None);
+}
+
+#[test]
+fn unplug_all_of_nothing_is_acked_whatever_the_state() {
+    let rig = rig();
+    rig.controller.set_memory(Vec::new()).unwrap();
+    rig.controller.freeze(FreezeHolder::Api).unwrap();
+    rig.controller.resize(0).unwrap();
+    assert_eq!(rig.execute(Request::UnplugAll), Response::Ack);
+    assert_eq!(rig.controller.config().usable_region_size, 0);
+}
+
+#[test]
+fn while_frozen_block_state_is_busy_and_state_is_answered() {
+    let rig = rig();
+    rig.execute(plug(0, 1));
+    rig.controller.freeze(FreezeHolder::Log).unwrap();
+    rig.controller.freeze(FreezeHolder::Api).unwrap();
+    for request in [plug(1, 1), unplug(0, 1), Request::UnplugAll] {
+        assert_eq!(rig.execute(request), Response::Busy, "{request:?}");
+    }
+    assert_eq!(rig.execute(plug(0, 1)), Response::Error, "wrong is wrong, frozen or not");
+    assert!(matches!(rig.execute(Request::State(span(0, 1))), Response::AckState(_)));
+    rig.controller.thaw(FreezeHolder::Log).unwrap();
+    assert_eq!(rig.execute(plug(1, 1)), Response::Busy);
+    rig.controller.thaw(FreezeHolder::Api).unwrap();
+    assert_eq!(rig.execute(plug(1, 1)), Response::Ack);
+}
+
+#[test]
+fn a_listener_that_refuses_makes_the_guest_busy_and_nothing_is_changed() {
+    let rig = rig();
+    rig.controller.listen(Box::new(Refuser(section(3, 4)))).unwrap();
+    assert_eq!(rig.execute(plug(2, 3)), Response::Busy);
+    assert_eq!(rig.controller.config().plugged_size, 0);
+    assert_eq!(rig.execute(plug(0, 3)), Response::Ack);
+}
+
+#[test]
+fn a_state_that_cannot_be_saved_makes_the_guest_busy_and_nothing_is_changed() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    rig.fill(0, 4);
+    let before = rig.controller.config();
+    rig.store.fails.store(true, Ordering::Relaxed);
+    for request in [plug(4, 1), unplug(0, 1), Request::UnplugAll] {
+        assert_eq!(rig.execute(request), Response::Busy, "{request:?}");
+    }
+    assert!(rig.controller.resize(0).is_err());
+    assert!(rig.controller.system_reset().is_err());
+    assert!(rig.controller.freeze(FreezeHolder::Api).is_err());
+    assert!(!rig.controller.migration_active());
+    assert_eq!(rig.controller.config(), before);
+    assert_eq!(rig.held(), 4, "no byte is given back before the state is saved");
+}
+
+#[test]
+fn memory_that_cannot_be_given_back_makes_the_guest_busy() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    rig.fill(0, 4);
+    rustix::fs::fcntl_add_seals(&rig.file, rustix::fs::SealFlags::FUTURE_WRITE).unwrap();
+    for request in [plug(4, 1), unplug(0, 1), Request::UnplugAll] {
+        assert_eq!(rig.execute(request), Response::Busy, "{request:?}");
+    }
+    assert_eq!(rig.controller.config().plugged_size, 4 * BLOCK);
+    assert_eq!(rig.held(), 4);
+}
+
+#[test]
+fn a_request_executed_but_not_answered_is_acked_when_it_comes_again() {
+    let rig = rig();
+    assert_eq!(rig.controller.execute(plug(0, 4)), Response::Ack);
+    assert_eq!(rig.controller.execute(plug(0, 4)), Response::Ack);
+    rig.controller.answered();
+    assert_eq!(rig.store.answered.load(Ordering::Relaxed), 1);
+    assert_eq!(rig.controller.execute(plug(0, 4)), Response::Error);
+    assert_eq!(rig.controller.execute(unplug(0, 4)), Response::Ack);
+    assert_eq!(rig.controller.execute(plug(8, 1)), Response::Ack);
+    assert_eq!(rig.controller.execute(unplug(0, 4)), Response::Error, "only the last is known");
+}
+
+#[test]
+fn a_killed_unplug_is_finished_when_memory_is_mapped_again() {
+    let file = memfd();
+    file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
+    let mut before = device(NR * BLOCK);
+    before.apply(&Change::Plug(0..4));
+    // The process was killed after it had committed UNPLUG of blocks 4..8.
+    let mut start = Start::volatile(before);
+    start.sweep = true;
+    start.journal = Some(unplug(4, 4));
+    let controller = MemController::new(start);
+    assert_eq!(controller.execute(unplug(4, 4)), Response::Busy, "memory is not mapped");
+    controller.set_memory(ram(&file)).unwrap();
+    assert_eq!(file.metadata().unwrap().blocks() * 512, 4 * BLOCK);
+    assert_eq!(controller.execute(unplug(4, 4)), Response::Ack);
+}
+
+#[test]
+fn a_new_device_does_not_sweep_memory_it_knows_nothing_about() {
+    let file = memfd();
+    file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
+    let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
+    controller.set_memory(ram(&file)).unwrap();
+    assert_eq!(file.metadata().unwrap().blocks() * 512, 8 * BLOCK);
+}
+
+#[test]
+fn system_reset_unplugs_and_discards_everything_even_strays() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    rig.fill(0, 8);
+    assert_eq!(rig.controller.system_reset().unwrap(), Reset::Done);
+    assert_eq!(rig.held(), 0);
+    let config = rig.controller.config();
+    assert_eq!((config.plugged_size, config.requested_size), (0, NR * BLOCK));
+}
+
+#[test]
+fn system_reset_during_migration_is_done_when_it_ends() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    rig.controller.freeze(FreezeHolder::Log).unwrap();
+    assert_eq!(rig.controller.system_reset().unwrap(), Reset::Deferred);
+    assert_eq!(rig.controller.config().plugged_size, 4 * BLOCK);
+    rig.controller.thaw(FreezeHolder::Log).unwrap();
+    assert_eq!(rig.controller.config().plugged_size, 0);
+}
+
+#[test]
+fn buffers_in_unplugged_memory_are_not_usable() {
+    let rig = rig();
+    rig.execute(plug(1, 1));
+    let gpa = |at, len| ByteRange::new(at, len).unwrap();
+    assert!(rig.controller.is_usable(gpa(0, 4096)));
+    assert!(rig.controller.is_usable(gpa(ADDR + BLOCK, BLOCK)));
+    assert!(!rig.controller.is_usable(gpa(ADDR, 1)));
+    assert!(!rig.controller.is_usable(gpa(ADDR - 1, 2)), "its end is not plugged");
+    assert!(!rig.controller.is_usable(gpa(ADDR + BLOCK, BLOCK + 1)));
+    let taken = rig.controller.unplugged_by(unplug(1, 1)).unwrap();
+    assert_eq!(taken, gpa(ADDR + BLOCK, BLOCK));
+    assert_eq!(rig.controller.unplugged_by(unplug(0, 1)), None);
+}
+
+#[test]
+fn replays_of_many_runs_are_whole() {
+    let rig = rig();
+    for block in (0..NR).step_by(2) {
+        rig.execute(plug(block, 1));
+    }
+    let expected: Vec<_> = (0..NR).step_by(2).map(|block| section(block, block + 1)).collect();
+    assert_eq!(rig.controller.ranges(true), expected);
+}

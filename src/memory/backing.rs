@@ -1,0 +1,319 @@
+//! The file behind guest RAM: what it is, and giving its memory back.
+
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{self, FallocateFlags, OFlags, SeekFrom};
+use rustix::io::Errno;
+use thiserror::Error;
+
+use crate::ByteRange;
+
+/// One fallocate call gives back at most this much, so that a request for much memory does not
+/// hold the inode's locks for long.
+const DISCARD_CHUNK: u64 = 256 << 20;
+
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// What kind of memory a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackingKind {
+    /// memfd or tmpfs, with or without transparent huge pages.
+    Shmem,
+    /// hugetlbfs or a hugetlb memfd.
+    Hugetlb,
+    /// A file on a file system that can punch holes.
+    File,
+}
+
+/// Why memory is refused: it could never be given back, or not whole blocks of it.
+#[derive(Debug, Error)]
+pub enum BackingError {
+    /// The file descriptor cannot be written, so neither can holes be punched.
+    #[error("the file is not open for reading and writing")]
+    NotWritable,
+    /// A seal forbids giving memory back.
+    #[error("the file is sealed with {0}, which forbids giving its memory back")]
+    Sealed(&'static str),
+    /// The file system cannot punch holes.
+    #[error("the file system cannot punch holes, so memory could never be given back")]
+    NoHoles,
+    /// Blocks would not cover whole pages of the backing.
+    #[error(
+        "{what} {value:#x} is not a multiple of the page size {page_size:#x} of the backing, so \
+         memory of a block could not be given back"
+    )]
+    PageSize {
+        /// What is unaligned.
+        what: &'static str,
+        /// Its value, bytes.
+        value: u64,
+        /// Page size of the backing, bytes.
+        page_size: u64,
+    },
+    /// A system call failed.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// An open file that holds guest RAM and can give it back.
+#[derive(Debug)]
+pub struct Backing {
+    file: File,
+    kind: BackingKind,
+    page_size: u64,
+}
+
+impl Backing {
+    /// Looks at `file` and refuses it when its memory could not be given back.
+    ///
+    /// # Errors
+    ///
+    /// The reason.
+    pub fn new(file: File) -> Result<Self, BackingError> {
+        let system = |what| move |errno: Errno| BackingError::System { what, source: errno.into() };
+        let flags = fs::fcntl_getfl(&file).map_err(system("read the flags of the file"))?;
+        if !flags.contains(OFlags::RDWR) {
+            return Err(BackingError::NotWritable);
+        }
+        let statfs = fs::fstatfs(&file).map_err(system("look at the file system"))?;
+        // The magic is a 32 bit number in a field whose width and sign vary.
+        let kind = match u64::from_ne_bytes(i64::from(statfs.f_type).to_ne_bytes()) & 0xffff_ffff {
+            TMPFS_MAGIC => BackingKind::Shmem,
+            HUGETLBFS_MAGIC => BackingKind::Hugetlb,
+            _ => BackingKind::File,
+        };
+        let page_size = match kind {
+            BackingKind::Hugetlb => u64::try_from(statfs.f_bsize).unwrap_or(u64::MAX),
+            BackingKind::Shmem | BackingKind::File => rustix::param::page_size() as u64,
+        };
+        // A file description of our own, since looking for holes moves the offset that duplicated
+        // descriptors share. Where it cannot be had, the shared one has to do.
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+        let file = File::options().read(true).write(true).open(path).unwrap_or(file);
+        let backing = Self { file, kind, page_size };
+        backing.probe()?;
+        Ok(backing)
+    }
+
+    /// What kind of memory the file is.
+    pub fn kind(&self) -> BackingKind {
+        self.kind
+    }
+
+    /// The unit in which memory can be given back, bytes.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Whether memory can be given back now. Seals can be added at any time, so this is asked
+    /// before every change of block state.
+    ///
+    /// # Errors
+    ///
+    /// The reason why not.
+    pub fn probe(&self) -> Result<(), BackingError> {
+        if let Ok(seals) = fs::fcntl_get_seals(&self.file) {
+            for (seal, name) in [
+                (fs::SealFlags::WRITE, "F_SEAL_WRITE"),
+                (fs::SealFlags::FUTURE_WRITE, "F_SEAL_FUTURE_WRITE"),
+            ] {
+                if seals.contains(seal) {
+                    return Err(BackingError::Sealed(name));
+                }
+            }
+        }
+        // A hole behind the end of the file changes nothing, and takes the kernel through the
+        // same checks as a real one.
+        let end = self.len()?.next_multiple_of(self.page_size);
+        match punch(&self.file, end, self.page_size) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Err(BackingError::NoHoles),
+            Err(errno) => Err(BackingError::System { what: "punch a hole", source: errno.into() }),
+        }
+    }
+
+    /// Gives the memory of `range` (bytes of the file, whole pages) back to the host.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses; what lies before the failing chunk is given back.
+    pub fn discard(&self, range: ByteRange) -> io::Result<()> {
+        for chunk in range.chunks(DISCARD_CHUNK) {
+            punch(&self.file, chunk.start(), chunk.len())?;
+        }
+        Ok(())
+    }
+
+    /// Takes host memory for all of `range` (bytes of the file).
+    ///
+    /// # Errors
+    ///
+    /// When there is not enough; what was taken is given back.
+    pub fn reserve(&self, range: ByteRange) -> io::Result<()> {
+        for chunk in range.chunks(DISCARD_CHUNK) {
+            let flags = FallocateFlags::KEEP_SIZE;
+            let reserve = || fs::fallocate(&self.file, flags, chunk.start(), chunk.len());
+            if let Err(errno) = rustix::io::retry_on_intr(reserve) {
+                self.discard(range)?;
+                return Err(errno.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of `range` (of the file) that the host holds, found by its holes. `None` for hugetlb
+    /// files, which do not tell their holes.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be searched.
+    pub fn populated(&self, range: ByteRange) -> io::Result<Option<u64>> {
+        if self.kind == BackingKind::Hugetlb {
+            return Ok(None);
+        }
+        let mut populated = 0;
+        self.for_each_data(range, |data| {
+            populated += data.len();
+            Ok(())
+        })?;
+        Ok(Some(populated))
+    }
+
+    /// Gives back what `range` (bytes of the file) holds, if anything. Cheap where it is empty.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be searched or the kernel refuses.
+    pub fn sweep(&self, range: ByteRange) -> io::Result<()> {
+        match self.kind {
+            BackingKind::Hugetlb => self.discard(range),
+            BackingKind::Shmem | BackingKind::File => {
+                self.for_each_data(range, |data| self.discard(data))
+            }
+        }
+    }
+
+    fn for_each_data(
+        &self,
+        range: ByteRange,
+        mut visit: impl FnMut(ByteRange) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut at = range.start();
+        while at < range.end() {
+            let start = match seek(&self.file, SeekFrom::Data(at)) {
+                // No data up to the end of the file.
+                Err(Errno::NXIO) => break,
+                other => other?,
+            };
+            let end = match seek(&self.file, SeekFrom::Hole(start)) {
+                // Punched or truncated meanwhile.
+                Err(Errno::NXIO) => range.end(),
+                other => other?,
+            };
+            let data = ByteRange::from_bounds(start, end).and_then(|d| d.intersection(range));
+            if let Some(data) = data {
+                visit(data)?;
+            }
+            at = end.max(start + 1);
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> Result<u64, BackingError> {
+        let metadata = self.file.metadata();
+        metadata
+            .map(|metadata| metadata.len())
+            .map_err(|source| BackingError::System { what: "read the size of the file", source })
+    }
+}
+
+fn punch(file: &File, offset: u64, len: u64) -> rustix::io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::io::retry_on_intr(|| fs::fallocate(file, flags, offset, len))
+}
+
+fn seek(file: &File, to: SeekFrom) -> rustix::io::Result<u64> {
+    fs::seek(file, to)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::MemfdFlags;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    const PAGE: u64 = 4096;
+
+    fn memfd(size: u64) -> File {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(fs::memfd_create("backing-test", flags).unwrap());
+        file.set_len(size).unwrap();
+        file
+    }
+
+    fn range(start: u64, len: u64) -> ByteRange {
+        ByteRange::new(start, len).unwrap()
+    }
+
+    #[test]
+    fn discard_gives_memory_back_and_leaves_the_neighbours() {
+        let file = memfd(64 * PAGE);
+        file.write_all_at(&vec![0xaa; 64 * 4096], 0).unwrap();
+        let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+        assert_eq!(backing.kind(), BackingKind::Shmem);
+        backing.discard(range(8 * PAGE, 16 * PAGE)).unwrap();
+        assert_eq!(file.metadata().unwrap().blocks() * 512, 48 * PAGE);
+        assert_eq!(backing.populated(range(0, 64 * PAGE)).unwrap(), Some(48 * PAGE));
+        assert_eq!(backing.populated(range(4 * PAGE, 8 * PAGE)).unwrap(), Some(4 * PAGE));
+        let mut bytes = vec![0; 64 * 4096];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes[..8 * 4096].iter().chain(&bytes[24 * 4096..]).all(|&b| b == 0xaa));
+        assert!(bytes[8 * 4096..24 * 4096].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn counting_what_is_populated_neither_allocates_nor_moves_the_offset() {
+        use std::io::Seek;
+        let mut file = memfd(64 * PAGE);
+        file.write_all_at(&[1], 5 * PAGE).unwrap();
+        file.seek(io::SeekFrom::Start(7)).unwrap();
+        let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+        assert_eq!(backing.populated(range(0, 64 * PAGE)).unwrap(), Some(PAGE));
+        assert_eq!(file.metadata().unwrap().blocks() * 512, PAGE);
+        assert_eq!(file.stream_position().unwrap(), 7);
+    }
+
+    #[test]
+    fn sweep_finds_strays() {
+        let file = memfd(64 * PAGE);
+        for page in [3, 4, 20, 63] {
+            file.write_all_at(&[1], page * PAGE).unwrap();
+        }
+        let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+        backing.sweep(range(4 * PAGE, 60 * PAGE)).unwrap();
+        assert_eq!(file.metadata().unwrap().blocks() * 512, PAGE);
+    }
+
+    #[test]
+    fn sealed_memory_is_refused_also_when_sealed_later() {
+        let file = memfd(PAGE);
+        let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+        fs::fcntl_add_seals(&file, fs::SealFlags::FUTURE_WRITE).unwrap();
+        assert!(matches!(backing.probe(), Err(BackingError::Sealed("F_SEAL_FUTURE_WRITE"))));
+        assert!(matches!(Backing::new(file), Err(BackingError::Sealed(_))));
+    }
+
+    #[test]
+    fn memory_that_cannot_be_written_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let read_only = File::open(file.path()).unwrap();
+        assert!(matches!(Backing::new(read_only), Err(BackingError::NotWritable)));
+    }
+}

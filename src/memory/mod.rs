@@ -1,0 +1,13 @@
+//! Guest RAM as the host sees it: which file backs which guest-physical range, how memory is
+//! given back, and how much the host really holds.
+//!
+//! Nothing here touches guest memory through a mapping: reading a hole through one allocates it.
+
+mod backing;
+mod ram_block;
+mod region_memory;
+
+pub use backing::{Backing, BackingError, BackingKind};
+pub use ram_block::{RamBlock, RamBlockError};
+pub(crate) use region_memory::MemoryListener;
+pub use region_memory::{NotReady, RegionMemory};
