@@ -1,0 +1,76 @@
+//! A small client of QEMU's control socket.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::wait;
+
+/// An open control connection.
+pub struct Qmp {
+    stream: BufReader<UnixStream>,
+}
+
+impl Qmp {
+    /// Connects and leaves negotiation mode.
+    pub fn connect(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        let mut qmp = Self { stream: BufReader::new(stream) };
+        qmp.message().context("QEMU did not greet")?;
+        qmp.execute("qmp_capabilities", &json!({}))?;
+        Ok(qmp)
+    }
+
+    /// Runs one command and gives what it returns.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        let request = json!({ "execute": command, "arguments": arguments });
+        self.stream.get_mut().write_all(format!("{request}\n").as_bytes())?;
+        loop {
+            let mut message = self.message().with_context(|| format!("QMP {command}"))?;
+            if let Some(error) = message.get("error") {
+                bail!("QMP {command}: {error}");
+            }
+            // Events come in between and are of no use here.
+            if let Some(answer) = message.get_mut("return") {
+                return Ok(answer.take());
+            }
+        }
+    }
+
+    /// Whether the guest runs, is paused, ...
+    pub fn status(&mut self) -> Result<String> {
+        let answer = self.execute("query-status", &json!({}))?;
+        Ok(answer["status"].as_str().unwrap_or("unknown").to_owned())
+    }
+
+    /// Presses the reset button.
+    pub fn system_reset(&mut self) -> Result<()> {
+        self.execute("system_reset", &json!({})).map(drop)
+    }
+
+    /// Ends QEMU. It may close the connection before it answers.
+    pub fn quit(&mut self) {
+        let _ = self.execute("quit", &json!({}));
+    }
+
+    fn message(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line)? == 0 {
+            bail!("QEMU closed its control socket");
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+/// Connects as soon as QEMU listens; gives up at once when `alive` says that it ended.
+pub fn wait_for(socket: &Path, mut alive: impl FnMut() -> Result<()>) -> Result<Qmp> {
+    wait::until("QEMU's control socket", wait::SHORT, || {
+        alive()?;
+        Ok(Qmp::connect(socket).ok())
+    })
+}
