@@ -1,1 +1,96 @@
-//! Placeholder of the first commit.
+//! `vhost-user-mem`: a vhost-user back-end for virtio-mem (device id 24).
+//!
+//! - [`args`]: the command line.
+//! - [`front_door`]: the connection to the front-end, and config-change messages to it.
+//! - [`backend`], [`queue`], [`gate`]: the vhost-user device and its queue.
+//! - [`service`]: what the management API sees of the device.
+//! - [`management`], [`vmemctl`]: the API's server and client; [`metrics`].
+//! - [`state_file`]: the device's state between two lives of the daemon.
+
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod backend;
+mod connection;
+pub mod front_door;
+pub mod gate;
+pub mod management;
+pub mod metrics;
+pub mod queue;
+pub mod service;
+pub mod size;
+mod socket;
+mod start;
+pub mod state_file;
+pub mod vmemctl;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+
+use args::{Config, Endpoint};
+use connection::Connections;
+use front_door::Notifier;
+use management::Server;
+use service::Service;
+use socket::{FrontEnds, Shutdown};
+
+/// What `--print-capabilities` prints.
+pub const CAPABILITIES: &str = r#"{"type":"mem","features":[]}"#;
+
+/// What is logged unless RUST_LOG says otherwise. The crate reports the planned end of its
+/// workers as an error.
+pub const DEFAULT_LOG_FILTER: &str = "info,vhost_user_backend::handler=off";
+
+/// Runs the daemon until a signal ends it, or the one front-end that came with `--fd` leaves.
+///
+/// # Errors
+///
+/// When it cannot start: a socket, the state file or the descriptor is not to be had.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let start = start::open(&config)?;
+    let controller = Arc::new(virtio_mem::controller::MemController::new(start));
+    let notifier = Arc::new(Notifier::new());
+    let service = Service::new(controller, Arc::clone(&notifier))?;
+    let front_ends = match &config.endpoint {
+        Endpoint::Path(path) => FrontEnds::bind(path)
+            .with_context(|| format!("--socket-path {}", path.display()))?,
+        Endpoint::Fd(fd) => FrontEnds::inherit(*fd).with_context(|| format!("--fd {fd}"))?,
+    };
+    let api = match &config.api_socket {
+        None => None,
+        Some(path) => {
+            let server = Server::bind(path, Arc::clone(&service) as Arc<_>)
+                .with_context(|| format!("--api-socket {}", path.display()))?;
+            Some(server)
+        }
+    };
+    let sockets = match &config.endpoint {
+        Endpoint::Path(path) => Some(path),
+        Endpoint::Fd(_) => None,
+    };
+    let sockets = sockets.into_iter().chain(&config.api_socket).cloned().collect();
+    let connections = Arc::new(Connections::new(service, notifier, sockets));
+    let shutdown = Shutdown::on_signals(Arc::clone(&connections))?;
+    if let Some(server) = &api {
+        server.start().context("cannot start the management API")?;
+    }
+    tracing::info!(
+        addr = config.geometry.addr(),
+        region_size = config.geometry.region_size(),
+        block_size = config.geometry.block_size(),
+        "ready"
+    );
+    while let Some(front_end) = front_ends.next(&shutdown)? {
+        match connections.serve(front_end) {
+            Ok(()) => tracing::info!("front-end disconnected"),
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "connection ended"),
+        }
+    }
+    tracing::info!("ending");
+    connections.end();
+    if let Some(server) = &api {
+        server.shutdown();
+    }
+    Ok(())
+}

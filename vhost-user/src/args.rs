@@ -1,0 +1,207 @@
+//! The command line: strings in, a checked [`Config`] out.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use thiserror::Error;
+use virtio_mem::device::{Geometry, GeometryError, VirtioMem};
+
+use crate::size::parse_size;
+
+/// vhost-user back-end for virtio-mem.
+///
+/// Tracks which blocks of one guest-physical region are plugged, serves the guest's requests,
+/// gives unplugged memory back to the host and is resized over a management API.
+///
+/// Sizes are plain numbers, 0x-hex, or have a suffix K, M, G or T (powers of 1024).
+#[derive(Debug, Parser)]
+#[command(name = "vhost-user-mem", version, max_term_width = 100)]
+pub struct Args {
+    /// Listen for the front-end on this Unix socket
+    #[arg(long, value_name = "PATH", conflicts_with = "fd", required_unless_present = "fd")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Use this inherited file descriptor: a connected or a listening Unix socket
+    #[arg(long, value_name = "N")]
+    pub fd: Option<String>,
+
+    /// Guest-physical address of the region
+    #[arg(long, value_name = "GPA")]
+    pub addr: String,
+
+    /// Size of the region
+    #[arg(long, value_name = "SIZE")]
+    pub region_size: String,
+
+    /// Size of a block [default: the host's transparent huge page size]
+    #[arg(long, value_name = "SIZE")]
+    pub block_size: Option<String>,
+
+    /// What the guest is asked to plug; with --state-file, what was set last wins
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    pub requested_size: String,
+
+    /// Offer VIRTIO_MEM_F_ACPI_PXM with this NUMA node
+    #[arg(long, value_name = "N")]
+    pub node_id: Option<String>,
+
+    /// Serve the management API on this Unix socket
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<PathBuf>,
+
+    /// Keep the device's state in this file, to survive a crash or restart of the daemon
+    #[arg(long, value_name = "PATH")]
+    pub state_file: Option<PathBuf>,
+
+    /// Print the back-end's capabilities as JSON and exit; other options are ignored
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// Where the front-end comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A socket to bind.
+    Path(PathBuf),
+    /// An inherited descriptor.
+    Fd(i32),
+}
+
+/// A checked command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where the front-end comes from.
+    pub endpoint: Endpoint,
+    /// What never changes.
+    pub geometry: Geometry,
+    /// What the guest is asked to plug at first, bytes.
+    pub requested_size: u64,
+    /// Where the management API is served.
+    pub api_socket: Option<PathBuf>,
+    /// Where the state is kept.
+    pub state_file: Option<PathBuf>,
+}
+
+/// An option that breaks a rule.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("--{option} {value}: {rule}")]
+pub struct ArgsError {
+    option: &'static str,
+    value: String,
+    rule: String,
+}
+
+impl ArgsError {
+    fn new(option: &'static str, value: &str, rule: impl ToString) -> Self {
+        Self { option, value: value.to_owned(), rule: rule.to_string() }
+    }
+}
+
+impl TryFrom<Args> for Config {
+    type Error = ArgsError;
+
+    fn try_from(args: Args) -> Result<Self, ArgsError> {
+        let size = |option, value: &str| {
+            parse_size(value).map_err(|error| ArgsError::new(option, value, error))
+        };
+        let addr = size("addr", &args.addr)?;
+        let region_size = size("region-size", &args.region_size)?;
+        let block_text = args.block_size.unwrap_or_else(|| huge_page_size().to_string());
+        let block_size = size("block-size", &block_text)?;
+        let requested_size = size("requested-size", &args.requested_size)?;
+        let node_id = match &args.node_id {
+            None => None,
+            Some(text) => Some(text.parse::<u16>().map_err(|_| {
+                ArgsError::new("node-id", text, "not a whole number from 0 to 65535")
+            })?),
+        };
+        let page_size = rustix::param::page_size() as u64;
+        if block_size.is_power_of_two() && block_size < page_size {
+            let rule = format!("smaller than the host's page size ({page_size})");
+            return Err(ArgsError::new("block-size", &block_text, rule));
+        }
+        let geometry = Geometry::new(addr, region_size, block_size, node_id).map_err(|error| {
+            let (option, value) = match error {
+                GeometryError::BlockSizeNotPowerOfTwo(_) | GeometryError::BlockSizeTooSmall(_) => {
+                    ("block-size", &block_text)
+                }
+                GeometryError::AddrUnaligned { .. } => ("addr", &args.addr),
+                GeometryError::RegionSizeUnaligned { .. }
+                | GeometryError::RegionWraps { .. }
+                | GeometryError::TooManyBlocks(_) => ("region-size", &args.region_size),
+            };
+            ArgsError::new(option, value, error)
+        })?;
+        VirtioMem::new(geometry, requested_size)
+            .map_err(|error| ArgsError::new("requested-size", &args.requested_size, error))?;
+        let endpoint = match (args.socket_path, &args.fd) {
+            (_, Some(text)) => Endpoint::Fd(text.parse().ok().filter(|fd| *fd >= 0).ok_or_else(
+                || ArgsError::new("fd", text, "not the number of a file descriptor"),
+            )?),
+            (Some(path), None) => Endpoint::Path(path),
+            (None, None) => {
+                return Err(ArgsError::new("socket-path", "", "neither it nor --fd is given"));
+            }
+        };
+        let Args { api_socket, state_file, .. } = args;
+        Ok(Self { endpoint, geometry, requested_size, api_socket, state_file })
+    }
+}
+
+/// The host's transparent huge page size, bytes: the smallest block that is given back without
+/// splitting a page. 2 MiB where the host does not say.
+fn huge_page_size() -> u64 {
+    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .filter(|size: &u64| size.is_power_of_two())
+        .unwrap_or(2 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(options: &str) -> Result<Config, ArgsError> {
+        let good = "vhost-user-mem --socket-path s --addr 0x140000000 --region-size 8G";
+        let words = good.split(' ').chain(options.split(' ').filter(|word| !word.is_empty()));
+        // The last of an option given twice wins.
+        let mut words: Vec<&str> = words.collect();
+        for option in ["--addr", "--region-size"] {
+            let at: Vec<usize> = (0..words.len()).filter(|&i| words[i] == option).collect();
+            if let [first, _] = at[..] {
+                words.drain(first..first + 2);
+            }
+        }
+        Config::try_from(Args::try_parse_from(words).unwrap())
+    }
+
+    #[test]
+    fn good_options_make_a_configuration() {
+        let config = config("--block-size 2M --requested-size 1G --node-id 3").unwrap();
+        assert_eq!(config.geometry.addr(), 0x1_4000_0000);
+        assert_eq!(config.geometry.region_size(), 8 << 30);
+        assert_eq!(config.geometry.block_size(), 2 << 20);
+        assert_eq!(config.geometry.node_id(), Some(3));
+        assert_eq!(config.requested_size, 1 << 30);
+    }
+
+    #[test]
+    fn wrong_options_are_named_with_value_and_rule() {
+        for (options, option) in [
+            ("--block-size 3M", "--block-size 3M: "),
+            ("--block-size 0", "--block-size 0: "),
+            ("--block-size 2048", "--block-size 2048: "),
+            ("--addr 1M", "--addr 1M: "),
+            ("--addr x", "--addr x: "),
+            ("--region-size 3", "--region-size 3: "),
+            ("--region-size 0xffffffffffe00000", "--region-size 0xffffffffffe00000: "),
+            ("--requested-size 9G", "--requested-size 9G: "),
+            ("--requested-size 1", "--requested-size 1: "),
+            ("--node-id 65536", "--node-id 65536: "),
+        ] {
+            let message = config(options).unwrap_err().to_string();
+            assert!(message.starts_with(option), "{options}: {message}");
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! The vhost-user side of the device: features, configuration space, memory table, queue.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_mem::controller::MemController;
+use virtio_mem::memory::RamBlock;
+use virtio_queue::QueueT;
+use vm_memory::{
+    Address, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion,
+};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::gate::Gate;
+use crate::metrics::Metrics;
+use crate::queue::{self, Memory};
+
+/// VIRTIO_MEM_F_ACPI_PXM: node_id is valid (5.15.3).
+const VIRTIO_MEM_F_ACPI_PXM: u32 = 0;
+/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: the driver does not touch unplugged memory.
+const VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: u32 = 1;
+/// VIRTIO_MEM_F_PERSISTENT_SUSPEND: plugged memory survives suspend and resume.
+const VIRTIO_MEM_F_PERSISTENT_SUSPEND: u32 = 2;
+
+/// Number of entries a queue may have.
+pub const MAX_QUEUE_SIZE: usize = 128;
+/// The guest-request queue is the only one.
+const NUM_QUEUES: usize = 1;
+/// What the front-end may read; past the device's fields there are zeros.
+const CONFIG_SPACE: usize = 256;
+/// Token of the event that ends the worker; above the crate's own for queues and its exit event.
+pub const END_EVENT: u16 = NUM_QUEUES as u16 + 1;
+/// While a batch of requests goes on, the guest hears of finished ones at least this often.
+const MAX_SILENCE: Duration = Duration::from_micros(200);
+
+/// Guest memory that is replaced as a whole.
+pub type AtomicMemory = GuestMemoryAtomic<Memory>;
+type Vring = VringRwLock<AtomicMemory>;
+
+/// The back-end of one connection. The device outlives it.
+#[derive(Clone)]
+pub struct MemBackend {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    controller: Arc<MemController>,
+    metrics: Arc<Metrics>,
+    gate: Arc<Gate>,
+    memory: AtomicMemory,
+    config_write_logged: AtomicBool,
+}
+
+impl MemBackend {
+    /// A back-end for a new connection; `memory` is empty and becomes the front-end's.
+    pub fn new(
+        controller: Arc<MemController>,
+        metrics: Arc<Metrics>,
+        gate: Arc<Gate>,
+        memory: AtomicMemory,
+    ) -> Self {
+        let config_write_logged = AtomicBool::new(false);
+        Self { shared: Arc::new(Shared { controller, metrics, gate, memory, config_write_logged }) }
+    }
+
+    /// Serves the queue until it is empty, then once more if something came in between.
+    fn serve(&self, vring: &Vring) {
+        let mut unsignalled = None;
+        loop {
+            let mut served = false;
+            while self.serve_one(vring, &mut unsignalled) {
+                served = true;
+            }
+            let _inside = self.shared.gate.enter();
+            self.signal(vring, &mut unsignalled);
+            if !is_running(vring) {
+                return;
+            }
+            // A ring that says there is more, but gives nothing, is broken by its driver: waiting
+            // for the next kick is all that can be done without spinning.
+            match vring.enable_notification() {
+                Ok(true) if served => {
+                    let _ = vring.disable_notification();
+                }
+                Ok(_) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "cannot ask for notifications");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Serves one request, if there is one. The gate is passed for each, so that a ring can be
+    /// stopped, or memory change, between any two.
+    fn serve_one(&self, vring: &Vring, unsignalled: &mut Option<Instant>) -> bool {
+        let Shared { controller, metrics, gate, memory, .. } = &*self.shared;
+        let _inside = gate.enter();
+        // The crate calls for a ring that was enabled, which may be stopped again by now.
+        if !is_running(vring) {
+            return false;
+        }
+        let memory = memory.memory();
+        let Some(chain) = vring.get_mut().get_queue_mut().pop_descriptor_chain(&*memory) else {
+            return false;
+        };
+        let started = Instant::now();
+        let head = chain.head_index();
+        let framed = queue::parse(chain, &memory, controller);
+        let len = match &framed {
+            None => {
+                metrics.malformed();
+                tracing::debug!(head, "chain returned unused: its framing or buffers are wrong");
+                0
+            }
+            Some(framed) => {
+                let response = controller.execute(framed.request);
+                let len = framed.answer(&memory, response);
+                metrics.request(framed.request, response, started.elapsed());
+                tracing::trace!(request = ?framed.request, ?response);
+                len
+            }
+        };
+        if let Err(error) = vring.add_used(head, len) {
+            tracing::debug!(head, %error, "chain cannot be returned");
+            return true;
+        }
+        controller.answered();
+        let since = *unsignalled.get_or_insert(started);
+        if since.elapsed() > MAX_SILENCE {
+            self.signal(vring, unsignalled);
+        }
+        true
+    }
+
+    /// Tells the guest of used buffers, if there are new ones and it wants to know.
+    fn signal(&self, vring: &Vring, unsignalled: &mut Option<Instant>) {
+        if unsignalled.take().is_none() || !is_running(vring) {
+            return;
+        }
+        if self.wants_signal(vring)
+            && let Err(error) = vring.signal_used_queue()
+        {
+            tracing::debug!(%error, "cannot signal the guest");
+        }
+    }
+
+    /// Whether the guest wants to hear of used buffers. The crate answers for EVENT_IDX only.
+    fn wants_signal(&self, vring: &Vring) -> bool {
+        let guard = vring.get_ref();
+        let queue = guard.get_queue();
+        if queue.event_idx_enabled() {
+            drop(guard);
+            return vring.needs_notification().unwrap_or(true);
+        }
+        const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
+        let flags: Result<u16, _> = vm_memory::Bytes::read_obj(
+            &*self.shared.memory.memory(),
+            vm_memory::GuestAddress(queue.avail_ring()),
+        );
+        flags.map_or(true, |flags| u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// The RAM blocks of the memory table that the device's region needs.
+    fn ram_blocks(&self, memory: &Memory) -> io::Result<Vec<Arc<RamBlock>>> {
+        let region = self.shared.controller.geometry().region();
+        let mut blocks = Vec::new();
+        for entry in memory.iter() {
+            let (gpa, size) = (entry.start_addr().raw_value(), entry.len());
+            let range = virtio_mem::ByteRange::new(gpa, size);
+            if !range.zip(region).is_some_and(|(range, region)| range.overlaps(region)) {
+                continue;
+            }
+            let id = format!("mem@{gpa:#x}");
+            let Some(file) = entry.file_offset() else {
+                return Err(io::Error::other(format!("memory region {id} has no file")));
+            };
+            let block = RamBlock::new(id, gpa, size, file.file().try_clone()?, file.start());
+            blocks.push(Arc::new(block.map_err(io::Error::other)?));
+        }
+        Ok(blocks)
+    }
+}
+
+/// Whether a ring is started and enabled, so that it may be read and written.
+fn is_running(vring: &Vring) -> bool {
+    let state = vring.get_ref();
+    state.is_enabled() && state.get_queue().ready()
+}
+
+impl VhostUserBackend for MemBackend {
+    type Bitmap = BitmapMmapRegion;
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        NUM_QUEUES
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        let pxm = u64::from(self.shared.controller.geometry().node_id().is_some());
+        1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | pxm << VIRTIO_MEM_F_ACPI_PXM
+            | 1 << VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE
+            | 1 << VIRTIO_MEM_F_PERSISTENT_SUSPEND
+            | VhostUserVirtioFeatures::LOG_ALL.bits()
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    /// A device reset changes no block and no byte (5.15.5.2).
+    fn reset_device(&self) {}
+
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let mut space = [0; CONFIG_SPACE];
+        let config = self.shared.controller.config().to_bytes();
+        space[..config.len()].copy_from_slice(&config);
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let end = start.saturating_add(usize::try_from(size).unwrap_or(usize::MAX));
+        // Nothing at all is what the crate answers with an error.
+        space.get(start..end).map(<[u8]>::to_vec).unwrap_or_default()
+    }
+
+    /// Every field is read-only for the driver; an error would close the connection.
+    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        if !self.shared.config_write_logged.swap(true, Ordering::Relaxed) {
+            let len = buf.len();
+            tracing::warn!(offset, len, "ignoring writes to the read-only configuration space");
+        }
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: AtomicMemory) -> io::Result<()> {
+        let result = self
+            .ram_blocks(&memory.memory())
+            .and_then(|blocks| self.shared.controller.set_memory(blocks).map_err(io::Error::other));
+        result.inspect_err(|error| tracing::error!(%error, "refusing the front-end's memory"))
+    }
+
+    /// The ring was stopped: waits until no request is inside, so that nothing is written to
+    /// guest memory any more when GET_VRING_BASE is answered.
+    fn stop_vring(&self, _queue_index: u32) -> io::Result<()> {
+        self.shared.gate.drain();
+        Ok(())
+    }
+
+    /// Never an error for what a guest or front-end does, since an error ends the worker.
+    fn handle_event(
+        &self,
+        device_event: u16,
+        _evset: EventSet,
+        vrings: &[Vring],
+        _thread_id: usize,
+    ) -> io::Result<()> {
+        match vrings.get(usize::from(device_event)) {
+            Some(vring) => self.serve(vring),
+            // An error is how a worker is ended without the crate's exit event, whose
+            // descriptor it would leak with every connection.
+            None if device_event == END_EVENT => return Err(io::Error::other("connection ended")),
+            None => tracing::warn!(device_event, "unknown event"),
+        }
+        Ok(())
+    }
+}

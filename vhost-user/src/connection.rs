@@ -1,0 +1,164 @@
+//! One front-end at a time: the relay in front of the crate's back-end.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use parking_lot::Mutex;
+use vhost_user_backend::VhostUserDaemon;
+use virtio_mem::controller::FreezeHolder;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use crate::backend::{AtomicMemory, END_EVENT, MemBackend};
+use crate::front_door::{ConnectionEvents, Notifier, Relay};
+use crate::queue::Memory;
+use crate::service::Service;
+
+/// Serves front-ends, one after the other, with the same device.
+pub struct Connections {
+    service: Arc<Service>,
+    notifier: Arc<Notifier>,
+    current: Mutex<Current>,
+    sockets: Vec<PathBuf>,
+}
+
+#[derive(Default)]
+struct Current {
+    stream: Option<UnixStream>,
+    ended: bool,
+}
+
+impl Connections {
+    /// Nobody is connected yet. `sockets` are the daemon's own, for a hasty end.
+    pub fn new(service: Arc<Service>, notifier: Arc<Notifier>, sockets: Vec<PathBuf>) -> Self {
+        Self { service, notifier, current: Mutex::default(), sockets }
+    }
+
+    /// Removes the daemon's sockets, for an end that cannot wait.
+    pub fn remove_sockets(&self) {
+        for path in &self.sockets {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    /// Serves one front-end until it leaves. Block state outlives it; its memory does not.
+    ///
+    /// # Errors
+    ///
+    /// When the connection ended by a message that was wrong, or could not be served at all.
+    pub fn serve(&self, front: UnixStream) -> anyhow::Result<()> {
+        {
+            let mut current = self.current.lock();
+            if current.ended {
+                return Ok(());
+            }
+            current.stream = Some(front.try_clone()?);
+        }
+        tracing::info!("front-end connected");
+        self.service.set_connected(true);
+        let result = self.relay(front);
+        self.current.lock().stream = None;
+        let controller = self.service.controller();
+        controller.set_memory(Vec::new()).context("cannot let go of the memory")?;
+        freeze(&self.service, false);
+        self.service.set_connected(false);
+        result
+    }
+
+    /// Ends the connection there is and those to come.
+    pub fn end(&self) {
+        let mut current = self.current.lock();
+        current.ended = true;
+        if let Some(stream) = current.stream.take() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        drop(current);
+        self.notifier.shutdown();
+    }
+
+    fn relay(&self, front: UnixStream) -> anyhow::Result<()> {
+        let memory = AtomicMemory::new(Memory::new());
+        let backend = MemBackend::new(
+            Arc::clone(self.service.controller()),
+            Arc::clone(self.service.metrics()),
+            Arc::clone(self.service.gate()),
+            memory.clone(),
+        );
+        let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend, memory)
+            .map_err(|error| anyhow::anyhow!("cannot set up the back-end: {error}"))?;
+        let end = EventFd::new(EFD_CLOEXEC)?;
+        for worker in daemon.get_epoll_handlers() {
+            worker.register_listener(end.as_raw_fd(), EventSet::IN, u64::from(END_EVENT))?;
+        }
+        let events = Arc::new(Events { service: Arc::clone(&self.service) });
+        let result = connect(&mut daemon).and_then(|crate_side| {
+            Relay::run(front, crate_side, events, Arc::clone(&self.notifier))
+                .context("front-end connection")
+        });
+        // The crate's own error is the relay's, told less precisely.
+        daemon.request_shutdown();
+        let _ = daemon.wait();
+        end.write(1)?;
+        // Joins the worker: after this nobody uses the front-end's memory.
+        drop(daemon);
+        result
+    }
+}
+
+fn freeze(service: &Service, active: bool) {
+    let controller = service.controller();
+    let done = if active {
+        controller.freeze(FreezeHolder::Log)
+    } else {
+        controller.thaw(FreezeHolder::Log)
+    };
+    if let Err(error) = done {
+        tracing::error!(%error, active, "cannot save that migration changed");
+    }
+}
+
+/// Connects to a back-end that can only listen. The name cannot be guessed, and what connects
+/// first is served, so nobody else can come in between.
+fn connect(daemon: &mut VhostUserDaemon<MemBackend>) -> anyhow::Result<UnixStream> {
+    let connect = || -> io::Result<(UnixListener, UnixStream)> {
+        let random = || RandomState::new().build_hasher().finish();
+        let name = format!("vhost-user-mem-{:016x}{:016x}", random(), random());
+        let address = SocketAddr::from_abstract_name(name)?;
+        let listener = UnixListener::bind_addr(&address)?;
+        let stream = UnixStream::connect_addr(&address)?;
+        Ok((listener, stream))
+    };
+    let (listener, stream) = connect().context("cannot connect to the back-end")?;
+    daemon
+        .start(&mut listener.into())
+        .map_err(|error| anyhow::anyhow!("cannot start the back-end: {error}"))?;
+    Ok(stream)
+}
+
+/// What the relay sees of the connection, told to the device.
+struct Events {
+    service: Arc<Service>,
+}
+
+impl ConnectionEvents for Events {
+    fn log_all(&self, active: bool) {
+        freeze(&self.service, active);
+    }
+
+    fn quiesce(&self) {
+        self.service.gate().close();
+    }
+
+    fn release(&self) {
+        self.service.gate().open();
+    }
+
+    fn rings_reset(&self) {}
+}

@@ -1,0 +1,185 @@
+//! Metrics in the OpenMetrics text format.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use virtio_mem::ByteRange;
+use virtio_mem::controller::MemController;
+use virtio_mem::device::{Request, Response};
+use virtio_mem::ram_discard::RamDiscardListener;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    r#type: &'static str,
+    response: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TypeLabel {
+    r#type: &'static str,
+}
+
+/// From 1 us, for STATE, to 17 s, for UNPLUG of much memory.
+const LATENCY_BUCKETS: [f64; 13] =
+    [1e-6, 4e-6, 16e-6, 64e-6, 256e-6, 1e-3, 4e-3, 16e-3, 66e-3, 0.26, 1.0, 4.2, 17.0];
+
+/// The daemon's counters. Sizes are read from the device when asked for.
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<RequestLabels, Counter>,
+    latency: Family<TypeLabel, Histogram>,
+    malformed: Counter,
+    connections: Counter,
+    populated_bytes: Counter,
+    discarded_bytes: Counter,
+    discard_failures: Counter,
+    region: Gauge,
+    usable: Gauge,
+    plugged: Gauge,
+    requested: Gauge,
+    held: Gauge,
+    connected: Gauge,
+    migration: Gauge,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// All zero.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("virtio_mem");
+        let requests = Family::default();
+        registry.register("requests", "Guest requests by type and response", requests.clone());
+        let latency: Family<TypeLabel, Histogram> =
+            Family::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS));
+        registry.register_with_unit(
+            "request_duration",
+            "From taking a guest request to answering it",
+            Unit::Seconds,
+            latency.clone(),
+        );
+        let mut counter = |name, help| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let malformed =
+            counter("malformed_requests", "Descriptor chains returned unused as malformed");
+        let connections = counter("connections", "Front-ends that connected");
+        let discard_failures =
+            counter("discard_failures", "Times that memory could not be given back");
+        let mut bytes = |name, help| {
+            let counter = Counter::default();
+            registry.register_with_unit(name, help, Unit::Bytes, counter.clone());
+            counter
+        };
+        let populated_bytes = bytes("populated", "Memory announced to the guest's use");
+        let discarded_bytes = bytes("discarded", "Memory taken from the guest's use");
+        let mut size = |name, help| {
+            let gauge = Gauge::default();
+            registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
+            gauge
+        };
+        let region = size("region_size", "Size of the region");
+        let usable = size("usable_region_size", "Size of the part that requests may name");
+        let plugged = size("plugged_size", "Sum of the plugged blocks");
+        let requested = size("requested_size", "What the guest is asked to plug");
+        let held = size("populated_size", "What the host really holds; -1 while unmapped");
+        let mut flag = |name, help| {
+            let gauge = Gauge::default();
+            registry.register(name, help, gauge.clone());
+            gauge
+        };
+        let connected = flag("connected", "Whether a front-end is connected");
+        let migration = flag("migration_active", "Whether block state is frozen");
+        Self {
+            registry,
+            requests,
+            latency,
+            malformed,
+            connections,
+            populated_bytes,
+            discarded_bytes,
+            discard_failures,
+            region,
+            usable,
+            plugged,
+            requested,
+            held,
+            connected,
+            migration,
+        }
+    }
+
+    /// Counts an answered request.
+    pub fn request(&self, request: Request, response: Response, took: Duration) {
+        let labels = RequestLabels { r#type: request.name(), response: response.name() };
+        self.requests.get_or_create(&labels).inc();
+        let label = TypeLabel { r#type: request.name() };
+        self.latency.get_or_create(&label).observe(took.as_secs_f64());
+    }
+
+    /// Counts a chain that was no request.
+    pub fn malformed(&self) {
+        self.malformed.inc();
+    }
+
+    /// Counts a front-end.
+    pub fn connection(&self) {
+        self.connections.inc();
+    }
+
+    /// The text of all metrics, with the sizes as they are now.
+    pub fn encode(&self, controller: &MemController, connected: bool) -> String {
+        let config = controller.config();
+        let gauge = |gauge: &Gauge, value: u64| {
+            gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        };
+        gauge(&self.region, config.region_size);
+        gauge(&self.usable, config.usable_region_size);
+        gauge(&self.plugged, config.plugged_size);
+        gauge(&self.requested, config.requested_size);
+        match controller.populated_size() {
+            Some(size) => gauge(&self.held, size),
+            None => {
+                self.held.set(-1);
+            }
+        }
+        self.connected.set(i64::from(connected));
+        self.migration.set(i64::from(controller.migration_active()));
+        let failures = controller.memory().discard_failures();
+        let counted = self.discard_failures.get();
+        self.discard_failures.inc_by(failures.saturating_sub(counted));
+        let mut encoded = String::new();
+        text::encode(&mut encoded, &self.registry).expect("a String takes any text");
+        encoded
+    }
+}
+
+/// Counts what is populated and discarded, as the device's listeners see it.
+pub struct MetricsListener(pub Arc<Metrics>);
+
+impl RamDiscardListener for MetricsListener {
+    fn name(&self) -> &str {
+        "metrics"
+    }
+
+    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+        self.0.populated_bytes.inc_by(section.len());
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, section: ByteRange) {
+        self.0.discarded_bytes.inc_by(section.len());
+    }
+}

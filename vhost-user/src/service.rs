@@ -1,0 +1,180 @@
+//! What the management API sees of the device.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::sync::broadcast;
+use virtio_mem::ByteRange;
+use virtio_mem::controller::{
+    DeviceObserver, FreezeHolder, MemController, Reset, ResetError, ResizeError,
+};
+
+use crate::front_door::Notifier;
+use crate::gate::Gate;
+use crate::management::{Blocks, DeviceInfo, Event, Management, Range, Refusal};
+use crate::metrics::{Metrics, MetricsListener};
+
+/// Events that a slow reader may lag behind before it is told that it missed some.
+const EVENT_BACKLOG: usize = 256;
+
+/// The device with everything that watches it.
+pub struct Service {
+    controller: Arc<MemController>,
+    metrics: Arc<Metrics>,
+    gate: Arc<Gate>,
+    events: broadcast::Sender<Event>,
+    connected: AtomicBool,
+}
+
+/// Turns changes of the device into events, and has the guest told.
+struct Observer {
+    events: broadcast::Sender<Event>,
+    notifier: Arc<Notifier>,
+}
+
+impl DeviceObserver for Observer {
+    fn requested_size(&self, size: u64) {
+        send(&self.events, Event::RequestedSize(size));
+    }
+
+    fn plugged_size(&self, size: u64) {
+        send(&self.events, Event::PluggedSize(size));
+    }
+
+    fn migration(&self, active: bool) {
+        send(&self.events, Event::Migration(active));
+    }
+
+    fn config_changed(&self) {
+        self.notifier.notify();
+    }
+}
+
+fn send(events: &broadcast::Sender<Event>, event: Event) {
+    // Without a reader there is nobody to tell.
+    let _ = events.send(event);
+}
+
+impl Service {
+    /// Puts the watchers on a device.
+    ///
+    /// # Errors
+    ///
+    /// When a listener refuses what is plugged already.
+    pub fn new(
+        controller: Arc<MemController>,
+        notifier: Arc<Notifier>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let metrics = Arc::new(Metrics::new());
+        if controller.geometry().region_size() != 0 {
+            controller.listen(Box::new(MetricsListener(Arc::clone(&metrics))))?;
+        }
+        let (events, _) = broadcast::channel(EVENT_BACKLOG);
+        controller.observe(Arc::new(Observer { events: events.clone(), notifier }));
+        let connected = AtomicBool::new(false);
+        Ok(Arc::new(Self { controller, metrics, gate: Arc::default(), events, connected }))
+    }
+
+    /// The device.
+    pub fn controller(&self) -> &Arc<MemController> {
+        &self.controller
+    }
+
+    /// The counters.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// The gate that guest requests pass.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// A front-end came or went.
+    pub fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Release);
+        if connected {
+            self.metrics.connection();
+        }
+        send(&self.events, if connected { Event::Connected } else { Event::Disconnected });
+    }
+
+    fn ranges(&self, plugged: bool) -> Vec<Range> {
+        let range = |range: ByteRange| Range { offset: range.start(), size: range.len() };
+        self.controller.ranges(plugged).into_iter().map(range).collect()
+    }
+}
+
+impl Management for Service {
+    fn device(&self) -> DeviceInfo {
+        let config = self.controller.config();
+        DeviceInfo {
+            addr: config.addr,
+            region_size: config.region_size,
+            block_size: config.block_size,
+            node_id: self.controller.geometry().node_id(),
+            usable_region_size: config.usable_region_size,
+            plugged_size: config.plugged_size,
+            requested_size: config.requested_size,
+            connected: self.connected.load(Ordering::Acquire),
+            migration_active: self.controller.migration_active(),
+            populated_size: self.controller.populated_size(),
+        }
+    }
+
+    fn resize(&self, requested_size: u64) -> Result<DeviceInfo, Refusal> {
+        match self.controller.resize(requested_size) {
+            Ok(()) => Ok(self.device()),
+            Err(error) => Err(Refusal {
+                status: match error {
+                    ResizeError::Size(_) => 422,
+                    ResizeError::Store(_) => 500,
+                },
+                title: "Requested size refused".to_owned(),
+                detail: error.to_string(),
+            }),
+        }
+    }
+
+    fn blocks(&self) -> Blocks {
+        Blocks { plugged: self.ranges(true), discarded: self.ranges(false) }
+    }
+
+    fn system_reset(&self) -> Result<DeviceInfo, Refusal> {
+        match self.controller.system_reset() {
+            Ok(Reset::Done) => Ok(self.device()),
+            Ok(Reset::Deferred) => {
+                tracing::info!("migration is active; the system reset is done when it ends");
+                Ok(self.device())
+            }
+            Err(error) => Err(Refusal {
+                status: match error {
+                    ResetError::Memory(_) => 409,
+                    ResetError::Store(_) => 500,
+                },
+                title: "System reset refused".to_owned(),
+                detail: error.to_string(),
+            }),
+        }
+    }
+
+    fn set_migration(&self, active: bool) -> DeviceInfo {
+        let done = if active {
+            self.controller.freeze(FreezeHolder::Api)
+        } else {
+            self.controller.thaw(FreezeHolder::Api)
+        };
+        if let Err(error) = done {
+            tracing::error!(%error, active, "cannot save that migration changed");
+        }
+        self.device()
+    }
+
+    fn metrics(&self) -> String {
+        self.metrics.encode(&self.controller, self.connected.load(Ordering::Acquire))
+    }
+
+    fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+}

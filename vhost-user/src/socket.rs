@@ -1,0 +1,182 @@
+//! Where front-ends come from, and what ends the wait for them.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::connection::Connections;
+
+/// A signal ends the daemon within 2 s; what has not ended by itself until then is left.
+const GRACE: Duration = Duration::from_millis(1500);
+
+/// The source of front-ends.
+pub enum FrontEnds {
+    /// A listening socket; one that the daemon bound is removed at the end.
+    Listening(UnixListener, Option<BoundPath>),
+    /// The one front-end that was there at the start.
+    Connected(Mutex<Option<UnixStream>>),
+}
+
+/// Removes a socket file at the end.
+pub struct BoundPath(PathBuf);
+
+impl Drop for BoundPath {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl FrontEnds {
+    /// Listens at `path`. A socket left there by a killed daemon is replaced; one that somebody
+    /// serves is not, nor is anything that is no socket.
+    ///
+    /// # Errors
+    ///
+    /// When the path is in use or cannot be bound.
+    pub fn bind(path: &Path) -> anyhow::Result<Self> {
+        let listener = bind_unix(path)?;
+        Ok(Self::Listening(listener, Some(BoundPath(path.to_owned()))))
+    }
+
+    /// Takes over an inherited descriptor.
+    ///
+    /// # Errors
+    ///
+    /// When it is no Unix stream socket.
+    pub fn inherit(fd: i32) -> anyhow::Result<Self> {
+        // A duplicate, since nothing tells that nobody else in this process uses the number.
+        let myself = pidfd_open(getpid(), PidfdFlags::empty())?;
+        let fd: OwnedFd = pidfd_getfd(myself, fd, PidfdGetfdFlags::empty())
+            .context("no such file descriptor")?;
+        let is_unix = rustix::net::sockopt::socket_domain(&fd)
+            .is_ok_and(|domain| domain == rustix::net::AddressFamily::UNIX);
+        anyhow::ensure!(is_unix, "not a Unix socket");
+        if rustix::net::sockopt::socket_acceptconn(&fd)? {
+            Ok(Self::Listening(UnixListener::from(fd), None))
+        } else {
+            Ok(Self::Connected(Mutex::new(Some(UnixStream::from(fd)))))
+        }
+    }
+
+    /// The next front-end; `None` when there will be none.
+    ///
+    /// # Errors
+    ///
+    /// When the socket fails.
+    pub fn next(&self, shutdown: &Shutdown) -> anyhow::Result<Option<UnixStream>> {
+        match self {
+            Self::Connected(stream) => Ok(stream.lock().take()),
+            Self::Listening(listener, _) => loop {
+                if shutdown.requested.load(Ordering::Acquire) {
+                    return Ok(None);
+                }
+                let mut fds = [
+                    PollFd::new(listener, PollFlags::IN),
+                    PollFd::from_borrowed_fd(shutdown.wake.as_fd(), PollFlags::IN),
+                ];
+                match poll(&mut fds, None) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(errno) => return Err(errno).context("cannot wait for a front-end"),
+                }
+                if fds[0].revents().is_empty() {
+                    continue;
+                }
+                match listener.accept() {
+                    Ok((stream, _)) => {
+                        stream.set_nonblocking(false)?;
+                        return Ok(Some(stream));
+                    }
+                    Err(error) => {
+                        // Gone again, or out of descriptors: neither is a reason to end.
+                        tracing::warn!(%error, "cannot accept a front-end");
+                        std::thread::sleep(Duration::from_millis(50));
+                    }
+                }
+            },
+        }
+    }
+}
+
+/// Binds a Unix socket; see [`FrontEnds::bind`] for what is replaced.
+///
+/// # Errors
+///
+/// When the path is in use or cannot be bound.
+pub fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if !fs::symlink_metadata(path)?.file_type().is_socket() {
+                let message = "the path exists and is not a socket";
+                return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
+            }
+            match UnixStream::connect(path) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path)?;
+                    UnixListener::bind(path)?
+                }
+                Ok(_) => {
+                    let message = "another process is listening there";
+                    return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        other => other?,
+    };
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Becomes readable when the daemon is to end.
+pub struct Shutdown {
+    wake: UnixStream,
+    requested: Arc<AtomicBool>,
+}
+
+impl Shutdown {
+    /// Ends the daemon on SIGTERM and SIGINT: the connection at once, everything within 2 s.
+    ///
+    /// # Errors
+    ///
+    /// When signals cannot be watched.
+    pub fn on_signals(connections: Arc<Connections>) -> anyhow::Result<Self> {
+        let (wake, waker) = UnixStream::pair()?;
+        let requested = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&requested);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // Registered before anything else starts, so that no signal finds the default action.
+        let (mut term, mut int) = {
+            let _inside = runtime.enter();
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+        };
+        std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    _ = term.recv() => {}
+                    _ = int.recv() => {}
+                }
+            });
+            flag.store(true, Ordering::Release);
+            drop(waker);
+            connections.end();
+            std::thread::sleep(GRACE);
+            // The state file is good at every instruction, so there is nothing to wait for.
+            tracing::warn!("not everything ended in time");
+            connections.remove_sockets();
+            std::process::exit(0);
+        })?;
+        Ok(Self { wake, requested })
+    }
+}

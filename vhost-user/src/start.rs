@@ -1,0 +1,87 @@
+//! What the device starts with: the state file, or the command line.
+
+use std::io;
+
+use anyhow::Context;
+use virtio_mem::controller::{JournalUpdate, Start, StateRecord, StateStore};
+use virtio_mem::device::{Change, DeviceState, Request, VirtioMem};
+
+use crate::args::Config;
+use crate::state_file::{Commit, Delta, Geometry, JournalUpdate as SavedJournal, Saved, StateFile};
+
+/// Opens the state file, if there is to be one, and makes the device.
+///
+/// # Errors
+///
+/// When the state file cannot be used; it is then left as it was.
+pub fn open(config: &Config) -> anyhow::Result<Start> {
+    let device = VirtioMem::new(config.geometry, config.requested_size)?;
+    let Some(path) = &config.state_file else { return Ok(Start::volatile(device)) };
+    let option = || format!("--state-file {}", path.display());
+    let geometry = Geometry {
+        addr: config.geometry.addr(),
+        region_size: config.geometry.region_size(),
+        block_size: config.geometry.block_size(),
+        node_id: config.geometry.node_id(),
+    };
+    if !path.try_exists().with_context(option)? {
+        let (requested, usable) = (device.requested_size(), device.usable_region_size());
+        let file =
+            StateFile::create(path, &geometry, requested, usable).with_context(option)?;
+        return Ok(Start { store: Box::new(Store(file)), ..Start::volatile(device) });
+    }
+    let (file, saved) = StateFile::open(path, &geometry).with_context(option)?;
+    let Saved { requested_size, usable_region_size, plugged, api_migration, journal, .. } = saved;
+    let state = DeviceState { requested_size, usable_region_size, plugged };
+    let device = VirtioMem::restore(config.geometry, state).with_context(option)?;
+    let plugged_size = device.plugged_size();
+    tracing::info!(plugged_size, requested_size, "state taken over from the state file");
+    Ok(Start {
+        device,
+        store: Box::new(Store(file)),
+        journal: journal
+            .filter(|entry| !entry.answered)
+            .map(|entry| Request::from_bytes(&entry.request)),
+        api_migration,
+        sweep: true,
+    })
+}
+
+/// The state file as the controller's store.
+struct Store(StateFile);
+
+impl StateStore for Store {
+    fn commit(&mut self, record: &StateRecord<'_>) -> io::Result<()> {
+        let delta = match record.change {
+            None => Delta::None,
+            Some(Change::Plug(blocks)) => {
+                Delta::Set { first_block: blocks.start as u64, nr_blocks: blocks.len() as u64 }
+            }
+            Some(Change::Unplug(blocks)) => {
+                Delta::Clear { first_block: blocks.start as u64, nr_blocks: blocks.len() as u64 }
+            }
+            Some(Change::UnplugAll) => Delta::ClearAll,
+        };
+        let request;
+        let journal = match record.journal {
+            JournalUpdate::Keep => SavedJournal::Keep,
+            JournalUpdate::Forget => SavedJournal::Forget,
+            JournalUpdate::Record(recorded) => {
+                request = recorded.to_bytes();
+                SavedJournal::Record(&request)
+            }
+        };
+        let commit = Commit {
+            requested_size: record.requested_size,
+            usable_region_size: record.usable_region_size,
+            api_migration: record.api_migration,
+            delta,
+            journal,
+        };
+        self.0.commit(&commit).map_err(io::Error::other)
+    }
+
+    fn mark_answered(&mut self) -> io::Result<()> {
+        self.0.mark_answered()
+    }
+}
