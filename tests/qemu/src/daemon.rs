@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::api::Api;
@@ -67,7 +67,6 @@ impl Daemon {
             Some(status) => bail!("the daemon ended with {status}"),
             None => Ok((socket.exists() && self.api.device().is_ok()).then_some(())),
         })
-        .with_context(|| process::tail(&self.dir.join(LOG), 10))
     }
 }
 

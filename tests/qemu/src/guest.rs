@@ -87,7 +87,8 @@ impl Guest {
 
     /// Writes `mib` MiB of noise to memory, so that the host cannot share or skip it.
     pub fn dirty(&mut self, mib: u64) -> Result<()> {
-        self.run(&format!("head -c {mib}M /dev/urandom > /fill/noise")).map(drop)
+        let command = format!("dd if=/dev/urandom of=/fill/noise bs=1M count={mib} 2> /dev/null");
+        self.run(&command).map(drop)
     }
 
     /// Frees what [`Self::dirty`] wrote: free for the guest, still held by the host.

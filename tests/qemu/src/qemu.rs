@@ -74,8 +74,7 @@ impl Qemu {
         let qmp = qmp::wait_for(Path::new(&control), || match child.try_wait()? {
             None => Ok(()),
             Some(status) => bail!("QEMU ended with {status}"),
-        })
-        .with_context(|| process::tail(&dir.join("qemu.log"), 10))?;
+        })?;
         // QEMU has the file open by now. Without a name it cannot outlive the run.
         Ok(Self { child, qmp, backing: backing.map(Backing::into_file) })
     }
@@ -132,7 +131,7 @@ fn memory_options(setup: Option<&Setup>) -> Vec<String> {
     let mut options = Vec::new();
     let mut add = |option: &str, value: String| options.extend([option.to_owned(), value]);
     // Room for the region at its place, which need not be where QEMU would put it.
-    let maximum = RAM + setup.map_or(0, |setup| setup.region + 8 * GIB);
+    let maximum = RAM + 8 * GIB + setup.map_or(0, |setup| setup.region);
     add("-m", format!("{}M,slots=2,maxmem={}M", RAM / MIB, maximum / MIB));
     if setup.is_some_and(|setup| setup.node.is_some()) {
         let second = RAM / 4;
