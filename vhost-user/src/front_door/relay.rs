@@ -1,0 +1,84 @@
+//! The relay of one connection.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use tracing::debug;
+
+use super::error::RelayError;
+use super::link::Link;
+use super::notifier::Notifier;
+use super::session::Session;
+
+/// What the relay tells the device about the connection. Called from the relay's thread only.
+pub trait ConnectionEvents: Send + Sync + 'static {
+    /// VHOST_F_LOG_ALL was acknowledged, or no longer is: cleared by SET_FEATURES, by a reset, or
+    /// with the connection. Called on changes only.
+    fn log_all(&self, active: bool);
+
+    /// Waits until no guest request is being executed, and lets none start.
+    fn quiesce(&self);
+
+    /// Ends [`quiesce`](Self::quiesce). Called exactly once for each.
+    fn release(&self);
+
+    /// RESET_DEVICE or RESET_OWNER has disabled all rings. Called while quiesced.
+    fn rings_reset(&self);
+}
+
+/// Ends a running relay from another thread.
+#[derive(Debug)]
+pub struct RelayHandle {
+    front: UnixStream,
+    crate_side: UnixStream,
+}
+
+impl RelayHandle {
+    /// Closes both connections. The relay ends as soon as the device has finished what it does.
+    pub fn shutdown(&self) {
+        for stream in [&self.front, &self.crate_side] {
+            // Fails only when the connection has ended already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// Passes messages between a front-end and the vhost-user crate.
+#[derive(Debug)]
+pub struct Relay;
+
+impl Relay {
+    /// A handle to end [`run`](Self::run) with the same streams.
+    pub fn handle(front: &UnixStream, crate_side: &UnixStream) -> io::Result<RelayHandle> {
+        Ok(RelayHandle { front: front.try_clone()?, crate_side: crate_side.try_clone()? })
+    }
+
+    /// Serves one connection until either side closes it, then closes both.
+    ///
+    /// Returns an error when the connection ended because of a message; the device is unharmed
+    /// and can serve another connection.
+    pub fn run(
+        front: UnixStream,
+        crate_side: UnixStream,
+        events: Arc<dyn ConnectionEvents>,
+        notifier: Arc<Notifier>,
+    ) -> Result<(), RelayError> {
+        let link = Link::new(front, crate_side);
+        let mut session = Session::new(&link, &*events, &notifier);
+        let outcome = session.serve();
+        // No message may go to a front-end that comes later but has not sent its channel yet.
+        notifier.suspend();
+        notifier.detach();
+        link.shutdown();
+        session.finish();
+        match outcome {
+            Ok(side) => {
+                debug!(?side, "the connection was closed");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}

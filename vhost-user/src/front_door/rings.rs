@@ -1,0 +1,61 @@
+//! Which rings run, as the front-end's messages say.
+
+/// Rings that are followed; the crate refuses indices that it does not have.
+const RINGS: u32 = 64;
+
+/// Started and enabled rings, as bits.
+#[derive(Debug, Default)]
+pub(super) struct Rings {
+    started: u64,
+    enabled: u64,
+    /// A reset disabled all rings, and none has been enabled since.
+    reset: bool,
+}
+
+impl Rings {
+    fn bit(index: u32) -> u64 {
+        if index < RINGS { 1 << index } else { 0 }
+    }
+
+    /// A kick descriptor came.
+    pub(super) fn start(&mut self, index: u32) {
+        self.started |= Self::bit(index);
+    }
+
+    /// The base was fetched.
+    pub(super) fn stop(&mut self, index: u32) {
+        self.started &= !Self::bit(index);
+    }
+
+    pub(super) fn enable(&mut self, index: u32, on: bool) {
+        if on {
+            self.enabled |= Self::bit(index);
+            self.reset = false;
+        } else {
+            self.enabled &= !Self::bit(index);
+        }
+    }
+
+    /// Without VHOST_USER_F_PROTOCOL_FEATURES, rings are enabled from the start.
+    pub(super) fn enable_all(&mut self) {
+        self.enabled = u64::MAX;
+        self.reset = false;
+    }
+
+    /// A device reset.
+    pub(super) fn reset(&mut self) {
+        self.enabled = 0;
+        self.reset = true;
+    }
+
+    /// Enabled rings.
+    pub(super) fn enabled(&self) -> impl Iterator<Item = u32> + use<> {
+        let enabled = self.enabled;
+        (0..RINGS).filter(move |&index| enabled & Self::bit(index) != 0)
+    }
+
+    /// Whether the device may not speak: all rings are stopped, or were reset.
+    pub(super) fn suspended(&self) -> bool {
+        self.reset || self.started == 0
+    }
+}
