@@ -101,23 +101,65 @@ impl BlockBitmap {
 
     /// The first maximal run of blocks in the state `plugged` within `blocks`, clipped to it.
     pub fn next_run(&self, blocks: Range<usize>, plugged: bool) -> Option<Range<usize>> {
-        let start = self.find(blocks.clone(), plugged)?;
-        let end = blocks.end.min(self.nr_blocks());
-        Some(start..self.find(start..end, !plugged).unwrap_or(end))
+        self.runs(blocks, plugged).next()
     }
 
     /// The maximal runs of blocks in the state `plugged` within `blocks`, ascending.
-    pub fn runs(
-        &self,
-        blocks: Range<usize>,
-        plugged: bool,
-    ) -> impl Iterator<Item = Range<usize>> + '_ {
-        let mut rest = blocks;
-        std::iter::from_fn(move || {
-            let run = self.next_run(rest.clone(), plugged)?;
-            rest.start = run.end;
-            Some(run)
-        })
+    pub fn runs(&self, blocks: Range<usize>, plugged: bool) -> Runs<'_> {
+        let end = blocks.end.min(self.nr_blocks());
+        let start = blocks.start.min(end);
+        let words = &self.words()[..end.div_ceil(WORD_BITS)];
+        let invert = if plugged { 0 } else { u64::MAX };
+        let index = start / WORD_BITS;
+        let first = words.get(index).map_or(0, |word| word ^ invert);
+        Runs { words, invert, index, rest: first & (u64::MAX << (start % WORD_BITS)), end }
+    }
+}
+
+/// Maximal runs of blocks in one state, ascending. Holds the word it stands in, so that short runs
+/// cost a few instructions and long ones an instruction for every 64 blocks.
+#[derive(Clone, Debug)]
+pub struct Runs<'a> {
+    words: &'a [u64],
+    /// Makes the wanted state read as ones.
+    invert: u64,
+    index: usize,
+    /// What is left of the word at `index`, wanted state as ones.
+    rest: u64,
+    /// The last word may have bits past this.
+    end: usize,
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Range<usize>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Range<usize>> {
+        while self.rest == 0 {
+            self.index += 1;
+            self.rest = self.words.get(self.index)? ^ self.invert;
+        }
+        let low = self.rest.trailing_zeros();
+        let start = self.index * WORD_BITS + low as usize;
+        if start >= self.end {
+            self.rest = 0;
+            self.index = self.words.len();
+            return None;
+        }
+        // Ones up to the run's start, so that the run ends at the lowest zero.
+        let filled = self.rest | ((1 << low) - 1);
+        let mut end_in_word = filled.trailing_ones();
+        while end_in_word == u64::BITS {
+            self.index += 1;
+            let Some(word) = self.words.get(self.index) else {
+                self.rest = 0;
+                return Some(start..self.end);
+            };
+            self.rest = word ^ self.invert;
+            end_in_word = self.rest.trailing_ones();
+        }
+        self.rest &= u64::MAX << end_in_word;
+        Some(start..(self.index * WORD_BITS + end_in_word as usize).min(self.end))
     }
 }
 

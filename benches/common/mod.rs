@@ -1,0 +1,59 @@
+//! Two things measured in turn in one run, told as a ratio: on a shared machine single times are
+//! noise, and the ratio of neighbours is not.
+
+use std::time::{Duration, Instant};
+
+/// Measures `ours` and `peer` in turn, `runs` times each after one round that is not counted, and
+/// prints the median times and the median ratio with its spread.
+pub fn compare(
+    what: &str,
+    runs: usize,
+    mut ours: impl FnMut() -> Duration,
+    mut peer: impl FnMut() -> Duration,
+) {
+    let (mut a, mut b, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for run in 0..=runs {
+        let (ours, peer) = (ours(), peer());
+        if run != 0 {
+            a.push(ours.as_secs_f64());
+            b.push(peer.as_secs_f64());
+            ratios.push(peer.as_secs_f64() / ours.as_secs_f64());
+        }
+    }
+    for values in [&mut a, &mut b, &mut ratios] {
+        values.sort_by(f64::total_cmp);
+    }
+    let middle = |values: &[f64]| values[values.len() / 2];
+    println!(
+        "{what:<58} {:>10} {:>10}   {:>8.2}x ({:.2}-{:.2})",
+        human(middle(&a)),
+        human(middle(&b)),
+        middle(&ratios),
+        ratios[0],
+        ratios[ratios.len() - 1],
+    );
+}
+
+/// Prints the head of a table of [`compare`] lines.
+pub fn head(title: &str, peer: &str) {
+    println!("\n{title}");
+    println!("{:<58} {:>10} {:>10}   {:>8}", "", "ours", peer, "peer/ours");
+}
+
+/// How long `work` takes, from `times` goes.
+pub fn time(times: u32, mut work: impl FnMut()) -> Duration {
+    let start = Instant::now();
+    for _ in 0..times {
+        work();
+    }
+    start.elapsed() / times
+}
+
+fn human(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-6 => format!("{:.1} ns", s * 1e9),
+        s if s < 1e-3 => format!("{:.2} us", s * 1e6),
+        s if s < 1.0 => format!("{:.2} ms", s * 1e3),
+        s => format!("{s:.2} s"),
+    }
+}
