@@ -1,1 +1,9 @@
+//! Tests of the relay and the notifier.
 
+mod exchange;
+mod harness;
+mod log;
+mod malformed;
+mod notifier;
+mod real_crate;
+mod rings;
