@@ -124,7 +124,10 @@ pub(super) mod protocol {
 }
 
 macro_rules! requests {
-    ($($name:ident = $id:literal, sizes $sizes:expr, fds $fds:expr, reply $reply:ident, feature $feature:expr;)*) => {
+    ($(
+        $name:ident = $id:literal, sizes $sizes:expr, fds $fds:expr, reply $reply:ident,
+        feature $feature:expr;
+    )*) => {
         /// A request of the front-end that the relay knows.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[allow(non_camel_case_types, missing_docs, clippy::upper_case_acronyms)]

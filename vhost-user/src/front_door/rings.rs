@@ -8,6 +8,8 @@ const RINGS: u32 = 64;
 pub(super) struct Rings {
     started: u64,
     enabled: u64,
+    /// Rings that the crate has accepted a message about.
+    known: u64,
     /// A reset disabled all rings, and none has been enabled since.
     reset: bool,
 }
@@ -20,6 +22,7 @@ impl Rings {
     /// A kick descriptor came.
     pub(super) fn start(&mut self, index: u32) {
         self.started |= Self::bit(index);
+        self.known |= Self::bit(index);
     }
 
     /// The base was fetched.
@@ -28,6 +31,7 @@ impl Rings {
     }
 
     pub(super) fn enable(&mut self, index: u32, on: bool) {
+        self.known |= Self::bit(index);
         if on {
             self.enabled |= Self::bit(index);
             self.reset = false;
@@ -48,9 +52,9 @@ impl Rings {
         self.reset = true;
     }
 
-    /// Enabled rings.
+    /// Enabled rings, of those that are known to exist.
     pub(super) fn enabled(&self) -> impl Iterator<Item = u32> + use<> {
-        let enabled = self.enabled;
+        let enabled = self.enabled & self.known;
         (0..RINGS).filter(move |&index| enabled & Self::bit(index) != 0)
     }
 

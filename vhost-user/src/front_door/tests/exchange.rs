@@ -98,6 +98,15 @@ fn either_end_ends_the_other() {
 }
 
 #[test]
+fn the_last_request_before_half_a_close_is_answered() {
+    let mut bench = Bench::negotiated();
+    bench.send(R::GET_FEATURES, &[]);
+    bench.front.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(bench.reply(R::GET_FEATURES), FEATURES.to_le_bytes());
+    bench.outcome().unwrap();
+}
+
+#[test]
 fn half_a_message_does_not_hold_the_end_up() {
     let mut bench = Bench::negotiated();
     (&bench.front.stream).write_all(&[1, 0, 0]).unwrap();

@@ -85,6 +85,13 @@ fn owners_come_and_go() {
     bench.take_journal();
     assert_eq!(bench.ask(R::RESET_OWNER, &[], &[]), 0);
     assert_eq!(bench.take_journal(), [""; 0]);
+
+    // Only rings that exist are disabled, also when all were enabled at once.
+    assert_eq!(bench.ask(R::SET_FEATURES, &(1u64 << 30).to_le_bytes(), &[]), 0);
+    bench.take_journal();
+    assert_eq!(bench.ask(R::RESET_OWNER, &[], &[]), 0);
+    let expected = ["quiesce", "crate SET_VRING_ENABLE", "rings_reset", "release"];
+    assert_eq!(bench.take_journal(), expected);
 }
 
 #[test]
