@@ -83,8 +83,8 @@ impl Backing {
             return Err(BackingError::NotWritable);
         }
         let statfs = fs::fstatfs(&file).map_err(system("look at the file system"))?;
-        // The magic is a 32 bit number in a field whose width and sign vary.
-        let kind = match u64::from_ne_bytes(i64::from(statfs.f_type).to_ne_bytes()) & 0xffff_ffff {
+        // The magic is a 32 bit number in a wider, signed field.
+        let kind = match statfs.f_type.cast_unsigned() & 0xffff_ffff {
             TMPFS_MAGIC => BackingKind::Shmem,
             HUGETLBFS_MAGIC => BackingKind::Hugetlb,
             _ => BackingKind::File,

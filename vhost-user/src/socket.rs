@@ -24,7 +24,12 @@ const GRACE: Duration = Duration::from_millis(1500);
 /// The source of front-ends.
 pub enum FrontEnds {
     /// A listening socket; one that the daemon bound is removed at the end.
-    Listening(UnixListener, Option<BoundPath>),
+    Listening {
+        /// Where they connect.
+        listener: UnixListener,
+        /// Removed with this value.
+        _socket: Option<BoundPath>,
+    },
     /// The one front-end that was there at the start.
     Connected(Mutex<Option<UnixStream>>),
 }
@@ -47,7 +52,7 @@ impl FrontEnds {
     /// When the path is in use or cannot be bound.
     pub fn bind(path: &Path) -> anyhow::Result<Self> {
         let listener = bind_unix(path)?;
-        Ok(Self::Listening(listener, Some(BoundPath(path.to_owned()))))
+        Ok(Self::Listening { listener, _socket: Some(BoundPath(path.to_owned())) })
     }
 
     /// Takes over an inherited descriptor.
@@ -64,7 +69,7 @@ impl FrontEnds {
             .is_ok_and(|domain| domain == rustix::net::AddressFamily::UNIX);
         anyhow::ensure!(is_unix, "not a Unix socket");
         if rustix::net::sockopt::socket_acceptconn(&fd)? {
-            Ok(Self::Listening(UnixListener::from(fd), None))
+            Ok(Self::Listening { listener: UnixListener::from(fd), _socket: None })
         } else {
             Ok(Self::Connected(Mutex::new(Some(UnixStream::from(fd)))))
         }
@@ -78,7 +83,7 @@ impl FrontEnds {
     pub fn next(&self, shutdown: &Shutdown) -> anyhow::Result<Option<UnixStream>> {
         match self {
             Self::Connected(stream) => Ok(stream.lock().take()),
-            Self::Listening(listener, _) => loop {
+            Self::Listening { listener, .. } => loop {
                 if shutdown.requested.load(Ordering::Acquire) {
                     return Ok(None);
                 }
