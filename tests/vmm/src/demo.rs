@@ -251,17 +251,18 @@ fn human(bytes: u64) -> String {
 fn paint(map: &[Cell]) -> String {
     let coloured = std::io::stdout().is_terminal() && env::var_os("NO_COLOR").is_none();
     let mut text = String::new();
-    for cell in map {
-        let (symbol, colour) = match cell {
-            Cell::Discarded => ('·', 90),
-            Cell::Untouched => ('░', 36),
-            Cell::Populated => ('█', 32),
-            Cell::Leaked => ('!', 31),
+    for run in map.chunk_by(|left, right| left == right) {
+        let (symbol, colour) = match run[0] {
+            Cell::Discarded => ("·", 90),
+            Cell::Untouched => ("░", 36),
+            Cell::Populated => ("█", 32),
+            Cell::Leaked => ("!", 31),
         };
+        let symbols = symbol.repeat(run.len());
         if coloured {
-            text += &format!("\x1b[{colour}m{symbol}\x1b[0m");
+            text += &format!("\x1b[{colour}m{symbols}\x1b[0m");
         } else {
-            text.push(symbol);
+            text += &symbols;
         }
     }
     text
