@@ -50,7 +50,7 @@ pub const DEFAULT_LOG_FILTER: &str = "info,vhost_user_backend::handler=off";
 pub fn run(config: Config) -> anyhow::Result<()> {
     let start = start::open(&config)?;
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
-    let notifier = Arc::new(Notifier::new());
+    let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
     let service = Service::new(controller, Arc::clone(&notifier))?;
     let front_ends = match &config.endpoint {
         Endpoint::Path(path) => FrontEnds::bind(path)

@@ -1,5 +1,6 @@
 //! The daemon: parse, run, exit.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
             EnvFilter::new(vhost_user_mem::DEFAULT_LOG_FILTER)
         }))
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     match vhost_user_mem::run(config) {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,6 +9,7 @@ use crate::guest::Guest;
 use crate::process;
 use crate::provision::Kit;
 use crate::qemu::{Accelerator, Qemu};
+use crate::relay;
 use crate::report::Observation;
 use crate::sizes::human;
 use crate::wait;
@@ -22,12 +23,19 @@ pub struct Setup {
     pub block: u64,
     /// NUMA node of the region; the guest then has two nodes.
     pub node: Option<u16>,
+    /// Whether a relay stands in for what QEMU cannot do: reconnect.
+    pub relay: bool,
 }
 
 impl Setup {
-    /// Where daemon and QEMU meet.
+    /// Where the daemon listens.
     pub fn vhost_socket(dir: &Path) -> PathBuf {
         dir.join("vhost.sock")
+    }
+
+    /// Where QEMU connects.
+    pub fn front_end_socket(&self, dir: &Path) -> PathBuf {
+        if self.relay { dir.join("relay.sock") } else { Self::vhost_socket(dir) }
     }
 }
 
@@ -60,6 +68,9 @@ impl Machine {
     /// Boots a guest whose device has nothing plugged; logs and sockets go to `dir`.
     pub fn boot(parts: &Parts, setup: &Setup, dir: &Path) -> Result<Self> {
         let daemon = Daemon::start(parts.daemon, setup, dir)?;
+        if setup.relay {
+            relay::start(&setup.front_end_socket(dir), &Setup::vhost_socket(dir))?;
+        }
         let qemu = Qemu::start(parts.kit, parts.accelerator, Some(setup), dir)?;
         let guest = Guest::connect(&dir.join("guest.sock"))?;
         let mut machine = Self { setup: *setup, guest, qemu, daemon, base: 0, dir: dir.to_owned() };

@@ -11,10 +11,12 @@ mod process;
 mod provision;
 mod qemu;
 mod qmp;
+mod relay;
 mod report;
 mod run;
 mod sizes;
 mod steps;
+mod vhost_message;
 mod wait;
 
 use std::process::ExitCode;

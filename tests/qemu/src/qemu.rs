@@ -7,14 +7,12 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
 
 use crate::machine::Setup;
 use crate::process;
 use crate::provision::{FRONT_END, Kit};
 use crate::qmp::{self, Qmp};
 use crate::sizes::{GIB, MIB};
-use crate::wait;
 
 /// Where the region starts for the guest: above all memory that firmware tables call RAM.
 pub const REGION_ADDR: u64 = 5 * GIB;
@@ -78,31 +76,7 @@ impl Qemu {
             Some(status) => bail!("QEMU ended with {status}"),
         })?;
         // QEMU has the file open by now. Without a name it cannot outlive the run.
-        let mut qemu = Self { child, qmp, backing: backing.map(Backing::into_file) };
-        if setup.is_some() {
-            qemu.add_front_end()?;
-        }
-        Ok(qemu)
-    }
-
-    /// A socket that reconnects also makes its first connection in the background, and the device
-    /// refuses one that is not connected yet. So the device comes second.
-    fn add_front_end(&mut self) -> Result<()> {
-        let qmp = &mut self.qmp;
-        wait::until("QEMU to connect", wait::SHORT, || {
-            let sockets = qmp.execute("query-chardev", &json!({}))?;
-            let connected = sockets.as_array().into_iter().flatten().any(|socket| {
-                let peer = socket["filename"].as_str().unwrap_or_default();
-                socket["label"] == "vmem" && !peer.starts_with("disconnected")
-            });
-            Ok(connected.then_some(()))
-        })?;
-        let device = json!({
-            "driver": FRONT_END, "bus": "port0", "chardev": "vmem",
-            "virtio-id": 24, "num_vqs": 1, "config_size": 56, "vq_size": 128,
-        });
-        qmp.execute("device_add", &device)?;
-        qmp.execute("cont", &json!({})).map(drop)
+        Ok(Self { child, qmp, backing: backing.map(Backing::into_file) })
     }
 
     /// Bytes that the host holds for the region.
@@ -135,7 +109,7 @@ impl Drop for Qemu {
 
 fn region_options(setup: &Setup, file: &Path, dir: &Path) -> Vec<String> {
     let Setup { region, node, .. } = *setup;
-    let socket = Setup::vhost_socket(dir);
+    let socket = setup.front_end_socket(dir);
     let node = node.map(|node| format!(",node={node}")).unwrap_or_default();
     [
         "-object".to_owned(),
@@ -143,12 +117,9 @@ fn region_options(setup: &Setup, file: &Path, dir: &Path) -> Vec<String> {
         "-device".to_owned(),
         format!("pc-dimm,id=dimm,memdev=region,addr={REGION_ADDR:#x}{node}"),
         "-chardev".to_owned(),
-        // Reconnecting is what lets a guest outlive the daemon.
-        format!("socket,id=vmem,path={},reconnect-ms=200", socket.display()),
+        format!("socket,id=vmem,path={}", socket.display()),
         "-device".to_owned(),
-        "pcie-root-port,id=port0".to_owned(),
-        // The guest starts when the device is there.
-        "-S".to_owned(),
+        format!("{FRONT_END},chardev=vmem,virtio-id=24,num_vqs=1,config_size=56,vq_size=128"),
     ]
     .into()
 }

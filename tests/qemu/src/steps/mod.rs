@@ -22,14 +22,14 @@ pub struct Step {
     pub run: fn(&mut Machine, &mut Report) -> Result<()>,
 }
 
-const COMMON: Setup = Setup { region: 8 * GIB, block: 2 * MIB, node: None };
+const COMMON: Setup = Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false };
 
 /// All steps.
 pub const ALL: [Step; 7] = [
     Step { name: "grow-shrink", setup: COMMON, run: grow_shrink::run },
     Step { name: "migration", setup: COMMON, run: migration::run },
-    Step { name: "crash", setup: COMMON, run: crash::run },
     Step { name: "reboot", setup: COMMON, run: reboot::run },
+    Step { name: "crash", setup: Setup { relay: true, ..COMMON }, run: crash::run },
     Step {
         name: "large-blocks",
         setup: Setup { block: 128 * MIB, ..COMMON },

@@ -75,7 +75,7 @@ fn memory_changes_while_quiesced() {
 #[test]
 fn postcopy_is_passed_on() {
     let bench = Bench::negotiated();
-    assert_eq!(bench.get(R::POSTCOPY_ADVISE, &[]), []);
+    assert_eq!(bench.get(R::POSTCOPY_ADVISE, &[]), [0u8; 0]);
     assert_eq!(bench.ask(R::POSTCOPY_LISTEN, &[], &[]), 0);
     // The addresses of new memory, and the front-end's bare confirmation.
     let (_kept, pipe) = witness();

@@ -1,0 +1,61 @@
+//! The management API: HTTP/1.1 with JSON on a Unix socket.
+//!
+//! - [`Management`] is what the API needs of the device; the server knows nothing else of it.
+//! - [`Server`] has the socket; [`router`] the resources; [`Problem`] every error.
+//! - [`openapi`] describes all of it, and is served at `/openapi.json`.
+
+mod body;
+mod device;
+mod event;
+mod event_stream;
+mod listener;
+mod openapi;
+mod problem;
+mod router;
+mod server;
+mod stream;
+#[cfg(test)]
+pub(crate) mod tests;
+
+pub use device::{Blocks, DeviceInfo, MigrationSetting, Range, RequestedSize};
+pub use event::Event;
+pub use openapi::openapi;
+pub use problem::{Problem, Refusal};
+pub use router::OPENMETRICS;
+pub use server::Server;
+
+use tokio::sync::broadcast;
+
+/// The device as the management API sees it.
+///
+/// All calls may block; the server makes them on threads of their own.
+pub trait Management: Send + Sync + 'static {
+    /// The device now.
+    fn device(&self) -> DeviceInfo;
+
+    /// Asks the guest to plug this much.
+    ///
+    /// # Errors
+    ///
+    /// When the size breaks a rule of the device; nothing has changed then.
+    fn resize(&self, requested_size: u64) -> Result<DeviceInfo, Refusal>;
+
+    /// What is plugged, and what is not.
+    fn blocks(&self) -> Blocks;
+
+    /// Unplugs and discards everything.
+    ///
+    /// # Errors
+    ///
+    /// When that is not possible now.
+    fn system_reset(&self) -> Result<DeviceInfo, Refusal>;
+
+    /// Starts or ends migration.
+    fn set_migration(&self, active: bool) -> DeviceInfo;
+
+    /// All metrics in the OpenMetrics text format.
+    fn metrics(&self) -> String;
+
+    /// Events from now on.
+    fn subscribe(&self) -> broadcast::Receiver<Event>;
+}

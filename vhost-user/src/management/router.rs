@@ -1,0 +1,212 @@
+//! The resources of the API.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::response::sse::{KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use tokio::sync::{Semaphore, watch};
+
+use super::{
+    Blocks, DeviceInfo, Management, MigrationSetting, Problem, Refusal, RequestedSize, body,
+    event_stream, openapi,
+};
+
+/// Content type of the metrics.
+pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Readers of events at a time. Less than the connections, so that they cannot lock out others.
+const EVENT_READERS: usize = 32;
+
+/// What the handlers need.
+#[derive(Clone)]
+pub(super) struct Api {
+    management: Arc<dyn Management>,
+    shutdown: watch::Receiver<bool>,
+    readers: Arc<Semaphore>,
+}
+
+impl Api {
+    pub(super) fn new(management: Arc<dyn Management>, shutdown: watch::Receiver<bool>) -> Self {
+        Self { management, shutdown, readers: Arc::new(Semaphore::new(EVENT_READERS)) }
+    }
+
+    /// Calls the device where blocking does no harm.
+    async fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&dyn Management) -> T + Send + 'static,
+    ) -> Result<T, Problem> {
+        let management = Arc::clone(&self.management);
+        tokio::task::spawn_blocking(move || call(&*management)).await.map_err(|error| {
+            tracing::error!(%error, "a management call failed");
+            let detail = "The device failed to carry out the request.";
+            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
+        })
+    }
+
+    async fn change(
+        &self,
+        call: impl FnOnce(&dyn Management) -> Result<DeviceInfo, Refusal> + Send + 'static,
+    ) -> Result<Json<DeviceInfo>, Problem> {
+        Ok(Json(self.call(call).await??))
+    }
+}
+
+/// All resources, with problem details for whatever is none.
+pub(super) fn router(api: Api) -> Router {
+    Router::new()
+        .route("/v1/device", get(device))
+        .route("/v1/device/requested-size", put(set_requested_size))
+        .route("/v1/device/blocks", get(blocks))
+        .route("/v1/device/system-reset", post(system_reset))
+        .route("/v1/migration", put(set_migration))
+        .route("/v1/events", get(events))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(document))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .with_state(api)
+}
+
+/// The device.
+#[utoipa::path(get, path = "/v1/device", operation_id = "getDevice", responses(
+    (status = 200, description = "The device", body = DeviceInfo),
+    (status = 500, response = super::openapi::Failure),
+    (status = 503, response = super::openapi::Busy),
+))]
+pub(super) async fn device(State(api): State<Api>) -> Result<Json<DeviceInfo>, Problem> {
+    Ok(Json(api.call(|management| management.device()).await?))
+}
+
+/// Asks the guest to plug this much.
+#[utoipa::path(put, path = "/v1/device/requested-size", operation_id = "setRequestedSize",
+    request_body = RequestedSize, responses(
+    (status = 200, description = "The device after the change", body = DeviceInfo),
+    (status = 400, response = super::openapi::Malformed),
+    (status = 408, response = super::openapi::TooSlow),
+    (status = 413, response = super::openapi::TooLarge),
+    (status = 415, response = super::openapi::WrongType),
+    (status = 422, response = super::openapi::Wrong),
+    (status = 500, response = super::openapi::Failure),
+    (status = 503, response = super::openapi::Busy),
+))]
+pub(super) async fn set_requested_size(
+    State(api): State<Api>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<DeviceInfo>, Problem> {
+    let expected = r#"{"requested_size": BYTES}"#;
+    let RequestedSize { requested_size } = body::json(&headers, body, expected).await?;
+    api.change(move |management| management.resize(requested_size)).await
+}
+
+/// Which parts of the region are plugged and which are discarded.
+#[utoipa::path(get, path = "/v1/device/blocks", operation_id = "getBlocks", responses(
+    (status = 200, description = "The whole region", body = Blocks),
+    (status = 500, response = super::openapi::Failure),
+    (status = 503, response = super::openapi::Busy),
+))]
+pub(super) async fn blocks(State(api): State<Api>) -> Result<Json<Blocks>, Problem> {
+    Ok(Json(api.call(|management| management.blocks()).await?))
+}
+
+/// Unplugs and discards everything, as a reset of the virtual machine does.
+#[utoipa::path(post, path = "/v1/device/system-reset", operation_id = "systemReset", responses(
+    (status = 200, description = "The device after the reset", body = DeviceInfo),
+    (status = 400, response = super::openapi::Malformed),
+    (status = 408, response = super::openapi::TooSlow),
+    (status = 409, description = "Memory cannot be given back now", body = Problem,
+        content_type = "application/problem+json"),
+    (status = 413, response = super::openapi::TooLarge),
+    (status = 415, response = super::openapi::WrongType),
+    (status = 422, response = super::openapi::Wrong),
+    (status = 500, response = super::openapi::Failure),
+    (status = 503, response = super::openapi::Busy),
+))]
+pub(super) async fn system_reset(
+    State(api): State<Api>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<DeviceInfo>, Problem> {
+    body::empty(&headers, body).await?;
+    api.change(|management| management.system_reset()).await
+}
+
+/// Starts or ends migration: block state is frozen while it is active.
+#[utoipa::path(put, path = "/v1/migration", operation_id = "setMigration",
+    request_body = MigrationSetting, responses(
+    (status = 200, description = "The device after the change", body = DeviceInfo),
+    (status = 400, response = super::openapi::Malformed),
+    (status = 408, response = super::openapi::TooSlow),
+    (status = 413, response = super::openapi::TooLarge),
+    (status = 415, response = super::openapi::WrongType),
+    (status = 422, response = super::openapi::Wrong),
+    (status = 500, response = super::openapi::Failure),
+    (status = 503, response = super::openapi::Busy),
+))]
+pub(super) async fn set_migration(
+    State(api): State<Api>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<DeviceInfo>, Problem> {
+    let expected = r#"{"active": true} or {"active": false}"#;
+    let MigrationSetting { active } = body::json(&headers, body, expected).await?;
+    api.change(move |management| Ok(management.set_migration(active))).await
+}
+
+/// Changes as they happen, as server-sent events.
+///
+/// The current state comes first, as events. A reader that was too slow gets a comment and the
+/// current state again. Comments keep the connection alive.
+///
+/// Events and their data: `requested-size` `{"requested_size": BYTES}`, `plugged-size`
+/// `{"plugged_size": BYTES}`, `migration` `{"active": BOOL}`, `connected` and `disconnected`
+/// `{"connected": BOOL}`.
+#[utoipa::path(get, path = "/v1/events", operation_id = "getEvents", responses(
+    (status = 200, description = "Events without end", body = String,
+        content_type = "text/event-stream"),
+    (status = 503, response = super::openapi::Busy),
+))]
+pub(super) async fn events(State(api): State<Api>) -> Response {
+    let Ok(permit) = Arc::clone(&api.readers).try_acquire_owned() else {
+        let detail = format!("{EVENT_READERS} clients read events already.");
+        return Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).into_response();
+    };
+    let events = event_stream::follow(api.management, api.shutdown, permit);
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+}
+
+/// Sizes, requests by type and response, latencies, discards, in the OpenMetrics text format.
+#[utoipa::path(get, path = "/metrics", operation_id = "getMetrics", responses(
+    (status = 200, description = "OpenMetrics text", body = String,
+        content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8"),
+    (status = 500, response = super::openapi::Failure),
+    (status = 503, response = super::openapi::Busy),
+))]
+pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, Problem> {
+    let metrics = api.call(|management| management.metrics()).await?;
+    Ok(([(header::CONTENT_TYPE, OPENMETRICS)], metrics).into_response())
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", operation_id = "getOpenApi", responses(
+    (status = 200, description = "An OpenAPI document", body = Object),
+    (status = 503, response = super::openapi::Busy),
+))]
+pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
+    Json(openapi())
+}
+
+async fn not_found(uri: Uri) -> Problem {
+    let detail = format!("There is no {}; GET /openapi.json lists what there is.", uri.path());
+    Problem::new(StatusCode::NOT_FOUND, detail)
+}
+
+async fn method_not_allowed(method: Method, request: Request) -> Problem {
+    let detail = format!("{} does not support {method}.", request.uri().path());
+    Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
+}

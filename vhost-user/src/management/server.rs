@@ -1,0 +1,193 @@
+//! The server: accepts connections, and ends them when told to.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{StatusCode, header};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use parking_lot::Mutex;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::listener::{self, SocketFile};
+use super::problem::PROBLEM_JSON;
+use super::router::{Api, router};
+use super::stream::PatientStream;
+use super::{Management, Problem};
+
+/// Connections at a time; one more is told that there are too many.
+const CONNECTIONS: usize = 64;
+
+/// From the start of a connection, or of waiting for the next request, to the end of its head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a client may leave its answers unread.
+const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is read ahead of a connection, at most; also bounds the head of a request.
+const BUFFER: usize = 64 << 10;
+
+/// What connections have to end by themselves at shutdown.
+const GRACE: Duration = Duration::from_millis(300);
+
+/// After an error of accept that is not the client's, such as no descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The management API on its socket.
+///
+/// Clients that connect between [`Server::bind`] and [`Server::start`] are served once it runs.
+/// Dropping it shuts it down.
+pub struct Server {
+    management: Arc<dyn Management>,
+    state: Mutex<State>,
+    shutdown: watch::Sender<bool>,
+}
+
+enum State {
+    Bound(UnixListener, SocketFile),
+    Running(JoinHandle<()>, SocketFile),
+    Ended,
+}
+
+impl Server {
+    /// Binds the socket. A socket file left by a killed daemon is replaced.
+    ///
+    /// # Errors
+    ///
+    /// When somebody serves the socket, when the path is something else than a socket, or when
+    /// it cannot be bound.
+    pub fn bind(
+        path: impl AsRef<Path>,
+        management: Arc<dyn Management>,
+    ) -> io::Result<Self> {
+        let (listener, file) = listener::bind(path.as_ref())?;
+        let state = Mutex::new(State::Bound(listener, file));
+        Ok(Self { management, state, shutdown: watch::Sender::new(false) })
+    }
+
+    /// Serves the socket on a thread of its own. Does nothing when that was done before.
+    ///
+    /// # Errors
+    ///
+    /// When there is no thread to be had; the socket is closed then.
+    pub fn start(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        let (listener, file) = match std::mem::replace(&mut *state, State::Ended) {
+            State::Bound(listener, file) => (listener, file),
+            other => {
+                *state = other;
+                return Ok(());
+            }
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("management")
+            .enable_all()
+            .build()?;
+        let shutdown = self.shutdown.subscribe();
+        let api = Api::new(Arc::clone(&self.management), shutdown.clone());
+        let listener = {
+            let _inside = runtime.enter();
+            tokio::net::UnixListener::from_std(listener)?
+        };
+        let thread = thread::Builder::new().name("management".to_owned()).spawn(move || {
+            runtime.block_on(serve(listener, router(api), shutdown));
+            // A call to the device may still block; it ends with the process.
+            runtime.shutdown_background();
+        })?;
+        *state = State::Running(thread, file);
+        Ok(())
+    }
+
+    /// Ends all connections and removes the socket, within a second.
+    pub fn shutdown(&self) {
+        let state = std::mem::replace(&mut *self.state.lock(), State::Ended);
+        self.shutdown.send_replace(true);
+        match state {
+            State::Bound(listener, file) => drop((listener, file)),
+            State::Running(thread, file) => {
+                drop(file);
+                let _ = thread.join();
+            }
+            State::Ended => {}
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+async fn serve(
+    listener: tokio::net::UnixListener,
+    router: Router,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+            _ = shutdown.wait_for(|end| *end) => break,
+        };
+        match accepted {
+            Ok((stream, _)) if connections.len() >= CONNECTIONS => turn_away(&stream),
+            Ok((stream, _)) => {
+                connections.spawn(connection(stream, router.clone(), shutdown.clone()));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a management client");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    let all_ended = async { while connections.join_next().await.is_some() {} };
+    // Those that are left end with the set.
+    let _ = tokio::time::timeout(GRACE, all_ended).await;
+}
+
+async fn connection(stream: UnixStream, router: Router, mut shutdown: watch::Receiver<bool>) {
+    let io = TokioIo::new(PatientStream::new(stream, WRITE_PATIENCE));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(BUFFER)
+        .serve_connection(io, TowerToHyperService::new(router));
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        _ = shutdown.wait_for(|end| *end) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "management connection ended");
+    }
+}
+
+/// Answers without reading, and without waiting for room to write.
+fn turn_away(stream: &UnixStream) {
+    let detail = format!("{CONNECTIONS} clients are connected already; try again later.");
+    let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail);
+    let body = serde_json::to_string(&problem).unwrap_or_default();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\n{}: {PROBLEM_JSON}\r\n{}: {}\r\n{}: close\r\n\r\n{body}",
+        header::CONTENT_TYPE,
+        header::CONTENT_LENGTH,
+        body.len(),
+        header::CONNECTION,
+    );
+    let _ = stream.try_write(answer.as_bytes());
+}

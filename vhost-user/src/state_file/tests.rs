@@ -1,0 +1,226 @@
+use super::*;
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+const BLOCK: u64 = 4096;
+const NR: u64 = 200;
+
+fn geometry() -> Geometry {
+    Geometry { addr: 1 << 32, region_size: NR * BLOCK, block_size: BLOCK, node_id: None }
+}
+
+struct Rig {
+    dir: TempDir,
+}
+
+impl Rig {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    fn create(&self) -> StateFile {
+        StateFile::create(&self.path(), &geometry(), 0, 0).unwrap()
+    }
+
+    fn open(&self) -> Result<Saved, StateFileError> {
+        StateFile::open(&self.path(), &geometry()).map(|(_, saved)| saved)
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        std::fs::read(self.path()).unwrap()
+    }
+
+    fn set_bytes(&self, bytes: &[u8]) {
+        std::fs::write(self.path(), bytes).unwrap();
+    }
+}
+
+fn commit(delta: Delta, requested_size: u64) -> Commit<'static> {
+    Commit {
+        requested_size,
+        usable_region_size: NR * BLOCK,
+        api_migration: false,
+        delta,
+        journal: JournalUpdate::Record(&[7; 24]),
+    }
+}
+
+const SET: Delta = Delta::Set { first_block: 3, nr_blocks: 130 };
+
+#[test]
+fn what_was_committed_is_found_again() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    file.commit(&commit(SET, 5 * BLOCK)).unwrap();
+    file.commit(&commit(Delta::Clear { first_block: 64, nr_blocks: 1 }, BLOCK)).unwrap();
+    drop(file);
+    let saved = rig.open().unwrap();
+    assert_eq!((saved.requested_size, saved.plugged_blocks), (BLOCK, 129));
+    assert_eq!(saved.plugged, [u64::MAX << 3, u64::MAX - 1, 0b11111, 0]);
+    assert_eq!(saved.journal, Some(JournalEntry { request: [7; 24], answered: false }));
+}
+
+#[test]
+fn an_answered_request_is_remembered_as_answered_until_the_next() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    file.commit(&commit(SET, 0)).unwrap();
+    file.mark_answered().unwrap();
+    let keep = Commit { journal: JournalUpdate::Keep, ..commit(Delta::None, BLOCK) };
+    file.commit(&keep).unwrap();
+    drop(file);
+    assert!(rig.open().unwrap().journal.unwrap().answered);
+    let (mut file, _) = StateFile::open(&rig.path(), &geometry()).unwrap();
+    file.commit(&commit(Delta::ClearAll, 0)).unwrap();
+    drop(file);
+    assert!(!rig.open().unwrap().journal.unwrap().answered);
+}
+
+#[test]
+fn a_file_in_use_is_refused() {
+    let rig = Rig::new();
+    let _file = rig.create();
+    assert!(matches!(rig.open(), Err(StateFileError::InUse(_))));
+}
+
+#[test]
+fn other_geometries_are_refused_by_name_and_left_alone() {
+    let rig = Rig::new();
+    drop(rig.create());
+    let before = rig.bytes();
+    for (changed, name) in [
+        (Geometry { addr: 0, ..geometry() }, "addr"),
+        (Geometry { region_size: 2 * NR * BLOCK, ..geometry() }, "region_size"),
+        (Geometry { block_size: 2 * BLOCK, ..geometry() }, "block_size"),
+        (Geometry { node_id: Some(0), ..geometry() }, "node_id"),
+    ] {
+        match StateFile::open(&rig.path(), &changed) {
+            Err(StateFileError::Geometry { field, .. }) => assert_eq!(field, name),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(rig.bytes(), before);
+}
+
+#[test]
+fn a_newer_version_is_refused_and_left_alone() {
+    let rig = Rig::new();
+    drop(rig.create());
+    let mut bytes = rig.bytes();
+    bytes[8] = 2;
+    rig.set_bytes(&bytes);
+    assert!(matches!(rig.open(), Err(StateFileError::Newer { found: 2, known: 1, .. })));
+    assert_eq!(rig.bytes(), bytes);
+}
+
+#[test]
+fn a_file_cut_anywhere_or_with_a_tail_is_refused() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    file.commit(&commit(SET, 0)).unwrap();
+    drop(file);
+    let bytes = rig.bytes();
+    for len in (0..bytes.len()).step_by(61).chain([bytes.len() - 1]) {
+        rig.set_bytes(&bytes[..len]);
+        assert!(rig.open().is_err(), "{len}");
+    }
+    rig.set_bytes(&[&bytes[..], &[0]].concat());
+    assert!(rig.open().is_err());
+}
+
+#[test]
+fn a_flipped_bit_is_refused_or_changes_nothing() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    file.commit(&commit(SET, 0)).unwrap();
+    file.commit(&commit(Delta::Clear { first_block: 70, nr_blocks: 2 }, 0)).unwrap();
+    drop(file);
+    let good = rig.open().unwrap();
+    let bytes = rig.bytes();
+    // The rest of each page is not read.
+    for at in (0..bytes.len()).filter(|at| at % 4096 < 160) {
+        for bit in [0, 3, 7] {
+            let mut broken = bytes.clone();
+            broken[at] ^= 1 << bit;
+            rig.set_bytes(&broken);
+            if let Ok(saved) = rig.open() {
+                assert_eq!(saved, good, "byte {at} bit {bit}");
+            }
+        }
+    }
+}
+
+/// What a kill may leave of a commit's writes: the slot whole or not at all, and then any part of
+/// the bitmap's words.
+fn images(before: &[u8], after: &[u8]) -> Vec<(Vec<u8>, bool)> {
+    let bitmap = usize::try_from(BITMAP).unwrap();
+    let mut images = vec![(before.to_vec(), false), (after.to_vec(), true)];
+    for cut in (bitmap..=after.len()).step_by(4) {
+        let image = [&after[..bitmap], &after[bitmap..cut], &before[cut..]].concat();
+        images.push((image, true));
+    }
+    images
+}
+
+fn any_delta() -> impl Strategy<Value = Delta> {
+    let span = (0..NR).prop_flat_map(|first| (Just(first), 1..=NR - first));
+    prop_oneof![
+        1 => Just(Delta::None),
+        4 => span.clone().prop_map(|(first_block, nr_blocks)| Delta::Set { first_block, nr_blocks }),
+        4 => span.prop_map(|(first_block, nr_blocks)| Delta::Clear { first_block, nr_blocks }),
+        1 => Just(Delta::ClearAll),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_kill_at_any_write_leaves_the_state_before_or_after(
+        deltas in prop::collection::vec(any_delta(), 1..6),
+    ) {
+        let rig = Rig::new();
+        let mut file = rig.create();
+        let mut model = vec![false; usize::try_from(NR).unwrap()];
+        for (step, delta) in deltas.into_iter().enumerate() {
+            let before_model = model.clone();
+            let before = rig.bytes();
+            file.commit(&commit(delta, step as u64 * BLOCK)).unwrap();
+            let range = |first: u64, nr: u64| {
+                usize::try_from(first).unwrap()..usize::try_from(first + nr).unwrap()
+            };
+            match delta {
+                Delta::None => {}
+                Delta::Set { first_block, nr_blocks } => {
+                    model[range(first_block, nr_blocks)].fill(true);
+                }
+                Delta::Clear { first_block, nr_blocks } => {
+                    model[range(first_block, nr_blocks)].fill(false);
+                }
+                Delta::ClearAll => model.fill(false),
+            }
+            let after = rig.bytes();
+            let copy = Rig::new();
+            for (image, committed) in images(&before, &after) {
+                copy.set_bytes(&image);
+                let saved = copy.open().unwrap();
+                let expected = if committed { &model } else { &before_model };
+                let bit = |i: usize| saved.plugged[i / 64] >> (i % 64) & 1 == 1;
+                prop_assert!((0..expected.len()).all(|i| bit(i) == expected[i]));
+                copy.open().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn random_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..20000)) {
+        let rig = Rig::new();
+        rig.set_bytes(&bytes);
+        prop_assert!(rig.open().is_err());
+        prop_assert_eq!(rig.bytes(), bytes);
+    }
+}
