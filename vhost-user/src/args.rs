@@ -135,9 +135,11 @@ impl TryFrom<Args> for Config {
         VirtioMem::new(geometry, requested_size)
             .map_err(|error| ArgsError::new("requested-size", &args.requested_size, error))?;
         let endpoint = match (args.socket_path, &args.fd) {
-            (_, Some(text)) => Endpoint::Fd(text.parse().ok().filter(|fd| *fd >= 0).ok_or_else(
-                || ArgsError::new("fd", text, "not the number of a file descriptor"),
-            )?),
+            (_, Some(text)) => {
+                Endpoint::Fd(text.parse().ok().filter(|fd| *fd >= 0).ok_or_else(|| {
+                    ArgsError::new("fd", text, "not the number of a file descriptor")
+                })?)
+            }
             (Some(path), None) => Endpoint::Path(path),
             (None, None) => {
                 return Err(ArgsError::new("socket-path", "", "neither it nor --fd is given"));

@@ -53,8 +53,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
     let service = Service::new(controller, Arc::clone(&notifier))?;
     let front_ends = match &config.endpoint {
-        Endpoint::Path(path) => FrontEnds::bind(path)
-            .with_context(|| format!("--socket-path {}", path.display()))?,
+        Endpoint::Path(path) => {
+            FrontEnds::bind(path).with_context(|| format!("--socket-path {}", path.display()))?
+        }
         Endpoint::Fd(fd) => FrontEnds::inherit(*fd).with_context(|| format!("--fd {fd}"))?,
     };
     let api = match &config.api_socket {

@@ -3,11 +3,11 @@
 //! Everything here is read from a hostile guest. A chain's framing is checked before anything is
 //! executed: a request that could not be answered is not executed.
 
+use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_mem::ByteRange;
 use virtio_mem::controller::MemController;
 use virtio_mem::device::{REQUEST_LEN, RESPONSE_LEN, Request, Response};
 use virtio_queue::DescriptorChain;
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Guest memory with the front-end's dirty log.

@@ -63,8 +63,8 @@ impl FrontEnds {
     pub fn inherit(fd: i32) -> anyhow::Result<Self> {
         // A duplicate, since nothing tells that nobody else in this process uses the number.
         let myself = pidfd_open(getpid(), PidfdFlags::empty())?;
-        let fd: OwnedFd = pidfd_getfd(myself, fd, PidfdGetfdFlags::empty())
-            .context("no such file descriptor")?;
+        let fd: OwnedFd =
+            pidfd_getfd(myself, fd, PidfdGetfdFlags::empty()).context("no such file descriptor")?;
         let is_unix = rustix::net::sockopt::socket_domain(&fd)
             .is_ok_and(|domain| domain == rustix::net::AddressFamily::UNIX);
         anyhow::ensure!(is_unix, "not a Unix socket");

@@ -26,8 +26,7 @@ pub fn open(config: &Config) -> anyhow::Result<Start> {
     };
     if !path.try_exists().with_context(option)? {
         let (requested, usable) = (device.requested_size(), device.usable_region_size());
-        let file =
-            StateFile::create(path, &geometry, requested, usable).with_context(option)?;
+        let file = StateFile::create(path, &geometry, requested, usable).with_context(option)?;
         return Ok(Start { store: Box::new(Store(file)), ..Start::volatile(device) });
     }
     let (file, saved) = StateFile::open(path, &geometry).with_context(option)?;

@@ -4,12 +4,12 @@
 mod common;
 
 use common::{ADDR, BLOCK, REGION, RING, connect, gpa, options, ram, rig};
+use std::time::Duration;
 use test_vmm::backend_channel::{BackendChannel, Behaviour};
 use test_vmm::config::MemConfig;
 use test_vmm::driver::{MemDriver, ResponseType};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::protocol::{feature, protocol_feature};
-use std::time::Duration;
 
 #[test]
 fn d21_features_offered_are_those_of_the_contract() {
@@ -119,12 +119,13 @@ fn d18_after_a_reset_nothing_moves_until_the_ring_runs_again() {
     rig.frontend.reset_device().unwrap();
     let seen = rig.channel.as_ref().unwrap().config_changes();
     let used = rig.driver.ring().used_idx().unwrap();
-    rig.driver.submit(
-        &test_vmm::driver::MemRequest::new(test_vmm::driver::RequestType::Plug, gpa(1), 1)
-            .to_bytes(),
-        &test_vmm::driver::Shape::default(),
-    )
-    .unwrap();
+    rig.driver
+        .submit(
+            &test_vmm::driver::MemRequest::new(test_vmm::driver::RequestType::Plug, gpa(1), 1)
+                .to_bytes(),
+            &test_vmm::driver::Shape::default(),
+        )
+        .unwrap();
     rig.driver.ring().force_kick().unwrap();
     assert!(rig.daemon.api().resize(BLOCK).unwrap().is_success());
     std::thread::sleep(Duration::from_millis(100));
@@ -145,8 +146,7 @@ fn d19_a_ring_that_is_not_enabled_is_not_served() {
     frontend.set_mem_table(&ram).unwrap();
     let mut driver = MemDriver::at(&ram, RING, 8, true).unwrap();
     frontend.setup_ring(0, driver.ring()).unwrap();
-    let request =
-        test_vmm::driver::MemRequest::new(test_vmm::driver::RequestType::Plug, gpa(0), 1);
+    let request = test_vmm::driver::MemRequest::new(test_vmm::driver::RequestType::Plug, gpa(0), 1);
     driver.submit(&request.to_bytes(), &test_vmm::driver::Shape::default()).unwrap();
     driver.ring().force_kick().unwrap();
     std::thread::sleep(Duration::from_millis(100));
@@ -238,9 +238,7 @@ fn memory_that_could_never_be_given_back_is_refused_with_the_reason() {
     }
 }
 
-fn connect_boot_only(
-    daemon: &test_vmm::daemon::Daemon,
-) -> (Frontend, BackendChannel, MemDriver) {
+fn connect_boot_only(daemon: &test_vmm::daemon::Daemon) -> (Frontend, BackendChannel, MemDriver) {
     let layout = test_vmm::memory::Layout::new().memfd("boot", 0, common::BOOT).unwrap();
     let ram = std::sync::Arc::new(test_vmm::memory::GuestRam::new(layout).unwrap());
     connect(daemon, &ram)

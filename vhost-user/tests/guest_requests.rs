@@ -4,13 +4,14 @@
 mod common;
 
 use common::{ADDR, BLOCK, REGION, Rig, gpa, options, ram, rig, rig_with};
-use test_vmm::driver::{BlockState, MemRequest, RequestType, ResponseType, Shape};
-use test_vmm::split_ring::{Next, Segment};
-use test_vmm::memory::{GuestRam, Layout};
 use std::sync::Arc;
 use std::time::Duration;
+use test_vmm::driver::{BlockState, MemRequest, RequestType, ResponseType, Shape};
+use test_vmm::memory::{GuestRam, Layout};
+use test_vmm::split_ring::{Next, Segment};
 
-const NAMING_BLOCKS: [RequestType; 3] = [RequestType::Plug, RequestType::Unplug, RequestType::State];
+const NAMING_BLOCKS: [RequestType; 3] =
+    [RequestType::Plug, RequestType::Unplug, RequestType::State];
 
 #[test]
 fn d31_d38_d50_bad_ranges_are_errors_and_change_nothing() {

@@ -68,8 +68,7 @@ async fn forward(
 
 async fn send_state(management: &Arc<dyn Management>, sender: &Sender) -> Result<(), ()> {
     let management = Arc::clone(management);
-    let device =
-        tokio::task::spawn_blocking(move || management.device()).await.map_err(drop)?;
+    let device = tokio::task::spawn_blocking(move || management.device()).await.map_err(drop)?;
     for event in Event::state(&device) {
         sender.send(Ok(encode(event))).await.map_err(drop)?;
     }

@@ -30,10 +30,7 @@ pub(super) fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
         other => other?,
     };
     let metadata = fs::symlink_metadata(path)?;
-    let file = SocketFile {
-        path: path.to_owned(),
-        identity: (metadata.dev(), metadata.ino()),
-    };
+    let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
     listener.set_nonblocking(true)?;
     Ok((listener, file))
 }

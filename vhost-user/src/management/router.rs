@@ -75,8 +75,8 @@ pub(super) fn router(api: Api) -> Router {
 /// The device.
 #[utoipa::path(get, path = "/v1/device", operation_id = "getDevice", responses(
     (status = 200, description = "The device", body = DeviceInfo),
-    (status = 500, response = super::openapi::Failure),
-    (status = 503, response = super::openapi::Busy),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
 ))]
 pub(super) async fn device(State(api): State<Api>) -> Result<Json<DeviceInfo>, Problem> {
     Ok(Json(api.call(|management| management.device()).await?))
@@ -86,13 +86,13 @@ pub(super) async fn device(State(api): State<Api>) -> Result<Json<DeviceInfo>, P
 #[utoipa::path(put, path = "/v1/device/requested-size", operation_id = "setRequestedSize",
     request_body = RequestedSize, responses(
     (status = 200, description = "The device after the change", body = DeviceInfo),
-    (status = 400, response = super::openapi::Malformed),
-    (status = 408, response = super::openapi::TooSlow),
-    (status = 413, response = super::openapi::TooLarge),
-    (status = 415, response = super::openapi::WrongType),
-    (status = 422, response = super::openapi::Wrong),
-    (status = 500, response = super::openapi::Failure),
-    (status = 503, response = super::openapi::Busy),
+    (status = 400, response = openapi::Malformed),
+    (status = 408, response = openapi::TooSlow),
+    (status = 413, response = openapi::TooLarge),
+    (status = 415, response = openapi::WrongType),
+    (status = 422, response = openapi::Wrong),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
 ))]
 pub(super) async fn set_requested_size(
     State(api): State<Api>,
@@ -107,8 +107,8 @@ pub(super) async fn set_requested_size(
 /// Which parts of the region are plugged and which are discarded.
 #[utoipa::path(get, path = "/v1/device/blocks", operation_id = "getBlocks", responses(
     (status = 200, description = "The whole region", body = Blocks),
-    (status = 500, response = super::openapi::Failure),
-    (status = 503, response = super::openapi::Busy),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
 ))]
 pub(super) async fn blocks(State(api): State<Api>) -> Result<Json<Blocks>, Problem> {
     Ok(Json(api.call(|management| management.blocks()).await?))
@@ -117,15 +117,15 @@ pub(super) async fn blocks(State(api): State<Api>) -> Result<Json<Blocks>, Probl
 /// Unplugs and discards everything, as a reset of the virtual machine does.
 #[utoipa::path(post, path = "/v1/device/system-reset", operation_id = "systemReset", responses(
     (status = 200, description = "The device after the reset", body = DeviceInfo),
-    (status = 400, response = super::openapi::Malformed),
-    (status = 408, response = super::openapi::TooSlow),
+    (status = 400, response = openapi::Malformed),
+    (status = 408, response = openapi::TooSlow),
     (status = 409, description = "Memory cannot be given back now", body = Problem,
         content_type = "application/problem+json"),
-    (status = 413, response = super::openapi::TooLarge),
-    (status = 415, response = super::openapi::WrongType),
-    (status = 422, response = super::openapi::Wrong),
-    (status = 500, response = super::openapi::Failure),
-    (status = 503, response = super::openapi::Busy),
+    (status = 413, response = openapi::TooLarge),
+    (status = 415, response = openapi::WrongType),
+    (status = 422, response = openapi::Wrong),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
 ))]
 pub(super) async fn system_reset(
     State(api): State<Api>,
@@ -140,13 +140,13 @@ pub(super) async fn system_reset(
 #[utoipa::path(put, path = "/v1/migration", operation_id = "setMigration",
     request_body = MigrationSetting, responses(
     (status = 200, description = "The device after the change", body = DeviceInfo),
-    (status = 400, response = super::openapi::Malformed),
-    (status = 408, response = super::openapi::TooSlow),
-    (status = 413, response = super::openapi::TooLarge),
-    (status = 415, response = super::openapi::WrongType),
-    (status = 422, response = super::openapi::Wrong),
-    (status = 500, response = super::openapi::Failure),
-    (status = 503, response = super::openapi::Busy),
+    (status = 400, response = openapi::Malformed),
+    (status = 408, response = openapi::TooSlow),
+    (status = 413, response = openapi::TooLarge),
+    (status = 415, response = openapi::WrongType),
+    (status = 422, response = openapi::Wrong),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
 ))]
 pub(super) async fn set_migration(
     State(api): State<Api>,
@@ -169,7 +169,7 @@ pub(super) async fn set_migration(
 #[utoipa::path(get, path = "/v1/events", operation_id = "getEvents", responses(
     (status = 200, description = "Events without end", body = String,
         content_type = "text/event-stream"),
-    (status = 503, response = super::openapi::Busy),
+    (status = 503, response = openapi::Busy),
 ))]
 pub(super) async fn events(State(api): State<Api>) -> Response {
     let Ok(permit) = Arc::clone(&api.readers).try_acquire_owned() else {
@@ -184,8 +184,8 @@ pub(super) async fn events(State(api): State<Api>) -> Response {
 #[utoipa::path(get, path = "/metrics", operation_id = "getMetrics", responses(
     (status = 200, description = "OpenMetrics text", body = String,
         content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8"),
-    (status = 500, response = super::openapi::Failure),
-    (status = 503, response = super::openapi::Busy),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
 ))]
 pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, Problem> {
     let metrics = api.call(|management| management.metrics()).await?;
@@ -195,7 +195,7 @@ pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, Problem>
 /// This document.
 #[utoipa::path(get, path = "/openapi.json", operation_id = "getOpenApi", responses(
     (status = 200, description = "An OpenAPI document", body = Object),
-    (status = 503, response = super::openapi::Busy),
+    (status = 503, response = openapi::Busy),
 ))]
 pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
     Json(openapi())

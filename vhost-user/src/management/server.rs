@@ -64,10 +64,7 @@ impl Server {
     ///
     /// When somebody serves the socket, when the path is something else than a socket, or when
     /// it cannot be bound.
-    pub fn bind(
-        path: impl AsRef<Path>,
-        management: Arc<dyn Management>,
-    ) -> io::Result<Self> {
+    pub fn bind(path: impl AsRef<Path>, management: Arc<dyn Management>) -> io::Result<Self> {
         let (listener, file) = listener::bind(path.as_ref())?;
         let state = Mutex::new(State::Bound(listener, file));
         Ok(Self { management, state, shutdown: watch::Sender::new(false) })
@@ -167,7 +164,8 @@ async fn connection(stream: UnixStream, router: Router, mut shutdown: watch::Rec
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        _ = shutdown.wait_for(|end| *end) => {
+        // What it returns holds a lock and must not live across the await below.
+        () = async { drop(shutdown.wait_for(|end| *end).await) } => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

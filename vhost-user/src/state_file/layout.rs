@@ -98,10 +98,8 @@ impl<'a> Header<'a> {
         geometry: &Geometry,
         path: &Path,
     ) -> Result<(), StateFileError> {
-        let damaged = |what: &str| StateFileError::Damaged {
-            path: path.to_owned(),
-            what: what.to_owned(),
-        };
+        let damaged =
+            |what: &str| StateFileError::Damaged { path: path.to_owned(), what: what.to_owned() };
         if bytes[..MAGIC.len()] != MAGIC {
             return Err(damaged("it does not start as one"));
         }

@@ -217,8 +217,7 @@ impl StateFile {
     /// When it is damaged, of another geometry, newer, or in use; it is left as it was.
     pub fn open(path: &Path, geometry: &Geometry) -> Result<(Self, Saved), StateFileError> {
         let io = |source| StateFileError::Io { path: path.to_owned(), source };
-        let damaged =
-            |what: String| StateFileError::Damaged { path: path.to_owned(), what };
+        let damaged = |what: String| StateFileError::Damaged { path: path.to_owned(), what };
         if !std::fs::metadata(path).map_err(io)?.is_file() {
             return Err(StateFileError::NotAFile(path.to_owned()));
         }
@@ -246,7 +245,11 @@ impl StateFile {
         let slot = match (read(SLOTS[0])?, read(SLOTS[1])?) {
             (None, Some(first)) if first.seq == 1 => first,
             (Some(a), Some(b)) if a.seq.abs_diff(b.seq) == 1 => {
-                if a.seq > b.seq { a } else { b }
+                if a.seq > b.seq {
+                    a
+                } else {
+                    b
+                }
             }
             _ => return Err(damaged("its commits do not follow each other".to_owned())),
         };
