@@ -74,8 +74,8 @@ fn main() {
             compare(
                 &format!("replay_{kind}, {name}"),
                 RUNS,
-                || time(4, || bitmap.runs(0..NR, plugged).for_each(|run| drop(black_box(run)))),
-                || time(4, || naive_replay(&model, plugged, |run| drop(black_box(run)))),
+                || time(4, || bitmap.runs(0..NR, plugged).for_each(|run| _ = black_box(run))),
+                || time(4, || naive_replay(&model, plugged, |run| _ = black_box(run))),
             );
         }
     }

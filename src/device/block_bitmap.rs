@@ -183,8 +183,8 @@ mod tests {
     fn runs_end_at_the_last_block_not_at_the_last_word() {
         let mut bitmap = BlockBitmap::new(70);
         bitmap.set(60..70, true);
-        assert_eq!(bitmap.runs(0..70, true).collect::<Vec<_>>(), [60..70]);
-        assert_eq!(bitmap.runs(0..70, false).collect::<Vec<_>>(), [0..60]);
+        assert!(bitmap.runs(0..70, true).eq(std::iter::once(60..70)));
+        assert!(bitmap.runs(0..70, false).eq(std::iter::once(0..60)));
         bitmap.set(0..70, true);
         assert_eq!(bitmap.find(0..70, false), None);
     }

@@ -1,7 +1,7 @@
 //! The management API: HTTP/1.1 with JSON on a Unix socket.
 //!
 //! - [`Management`] is what the API needs of the device; the server knows nothing else of it.
-//! - [`Server`] has the socket; [`router`] the resources; [`Problem`] every error.
+//! - [`Server`] has the socket; `router` the resources; [`Problem`] every error.
 //! - [`openapi`] describes all of it, and is served at `/openapi.json`.
 
 mod body;
