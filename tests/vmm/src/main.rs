@@ -38,15 +38,19 @@ enum Command {
     },
 }
 
-fn main() -> anyhow::Result<ExitCode> {
-    match Args::parse().command {
-        Command::Demo { daemon, region_size } => {
-            let right = demo::run(daemon, region_size)?;
-            Ok(if right { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-        }
+fn main() -> ExitCode {
+    let right = match Args::parse().command {
+        Command::Demo { daemon, region_size } => demo::run(daemon, region_size),
         Command::Guest { socket, addr, region_size } => {
-            guest::run(&socket, addr, region_size, stdin().lock(), stdout().lock())?;
-            Ok(ExitCode::SUCCESS)
+            guest::run(&socket, addr, region_size, stdin().lock(), stdout().lock()).map(|()| true)
+        }
+    };
+    match right {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("small-vmm: {error:#}");
+            ExitCode::FAILURE
         }
     }
 }
