@@ -1,1 +1,176 @@
-//! Placeholder.
+//! `vmemctl`, the client of the management API.
+//!
+//! - [`Args`]: the command line; [`execute`] carries it out.
+//! - [`Client`] speaks to the daemon; [`Failure`] is whatever ends a command early.
+//! - [`man_pages`] makes manual pages of any clap command.
+
+mod args;
+mod client;
+mod clock;
+mod console;
+mod failure;
+mod man;
+mod map;
+mod progress;
+mod resize;
+mod sse;
+mod status;
+#[cfg(test)]
+mod tests;
+
+pub use args::{Args, Command};
+pub use client::{Client, Events};
+pub use console::Console;
+pub use failure::Failure;
+pub use man::{ManPage, man_pages};
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use serde_json::json;
+
+/// Exit status of wrong usage.
+const USAGE: u8 = 2;
+
+/// The program.
+pub fn main() -> ExitCode {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let (mut out, mut err) = (io::stdout(), io::stderr());
+    let mut console = Console::of_process(&mut out, &mut err);
+    ExitCode::from(run(&words, &mut console))
+}
+
+/// Parses the words of a command line, the program's name first, and carries it out; the exit
+/// status.
+pub fn run(words: &[OsString], console: &mut Console<'_>) -> u8 {
+    let parsed = Args::try_parse_from(words).and_then(|args| {
+        if args.api_socket.is_none() && args.command.needs_daemon() {
+            let message = "the option --api-socket <PATH> is required\n";
+            return Err(Args::command().error(ErrorKind::MissingRequiredArgument, message));
+        }
+        Ok(args)
+    });
+    let args = match parsed {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => {
+            let shown = console.print(&error.to_string());
+            return shown.map_or_else(|failure| failure.exit_status(), |()| 0);
+        }
+        Err(error) => {
+            if words.iter().any(|word| word == "--json") {
+                let text = error.to_string();
+                let line = text.lines().next().unwrap_or_default();
+                let message = line.trim_start_matches("error: ");
+                console.complain(&json!({ "error": message }).to_string());
+            } else {
+                console.complain(error.to_string().trim_end());
+            }
+            return USAGE;
+        }
+    };
+    console.json = args.json;
+    match execute(args, console) {
+        Ok(()) => 0,
+        Err(failure) => {
+            failure.report(console);
+            failure.exit_status()
+        }
+    }
+}
+
+/// Carries out a command.
+///
+/// # Errors
+///
+/// See [`Failure`].
+pub fn execute(args: Args, console: &mut Console<'_>) -> Result<(), Failure> {
+    match args.command {
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "vmemctl", &mut script);
+            return console.print(&String::from_utf8_lossy(&script));
+        }
+        Command::Man { dir } => return write_man_pages(dir, console),
+        _ => {}
+    }
+    let client = Client::new(args.api_socket.unwrap_or_default());
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Failure::Runtime)?;
+    runtime.block_on(speak(args.command, &client, console))
+}
+
+async fn speak(
+    command: Command,
+    client: &Client,
+    console: &mut Console<'_>,
+) -> Result<(), Failure> {
+    match command {
+        Command::Status => {
+            let device = client.device().await?;
+            console.show(&device, || status::table(&device))
+        }
+        Command::Resize { size, wait, timeout } => {
+            let mut device = client.resize(size).await?;
+            if wait {
+                device = resize::wait(client, device, size, timeout, console).await?;
+            }
+            console.show(&device, || status::sizes(&device))
+        }
+        Command::Blocks => {
+            let blocks = client.blocks().await?;
+            if console.json {
+                return console.show(&blocks, String::new);
+            }
+            let device = client.device().await?;
+            console.print(&map::draw(&blocks, &device, console.width))
+        }
+        Command::SystemReset => {
+            let device = client.system_reset().await?;
+            console.show(&device, || status::sizes(&device))
+        }
+        Command::Watch => watch(client, console).await,
+        Command::Completions { .. } | Command::Man { .. } => Ok(()),
+    }
+}
+
+async fn watch(client: &Client, console: &mut Console<'_>) -> Result<(), Failure> {
+    let mut events = client.events().await?;
+    loop {
+        let Some(event) = events.next().await? else {
+            return Err(Failure::Protocol("the daemon ended the stream of events".to_owned()));
+        };
+        let time = clock::now();
+        let line = if console.json {
+            let mut line = json!({ "time": time, "event": event.name() });
+            if let (Some(line), Some(data)) = (line.as_object_mut(), event.data().as_object()) {
+                line.extend(data.clone());
+            }
+            format!("{line}\n")
+        } else {
+            format!("{time}  {}\n", status::event(event))
+        };
+        console.print(&line)?;
+    }
+}
+
+fn write_man_pages(dir: Option<PathBuf>, console: &mut Console<'_>) -> Result<(), Failure> {
+    let pages = man_pages(Args::command()).map_err(Failure::Runtime)?;
+    let Some(dir) = dir else {
+        let roff: String = pages.into_iter().map(|page| page.roff).collect();
+        return console.print(&roff);
+    };
+    let failed = |path: PathBuf| move |source| Failure::File { path, source };
+    fs::create_dir_all(&dir).map_err(failed(dir.clone()))?;
+    for page in pages {
+        let path = dir.join(page.file_name);
+        fs::write(&path, page.roff).map_err(failed(path))?;
+    }
+    Ok(())
+}

@@ -1,1 +1,5 @@
-//! Tests of the API.
+//! Tests of the API over a real socket.
+
+mod fake;
+
+pub(crate) use fake::{Fake, device};

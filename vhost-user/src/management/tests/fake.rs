@@ -1,0 +1,116 @@
+//! A device that does what tests tell it to.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tempfile::TempDir;
+use tokio::sync::broadcast;
+
+use crate::management::{Blocks, DeviceInfo, Event, Management, Range, Refusal, Server};
+
+/// Events that a reader may lag behind.
+const BACKLOG: usize = 64;
+
+/// A device of 1 GiB at 4 GiB with blocks of 2 MiB.
+pub(crate) fn device() -> DeviceInfo {
+    DeviceInfo {
+        addr: 4 << 30,
+        region_size: 1 << 30,
+        block_size: 2 << 20,
+        node_id: None,
+        usable_region_size: 256 << 20,
+        plugged_size: 0,
+        requested_size: 0,
+        connected: false,
+        migration_active: false,
+        populated_size: None,
+    }
+}
+
+pub(crate) struct Fake {
+    pub(crate) device: Mutex<DeviceInfo>,
+    pub(crate) events: broadcast::Sender<Event>,
+    pub(crate) calls: AtomicUsize,
+    pub(crate) reset_takes: Mutex<Duration>,
+}
+
+impl Fake {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            device: Mutex::new(device()),
+            events: broadcast::channel(BACKLOG).0,
+            calls: AtomicUsize::new(0),
+            reset_takes: Mutex::default(),
+        })
+    }
+
+    /// Serves it at a socket in a directory of its own.
+    pub(crate) fn serve(self: &Arc<Self>) -> (Server, TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::bind(dir.path().join("api"), Arc::clone(self) as Arc<_>).unwrap();
+        server.start().unwrap();
+        (server, dir)
+    }
+
+    /// The guest plugs or unplugs.
+    pub(crate) fn plug(&self, plugged_size: u64) {
+        self.device.lock().plugged_size = plugged_size;
+        let _ = self.events.send(Event::PluggedSize(plugged_size));
+    }
+}
+
+impl Management for Fake {
+    fn device(&self) -> DeviceInfo {
+        self.device.lock().clone()
+    }
+
+    fn resize(&self, requested_size: u64) -> Result<DeviceInfo, Refusal> {
+        let mut device = self.device.lock();
+        if !requested_size.is_multiple_of(device.block_size) || requested_size > device.region_size
+        {
+            return Err(Refusal {
+                status: 422,
+                title: "Requested size refused".to_owned(),
+                detail: format!("{requested_size} breaks a rule"),
+            });
+        }
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        device.requested_size = requested_size;
+        let _ = self.events.send(Event::RequestedSize(requested_size));
+        Ok(device.clone())
+    }
+
+    fn blocks(&self) -> Blocks {
+        let DeviceInfo { region_size, plugged_size, .. } = *self.device.lock();
+        let range = |offset, size| (size != 0).then_some(Range { offset, size });
+        Blocks {
+            plugged: range(0, plugged_size).into_iter().collect(),
+            discarded: range(plugged_size, region_size - plugged_size).into_iter().collect(),
+        }
+    }
+
+    fn system_reset(&self) -> Result<DeviceInfo, Refusal> {
+        let takes = *self.reset_takes.lock();
+        std::thread::sleep(takes);
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.plug(0);
+        Ok(self.device())
+    }
+
+    fn set_migration(&self, active: bool) -> DeviceInfo {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.device.lock().migration_active = active;
+        let _ = self.events.send(Event::Migration(active));
+        self.device()
+    }
+
+    fn metrics(&self) -> String {
+        "# EOF\n".to_owned()
+    }
+
+    fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+}

@@ -1,0 +1,139 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+use crate::size::{SizeError, parse_size};
+
+/// Resizes and observes a virtio-mem device.
+///
+/// Speaks to a running vhost-user-mem over its management socket. Sizes are plain numbers,
+/// 0x-hex, or have a suffix K, M, G or T (powers of 1024).
+///
+/// Exit status: 0 done, 1 failed, 2 wrong usage, 3 `resize --wait` timed out.
+#[derive(Debug, Parser)]
+#[command(name = "vmemctl", version, max_term_width = 100)]
+pub struct Args {
+    /// Management socket of the daemon, as in its own --api-socket
+    #[arg(long, value_name = "PATH", global = true)]
+    pub api_socket: Option<PathBuf>,
+
+    /// Print JSON, errors included
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the device
+    Status,
+
+    /// Ask the guest to plug this much
+    Resize {
+        /// A multiple of the block size, at most the region size
+        #[arg(value_name = "SIZE", value_parser = parse_size_argument, allow_negative_numbers = true)]
+        size: u64,
+
+        /// Wait until the guest has done it
+        #[arg(long)]
+        wait: bool,
+
+        /// Wait no longer than this: 30s, 2m, 1h, or seconds
+        #[arg(long, value_name = "T", requires = "wait", value_parser = parse_duration)]
+        timeout: Option<Duration>,
+    },
+
+    /// Draw the region: what is plugged, populated and discarded
+    Blocks,
+
+    /// Unplug and discard everything, as a reset of the virtual machine does
+    SystemReset,
+
+    /// Print changes as they happen
+    Watch,
+
+    /// Print a completion script
+    Completions {
+        /// The shell to complete in
+        shell: clap_complete::Shell,
+    },
+
+    /// Print the manual, or write its pages to a directory
+    Man {
+        /// Where to write vmemctl.1 and a page for each command
+        #[arg(value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+impl Command {
+    /// Whether the command is about a running daemon.
+    pub fn needs_daemon(&self) -> bool {
+        !matches!(self, Self::Completions { .. } | Self::Man { .. })
+    }
+}
+
+fn parse_size_argument(text: &str) -> Result<u64, SizeError> {
+    parse_size(text)
+}
+
+/// Parses `30s`, `2m`, `1h` or plain seconds.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let (digits, factor) = match text.char_indices().next_back() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3600),
+        _ => (text, 1),
+    };
+    if digits.is_empty() || !digits.chars().all(|c| c.is_ascii_digit()) {
+        return Err("expected a time such as 30s, 2m, 1h, or seconds".to_owned());
+    }
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(factor))
+        // A century is far from the end of every clock that it is added to.
+        .filter(|seconds| *seconds <= 100 * 366 * 24 * 3600)
+        .map(Duration::from_secs)
+        .ok_or_else(|| "the time is too long".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn durations() {
+        for (text, seconds) in [("30s", 30), ("2m", 120), ("1h", 3600), ("5", 5), ("0", 0)] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "s", "-1", "1.5s", "1 s", "2d", "+3", "99999999999999999999", "9999999h"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn json_goes_before_and_after_the_command() {
+        for words in [
+            ["vmemctl", "--json", "--api-socket", "s", "status"],
+            ["vmemctl", "--api-socket", "s", "status", "--json"],
+            ["vmemctl", "status", "--json", "--api-socket", "s"],
+        ] {
+            let args = Args::try_parse_from(words).unwrap();
+            assert!(args.json && args.api_socket.is_some());
+        }
+    }
+}

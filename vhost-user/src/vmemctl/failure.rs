@@ -1,0 +1,105 @@
+//! What ends a command early.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use thiserror::Error;
+
+use super::Console;
+use crate::management::Problem;
+use crate::size::format_size;
+
+/// What ends a command early.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// Nobody serves the socket.
+    #[error("cannot reach the daemon at {}: {source}", path.display())]
+    Unreachable {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The daemon refused.
+    #[error("{}: {}", .0.title, .0.detail)]
+    Refused(Problem),
+    /// What answers does not speak as it should.
+    #[error("{0}")]
+    Protocol(String),
+    /// The guest was not done in time.
+    #[error("timed out after {} s: plugged {} of the requested {}{}", waited.as_secs(),
+        format_size(*plugged_size), format_size(*requested_size), obstacle.unwrap_or_default())]
+    TimedOut {
+        /// How long was waited.
+        waited: Duration,
+        /// How far it got.
+        plugged_size: u64,
+        /// What it was to be.
+        requested_size: u64,
+        /// What stood in the way, if that is known.
+        obstacle: Option<&'static str>,
+    },
+    /// Somebody else asked for another size meanwhile.
+    #[error("superseded: the requested size is now {}, no longer {} (plugged: {})",
+        format_size(*requested_size), format_size(*wanted), format_size(*plugged_size))]
+    Superseded {
+        /// What this command asked for.
+        wanted: u64,
+        /// What is asked for now.
+        requested_size: u64,
+        /// What is plugged.
+        plugged_size: u64,
+    },
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Output cannot be written.
+    #[error("cannot write the output: {0}")]
+    Output(io::Error),
+    /// The system denied what every program needs.
+    #[error("cannot start: {0}")]
+    Runtime(io::Error),
+}
+
+impl Failure {
+    /// The exit status of the program.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::TimedOut { .. } => 3,
+            // Whoever read the output has seen enough.
+            Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
+            _ => 1,
+        }
+    }
+
+    /// Prints it as one line.
+    pub fn report(&self, console: &mut Console<'_>) {
+        match self {
+            Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            _ if console.json => console.complain(&self.json().to_string()),
+            _ => console.complain(&format!("vmemctl: {self}")),
+        }
+    }
+
+    fn json(&self) -> Value {
+        let mut object = json!({ "error": self.to_string() });
+        match self {
+            Self::Refused(problem) => object["problem"] = json!(problem),
+            Self::TimedOut { plugged_size, requested_size, .. }
+            | Self::Superseded { plugged_size, requested_size, .. } => {
+                object["plugged_size"] = json!(plugged_size);
+                object["requested_size"] = json!(requested_size);
+            }
+            _ => {}
+        }
+        object
+    }
+}

@@ -1,0 +1,204 @@
+//! What a hostile front-end or guest sends may end its connection, never the daemon; nothing is
+//! changed by it, nothing leaks, and the next good request works.
+
+mod common;
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use common::{BLOCK, REGION, RING, connect, gpa, options, ram};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use test_vmm::connection::Connection;
+use test_vmm::daemon::Daemon;
+use test_vmm::driver::{MemDriver, ResponseType};
+use test_vmm::protocol::{self, VERSION};
+use test_vmm::split_ring::{Next, Segment};
+
+/// Descriptors and threads of the daemon; waits until it serves nobody.
+fn resources(daemon: &Daemon) -> (usize, usize) {
+    let deadline = Instant::now() + common::PATIENCE;
+    while daemon.api().device().unwrap()["connected"] == true {
+        assert!(Instant::now() < deadline, "the connection is not given up");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let count = |what| fs::read_dir(format!("/proc/{}/{what}", daemon.pid())).unwrap().count();
+    (count("fd"), count("task"))
+}
+
+/// Resources once the API's own connections have settled.
+fn settled(daemon: &Daemon) -> (usize, usize) {
+    let mut last = resources(daemon);
+    for _ in 0..100 {
+        std::thread::sleep(Duration::from_millis(10));
+        let now = resources(daemon);
+        if now == last {
+            break;
+        }
+        last = now;
+    }
+    last
+}
+
+fn assert_serves(daemon: &Daemon, plugged: u64) {
+    let ram = ram();
+    let (frontend, _channel, mut driver) = connect(daemon, &ram);
+    assert_eq!(frontend.config().unwrap().plugged_size, plugged);
+    assert_eq!(driver.state(gpa(0), 1).unwrap().kind(), ResponseType::Ack);
+    frontend.disconnect();
+}
+
+/// The API's own connections come and go, so that a few more are no leak; tens would be.
+fn assert_no_leak(before: (usize, usize), after: (usize, usize)) {
+    assert!(after.0 <= before.0 + 4 && after.1 <= before.1 + 4, "{before:?} -> {after:?}");
+}
+
+#[test]
+fn malformed_messages_end_the_connection_at_most() {
+    let mut daemon = common::daemon(options());
+    assert_serves(&daemon, 0);
+    let before = settled(&daemon);
+    let bodies: [Vec<u8>; 5] =
+        [vec![], vec![0], vec![0xff; 8], vec![0xff; 40], vec![0; protocol::HEADER_SIZE * 20]];
+    for request in (0..50).chain([0xffff, u32::MAX]) {
+        for flags in [VERSION, VERSION | 8, VERSION | 4, 0, 2, u32::MAX] {
+            let body = &bodies[(request as usize + flags as usize % 7) % bodies.len()];
+            let connection = Connection::connect(&daemon.socket(), common::PATIENCE).unwrap();
+            let header = protocol::header(request, flags, u32::try_from(body.len()).unwrap());
+            let _ = connection.send_raw(&[&header[..], body].concat(), &[]);
+            connection.shutdown();
+        }
+    }
+    // A size that is not there, and half a header.
+    for bytes in [&protocol::header(1, VERSION, u32::MAX)[..], &[1, 0, 0, 0, 1]] {
+        let connection = Connection::connect(&daemon.socket(), common::PATIENCE).unwrap();
+        let _ = connection.send_raw(bytes, &[]);
+        connection.shutdown();
+    }
+    assert!(daemon.is_running());
+    assert_serves(&daemon, 0);
+    assert_no_leak(before, settled(&daemon));
+}
+
+#[test]
+fn random_bytes_end_the_connection_at_most() {
+    let mut daemon = common::daemon(options());
+    let mut runner = TestRunner::new(Config { cases: 200, ..Config::default() });
+    let messages = prop::collection::vec(
+        (
+            0u32..48,
+            prop_oneof![4 => Just(VERSION), 2 => Just(VERSION | 8), 1 => any::<u32>()],
+            prop::collection::vec(any::<u8>(), 0..80),
+        ),
+        1..12,
+    );
+    runner
+        .run(&messages, |messages| {
+            let connection = Connection::connect(&daemon.socket(), common::PATIENCE).unwrap();
+            for (request, flags, body) in messages {
+                let size = u32::try_from(body.len()).unwrap();
+                let header = protocol::header(request, flags, size);
+                if connection.send_raw(&[&header[..], &body].concat(), &[]).is_err() {
+                    break;
+                }
+            }
+            connection.shutdown();
+            Ok(())
+        })
+        .unwrap();
+    assert!(daemon.is_running());
+    assert_serves(&daemon, 0);
+}
+
+#[test]
+fn many_connections_leak_neither_descriptors_nor_threads_nor_memory() {
+    let daemon = common::daemon(options());
+    let ram = ram();
+    let visit = || {
+        let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+        driver.plug(gpa(0), 1).unwrap();
+        driver.unplug(gpa(0), 1).unwrap();
+        frontend.disconnect();
+    };
+    (0..5).for_each(|_| visit());
+    let before = settled(&daemon);
+    (0..40).for_each(|_| visit());
+    assert_no_leak(before, settled(&daemon));
+}
+
+/// Segments that point anywhere: the ring's memory, plugged and unplugged blocks, nowhere.
+fn any_segment() -> impl Strategy<Value = Segment> {
+    let addr = prop_oneof![
+        3 => 0x20_0000u64..0x20_4000,
+        1 => RING..RING + 0x3000,
+        1 => (0u64..REGION).prop_map(|offset| common::ADDR + offset),
+        1 => any::<u64>(),
+    ];
+    let len = prop_oneof![4 => 0u32..64, 1 => any::<u32>()];
+    let next = prop_oneof![
+        6 => Just(Next::Auto),
+        1 => Just(Next::Head),
+        1 => any::<u16>().prop_map(Next::Entry),
+    ];
+    (addr, len, 0u16..8, next).prop_map(|(addr, len, flags, next)| Segment {
+        addr,
+        len,
+        flags,
+        next,
+    })
+}
+
+#[test]
+fn random_chains_change_nothing_they_should_not_and_the_queue_goes_on() {
+    let mut daemon = common::daemon(options());
+    let ram = ram();
+    let mut runner = TestRunner::new(Config { cases: 60, ..Config::default() });
+    let chains = prop::collection::vec(prop::collection::vec(any_segment(), 1..6), 1..8);
+    runner
+        .run(&chains, |chains| {
+            let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+            for chain in &chains {
+                let ring = driver.ring_mut();
+                ring.add(chain).unwrap();
+                ring.force_kick().unwrap();
+            }
+            // A stop waits for what is being served; the next driver finds a device that works.
+            frontend.get_vring_base(0).unwrap();
+            let mut driver = MemDriver::at(&ram, RING + 0x10_0000, 64, true).unwrap();
+            frontend.start_ring(0, driver.ring()).unwrap();
+            let config = frontend.config().unwrap();
+            config.check().unwrap();
+            prop_assert_eq!(driver.unplug_all().unwrap().kind(), ResponseType::Ack);
+            prop_assert_eq!(driver.plug(gpa(1), 1).unwrap().kind(), ResponseType::Ack);
+            prop_assert_eq!(driver.unplug(gpa(1), 1).unwrap().kind(), ResponseType::Ack);
+            frontend.disconnect();
+            Ok(())
+        })
+        .unwrap();
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn a_configuration_read_is_a_snapshot_whatever_goes_on() {
+    let daemon = common::daemon(options());
+    let ram = ram();
+    let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+    let api = daemon.api();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..200u64 {
+                let size = if round % 2 == 0 { REGION } else { 16 * BLOCK };
+                assert!(api.resize(size).unwrap().is_success());
+            }
+        });
+        let plugger = scope.spawn(move || {
+            for round in 0..2000 {
+                driver.plug(gpa(round % 16), 1).unwrap();
+                driver.unplug(gpa(round % 16), 1).unwrap();
+            }
+        });
+        while !plugger.is_finished() {
+            frontend.config().unwrap().check().unwrap();
+        }
+    });
+}
