@@ -124,15 +124,11 @@ impl Report {
 
     /// Whether no row has a problem.
     pub fn passed(&self) -> bool {
-        !self.rows.is_empty() && self.count_failed() == 0
+        !self.rows.is_empty() && self.failures() == 0
     }
 
-    /// How many rows there are, and with problems.
+    /// How many rows have problems.
     pub fn failures(&self) -> usize {
-        self.count_failed()
-    }
-
-    fn count_failed(&self) -> usize {
         self.rows.iter().filter(|row| !row.problems.is_empty()).count()
     }
 
@@ -178,7 +174,7 @@ impl Display for Report {
             let [a, b, c, d] = widths;
             writeln!(f, "{step:a$} | {guest:b$} | {api:c$} | {host:d$} | {verdict}")?;
         }
-        let failed = self.count_failed();
+        let failed = self.failures();
         write!(f, "{} passed, {failed} failed", self.rows.len() - failed)
     }
 }

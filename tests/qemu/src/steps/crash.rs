@@ -10,28 +10,29 @@ use crate::report::Report;
 use crate::sizes::{GIB, MIB, human};
 use crate::wait;
 
-const ROUNDS: u32 = 3;
+const ROUNDS: usize = 3;
+const KILLS: usize = 3;
 const SMALL: u64 = 256 * MIB;
 const LARGE: u64 = 4 * GIB;
 
-/// Grows and shrinks, each with one kill at a random moment.
+/// Grows and shrinks, each with kills at random moments.
 pub fn run(machine: &mut Machine, report: &mut Report) -> Result<()> {
     report.saw("before", machine.resize(SMALL)?);
     let mut midway = 0;
     for round in 1..=ROUNDS {
-        // A grow takes a second or two, a shrink half a second per 128 MiB.
-        midway += killed(machine, report, &format!("grow {round}"), SMALL, LARGE, 400)?;
-        midway += killed(machine, report, &format!("shrink {round}"), LARGE, SMALL, 4000)?;
+        // A grow takes a second or two, a shrink up to a second per 128 MiB.
+        midway += killed(machine, report, &format!("grow {round}"), SMALL, LARGE, 250)?;
+        midway += killed(machine, report, &format!("shrink {round}"), LARGE, SMALL, 2500)?;
     }
     let mut seen = machine.resize(0)?;
     seen.api_note = format!("{midway} kills midway");
     seen.claim("the host holds nothing", seen.host == 0);
-    seen.claim("most kills fell into a change", midway >= ROUNDS);
+    seen.claim("most kills fell into a change", midway >= ROUNDS * KILLS);
     report.saw("after", seen);
     Ok(())
 }
 
-/// Whether the kill came after the first and before the last request is counted, as 0 or 1.
+/// How many kills came when the first request had been counted and the last had not.
 fn killed(
     machine: &mut Machine,
     report: &mut Report,
@@ -39,21 +40,27 @@ fn killed(
     from: u64,
     to: u64,
     span_ms: u64,
-) -> Result<u32> {
+) -> Result<usize> {
     let Machine { daemon, .. } = machine;
     daemon.api.resize(to)?;
     wait::until("the guest to start", wait::SHORT, || {
         Ok((daemon.api.device()?.plugged_size != from).then_some(()))
     })?;
-    let pause = random() % span_ms;
-    thread::sleep(Duration::from_millis(pause));
-    daemon.kill()?;
-    daemon.restart()?;
-    let found = daemon.api.device()?.plugged_size;
+    let mut moments = Vec::new();
+    for _ in 0..KILLS {
+        thread::sleep(Duration::from_millis(random() % span_ms));
+        let plugged = daemon.api.device()?.plugged_size;
+        if plugged == to {
+            break;
+        }
+        daemon.kill()?;
+        daemon.restart()?;
+        moments.push(human(plugged));
+    }
     let mut seen = machine.settle(to)?;
-    seen.api_note = format!("killed with {} plugged", human(found));
-    report.saw(format!("{stage} to {}, killed", human(to)), seen);
-    Ok(u32::from(found != from && found != to))
+    seen.api_note = format!("killed at {}", moments.join(" "));
+    report.saw(format!("{stage} to {}", human(to)), seen);
+    Ok(moments.len())
 }
 
 /// Good enough to spread kills.
