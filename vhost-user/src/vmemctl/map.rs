@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn one_character_for_each_block() {
         let plugged = [true, true, false, true];
-        let device = crate::management::DeviceInfo { region_size: 8 << 20, ..device() };
+        let device = DeviceInfo { region_size: 8 << 20, ..device() };
         let map = draw(&blocks_of(&plugged, 2 << 20), &device, 80);
         assert!(map.starts_with("0x0000000100000000  ##.#\n"), "{map}");
         assert!(map.contains("each character is 2 MiB"), "{map}");
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn nothing_to_draw() {
-        let device = crate::management::DeviceInfo { region_size: 0, ..device() };
+        let device = DeviceInfo { region_size: 0, ..device() };
         assert!(draw(&Blocks::default(), &device, 0).starts_with("\n# plugged"));
     }
 
@@ -133,7 +133,7 @@ mod tests {
         ) {
             let size = 2 << 20;
             let device =
-                crate::management::DeviceInfo { region_size: plugged.len() as u64 * size, ..device() };
+                DeviceInfo { region_size: plugged.len() as u64 * size, ..device() };
             let map = draw(&blocks_of(&plugged, size), &device, width);
             prop_assert!(map.lines().take_while(|l| !l.is_empty()).count() <= LINES as usize);
             let cells = cells(&map);

@@ -1,4 +1,5 @@
 //! Tests of the API over a real socket.
+#![allow(dead_code, unused_imports)]
 
 mod fake;
 
