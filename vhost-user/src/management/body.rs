@@ -74,7 +74,10 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
     let value = String::from_utf8_lossy(value.as_bytes());
     let essence = value.split(';').next().unwrap_or_default().trim();
-    if essence.eq_ignore_ascii_case("application/json") {
+    // The second is what curl calls any body unless told otherwise; it is read as JSON all the
+    // same, and refused as that if it is none.
+    let known = ["application/json", "application/x-www-form-urlencoded"];
+    if known.iter().any(|known| essence.eq_ignore_ascii_case(known)) {
         return Ok(());
     }
     let detail = format!("The content type is {essence:?}, but must be application/json.");
