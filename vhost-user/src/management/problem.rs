@@ -24,6 +24,7 @@ pub struct Refusal {
 pub struct Problem {
     /// Always `about:blank`: status and title say what kind of problem it is.
     #[serde(rename = "type", default = "about_blank")]
+    #[schema(required)]
     pub problem_type: String,
     /// The kind of problem in a few words.
     pub title: String,

@@ -1,1 +1,253 @@
-//! Tests of the client.
+//! The client against a server with a fake device.
+
+use std::ffi::OsString;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{Console, run};
+use crate::management::Server;
+use crate::management::tests::Fake;
+
+struct Outcome {
+    status: u8,
+    out: String,
+    err: String,
+}
+
+fn vmemctl(dir: &TempDir, words: &[&str]) -> Outcome {
+    let socket = dir.path().join("api").into_os_string();
+    let mut line: Vec<OsString> = vec!["vmemctl".into(), "--api-socket".into(), socket];
+    line.extend(words.iter().map(OsString::from));
+    program(&line)
+}
+
+fn program(line: &[OsString]) -> Outcome {
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let status = run(line, &mut Console::plain(&mut out, &mut err));
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Outcome { status, out: text(out), err: text(err) }
+}
+
+#[test]
+fn status_for_people_and_programs() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let shown = vmemctl(&dir, &["status"]);
+    assert_eq!((shown.status, shown.err.as_str()), (0, ""));
+    assert!(shown.out.contains("region     1 GiB (1073741824 bytes)\n"), "{}", shown.out);
+    let json: Value = serde_json::from_str(&vmemctl(&dir, &["status", "--json"]).out).unwrap();
+    assert_eq!(json["block_size"], 2 << 20);
+}
+
+#[test]
+fn resize_without_waiting() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let done = vmemctl(&dir, &["resize", "64M"]);
+    assert_eq!((done.status, done.out.as_str()), (0, "requested 64 MiB, plugged 0 B\n"));
+    let refused = vmemctl(&dir, &["resize", "1"]);
+    assert_eq!((refused.status, refused.out.as_str()), (1, ""));
+    assert_eq!(refused.err, "vmemctl: Requested size refused: 1 breaks a rule\n");
+    let refused = vmemctl(&dir, &["--json", "resize", "1"]);
+    let error: Value = serde_json::from_str(&refused.err).unwrap();
+    assert_eq!((refused.status, &error["problem"]["status"]), (1, &json!(422)));
+}
+
+#[test]
+fn waiting_ends_when_the_guest_is_done() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let guest = Arc::clone(&fake);
+    let guest = thread::spawn(move || {
+        for step in 1..=8 {
+            thread::sleep(Duration::from_millis(30));
+            guest.plug(step << 21);
+        }
+    });
+    let done = vmemctl(&dir, &["resize", "16M", "--wait", "--timeout", "20s"]);
+    assert_eq!((done.status, done.out.as_str()), (0, "requested 16 MiB, plugged 16 MiB\n"));
+    assert!(done.err.lines().all(|line| line.starts_with("plugged ")), "{}", done.err);
+    guest.join().unwrap();
+    let again = vmemctl(&dir, &["--json", "resize", "16M", "--wait"]);
+    let device: Value = serde_json::from_str(&again.out).unwrap();
+    assert_eq!((again.status, &device["plugged_size"]), (0, &json!(16 << 20)));
+}
+
+#[test]
+fn waiting_for_less() {
+    let fake = Fake::new();
+    fake.plug(16 << 20);
+    let (_server, dir) = fake.serve();
+    let guest = Arc::clone(&fake);
+    let guest = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        guest.plug(0);
+    });
+    assert_eq!(vmemctl(&dir, &["resize", "0", "--wait", "--timeout", "20"]).status, 0);
+    guest.join().unwrap();
+}
+
+#[test]
+fn a_timeout_says_how_far_it_got() {
+    let fake = Fake::new();
+    fake.plug(2 << 20);
+    let (_server, dir) = fake.serve();
+    let late = vmemctl(&dir, &["resize", "16M", "--wait", "--timeout", "1s"]);
+    assert_eq!((late.status, late.out.as_str()), (3, ""));
+    let last = late.err.lines().last().unwrap();
+    assert_eq!(
+        last,
+        "vmemctl: timed out after 1 s: plugged 2 MiB of the requested 16 MiB; \
+         no front-end is connected"
+    );
+    let late = vmemctl(&dir, &["--json", "resize", "16M", "--wait", "--timeout", "0"]);
+    let error: Value = serde_json::from_str(&late.err).unwrap();
+    assert_eq!((late.status, &error["plugged_size"]), (3, &json!(2 << 20)));
+}
+
+#[test]
+fn another_resize_ends_the_wait() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| vmemctl(&dir, &["resize", "16M", "--wait"]));
+        while fake.device.lock().requested_size == 0 {
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(vmemctl(&dir, &["resize", "32M"]).status, 0);
+        let superseded = waiting.join().unwrap();
+        assert_eq!(superseded.status, 1);
+        assert!(superseded.err.contains("superseded"), "{}", superseded.err);
+        assert!(superseded.err.contains("32 MiB, no longer 16 MiB"), "{}", superseded.err);
+    });
+}
+
+#[test]
+fn waiting_outlives_the_daemon() {
+    let fake = Fake::new();
+    let (server, dir) = fake.serve();
+    thread::scope(|scope| {
+        let waiting =
+            scope.spawn(|| vmemctl(&dir, &["resize", "16M", "--wait", "--timeout", "30s"]));
+        while fake.device.lock().requested_size == 0 {
+            thread::sleep(Duration::from_millis(5));
+        }
+        server.shutdown();
+        thread::sleep(Duration::from_millis(500));
+        let device = Arc::clone(&fake);
+        let server = Server::bind(dir.path().join("api"), device).unwrap();
+        server.start().unwrap();
+        thread::sleep(Duration::from_millis(300));
+        fake.plug(16 << 20);
+        let done = waiting.join().unwrap();
+        assert_eq!(done.status, 0, "{}", done.err);
+        assert!(done.err.contains("the daemon is back"), "{}", done.err);
+    });
+}
+
+#[test]
+fn blocks_and_reset() {
+    let fake = Fake::new();
+    fake.plug(512 << 20);
+    let (_server, dir) = fake.serve();
+    let map = vmemctl(&dir, &["blocks"]);
+    assert!(map.out.contains("plugged    512 MiB in 1 range\n"), "{}", map.out);
+    let blocks: Value = serde_json::from_str(&vmemctl(&dir, &["blocks", "--json"]).out).unwrap();
+    assert_eq!(blocks["discarded"], json!([{ "offset": 512 << 20, "size": 512 << 20 }]));
+    let reset = vmemctl(&dir, &["system-reset"]);
+    assert_eq!((reset.status, reset.out.as_str()), (0, "requested 0 B, plugged 0 B\n"));
+}
+
+#[test]
+fn watching_ends_with_the_daemon() {
+    let fake = Fake::new();
+    let (server, dir) = fake.serve();
+    thread::scope(|scope| {
+        let watching = scope.spawn(|| vmemctl(&dir, &["watch", "--json"]));
+        while fake.events.receiver_count() == 0 {
+            thread::sleep(Duration::from_millis(5));
+        }
+        thread::sleep(Duration::from_millis(200));
+        fake.plug(2 << 20);
+        thread::sleep(Duration::from_millis(200));
+        server.shutdown();
+        let watched = watching.join().unwrap();
+        assert_eq!(watched.status, 1);
+        let lines: Vec<Value> =
+            watched.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(lines.len(), 5, "{}", watched.out);
+        assert_eq!(lines[4]["event"], "plugged-size");
+        assert_eq!(lines[4]["plugged_size"], 2 << 20);
+    });
+}
+
+#[test]
+fn nobody_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = Instant::now();
+    for words in [&["status"][..], &["resize", "1G", "--wait"], &["watch"]] {
+        let outcome = vmemctl(&dir, words);
+        assert_eq!((outcome.status, outcome.out.as_str()), (1, ""));
+        assert_eq!(outcome.err.lines().count(), 1);
+        assert!(outcome.err.contains("cannot reach the daemon at /"), "{}", outcome.err);
+    }
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn wrong_usage() {
+    let dir = tempfile::tempdir().unwrap();
+    for words in [
+        &["resize"][..],
+        &["resize", "-1"],
+        &["resize", "1.5G"],
+        &["resize", "1G", "--timeout", "3s"],
+        &["resize", "1G", "--wait", "--timeout", "soon"],
+        &["grow"],
+        &[],
+    ] {
+        assert_eq!(vmemctl(&dir, words).status, 2, "{words:?}");
+    }
+    let missing = program(&["vmemctl".into(), "status".into()]);
+    assert_eq!(missing.status, 2);
+    assert!(missing.err.contains("--api-socket"), "{}", missing.err);
+    let error: Value =
+        serde_json::from_str(&vmemctl(&dir, &["--json", "resize", "x"]).err).unwrap();
+    assert!(error["error"].as_str().unwrap().contains("not a size"), "{error}");
+}
+
+#[test]
+fn completions_and_manual() {
+    let script = program(&["vmemctl".into(), "completions".into(), "bash".into()]);
+    assert!(script.status == 0 && script.out.contains("system-reset"));
+    let manual = program(&["vmemctl".into(), "man".into()]);
+    assert!(manual.status == 0 && manual.out.contains(".TH vmemctl"));
+    let dir = tempfile::tempdir().unwrap();
+    let pages = dir.path().join("man1");
+    let words = ["vmemctl".into(), "man".into(), pages.clone().into_os_string()];
+    assert_eq!(program(&words).status, 0);
+    for page in ["vmemctl.1", "vmemctl-resize.1", "vmemctl-system-reset.1"] {
+        assert!(pages.join(page).exists(), "{page}");
+    }
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    struct Closed;
+    impl std::io::Write for Closed {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut err = Vec::new();
+    let line: Vec<OsString> = vec!["vmemctl".into(), "man".into()];
+    assert_eq!(run(&line, &mut Console::plain(&mut Closed, &mut err)), 0);
+    assert!(err.is_empty());
+}

@@ -1,6 +1,10 @@
 //! Tests of the API over a real socket.
-#![allow(dead_code, unused_imports)]
 
 mod fake;
+mod http;
+mod refusals;
+mod resources;
+mod strain;
+mod stream;
 
 pub(crate) use fake::{Fake, device};
