@@ -6,15 +6,17 @@
 //! - [`ram_discard`]: who may rely on which memory being there, and how they are told of changes.
 //! - [`memory`]: guest RAM as the host sees it: backing files, discard, holes.
 //! - [`controller`]: the four put together: one request at a time, durable, all or nothing.
+//! - [`migration`]: moving memory and device state to another host or a file, on the same manager.
+//! - [`sys`]: mappings and ioctls; the only folder with `unsafe`.
 //!
 //! It opens no sockets and knows no transport; the daemon `vhost-user-mem` is its first user.
-
-#![forbid(unsafe_code)]
 
 pub mod controller;
 pub mod device;
 pub mod memory;
+pub mod migration;
 pub mod ram_discard;
 mod range;
+pub mod sys;
 
 pub use range::ByteRange;

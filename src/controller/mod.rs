@@ -33,8 +33,8 @@ use crate::device::{
 };
 use crate::memory::{MemoryListener, NotReady, RamBlock, RamBlockError, RegionMemory};
 use crate::ram_discard::{
-    ListenerId, RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError, SourceId,
-    Transaction,
+    ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource, RegisterError,
+    SourceId, Transaction,
 };
 
 /// Who holds block state frozen while memory migrates.
@@ -96,7 +96,7 @@ pub enum Reset {
 pub struct MemController {
     geometry: Geometry,
     served: Arc<Served>,
-    manager: RamDiscardManager,
+    manager: LocalRamDiscardManager,
     source: SourceId,
     memory: Arc<RegionMemory>,
 }
@@ -163,7 +163,7 @@ impl MemController {
             observers: Vec::new(),
         };
         let served = Arc::new(Served { geometry, state: Mutex::new(state) });
-        let manager = RamDiscardManager::new(geometry.region_size());
+        let manager = LocalRamDiscardManager::new(geometry.region_size());
         let source = manager
             .add_source(Arc::clone(&served) as Arc<dyn RamDiscardSource>)
             .expect("the source is about the manager's region");
@@ -187,7 +187,7 @@ impl MemController {
     }
 
     /// The manager that holds the listeners of this device's region.
-    pub fn manager(&self) -> &RamDiscardManager {
+    pub fn manager(&self) -> &LocalRamDiscardManager {
         &self.manager
     }
 
@@ -201,7 +201,7 @@ impl MemController {
         self.state().observers.push(observer);
     }
 
-    /// Adds a listener for the whole region; see [`RamDiscardManager::register`].
+    /// Adds a listener for the whole region; see [`LocalRamDiscardManager::register`].
     ///
     /// # Errors
     ///

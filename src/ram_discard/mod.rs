@@ -7,25 +7,115 @@
 //!
 //! One lock orders everything: a registration, a replay and a change of the source each see all
 //! of the others or nothing of them.
+//!
+//! The manager is a trait, since those who ask need not be where the device is:
+//! [`LocalRamDiscardManager`] is the one in the device's own process.
 
 mod listener;
+mod local;
 mod source;
 
+use std::io;
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
-use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 
 pub use listener::{PopulateRefused, RamDiscardListener};
+pub use local::{LocalRamDiscardManager, Transaction};
 pub use source::RamDiscardSource;
 
 use crate::ByteRange;
-use source::Combined;
+
+/// What a replay calls with each range; it must not call back into the manager.
+pub type Visit<'a> = dyn FnMut(ByteRange) -> ControlFlow<()> + 'a;
+
+/// The manager of a region, in this process or another.
+///
+/// All ranges are sections: bytes from the start of the region.
+pub trait RamDiscardManager: Send + Sync {
+    /// Size of the region, bytes.
+    fn region_size(&self) -> u64;
+
+    /// The unit in which memory is populated and discarded, bytes; a power of two.
+    fn granularity(&self) -> u64;
+
+    /// Whether every byte of `section` is populated.
+    ///
+    /// # Errors
+    ///
+    /// When the manager's process is gone.
+    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable>;
+
+    /// Calls `visit` with each maximal populated range of `section`, ascending, until it breaks.
+    ///
+    /// # Errors
+    ///
+    /// When the manager's process is gone.
+    fn replay_populated(
+        &self,
+        section: ByteRange,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>, Unavailable>;
+
+    /// Calls `visit` with each maximal discarded range of `section`, ascending, until it breaks.
+    ///
+    /// # Errors
+    ///
+    /// When the manager's process is gone.
+    fn replay_discarded(
+        &self,
+        section: ByteRange,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>, Unavailable>;
+
+    /// Adds a listener for `section` and tells it what is populated there now, each maximal range
+    /// once.
+    ///
+    /// # Errors
+    ///
+    /// When the section is not inside the region or the listener refuses; it is then told to
+    /// discard what it had accepted.
+    fn register(
+        &self,
+        section: ByteRange,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<ListenerId, RegisterError>;
+
+    /// Removes a listener, after it was told to discard what is populated, each maximal range
+    /// once.
+    ///
+    /// # Errors
+    ///
+    /// When it is not registered.
+    fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError>;
+}
+
+/// Whoever can hold block state frozen while memory migrates: PLUG, UNPLUG and UNPLUG_ALL are
+/// answered with BUSY from `freeze` to `thaw`.
+pub trait FreezeBlockState: Send + Sync {
+    /// Freezes block state; when this returns, no change is under way.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be frozen; nothing was changed.
+    fn freeze(&self) -> io::Result<()>;
+
+    /// Ends the freeze. The guest is told to try again what was refused.
+    ///
+    /// # Errors
+    ///
+    /// When the device is gone, and the freeze with it.
+    fn thaw(&self) -> io::Result<()>;
+}
+
+/// The manager cannot be asked any more.
+#[derive(Debug, Error)]
+#[error("the RamDiscardManager is gone: {0}")]
+pub struct Unavailable(pub String);
 
 /// Names a registered listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ListenerId(u64);
+pub struct ListenerId(pub(crate) u64);
 
 /// Names a source of the manager.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,295 +143,10 @@ pub enum RegisterError {
     /// A listener refused what is populated now.
     #[error(transparent)]
     Refused(#[from] PopulateRefused),
+    /// The manager's process is gone.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
     /// No such listener or source.
     #[error("not registered")]
     NotRegistered,
 }
-
-/// Holds the sources and listeners of one region.
-pub struct RamDiscardManager {
-    region_size: u64,
-    inner: Mutex<Inner>,
-}
-
-struct Inner {
-    region_size: u64,
-    next_id: u64,
-    sources: Vec<(SourceId, Arc<dyn RamDiscardSource>)>,
-    listeners: Vec<Registered>,
-}
-
-struct Registered {
-    id: ListenerId,
-    section: ByteRange,
-    listener: Box<dyn RamDiscardListener>,
-}
-
-impl RamDiscardManager {
-    /// A manager without sources (all is populated) and listeners, of a region of `region_size`
-    /// bytes.
-    pub fn new(region_size: u64) -> Self {
-        let inner = Inner { region_size, next_id: 0, sources: Vec::new(), listeners: Vec::new() };
-        Self { region_size, inner: Mutex::new(inner) }
-    }
-
-    /// Size of the region, bytes.
-    pub fn region_size(&self) -> u64 {
-        self.region_size
-    }
-
-    /// Shuts everybody else out: no registration, replay or other change happens until the
-    /// transaction is dropped.
-    pub fn begin(&self) -> Transaction<'_> {
-        Transaction { inner: self.inner.lock() }
-    }
-
-    /// The smallest granularity of the sources, bytes.
-    pub fn granularity(&self) -> u64 {
-        self.inner.lock().combined(None).granularity()
-    }
-
-    /// Whether all sources call every byte of `section` populated.
-    pub fn is_populated(&self, section: ByteRange) -> bool {
-        self.inner.lock().combined(None).is_populated(section)
-    }
-
-    /// Calls `visit` with each maximal populated range of `section`, ascending, until it breaks.
-    /// `visit` must not call back into the manager.
-    pub fn replay_populated(
-        &self,
-        section: ByteRange,
-        mut visit: impl FnMut(ByteRange) -> ControlFlow<()>,
-    ) -> ControlFlow<()> {
-        self.inner.lock().combined(None).replay(section, true, &mut visit)
-    }
-
-    /// Calls `visit` with each maximal discarded range of `section`, ascending, until it breaks.
-    /// `visit` must not call back into the manager.
-    pub fn replay_discarded(
-        &self,
-        section: ByteRange,
-        mut visit: impl FnMut(ByteRange) -> ControlFlow<()>,
-    ) -> ControlFlow<()> {
-        self.inner.lock().combined(None).replay(section, false, &mut visit)
-    }
-
-    /// Adds a listener for `section` and tells it what is populated there now, each maximal range
-    /// once.
-    ///
-    /// # Errors
-    ///
-    /// When the section is not inside the region or the listener refuses; it is then told to
-    /// discard what it had accepted.
-    pub fn register(
-        &self,
-        section: ByteRange,
-        mut listener: Box<dyn RamDiscardListener>,
-    ) -> Result<ListenerId, RegisterError> {
-        let mut inner = self.inner.lock();
-        let region_size = inner.region_size;
-        if section.end() > region_size {
-            return Err(RegisterError::OutsideRegion { section, region_size });
-        }
-        let mut told = Vec::new();
-        let mut refused = None;
-        let _ = inner.combined(None).replay(section, true, &mut |range| match listener
-            .notify_populate(range)
-        {
-            Ok(()) => {
-                told.push(range);
-                ControlFlow::Continue(())
-            }
-            Err(reason) => {
-                refused = Some((range, reason));
-                ControlFlow::Break(())
-            }
-        });
-        if let Some((section, reason)) = refused {
-            told.iter().rev().for_each(|&range| listener.notify_discard(range));
-            let listener = listener.name().to_owned();
-            return Err(PopulateRefused { listener, section, reason }.into());
-        }
-        let id = ListenerId(inner.fresh_id());
-        inner.listeners.push(Registered { id, section, listener });
-        Ok(id)
-    }
-
-    /// Removes a listener, after it was told to discard what is populated, each maximal range
-    /// once.
-    ///
-    /// # Errors
-    ///
-    /// When it is not registered.
-    pub fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
-        let mut inner = self.inner.lock();
-        let index = inner
-            .listeners
-            .iter()
-            .position(|registered| registered.id == id)
-            .ok_or(RegisterError::NotRegistered)?;
-        let Registered { section, mut listener, .. } = inner.listeners.remove(index);
-        let _ = inner.combined(None).replay(section, true, &mut |range| {
-            listener.notify_discard(range);
-            ControlFlow::Continue(())
-        });
-        Ok(listener)
-    }
-
-    /// Adds a source; listeners are told to discard what only the new source calls discarded.
-    ///
-    /// # Errors
-    ///
-    /// When the source is about a region of another size.
-    pub fn add_source(&self, source: Arc<dyn RamDiscardSource>) -> Result<SourceId, RegisterError> {
-        let mut inner = self.inner.lock();
-        let (expected, found) = (inner.region_size, source.region_size());
-        if expected != found {
-            return Err(RegisterError::RegionSize { expected, found });
-        }
-        for range in inner.discarded_by_only(&*source, None) {
-            inner.discard(range);
-        }
-        let id = SourceId(inner.fresh_id());
-        inner.sources.push((id, source));
-        Ok(id)
-    }
-
-    /// Removes a source; listeners are told to populate what only it called discarded.
-    ///
-    /// # Errors
-    ///
-    /// When there is no such source, or a listener refuses: the source then stays, and the
-    /// listeners are told to discard again.
-    pub fn remove_source(&self, id: SourceId) -> Result<(), RegisterError> {
-        let mut inner = self.inner.lock();
-        let index = inner
-            .sources
-            .iter()
-            .position(|(source, _)| *source == id)
-            .ok_or(RegisterError::NotRegistered)?;
-        let source = Arc::clone(&inner.sources[index].1);
-        let ranges = inner.discarded_by_only(&*source, Some(id));
-        for (done, &range) in ranges.iter().enumerate() {
-            if let Err(refused) = inner.populate(range) {
-                ranges[..done].iter().rev().for_each(|&range| inner.discard(range));
-                return Err(refused.into());
-            }
-        }
-        inner.sources.remove(index);
-        Ok(())
-    }
-}
-
-/// Exclusive use of a manager, to change the state of a source and tell the listeners.
-pub struct Transaction<'a> {
-    inner: MutexGuard<'a, Inner>,
-}
-
-impl Transaction<'_> {
-    /// Tells the listeners that `source` is about to populate `section`, as far as all other
-    /// sources have it populated. To be called before the state of `source` changes.
-    ///
-    /// # Errors
-    ///
-    /// A listener's refusal; those told before have then been told to discard, in reverse.
-    pub fn notify_populate(
-        &mut self,
-        source: SourceId,
-        section: ByteRange,
-    ) -> Result<(), PopulateRefused> {
-        let ranges = self.inner.populated_by_others(source, section);
-        for (done, &range) in ranges.iter().enumerate() {
-            if let Err(refused) = self.inner.populate(range) {
-                ranges[..done].iter().rev().for_each(|&range| self.inner.discard(range));
-                return Err(refused);
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells the listeners, last registered first, that `source` has discarded `section` (or that
-    /// a populate announced before did not come about).
-    pub fn notify_discard(&mut self, source: SourceId, section: ByteRange) {
-        for range in self.inner.populated_by_others(source, section) {
-            self.inner.discard(range);
-        }
-    }
-}
-
-impl Inner {
-    fn fresh_id(&mut self) -> u64 {
-        self.next_id += 1;
-        self.next_id
-    }
-
-    /// All sources but `except` as one.
-    fn combined(&self, except: Option<SourceId>) -> Combined<'_> {
-        let sources = self.sources.iter().filter(|(id, _)| Some(*id) != except);
-        Combined {
-            sources: sources.map(|(_, source)| &**source).collect(),
-            region_size: self.region_size,
-        }
-    }
-
-    /// The ranges of `section` that every source but `except` calls populated.
-    fn populated_by_others(&self, except: SourceId, section: ByteRange) -> Vec<ByteRange> {
-        let mut ranges = Vec::new();
-        let _ = self.combined(Some(except)).replay(section, true, &mut |range| {
-            ranges.push(range);
-            ControlFlow::Continue(())
-        });
-        ranges
-    }
-
-    /// What `source` calls discarded and every source but `except` calls populated.
-    fn discarded_by_only(
-        &self,
-        source: &dyn RamDiscardSource,
-        except: Option<SourceId>,
-    ) -> Vec<ByteRange> {
-        let mut ranges = Vec::new();
-        if let Some(region) = ByteRange::new(0, self.region_size) {
-            let others = self.combined(except);
-            let _ = source.replay(region, false, &mut |discarded| {
-                others.replay(discarded, true, &mut |range| {
-                    ranges.push(range);
-                    ControlFlow::Continue(())
-                })
-            });
-        }
-        ranges
-    }
-
-    fn populate(&mut self, section: ByteRange) -> Result<(), PopulateRefused> {
-        for index in 0..self.listeners.len() {
-            let registered = &mut self.listeners[index];
-            let Some(range) = registered.section.intersection(section) else { continue };
-            if let Err(reason) = registered.listener.notify_populate(range) {
-                let listener = registered.listener.name().to_owned();
-                for told in self.listeners[..index].iter_mut().rev() {
-                    told.discard(section);
-                }
-                return Err(PopulateRefused { listener, section: range, reason });
-            }
-        }
-        Ok(())
-    }
-
-    fn discard(&mut self, section: ByteRange) {
-        for registered in self.listeners.iter_mut().rev() {
-            registered.discard(section);
-        }
-    }
-}
-
-impl Registered {
-    fn discard(&mut self, section: ByteRange) {
-        if let Some(range) = self.section.intersection(section) {
-            self.listener.notify_discard(range);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

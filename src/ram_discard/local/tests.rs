@@ -88,14 +88,18 @@ fn granules(from: u64, to: u64) -> ByteRange {
     ByteRange::from_bounds(from * GRANULE, to * GRANULE).unwrap()
 }
 
-fn manager_of(sources: &[Arc<Granules>]) -> (RamDiscardManager, Vec<SourceId>) {
-    let manager = RamDiscardManager::new(sources[0].region_size());
+fn manager_of(sources: &[Arc<Granules>]) -> (LocalRamDiscardManager, Vec<SourceId>) {
+    let manager = LocalRamDiscardManager::new(sources[0].region_size());
     let add = |source: &Arc<Granules>| manager.add_source(source.clone()).unwrap();
     let ids = sources.iter().map(add).collect();
     (manager, ids)
 }
 
-fn collect(manager: &RamDiscardManager, section: ByteRange, populated: bool) -> Vec<ByteRange> {
+fn collect(
+    manager: &LocalRamDiscardManager,
+    section: ByteRange,
+    populated: bool,
+) -> Vec<ByteRange> {
     let mut ranges = Vec::new();
     let visit = |range| {
         ranges.push(range);
@@ -214,7 +218,7 @@ fn a_source_stays_when_a_listener_refuses_its_removal() {
 
 #[test]
 fn without_sources_all_is_populated() {
-    let manager = RamDiscardManager::new(8 * GRANULE);
+    let manager = LocalRamDiscardManager::new(8 * GRANULE);
     assert_eq!(collect(&manager, granules(1, 3), true), [granules(1, 3)]);
     assert_eq!(collect(&manager, granules(1, 3), false), []);
 }

@@ -1,0 +1,3 @@
+//! Moving a VM's memory and device state: cost follows the memory that is really used.
+
+pub mod wire;
