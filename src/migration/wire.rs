@@ -95,6 +95,16 @@ pub trait WireRead {
     /// When the stream ends before, or fails.
     fn read_exact(&mut self, buf: &mut [u8], what: &'static str) -> Result<(), WireError>;
 
+    /// What has been read ahead and not taken.
+    fn buffered(&self) -> &[u8];
+
+    /// Reads ahead as much as the stream gives at once; whether there was anything.
+    ///
+    /// # Errors
+    ///
+    /// When the stream fails.
+    fn read_ahead(&mut self) -> io::Result<bool>;
+
     /// A byte.
     ///
     /// # Errors
@@ -199,36 +209,6 @@ impl<R: Read> WireReader<R> {
         Self { inner, buffer, start: 0, end: 0, offset: 0 }
     }
 
-    /// What has been read ahead and not taken.
-    pub fn buffered(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
-    }
-
-    /// Reads ahead as much as the stream gives at once, when there is room; whether there was
-    /// anything.
-    ///
-    /// # Errors
-    ///
-    /// When the stream fails.
-    pub fn read_ahead(&mut self) -> io::Result<bool> {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-        } else if self.end == self.buffer.len() {
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
-        }
-        loop {
-            match self.inner.read(&mut self.buffer[self.end..]) {
-                Ok(read) => {
-                    self.end += read;
-                    return Ok(read != 0);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
     /// The stream underneath; what was read ahead is lost.
     pub fn into_inner(self) -> R {
         self.inner
@@ -258,6 +238,32 @@ impl<R: Read> WireReader<R> {
 }
 
 impl<R: Read> WireRead for WireReader<R> {
+    fn buffered(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    fn read_ahead(&mut self) -> io::Result<bool> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.end == self.buffer.len() {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+            if self.end == self.buffer.len() {
+                return Ok(true);
+            }
+        }
+        loop {
+            match self.inner.read(&mut self.buffer[self.end..]) {
+                Ok(read) => {
+                    self.end += read;
+                    return Ok(read != 0);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     fn offset(&self) -> u64 {
         self.offset
     }
