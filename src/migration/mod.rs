@@ -1,3 +1,4 @@
 //! Moving a VM's memory and device state: cost follows the memory that is really used.
 
+pub mod stream;
 pub mod wire;

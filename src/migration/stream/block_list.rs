@@ -1,0 +1,232 @@
+//! The "ram" section: the list of blocks, and the header of each page.
+
+use super::{FormatError, TARGET_PAGE_SIZE};
+use crate::migration::wire::{WireRead, WireWrite};
+
+/// Id string of the section.
+pub const RAM_SECTION: &str = "ram";
+/// Its version.
+pub const RAM_VERSION: u32 = 4;
+/// Pages of a block start at a multiple of this in a mapped-ram file, bytes.
+pub const MAPPED_RAM_ALIGNMENT: u64 = 1 << 20;
+/// Version of a [`MappedRamHeader`].
+pub const MAPPED_RAM_VERSION: u32 = 1;
+
+const ZERO: u64 = 0x02;
+const MEM_SIZE: u64 = 0x04;
+const PAGE: u64 = 0x08;
+const EOS: u64 = 0x10;
+const CONTINUE: u64 = 0x20;
+const MULTIFD_FLUSH: u64 = 0x200;
+const FLAGS: u64 = TARGET_PAGE_SIZE - 1;
+
+/// The most blocks in a list: far more than any machine has, few enough to be held.
+const BLOCKS_MAX: usize = 4096;
+
+/// The blocks of a stream.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockList {
+    /// In the order of the stream.
+    pub entries: Vec<BlockEntry>,
+}
+
+/// A block of the list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockEntry {
+    /// Its id.
+    pub id: String,
+    /// Its used length, bytes.
+    pub used_length: u64,
+    /// Its page size, bytes, where postcopy may follow and it is not the usual one.
+    pub page_size: Option<u64>,
+    /// Its guest-physical address, where shared memory is not sent.
+    pub gpa: Option<u64>,
+    /// Where a file has its pages.
+    pub mapped: Option<MappedRamHeader>,
+}
+
+/// Where a mapped-ram file has the bitmap and the pages of a block, bytes from its start; both 0
+/// when it has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MappedRamHeader {
+    /// Bytes of a page.
+    pub page_size: u64,
+    /// One bit a page, little-endian 64-bit words, first page in the lowest bit.
+    pub bitmap_offset: u64,
+    /// The first page.
+    pub pages_offset: u64,
+}
+
+impl MappedRamHeader {
+    /// Bytes of an encoded header.
+    pub const LEN: u64 = 28;
+
+    fn put(&self, out: &mut Vec<u8>) {
+        out.put_be32(MAPPED_RAM_VERSION);
+        out.put_be64(self.page_size);
+        out.put_be64(self.bitmap_offset);
+        out.put_be64(self.pages_offset);
+    }
+
+    fn read(reader: &mut dyn WireRead) -> Result<Self, FormatError> {
+        let offset = reader.offset();
+        let version = reader.be32("the version of a mapped-ram header")?;
+        if version != MAPPED_RAM_VERSION {
+            return Err(FormatError::value(offset, "version of a mapped-ram header", version));
+        }
+        let page_size = reader.be64("the page size of a block")?;
+        if page_size != TARGET_PAGE_SIZE {
+            return Err(FormatError::value(offset, "page size of a mapped-ram block", page_size));
+        }
+        Ok(Self {
+            page_size,
+            bitmap_offset: reader.be64("the offset of a bitmap")?,
+            pages_offset: reader.be64("the offset of pages")?,
+        })
+    }
+}
+
+/// What the entries of a list have besides name and length: not told by the list itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ListLimits<'a> {
+    /// Entries have a guest-physical address (x-ignore-shared).
+    pub ignore_shared: bool,
+    /// Entries have a mapped-ram header.
+    pub mapped_ram: bool,
+    /// Entries of blocks with these ids have a page size (postcopy, larger pages).
+    pub with_page_size: &'a [&'a str],
+}
+
+/// Appends a list of blocks. `mapped` headers are appended where entries have them.
+pub fn put_list(out: &mut Vec<u8>, list: &BlockList) {
+    let total: u64 = list.entries.iter().map(|entry| entry.used_length).sum();
+    out.put_be64(total | MEM_SIZE);
+    for entry in &list.entries {
+        out.put_name(&entry.id);
+        out.put_be64(entry.used_length);
+        if let Some(page_size) = entry.page_size {
+            out.put_be64(page_size);
+        }
+        if let Some(gpa) = entry.gpa {
+            out.put_be64(gpa);
+        }
+        if let Some(mapped) = &entry.mapped {
+            mapped.put(out);
+        }
+    }
+}
+
+/// Ends a section of RAM.
+pub fn put_end_of_section(out: &mut Vec<u8>) {
+    out.put_be64(EOS);
+}
+
+impl BlockList {
+    /// Reads the entries of a list of `total` bytes. A mapped-ram header is followed by its
+    /// bitmap and pages, which `skip` is asked to pass over.
+    ///
+    /// # Errors
+    ///
+    /// When the entries do not add up to `total`, or something in them is impossible.
+    pub fn read(
+        reader: &mut dyn WireRead,
+        total: u64,
+        limits: ListLimits<'_>,
+        skip: &mut dyn FnMut(&mut dyn WireRead, &BlockEntry) -> Result<(), FormatError>,
+    ) -> Result<Self, FormatError> {
+        let mut list = Self::default();
+        let mut left = total;
+        while left != 0 {
+            let offset = reader.offset();
+            if list.entries.len() == BLOCKS_MAX {
+                return Err(FormatError::value(offset, "number of RAM blocks", total));
+            }
+            let id = reader.name("the id of a RAM block")?;
+            let used_length = reader.be64("the length of a RAM block")?;
+            left = match left.checked_sub(used_length) {
+                Some(rest) if used_length.is_multiple_of(TARGET_PAGE_SIZE) => rest,
+                _ => return Err(FormatError::value(offset, "length of a RAM block", used_length)),
+            };
+            let page_size = match limits.with_page_size.contains(&id.as_str()) {
+                true => Some(reader.be64("the page size of a RAM block")?),
+                false => None,
+            };
+            let gpa = match limits.ignore_shared {
+                true => Some(reader.be64("the address of a RAM block")?),
+                false => None,
+            };
+            let mapped = match limits.mapped_ram {
+                true => Some(MappedRamHeader::read(reader)?),
+                false => None,
+            };
+            let entry = BlockEntry { id, used_length, page_size, gpa, mapped };
+            if mapped.is_some() {
+                skip(reader, &entry)?;
+            }
+            list.entries.push(entry);
+        }
+        Ok(list)
+    }
+}
+
+/// What stands at a page header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageKind {
+    /// A page of zeros; the byte it is filled with follows, always 0.
+    Zero,
+    /// A page's bytes follow.
+    Normal,
+}
+
+/// The header of a page, or what stands in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageHeader {
+    /// A page. When it does not continue the block of the page before, the block's id follows.
+    Page {
+        /// Zeros, or bytes that follow.
+        kind: PageKind,
+        /// Bytes from the start of the block.
+        offset: u64,
+        /// Whether it is of the same block as the page before.
+        continued: bool,
+    },
+    /// A list of blocks of that many bytes in all.
+    List {
+        /// Sum of the used lengths, bytes.
+        total: u64,
+    },
+    /// Pages on other channels are to be waited for. Nothing to do with a single channel.
+    Flush,
+    /// The section ends.
+    EndOfSection,
+}
+
+impl PageHeader {
+    /// Bytes of an encoded header, without the block's id.
+    pub const LEN: usize = 8;
+
+    /// The header of a page as it is on the wire.
+    pub fn page_word(kind: PageKind, offset: u64, continued: bool) -> u64 {
+        debug_assert_eq!(offset & FLAGS, 0);
+        let kind = if kind == PageKind::Zero { ZERO } else { PAGE };
+        offset | kind | if continued { CONTINUE } else { 0 }
+    }
+
+    /// What a header says.
+    ///
+    /// # Errors
+    ///
+    /// When its flags are impossible; `at` is where it stands on the stream.
+    pub fn parse(word: u64, at: u64) -> Result<Self, FormatError> {
+        let (offset, flags) = (word & !FLAGS, word & FLAGS);
+        let page = |kind| Self::Page { kind, offset, continued: flags & CONTINUE != 0 };
+        Ok(match flags & !CONTINUE {
+            PAGE => page(PageKind::Normal),
+            ZERO => page(PageKind::Zero),
+            MEM_SIZE if flags == MEM_SIZE => Self::List { total: offset },
+            EOS if word == EOS => Self::EndOfSection,
+            MULTIFD_FLUSH if word == MULTIFD_FLUSH => Self::Flush,
+            _ => return Err(FormatError::value(at, "flags of a page", flags)),
+        })
+    }
+}
