@@ -5,3 +5,9 @@
 //! handed to the kernel by address.
 
 #![allow(unsafe_code, reason = "system calls and mappings; each block says why it is sound")]
+
+pub mod gather;
+pub mod mapping;
+
+pub use gather::GatherWrite;
+pub use mapping::HostMapping;
