@@ -1,0 +1,555 @@
+//! One bit a page of a RAM block: dirty, received, or whatever the user says.
+
+use std::ops::Range;
+
+use crate::ByteRange;
+
+/// The unit of migration, bytes: one bit in a [`PageBitmap`], one page on the stream.
+pub const TARGET_PAGE_SIZE: u64 = 4096;
+
+const WORD_BITS: u64 = u64::BITS as u64;
+
+/// One bit for each target page of a RAM block. Page 0 is the lowest bit of word 0; bits past the
+/// last page are always zero. The number of ones is kept, not recounted.
+///
+/// A summary has a bit for each word of the bitmap. Where it is zero the word is zero, so that
+/// searching and clearing the bitmap of a large and mostly empty block reads 1/64 of it. Memory that
+/// was never set is never touched and costs nothing.
+///
+/// Ranges of pages that leave the block are a bug of the caller and panic, unless said otherwise.
+#[derive(Clone, Debug)]
+pub struct PageBitmap {
+    words: Vec<u64>,
+    /// A one where the word may be non-zero.
+    summary: Vec<u64>,
+    nr_pages: u64,
+    ones: u64,
+}
+
+impl PageBitmap {
+    /// `nr_pages` zeroes.
+    pub fn new(nr_pages: u64) -> Self {
+        let nr_words = index(nr_pages.div_ceil(WORD_BITS));
+        Self {
+            words: vec![0; nr_words],
+            summary: vec![0; nr_words.div_ceil(u64::BITS as usize)],
+            nr_pages,
+            ones: 0,
+        }
+    }
+
+    /// Takes over words, page 0 in the lowest bit of word 0. `None` when the number of words does
+    /// not fit `nr_pages` or a bit past the last page is set.
+    pub fn from_words(nr_pages: u64, words: Vec<u64>) -> Option<Self> {
+        if words.len() as u64 != nr_pages.div_ceil(WORD_BITS) {
+            return None;
+        }
+        if words.last().is_some_and(|last| last & !last_mask(nr_pages) != 0) {
+            return None;
+        }
+        let mut bitmap = Self { words, summary: Vec::new(), nr_pages, ones: 0 };
+        bitmap.summarize();
+        Some(bitmap)
+    }
+
+    /// The bits as words, page 0 in the lowest bit of word 0.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Number of pages.
+    pub fn nr_pages(&self) -> u64 {
+        self.nr_pages
+    }
+
+    /// Number of ones.
+    pub fn count(&self) -> u64 {
+        self.ones
+    }
+
+    /// Whether the page's bit is one.
+    pub fn test(&self, page: u64) -> bool {
+        assert!(page < self.nr_pages, "page {page} of {}", self.nr_pages);
+        self.words[index(page / WORD_BITS)] & (1 << (page % WORD_BITS)) != 0
+    }
+
+    /// Sets the page's bit; whether it was zero before.
+    pub fn set(&mut self, page: u64) -> bool {
+        assert!(page < self.nr_pages, "page {page} of {}", self.nr_pages);
+        self.or_word(index(page / WORD_BITS), 1 << (page % WORD_BITS)) != 0
+    }
+
+    /// Clears the page's bit; whether it was one before.
+    pub fn clear(&mut self, page: u64) -> bool {
+        assert!(page < self.nr_pages, "page {page} of {}", self.nr_pages);
+        self.clear_word(index(page / WORD_BITS), 1 << (page % WORD_BITS)) != 0
+    }
+
+    /// Sets the bits of `pages`; how many of them were zero.
+    pub fn set_range(&mut self, pages: Range<u64>) -> u64 {
+        let Some(Split { head, body, tail }) = self.split(pages) else { return 0 };
+        let mut set = 0;
+        for (word, mask) in [head, tail].into_iter().flatten() {
+            set += self.or_word(word, mask);
+        }
+        if !body.is_empty() {
+            let mut before = 0;
+            for word in &mut self.words[body.clone()] {
+                before += u64::from(word.count_ones());
+                *word = u64::MAX;
+            }
+            for (word, mask) in summary_masks(body.clone()) {
+                self.summary[word] |= mask;
+            }
+            let now = body.len() as u64 * WORD_BITS - before;
+            self.ones += now;
+            set += now;
+        }
+        set
+    }
+
+    /// Clears the bits of `pages`; how many of them were one. Only reads and writes where there
+    /// are ones.
+    pub fn clear_range(&mut self, pages: Range<u64>) -> u64 {
+        let Some(Split { head, body, tail }) = self.split(pages) else { return 0 };
+        let mut cleared = 0;
+        for (word, mask) in [head, tail].into_iter().flatten() {
+            cleared += self.clear_word(word, mask);
+        }
+        for (word, mask) in summary_masks(body) {
+            let busy = self.summary[word] & mask;
+            if busy == 0 {
+                continue;
+            }
+            // From the first to the last busy word; single idle ones between cost less than
+            // they would to skip.
+            let first = word * 64 + busy.trailing_zeros() as usize;
+            let last = word * 64 + 63 - busy.leading_zeros() as usize;
+            let mut ones = 0;
+            for word in &mut self.words[first..=last] {
+                ones += u64::from(word.count_ones());
+                *word = 0;
+            }
+            self.summary[word] &= !mask;
+            self.ones -= ones;
+            cleared += ones;
+        }
+        cleared
+    }
+
+    /// Clears all bits.
+    pub fn clear_all(&mut self) {
+        self.clear_range(0..self.nr_pages);
+    }
+
+    /// Turns ones into zeroes and zeroes into ones. Touches the whole bitmap.
+    pub fn invert(&mut self) {
+        for word in &mut self.words {
+            *word = !*word;
+        }
+        if let Some(last) = self.words.last_mut() {
+            *last &= last_mask(self.nr_pages);
+        }
+        self.summarize();
+    }
+
+    /// Sets the bits of `pages` that are one in `bits`, whose lowest bit of word 0 stands for
+    /// `pages.start`; how many of them were zero. Bits behind the last of `pages` are ignored.
+    ///
+    /// # Panics
+    ///
+    /// Also when `bits` has fewer bits than `pages`.
+    pub fn or_bits(&mut self, pages: Range<u64>, bits: &[u64]) -> u64 {
+        if pages.is_empty() {
+            return 0;
+        }
+        assert!(pages.end <= self.nr_pages, "pages {pages:?} of {}", self.nr_pages);
+        let len = pages.end - pages.start;
+        let bits = &bits[..index(len.div_ceil(WORD_BITS))];
+        let (first, shift) = (index(pages.start / WORD_BITS), pages.start % WORD_BITS);
+        let mut set = 0;
+        for (i, &value) in bits.iter().enumerate() {
+            let value = if i + 1 == bits.len() { value & last_mask(len) } else { value };
+            if value == 0 {
+                continue;
+            }
+            set += self.or_word(first + i, value << shift);
+            if shift != 0 && value >> (WORD_BITS - shift) != 0 {
+                set += self.or_word(first + i + 1, value >> (WORD_BITS - shift));
+            }
+        }
+        set
+    }
+
+    /// Sets the bits that are one in `other`; how many of them were zero.
+    ///
+    /// # Panics
+    ///
+    /// When the two are not of the same number of pages.
+    pub fn or(&mut self, other: &Self) -> u64 {
+        assert_eq!(self.nr_pages, other.nr_pages, "bitmaps of different blocks");
+        other.busy_words().map(|(word, bits)| self.or_word(word, bits)).sum()
+    }
+
+    /// Clears the bits that are one in `other`; how many of them were one.
+    ///
+    /// # Panics
+    ///
+    /// When the two are not of the same number of pages.
+    pub fn and_not(&mut self, other: &Self) -> u64 {
+        assert_eq!(self.nr_pages, other.nr_pages, "bitmaps of different blocks");
+        other.busy_words().map(|(word, bits)| self.clear_word(word, bits)).sum()
+    }
+
+    /// The first page of `from..end` whose bit is one.
+    pub fn next_set(&self, from: u64, end: u64) -> Option<u64> {
+        let end = end.min(self.nr_pages);
+        if from >= end {
+            return None;
+        }
+        let mut word = index(from / WORD_BITS);
+        let mut bits = self.words[word] & (u64::MAX << (from % WORD_BITS));
+        while bits == 0 {
+            word = self.next_busy(word + 1).filter(|&word| word as u64 * WORD_BITS < end)?;
+            bits = self.words[word];
+        }
+        let page = word as u64 * WORD_BITS + u64::from(bits.trailing_zeros());
+        (page < end).then_some(page)
+    }
+
+    /// The first run of ones in `from..end`, no longer than `max_len` pages.
+    pub fn next_run(&self, from: u64, end: u64, max_len: u64) -> Option<Range<u64>> {
+        let start = self.next_set(from, end)?;
+        let end = end.min(self.nr_pages).min(start.saturating_add(max_len.max(1)));
+        let mut word = index(start / WORD_BITS);
+        let mut zeroes = !self.words[word] & (u64::MAX << (start % WORD_BITS));
+        while zeroes == 0 {
+            word += 1;
+            if word as u64 * WORD_BITS >= end {
+                return Some(start..end);
+            }
+            zeroes = !self.words[word];
+        }
+        Some(start..end.min(word as u64 * WORD_BITS + u64::from(zeroes.trailing_zeros())))
+    }
+
+    /// The maximal runs of ones within `pages`, ascending, clipped to it.
+    pub fn runs(&self, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let mut from = pages.start;
+        std::iter::from_fn(move || {
+            let run = self.next_run(from, pages.end, u64::MAX)?;
+            from = run.end;
+            Some(run)
+        })
+    }
+
+    /// The words that may be non-zero, with their index.
+    fn busy_words(&self) -> impl Iterator<Item = (usize, u64)> {
+        let mut word = 0;
+        std::iter::from_fn(move || {
+            let at = self.next_busy(word)?;
+            word = at + 1;
+            Some((at, self.words[at]))
+        })
+    }
+
+    /// The first word from `word` on that may be non-zero.
+    fn next_busy(&self, word: usize) -> Option<usize> {
+        let mut at = word / 64;
+        let mut busy = self.summary.get(at)? & (u64::MAX << (word % 64));
+        while busy == 0 {
+            at += 1;
+            busy = *self.summary.get(at)?;
+        }
+        Some(at * 64 + busy.trailing_zeros() as usize)
+    }
+
+    /// Sets `bits` of a word; how many were zero.
+    fn or_word(&mut self, word: usize, bits: u64) -> u64 {
+        let new = u64::from((bits & !self.words[word]).count_ones());
+        if new != 0 {
+            self.words[word] |= bits;
+            self.summary[word / 64] |= 1 << (word % 64);
+            self.ones += new;
+        }
+        new
+    }
+
+    /// Clears `bits` of a word; how many were one.
+    fn clear_word(&mut self, word: usize, bits: u64) -> u64 {
+        let gone = u64::from((bits & self.words[word]).count_ones());
+        if gone != 0 {
+            self.words[word] &= !bits;
+            if self.words[word] == 0 {
+                self.summary[word / 64] &= !(1 << (word % 64));
+            }
+            self.ones -= gone;
+        }
+        gone
+    }
+
+    /// Builds the summary and the count from the words.
+    fn summarize(&mut self) {
+        self.ones = 0;
+        self.summary.clear();
+        for words in self.words.chunks(64) {
+            let mut busy = 0;
+            for (i, word) in words.iter().enumerate() {
+                busy |= u64::from(*word != 0) << i;
+                self.ones += u64::from(word.count_ones());
+            }
+            self.summary.push(busy);
+        }
+    }
+
+    /// `pages` as words; `None` when empty.
+    fn split(&self, pages: Range<u64>) -> Option<Split> {
+        if pages.is_empty() {
+            return None;
+        }
+        assert!(pages.end <= self.nr_pages, "pages {pages:?} of {}", self.nr_pages);
+        let (first, last) = (index(pages.start / WORD_BITS), index((pages.end - 1) / WORD_BITS));
+        let head_mask = u64::MAX << (pages.start % WORD_BITS);
+        let tail_mask = last_mask(pages.end);
+        if first == last {
+            return Some(Split {
+                head: Some((first, head_mask & tail_mask)),
+                body: 0..0,
+                tail: None,
+            });
+        }
+        let head = (head_mask != u64::MAX).then_some((first, head_mask));
+        let tail = (tail_mask != u64::MAX).then_some((last, tail_mask));
+        let body = first + usize::from(head.is_some())..last + usize::from(tail.is_none());
+        Some(Split { head, body, tail })
+    }
+}
+
+/// Equal when of the same pages with the same bits.
+impl PartialEq for PageBitmap {
+    fn eq(&self, other: &Self) -> bool {
+        // Summaries may differ: they are conservative.
+        self.nr_pages == other.nr_pages && self.ones == other.ones && self.words == other.words
+    }
+}
+
+impl Eq for PageBitmap {}
+
+/// A range of pages: whole words, and the words at its ends of which it covers a part.
+struct Split {
+    head: Option<(usize, u64)>,
+    body: Range<usize>,
+    tail: Option<(usize, u64)>,
+}
+
+/// The summary's words for a range of words, each with the bits for that range.
+fn summary_masks(words: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+    let mut at = words.start;
+    std::iter::from_fn(move || {
+        if at >= words.end {
+            return None;
+        }
+        let word = at / 64;
+        let end = words.end.min((word + 1) * 64);
+        let mask = (u64::MAX << (at % 64)) & (u64::MAX >> (63 - (end - 1) % 64));
+        at = end;
+        Some((word, mask))
+    })
+}
+
+/// The bits that `nr` bits use of the last of the words they fill; all when they fill it, or none
+/// are there.
+fn last_mask(nr: u64) -> u64 {
+    u64::MAX >> (nr.wrapping_neg() % WORD_BITS)
+}
+
+/// An index of a bitmap in memory, which fits.
+fn index(n: u64) -> usize {
+    usize::try_from(n).expect("a bitmap fits in memory")
+}
+
+/// The pages that a range of bytes touches, also in part.
+pub fn pages_touched(range: ByteRange) -> Range<u64> {
+    range.start() / TARGET_PAGE_SIZE..range.end().div_ceil(TARGET_PAGE_SIZE)
+}
+
+/// The bytes of a run of pages.
+///
+/// # Panics
+///
+/// When the run is empty or its end in bytes does not fit 64 bits.
+pub fn bytes_of(pages: Range<u64>) -> ByteRange {
+    let bounds = |page: u64| page.checked_mul(TARGET_PAGE_SIZE);
+    let range = bounds(pages.start).zip(bounds(pages.end));
+    range.and_then(|(start, end)| ByteRange::from_bounds(start, end)).expect("a run of pages")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_bitmap_of_16_tib_is_searched_and_cleared_at_once() {
+        let nr = (16 << 40) / TARGET_PAGE_SIZE;
+        let mut bitmap = PageBitmap::new(nr);
+        assert_eq!(bitmap.next_run(0, nr, u64::MAX), None);
+        bitmap.set_range(nr - 70..nr);
+        bitmap.set(5);
+        assert!(bitmap.runs(0..nr).eq([5..6, nr - 70..nr]));
+        assert_eq!(bitmap.clear_range(0..nr), 71);
+        assert_eq!(bitmap.count(), 0);
+    }
+
+    #[test]
+    fn runs_are_no_longer_than_asked() {
+        let mut bitmap = PageBitmap::new(300);
+        bitmap.set_range(10..290);
+        assert_eq!(bitmap.next_run(0, 300, 64), Some(10..74));
+        assert_eq!(bitmap.next_run(74, 300, 128), Some(74..202));
+        assert_eq!(bitmap.next_run(74, 100, 128), Some(74..100));
+        assert_eq!(bitmap.next_run(74, 100, 0), Some(74..75));
+        assert_eq!(bitmap.next_run(202, u64::MAX, u64::MAX), Some(202..290));
+        assert_eq!(bitmap.next_run(290, u64::MAX, u64::MAX), None);
+    }
+
+    #[test]
+    fn words_with_a_bit_past_the_last_page_are_refused() {
+        assert_eq!(PageBitmap::from_words(70, vec![0, 1 << 6]), None);
+        assert_eq!(PageBitmap::from_words(70, vec![0]), None);
+        assert_eq!(PageBitmap::from_words(70, vec![0; 3]), None);
+        assert_eq!(PageBitmap::from_words(70, vec![0, 1 << 5]).unwrap().count(), 1);
+        assert_eq!(PageBitmap::from_words(0, vec![]).unwrap().count(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "pages 60..71 of 70")]
+    fn a_range_past_the_last_page_panics() {
+        PageBitmap::new(70).set_range(60..71);
+    }
+
+    #[test]
+    fn bytes_and_pages() {
+        let range = ByteRange::from_bounds(4095, 4097).unwrap();
+        assert_eq!(pages_touched(range), 0..2);
+        assert_eq!(bytes_of(1..3), ByteRange::new(4096, 8192).unwrap());
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        SetRange(u64, u64),
+        ClearRange(u64, u64),
+        Set(u64),
+        Clear(u64),
+        OrBits(u64, u64, Vec<u64>),
+        Invert,
+        Or(Vec<u64>),
+        AndNot(Vec<u64>),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let page = || 0u64..10_000;
+        // Mostly zeroes, so that there are runs of both kinds.
+        let word = || prop_oneof![Just(0), Just(0), Just(u64::MAX), any::<u64>()];
+        let words = move |max| prop::collection::vec(word(), 0..max);
+        prop_oneof![
+            4 => (page(), page()).prop_map(|(a, b)| Op::SetRange(a, b)),
+            4 => (page(), page()).prop_map(|(a, b)| Op::ClearRange(a, b)),
+            1 => page().prop_map(Op::Set),
+            1 => page().prop_map(Op::Clear),
+            2 => (page(), page(), words(40)).prop_map(|(a, b, bits)| Op::OrBits(a, b, bits)),
+            1 => Just(Op::Invert),
+            1 => words(157).prop_map(Op::Or),
+            1 => words(157).prop_map(Op::AndNot),
+        ]
+    }
+
+    /// A bitmap of `nr` pages from words that need not fit.
+    fn fit(nr: u64, mut words: Vec<u64>) -> PageBitmap {
+        words.resize(index(nr.div_ceil(64)), 0);
+        *words.last_mut().unwrap() &= last_mask(nr);
+        PageBitmap::from_words(nr, words).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_the_naive_model(
+            nr in 1u64..10_000,
+            ops in prop::collection::vec(op(), 0..24),
+            window in (0u64..10_000, 0u64..10_000),
+            max_len in 1u64..300,
+        ) {
+            let mut model = vec![false; nr as usize];
+            let mut bitmap = PageBitmap::new(nr);
+            let clip = |a: u64, b: u64| a.min(b).min(nr)..a.max(b).min(nr);
+            let part = |r: Range<u64>| r.start as usize..r.end as usize;
+            for op in ops {
+                let before = model.iter().filter(|&&bit| bit).count() as i64;
+                let changed = match op {
+                    Op::SetRange(a, b) => {
+                        model[part(clip(a, b))].fill(true);
+                        bitmap.set_range(clip(a, b)) as i64
+                    }
+                    Op::ClearRange(a, b) => {
+                        model[part(clip(a, b))].fill(false);
+                        -(bitmap.clear_range(clip(a, b)) as i64)
+                    }
+                    Op::Set(page) => {
+                        model[(page % nr) as usize] = true;
+                        i64::from(bitmap.set(page % nr))
+                    }
+                    Op::Clear(page) => {
+                        model[(page % nr) as usize] = false;
+                        -i64::from(bitmap.clear(page % nr))
+                    }
+                    Op::OrBits(a, b, bits) => {
+                        let pages = clip(a, b);
+                        let pages = pages.start..pages.end.min(pages.start + bits.len() as u64 * 64);
+                        for (i, bit) in model[part(pages.clone())].iter_mut().enumerate() {
+                            *bit |= bits[i / 64] >> (i % 64) & 1 != 0;
+                        }
+                        bitmap.or_bits(pages, &bits) as i64
+                    }
+                    Op::Invert => {
+                        model.iter_mut().for_each(|bit| *bit = !*bit);
+                        bitmap.invert();
+                        nr as i64 - 2 * before
+                    }
+                    Op::Or(words) => {
+                        let other = fit(nr, words);
+                        for (page, bit) in model.iter_mut().enumerate() {
+                            *bit |= other.test(page as u64);
+                        }
+                        bitmap.or(&other) as i64
+                    }
+                    Op::AndNot(words) => {
+                        let other = fit(nr, words);
+                        for (page, bit) in model.iter_mut().enumerate() {
+                            *bit &= !other.test(page as u64);
+                        }
+                        -(bitmap.and_not(&other) as i64)
+                    }
+                };
+                let after = model.iter().filter(|&&bit| bit).count() as i64;
+                prop_assert_eq!(changed, after - before);
+                prop_assert_eq!(bitmap.count() as i64, after);
+            }
+            for (page, &bit) in model.iter().enumerate() {
+                prop_assert_eq!(bitmap.test(page as u64), bit);
+            }
+            let window = clip(window.0, window.1);
+            let mut runs: Vec<Range<u64>> = Vec::new();
+            for page in window.clone().filter(|&page| model[page as usize]) {
+                match runs.last_mut() {
+                    Some(run) if run.end == page => run.end += 1,
+                    _ => runs.push(page..page + 1),
+                }
+            }
+            prop_assert!(bitmap.runs(window.clone()).eq(runs.iter().cloned()));
+            let first = runs.first().map(|run| run.start..run.end.min(run.start + max_len));
+            prop_assert_eq!(bitmap.next_run(window.start, window.end, max_len), first);
+            let copy = PageBitmap::from_words(nr, bitmap.words().to_vec());
+            prop_assert_eq!(copy, Some(bitmap));
+        }
+    }
+}
