@@ -161,7 +161,7 @@ pub struct StateFile {
     file: File,
     words: Vec<u64>,
     slot: Slot,
-    /// Words of the last delta that could not be written after it was committed.
+    /// Words of the last delta that may not have been written after it was committed.
     unwritten: Option<std::ops::Range<usize>>,
 }
 
@@ -210,11 +210,11 @@ impl StateFile {
         Ok(Self { path: path.to_owned(), file, words, slot, unwritten: None })
     }
 
-    /// Opens a file and checks all of it.
+    /// Opens a file and checks all of it. Nothing is written before the first commit.
     ///
     /// # Errors
     ///
-    /// When it is damaged, of another geometry, newer, or in use; it is left as it was.
+    /// When it is damaged, of another geometry, newer, or in use.
     pub fn open(path: &Path, geometry: &Geometry) -> Result<(Self, Saved), StateFileError> {
         let io = |source| StateFileError::Io { path: path.to_owned(), source };
         let damaged = |what: String| StateFileError::Damaged { path: path.to_owned(), what };
@@ -274,8 +274,8 @@ impl StateFile {
             api_migration: slot.api_migration,
             journal: slot.journal.map(|request| JournalEntry { request, answered }),
         };
-        let state = Self { path: path.to_owned(), file, words, slot, unwritten: None };
-        state.write_words(changed).map_err(io)?;
+        // Written with the next commit, and not yet: the device may still refuse what was saved.
+        let state = Self { path: path.to_owned(), file, words, slot, unwritten: Some(changed) };
         Ok((state, saved))
     }
 

@@ -154,6 +154,24 @@ fn a_flipped_bit_is_refused_or_changes_nothing() {
     }
 }
 
+/// The device may refuse what was saved, and the file is to be left as it was then.
+#[test]
+fn opening_a_file_that_a_kill_left_half_written_changes_nothing_of_it() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    file.commit(&commit(SET, 0)).unwrap();
+    drop(file);
+    let mut bytes = rig.bytes();
+    bytes[usize::try_from(BITMAP).unwrap()..].fill(0);
+    rig.set_bytes(&bytes);
+    assert_eq!(rig.open().unwrap().plugged_blocks, 130);
+    assert_eq!(rig.bytes(), bytes);
+    let (mut file, _) = StateFile::open(&rig.path(), &geometry()).unwrap();
+    file.commit(&commit(Delta::Clear { first_block: 150, nr_blocks: 1 }, 0)).unwrap();
+    drop(file);
+    assert_eq!(rig.open().unwrap().plugged_blocks, 130);
+}
+
 /// What a kill may leave of a commit's writes: the slot whole or not at all, and then any part of
 /// the bitmap's words.
 fn images(before: &[u8], after: &[u8]) -> Vec<(Vec<u8>, bool)> {
