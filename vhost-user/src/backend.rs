@@ -56,6 +56,7 @@ struct Shared {
     gate: Arc<Gate>,
     memory: AtomicMemory,
     config_write_logged: AtomicBool,
+    ended: AtomicBool,
 }
 
 impl MemBackend {
@@ -67,7 +68,15 @@ impl MemBackend {
         memory: AtomicMemory,
     ) -> Self {
         let config_write_logged = AtomicBool::new(false);
-        Self { shared: Arc::new(Shared { controller, metrics, gate, memory, config_write_logged }) }
+        let ended = AtomicBool::new(false);
+        let shared = Shared { controller, metrics, gate, memory, config_write_logged, ended };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// The connection has ended: no request is served any more. A guest that makes requests
+    /// without end would otherwise keep the worker from ending with it.
+    pub fn end(&self) {
+        self.shared.ended.store(true, Ordering::Release);
     }
 
     /// Serves the queue until it is empty, then once more if something came in between.
@@ -80,7 +89,7 @@ impl MemBackend {
             }
             let _inside = self.shared.gate.enter();
             self.signal(vring, &mut unsignalled);
-            if !is_running(vring) {
+            if !self.is_running(vring) {
                 return;
             }
             // A ring that says there is more, but gives nothing, is broken by its driver: waiting
@@ -104,7 +113,7 @@ impl MemBackend {
         let Shared { controller, metrics, gate, memory, .. } = &*self.shared;
         let _inside = gate.enter();
         // The crate calls for a ring that was enabled, which may be stopped again by now.
-        if !is_running(vring) {
+        if !self.is_running(vring) {
             return false;
         }
         let memory = memory.memory();
@@ -142,7 +151,7 @@ impl MemBackend {
 
     /// Tells the guest of used buffers, if there are new ones and it wants to know.
     fn signal(&self, vring: &Vring, unsignalled: &mut Option<Instant>) {
-        if unsignalled.take().is_none() || !is_running(vring) {
+        if unsignalled.take().is_none() || !self.is_running(vring) {
             return;
         }
         if self.wants_signal(vring)
@@ -150,6 +159,14 @@ impl MemBackend {
         {
             tracing::debug!(%error, "cannot signal the guest");
         }
+    }
+
+    /// Whether a ring is started and enabled, so that it may be read and written.
+    fn is_running(&self, vring: &Vring) -> bool {
+        let state = vring.get_ref();
+        state.is_enabled()
+            && state.get_queue().ready()
+            && !self.shared.ended.load(Ordering::Acquire)
     }
 
     /// Whether the guest wants to hear of used buffers. The crate answers for EVENT_IDX only.
@@ -187,12 +204,6 @@ impl MemBackend {
         }
         Ok(blocks)
     }
-}
-
-/// Whether a ring is started and enabled, so that it may be read and written.
-fn is_running(vring: &Vring) -> bool {
-    let state = vring.get_ref();
-    state.is_enabled() && state.get_queue().ready()
 }
 
 impl VhostUserBackend for MemBackend {

@@ -91,7 +91,7 @@ impl Connections {
             Arc::clone(self.service.gate()),
             memory.clone(),
         );
-        let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend, memory)
+        let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend.clone(), memory)
             .map_err(|error| anyhow::anyhow!("cannot set up the back-end: {error}"))?;
         let end = EventFd::new(EFD_CLOEXEC)?;
         for worker in daemon.get_epoll_handlers() {
@@ -105,6 +105,7 @@ impl Connections {
         // The crate's own error is the relay's, told less precisely.
         daemon.request_shutdown();
         let _ = daemon.wait();
+        backend.end();
         end.write(1)?;
         // Joins the worker: after this nobody uses the front-end's memory.
         drop(daemon);

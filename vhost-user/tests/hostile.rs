@@ -11,9 +11,10 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use test_vmm::connection::Connection;
 use test_vmm::daemon::Daemon;
-use test_vmm::driver::{MemDriver, ResponseType};
-use test_vmm::protocol::{self, VERSION};
-use test_vmm::split_ring::{Next, Segment};
+use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
+use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
+use test_vmm::protocol::{self, Request, VERSION};
+use test_vmm::split_ring::{DESC_SIZE, Next, Segment};
 
 /// Descriptors and threads of the daemon; waits until it serves nobody.
 fn resources(daemon: &Daemon) -> (usize, usize) {
@@ -201,4 +202,44 @@ fn a_configuration_read_is_a_snapshot_whatever_goes_on() {
             frontend.config().unwrap().check().unwrap();
         }
     });
+}
+
+/// Each used element then makes another chain available, without end.
+#[test]
+fn rings_that_overlap_end_with_their_connection() {
+    let mut daemon = common::daemon(options());
+    let ram = ram();
+    let frontend = Frontend::connect(&daemon.socket()).unwrap();
+    frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
+    frontend.set_mem_table(&ram).unwrap();
+    let mut driver = MemDriver::at(&ram, RING, 128, false).unwrap();
+    let request = MemRequest::new(RequestType::State, gpa(0), 1).to_bytes();
+    driver.submit(&request, &Shape::default()).unwrap();
+    let ring = driver.ring();
+    // The descriptors of a whole request, wherever a used element points as a head.
+    for entry in (2..126).step_by(2) {
+        for at in 0..2 {
+            let from = ring.desc_addr() + DESC_SIZE * at;
+            let mut bytes = ram.read_vec(from, DESC_SIZE as usize).unwrap();
+            if at == 0 {
+                bytes[14..].copy_from_slice(&(entry + 1u16).to_le_bytes());
+            }
+            ram.write(ring.desc_addr() + DESC_SIZE * (u64::from(entry) + at), &bytes).unwrap();
+        }
+    }
+    // The used index starts ahead, and with it the available one, which is the same.
+    ram.write(ring.avail_addr() + 2, &5u16.to_le_bytes()).unwrap();
+    frontend.set_vring_num(0, 128).unwrap();
+    let user = |gpa| ram.user_addr(gpa).unwrap();
+    let (descriptors, both) = (user(ring.desc_addr()), user(ring.avail_addr()));
+    let addr = protocol::vring_addr(0, 0, descriptors, both, both, 0);
+    frontend.request(Request::SetVringAddr, &addr, &[]).unwrap();
+    frontend.set_vring_base(0, 0).unwrap();
+    frontend.set_vring_fd(Request::SetVringKick, 0, Some(ring.kick_fd())).unwrap();
+    frontend.enable(0, true).unwrap();
+    ring.force_kick().unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    frontend.disconnect();
+    assert_serves(&daemon, 0);
+    assert!(daemon.is_running());
 }
