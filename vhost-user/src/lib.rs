@@ -2,6 +2,7 @@
 //!
 //! - [`args`]: the command line.
 //! - [`front_door`]: the connection to the front-end, and config-change messages to it.
+//! - [`connection`]: one front-end at a time, from its arrival until it has left.
 //! - [`backend`], [`queue`], [`gate`]: the vhost-user device and its queue.
 //! - [`service`]: what the management API sees of the device.
 //! - [`management`], [`vmemctl`]: the API's server and client; [`metrics`].
@@ -11,7 +12,7 @@
 
 pub mod args;
 pub mod backend;
-mod connection;
+pub mod connection;
 pub mod front_door;
 pub mod gate;
 pub mod management;

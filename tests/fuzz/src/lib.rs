@@ -1,0 +1,24 @@
+//! The bodies of the fuzz targets, each a function of the bytes that the fuzzer makes up.
+//!
+//! Each reads the bytes as what one hostile party may do, does it, and panics when a promise is
+//! broken. They need no fuzzer: `tests/smoke.rs` runs them over the seeds and over random bytes.
+
+pub mod api_bodies;
+pub mod guest_chains;
+pub mod guest_requests;
+mod input;
+pub mod seeds;
+pub mod state_file;
+pub mod vhost_user_stream;
+
+/// The body of a target.
+pub type Body = fn(&[u8]);
+
+/// All targets by name.
+pub const TARGETS: [(&str, Body); 5] = [
+    ("guest_requests", guest_requests::run),
+    ("guest_chains", guest_chains::run),
+    ("vhost_user_stream", vhost_user_stream::run),
+    ("api_bodies", api_bodies::run),
+    ("state_file", state_file::run),
+];

@@ -1,0 +1,96 @@
+//! Inputs to start from, a few for each target.
+
+/// The seeds of a target; none for a name that is no target's.
+pub fn of(target: &str) -> Vec<Vec<u8>> {
+    match target {
+        "guest_requests" => guest_requests(),
+        "guest_chains" => guest_chains(),
+        "vhost_user_stream" => vhost_user_stream(),
+        "api_bodies" => api_bodies(),
+        "state_file" => state_file(),
+        _ => Vec::new(),
+    }
+}
+
+fn guest_requests() -> Vec<Vec<u8>> {
+    // A step: type, kind of request, how, block (2), number of blocks.
+    let plug = [6, 0, 0, 0, 0, 64];
+    let unplug = [6, 1, 0, 8, 0, 8];
+    let state = [6, 3, 0, 0, 0, 64];
+    let unplug_all = [6, 2, 0, 0, 0, 0];
+    let requested = 100u16.to_le_bytes();
+    vec![
+        [&requested[..], &plug, &unplug, &state, &unplug_all].concat(),
+        // A fault of the store, of a listener, and requests that come twice.
+        [&requested[..], &[6, 0, 3, 0, 0, 4], &[6, 0, 12, 0, 0, 4], &[6, 0, 48, 0, 0, 4]].concat(),
+        // Frozen and thawed with a reset in between; unmapped; resized.
+        [&requested[..], &plug, &[3, 3], &plug, &[5], &[3, 2], &[4, 0], &plug, &[2, 0, 2]].concat(),
+    ]
+}
+
+fn guest_chains() -> Vec<Vec<u8>> {
+    // Head, block, kind, number of blocks, where the response goes, its length.
+    let request = |head: u8, block: u8, kind: u8| vec![6, head, block, kind, 1, 1, 5];
+    let kick = vec![7];
+    vec![
+        [vec![7], request(0, 8, 0), request(2, 8, 2), kick.clone(), request(4, 8, 1)].concat(),
+        // An indirect table of two descriptors.
+        [
+            vec![0x87],
+            vec![4, 0, 5, 0, 0x20, 3, 1, 1],
+            vec![4, 1, 5, 0x40, 0x20, 5, 2, 0],
+            vec![5, 9, 2],
+            kick.clone(),
+        ]
+        .concat(),
+        // A loop, a head that does not exist, an index far ahead.
+        [
+            vec![3],
+            vec![0, 0, 5, 0, 0x20, 3, 1, 0],
+            vec![1, 0],
+            kick.clone(),
+            vec![1, 200],
+            kick.clone(),
+            vec![2, 0xff, 0x7f],
+            kick,
+        ]
+        .concat(),
+    ]
+}
+
+fn vhost_user_stream() -> Vec<Vec<u8>> {
+    vec![
+        // A good start, then each request once, as it usually is.
+        [vec![10], (0..48).flat_map(|request| [0x0b, request]).collect()].concat(),
+        // Edited payloads from the beginning.
+        [vec![0], [3, 16, 2, 5, 5, 0, 0x80, 8, 2, 9, 9].repeat(3)].concat(),
+        // Bytes.
+        vec![0x80, 12, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 3, 15, 0, 0],
+    ]
+}
+
+fn api_bodies() -> Vec<Vec<u8>> {
+    let body = |choice: u8, text: &str| [&[choice], text.as_bytes()].concat();
+    vec![
+        body(8, r#"{"requested_size": 2097152}"#),
+        body(8, r#"{"requested_size": -1, "requested_size": 1e9}"#),
+        body(9, r#"{"active": true}"#),
+        body(0, r#" {"requested_size":18446744073709551616} x"#),
+        body(4, "\u{10}application/json{}"),
+    ]
+}
+
+fn state_file() -> Vec<Vec<u8>> {
+    // Three commits; then edits.
+    let commits = [3, 2, 9, 0, 1, 5, 3, 0, 70, 0, 1, 0, 9, 0, 1, 3, 9, 0, 2, 0, 0, 1, 4, 0, 0];
+    let choice = 3 << 2;
+    vec![
+        [&[choice | 2][..], &commits].concat(),
+        // A word of the bitmap, a slot, the head; sums made right again.
+        [&[choice | 2][..], &commits, &[2, 6, 3, 0xff, 6, 0]].concat(),
+        [&[choice | 2][..], &commits, &[5, 1, 56, 255, 7, 5, 0, 8, 2, 7]].concat(),
+        [&[choice | 3][..], &commits, &[0, 0, 0x30]].concat(),
+        [&[choice][..], &commits].concat(),
+        [&[choice | 1][..], b"VMEMSTAT\x01\0\0\0\0\0\0\0"].concat(),
+    ]
+}
