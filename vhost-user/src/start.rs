@@ -17,14 +17,15 @@ use crate::state_file::{Commit, Delta, Geometry, JournalUpdate as SavedJournal, 
 pub fn open(config: &Config) -> anyhow::Result<Start> {
     let device = VirtioMem::new(config.geometry, config.requested_size)?;
     let Some(path) = &config.state_file else { return Ok(Start::volatile(device)) };
-    let option = || format!("--state-file {}", path.display());
+    // The errors name the file.
+    let option = || "--state-file";
     let geometry = Geometry {
         addr: config.geometry.addr(),
         region_size: config.geometry.region_size(),
         block_size: config.geometry.block_size(),
         node_id: config.geometry.node_id(),
     };
-    if !path.try_exists().with_context(option)? {
+    if !path.try_exists().with_context(|| format!("--state-file: {}", path.display()))? {
         let (requested, usable) = (device.requested_size(), device.usable_region_size());
         let file = StateFile::create(path, &geometry, requested, usable).with_context(option)?;
         return Ok(Start { store: Box::new(Store(file)), ..Start::volatile(device) });

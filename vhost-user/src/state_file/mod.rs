@@ -109,12 +109,12 @@ pub enum JournalUpdate<'a> {
 #[derive(Debug, Error)]
 pub enum StateFileError {
     /// A system call failed.
-    #[error("{path}: {source}")]
+    #[error("{path}: {error}")]
     Io {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: io::Error,
+        /// Why. Told with the path, so not as a source, which would be told again.
+        error: io::Error,
     },
     /// Another daemon uses it.
     #[error("{0} is in use by another process")]
@@ -178,7 +178,7 @@ impl StateFile {
         requested_size: u64,
         usable_region_size: u64,
     ) -> Result<Self, StateFileError> {
-        let io = |source| StateFileError::Io { path: path.to_owned(), source };
+        let io = |error| StateFileError::Io { path: path.to_owned(), error };
         let mut name = path.as_os_str().to_owned();
         name.push(format!(".new-{}", std::process::id()));
         let temporary = PathBuf::from(name);
@@ -216,7 +216,7 @@ impl StateFile {
     ///
     /// When it is damaged, of another geometry, newer, or in use.
     pub fn open(path: &Path, geometry: &Geometry) -> Result<(Self, Saved), StateFileError> {
-        let io = |source| StateFileError::Io { path: path.to_owned(), source };
+        let io = |error| StateFileError::Io { path: path.to_owned(), error };
         let damaged = |what: String| StateFileError::Damaged { path: path.to_owned(), what };
         if !std::fs::metadata(path).map_err(io)?.is_file() {
             return Err(StateFileError::NotAFile(path.to_owned()));
@@ -286,7 +286,7 @@ impl StateFile {
     /// When it cannot be written; the file still holds the state before.
     pub fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateFileError> {
         let path = self.path.clone();
-        let io = |source| StateFileError::Io { path: path.clone(), source };
+        let io = |error| StateFileError::Io { path: path.clone(), error };
         let mut slot = Slot {
             seq: self.slot.seq + 1,
             requested_size: commit.requested_size,
