@@ -22,27 +22,27 @@ pub struct Args {
     pub socket_path: Option<PathBuf>,
 
     /// Use this inherited file descriptor: a connected or a listening Unix socket
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub fd: Option<String>,
 
     /// Guest-physical address of the region
-    #[arg(long, value_name = "GPA")]
+    #[arg(long, value_name = "GPA", allow_hyphen_values = true)]
     pub addr: String,
 
     /// Size of the region
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     pub region_size: String,
 
     /// Size of a block [default: the host's transparent huge page size]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     pub block_size: Option<String>,
 
     /// What the guest is asked to plug; with --state-file, what was set last wins
-    #[arg(long, value_name = "SIZE", default_value = "0")]
+    #[arg(long, value_name = "SIZE", default_value = "0", allow_hyphen_values = true)]
     pub requested_size: String,
 
     /// Offer VIRTIO_MEM_F_ACPI_PXM with this NUMA node
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub node_id: Option<String>,
 
     /// Serve the management API on this Unix socket
@@ -92,7 +92,7 @@ pub struct ArgsError {
 }
 
 impl ArgsError {
-    fn new(option: &'static str, value: &str, rule: impl ToString) -> Self {
+    pub(crate) fn new(option: &'static str, value: &str, rule: impl ToString) -> Self {
         Self { option, value: value.to_owned(), rule: rule.to_string() }
     }
 }
@@ -111,7 +111,7 @@ impl TryFrom<Args> for Config {
         let requested_size = size("requested-size", &args.requested_size)?;
         let node_id = match &args.node_id {
             None => None,
-            Some(text) => Some(text.parse::<u16>().map_err(|_| {
+            Some(text) => Some(number::<u16>(text).ok_or_else(|| {
                 ArgsError::new("node-id", text, "not a whole number from 0 to 65535")
             })?),
         };
@@ -135,19 +135,39 @@ impl TryFrom<Args> for Config {
         VirtioMem::new(geometry, requested_size)
             .map_err(|error| ArgsError::new("requested-size", &args.requested_size, error))?;
         let endpoint = match (args.socket_path, &args.fd) {
-            (_, Some(text)) => {
-                Endpoint::Fd(text.parse().ok().filter(|fd| *fd >= 0).ok_or_else(|| {
-                    ArgsError::new("fd", text, "not the number of a file descriptor")
-                })?)
-            }
+            (_, Some(text)) => Endpoint::Fd(number(text).ok_or_else(|| {
+                ArgsError::new("fd", text, "not the number of a file descriptor")
+            })?),
             (Some(path), None) => Endpoint::Path(path),
             (None, None) => {
                 return Err(ArgsError::new("socket-path", "", "neither it nor --fd is given"));
             }
         };
         let Args { api_socket, state_file, .. } = args;
+        let socket_path = match &endpoint {
+            Endpoint::Path(path) => Some(path),
+            Endpoint::Fd(_) => None,
+        };
+        let paths = [
+            ("socket-path", socket_path),
+            ("api-socket", api_socket.as_ref()),
+            ("state-file", state_file.as_ref()),
+        ];
+        for (index, (option, path)) in paths.into_iter().enumerate() {
+            let same =
+                paths[..index].iter().find(|(_, earlier)| path.is_some() && *earlier == path);
+            if let (Some(path), Some((earlier, _))) = (path, same) {
+                let rule = format!("the same path as --{earlier}");
+                return Err(ArgsError::new(option, &path.to_string_lossy(), rule));
+            }
+        }
         Ok(Self { endpoint, geometry, requested_size, api_socket, state_file })
     }
+}
+
+/// A number written like a size.
+fn number<T: TryFrom<u64>>(text: &str) -> Option<T> {
+    parse_size(text).ok().and_then(|number| number.try_into().ok())
 }
 
 /// The host's transparent huge page size, bytes: the smallest block that is given back without
@@ -180,7 +200,7 @@ mod tests {
 
     #[test]
     fn good_options_make_a_configuration() {
-        let config = config("--block-size 2M --requested-size 1G --node-id 3").unwrap();
+        let config = config("--block-size 2M --requested-size 1G --node-id 0x3").unwrap();
         assert_eq!(config.geometry.addr(), 0x1_4000_0000);
         assert_eq!(config.geometry.region_size(), 8 << 30);
         assert_eq!(config.geometry.block_size(), 2 << 20);
@@ -200,7 +220,12 @@ mod tests {
             ("--region-size 0xffffffffffe00000", "--region-size 0xffffffffffe00000: "),
             ("--requested-size 9G", "--requested-size 9G: "),
             ("--requested-size 1", "--requested-size 1: "),
+            ("--requested-size -1", "--requested-size -1: "),
+            ("--region-size -2M", "--region-size -2M: "),
             ("--node-id 65536", "--node-id 65536: "),
+            ("--node-id -1", "--node-id -1: "),
+            ("--api-socket s", "--api-socket s: "),
+            ("--api-socket a --state-file a", "--state-file a: "),
         ] {
             let message = config(options).unwrap_err().to_string();
             assert!(message.starts_with(option), "{options}: {message}");

@@ -15,6 +15,7 @@ pub mod backend;
 pub mod connection;
 pub mod front_door;
 pub mod gate;
+mod listener;
 pub mod management;
 pub mod metrics;
 pub mod queue;
@@ -29,7 +30,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 
-use args::{Config, Endpoint};
+use args::{ArgsError, Config, Endpoint};
 use connection::Connections;
 use front_door::Notifier;
 use management::Server;
@@ -47,33 +48,36 @@ pub const DEFAULT_LOG_FILTER: &str = "info,vhost_user_backend::handler=off";
 ///
 /// # Errors
 ///
-/// When it cannot start: a socket, the state file or the descriptor is not to be had.
+/// When it cannot start: a socket or the state file is not to be had. An [`ArgsError`] when the
+/// descriptor is none that could be used.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let start = start::open(&config)?;
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
     let service = Service::new(controller, Arc::clone(&notifier))?;
-    let front_ends = match &config.endpoint {
-        Endpoint::Path(path) => {
-            FrontEnds::bind(path).with_context(|| format!("--socket-path {}", path.display()))?
-        }
-        Endpoint::Fd(fd) => FrontEnds::inherit(*fd).with_context(|| format!("--fd {fd}"))?,
-    };
-    let api = match &config.api_socket {
-        None => None,
-        Some(path) => {
-            let server = Server::bind(path, Arc::clone(&service) as Arc<_>)
-                .with_context(|| format!("--api-socket {}", path.display()))?;
-            Some(server)
-        }
-    };
     let sockets = match &config.endpoint {
         Endpoint::Path(path) => Some(path),
         Endpoint::Fd(_) => None,
     };
     let sockets = sockets.into_iter().chain(&config.api_socket).cloned().collect();
-    let connections = Arc::new(Connections::new(service, notifier, sockets));
+    let connections = Arc::new(Connections::new(Arc::clone(&service), notifier, sockets));
+    // Before there is a socket that a signal would leave behind.
     let shutdown = Shutdown::on_signals(Arc::clone(&connections))?;
+    let front_ends =
+        match &config.endpoint {
+            Endpoint::Path(path) => FrontEnds::bind(path)
+                .with_context(|| format!("--socket-path {}", path.display()))?,
+            Endpoint::Fd(fd) => FrontEnds::inherit(*fd)
+                .map_err(|error| ArgsError::new("fd", &fd.to_string(), error))?,
+        };
+    let api = match &config.api_socket {
+        None => None,
+        Some(path) => {
+            let server = Server::bind(path, service as Arc<_>)
+                .with_context(|| format!("--api-socket {}", path.display()))?;
+            Some(server)
+        }
+    };
     if let Some(server) = &api {
         server.start().context("cannot start the management API")?;
     }

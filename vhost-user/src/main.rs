@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use tracing_subscriber::EnvFilter;
-use vhost_user_mem::args::{Args, Config};
+use vhost_user_mem::args::{Args, ArgsError, Config};
 
 /// Exit status of a wrong option.
 const USAGE: u8 = 2;
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-user-mem: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<ArgsError>() { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -1,11 +1,9 @@
 //! Where front-ends come from, and what ends the wait for them.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -13,10 +11,13 @@ use std::time::Duration;
 use anyhow::Context;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::connection::Connections;
+use crate::listener::{self, SocketFile};
 
 /// A signal ends the daemon within 2 s; what has not ended by itself until then is left.
 const GRACE: Duration = Duration::from_millis(1500);
@@ -28,19 +29,10 @@ pub enum FrontEnds {
         /// Where they connect.
         listener: UnixListener,
         /// Removed with this value.
-        _socket: Option<BoundPath>,
+        _socket: Option<SocketFile>,
     },
     /// The one front-end that was there at the start.
     Connected(Mutex<Option<UnixStream>>),
-}
-
-/// Removes a socket file at the end.
-pub struct BoundPath(PathBuf);
-
-impl Drop for BoundPath {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
 }
 
 impl FrontEnds {
@@ -50,29 +42,39 @@ impl FrontEnds {
     /// # Errors
     ///
     /// When the path is in use or cannot be bound.
-    pub fn bind(path: &Path) -> anyhow::Result<Self> {
-        let listener = bind_unix(path)?;
-        Ok(Self::Listening { listener, _socket: Some(BoundPath(path.to_owned())) })
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let (listener, socket) = listener::bind(path)?;
+        Ok(Self::Listening { listener, _socket: Some(socket) })
     }
 
     /// Takes over an inherited descriptor.
     ///
     /// # Errors
     ///
-    /// When it is no Unix stream socket.
-    pub fn inherit(fd: i32) -> anyhow::Result<Self> {
+    /// When it is no Unix stream socket, or one that neither listens nor is connected.
+    pub fn inherit(fd: i32) -> io::Result<Self> {
+        let refuse = |rule| Err(io::Error::other(rule));
         // A duplicate, since nothing tells that nobody else in this process uses the number.
         let myself = pidfd_open(getpid(), PidfdFlags::empty())?;
-        let fd: OwnedFd =
-            pidfd_getfd(myself, fd, PidfdGetfdFlags::empty()).context("no such file descriptor")?;
-        let is_unix = rustix::net::sockopt::socket_domain(&fd)
-            .is_ok_and(|domain| domain == rustix::net::AddressFamily::UNIX);
-        anyhow::ensure!(is_unix, "not a Unix socket");
-        if rustix::net::sockopt::socket_acceptconn(&fd)? {
-            Ok(Self::Listening { listener: UnixListener::from(fd), _socket: None })
-        } else {
-            Ok(Self::Connected(Mutex::new(Some(UnixStream::from(fd)))))
+        let fd: OwnedFd = match pidfd_getfd(myself, fd, PidfdGetfdFlags::empty()) {
+            Err(Errno::BADF) => return refuse("no such file descriptor"),
+            other => other?,
+        };
+        let is_unix = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX);
+        if !is_unix || sockopt::socket_type(&fd) != Ok(SocketType::STREAM) {
+            return refuse("not a Unix stream socket");
         }
+        if sockopt::socket_acceptconn(&fd)? {
+            let listener = UnixListener::from(fd);
+            // Between poll and accept, a front-end may go again.
+            listener.set_nonblocking(true)?;
+            return Ok(Self::Listening { listener, _socket: None });
+        }
+        let stream = UnixStream::from(fd);
+        if stream.peer_addr().is_err() {
+            return refuse("a socket that neither listens nor is connected");
+        }
+        Ok(Self::Connected(Mutex::new(Some(stream))))
     }
 
     /// The next front-end; `None` when there will be none.
@@ -92,7 +94,7 @@ impl FrontEnds {
                     PollFd::from_borrowed_fd(shutdown.wake.as_fd(), PollFlags::IN),
                 ];
                 match poll(&mut fds, None) {
-                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Ok(_) | Err(Errno::INTR) => {}
                     Err(errno) => return Err(errno).context("cannot wait for a front-end"),
                 }
                 if fds[0].revents().is_empty() {
@@ -112,36 +114,6 @@ impl FrontEnds {
             },
         }
     }
-}
-
-/// Binds a Unix socket; see [`FrontEnds::bind`] for what is replaced.
-///
-/// # Errors
-///
-/// When the path is in use or cannot be bound.
-pub fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            if !fs::symlink_metadata(path)?.file_type().is_socket() {
-                let message = "the path exists and is not a socket";
-                return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
-            }
-            match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path)?;
-                    UnixListener::bind(path)?
-                }
-                Ok(_) => {
-                    let message = "another process is listening there";
-                    return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        other => other?,
-    };
-    listener.set_nonblocking(true)?;
-    Ok(listener)
 }
 
 /// Becomes readable when the daemon is to end.

@@ -3,10 +3,15 @@
 mod common;
 
 use std::fs;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{ADDR, BLOCK, connect, gpa, options, ram};
+use rustix::net::{AddressFamily, SocketType};
+use rustix::process::{Pid, Signal, kill_process};
 use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::memory::GuestRam;
@@ -160,6 +165,54 @@ fn sigterm_ends_it_in_time_with_its_sockets_removed() {
 }
 
 #[test]
+fn sigterm_during_the_start_leaves_no_socket() {
+    for socket in ["vhost.sock", "api.sock"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name| dir.path().join(name);
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vhost-user-mem"))
+            .args(["--addr", "0x140000000", "--region-size", "1G"])
+            .arg("--socket-path")
+            .arg(path("vhost.sock"))
+            .arg("--api-socket")
+            .arg(path("api.sock"))
+            .spawn()
+            .unwrap();
+        while !path(socket).exists() {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it had a socket");
+        }
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        assert!(!path("vhost.sock").exists() && !path("api.sock").exists());
+    }
+}
+
+#[test]
+fn a_descriptor_that_is_no_stream_of_or_to_a_front_end_is_a_wrong_option() {
+    let unconnected =
+        || rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    let sockets: [(OwnedFd, &str); 4] = [
+        (UnixDatagram::pair().unwrap().0.into(), "not a Unix stream socket"),
+        (TcpListener::bind("127.0.0.1:0").unwrap().into(), "not a Unix stream socket"),
+        (fs::File::open("/dev/null").unwrap().into(), "not a Unix stream socket"),
+        (unconnected(), "neither listens nor is connected"),
+    ];
+    for (socket, says) in sockets {
+        let output = Command::new(env!("CARGO_BIN_EXE_vhost-user-mem"))
+            .args(["--fd", "0", "--addr", "0x140000000", "--region-size", "1G"])
+            .stdin(socket)
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains("--fd 0: ") && stderr.contains(says), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    }
+    let (status, stderr) = run(&["--fd", "99", "--addr", "0x140000000", "--region-size", "1G"]);
+    assert_eq!(status, Some(2), "{stderr}");
+    assert!(stderr.contains("--fd 99: no such file descriptor"), "{stderr}");
+}
+
+#[test]
 fn sockets_left_by_a_killed_daemon_do_not_block_a_start_but_live_ones_do() {
     let mut daemon = common::daemon(options());
     daemon.kill().unwrap();
@@ -188,7 +241,8 @@ fn wrong_options_end_with_status_2_and_one_line() {
         (&["--block-size", "1K"], "--block-size 1K"),
         (&["--requested-size", "2G"], "--requested-size 2G"),
         (&["--requested-size", "1"], "--requested-size 1"),
-        (&["--requested-size", "-1"], "-1"),
+        (&["--requested-size", "-1"], "--requested-size -1: a size must not be negative"),
+        (&["--api-socket", "s"], "--api-socket s"),
         (&["--node-id", "70000"], "--node-id 70000"),
         (&["--fd", "7"], "--fd"),
         (&["--no-such-option"], "--no-such-option"),

@@ -8,7 +8,6 @@ mod body;
 mod device;
 mod event;
 mod event_stream;
-mod listener;
 mod openapi;
 mod problem;
 mod router;

@@ -17,11 +17,11 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::listener::{self, SocketFile};
 use super::problem::PROBLEM_JSON;
 use super::router::{Api, router};
 use super::stream::PatientStream;
 use super::{Management, Problem};
+use crate::listener::{self, SocketFile};
 
 /// Connections at a time; one more is told that there are too many.
 const CONNECTIONS: usize = 64;

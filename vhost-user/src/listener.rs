@@ -1,4 +1,4 @@
-//! The Unix socket that the API listens on.
+//! Unix sockets to listen on.
 
 use std::fs;
 use std::io;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// Binds `path`. A socket file that nobody answers at was left by a killed daemon and is
 /// replaced; one that somebody answers at is not, nor is anything that is no socket.
-pub(super) fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+pub(crate) fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let refuse = |kind, reason| Err(io::Error::new(kind, reason));
@@ -36,7 +36,7 @@ pub(super) fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
 }
 
 /// Removes the file of a socket when dropped, unless another socket has taken its place.
-pub(super) struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
 }
