@@ -4,21 +4,25 @@
 use std::time::{Duration, Instant};
 
 /// Measures `ours` and `peer` in turn, `runs` times each after one round that is not counted, and
-/// prints the median times and the median ratio with its spread.
+/// prints the line of [`report`].
 pub fn compare(
     what: &str,
     runs: usize,
     mut ours: impl FnMut() -> Duration,
     mut peer: impl FnMut() -> Duration,
 ) {
+    // The first round warms up.
+    let rounds: Vec<_> = (0..=runs).map(|_| (ours(), peer())).skip(1).collect();
+    report(what, &rounds);
+}
+
+/// Prints the median times of ours and the peer, and the median ratio with its spread.
+pub fn report(what: &str, rounds: &[(Duration, Duration)]) {
     let (mut a, mut b, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    for run in 0..=runs {
-        let (ours, peer) = (ours(), peer());
-        if run != 0 {
-            a.push(ours.as_secs_f64());
-            b.push(peer.as_secs_f64());
-            ratios.push(peer.as_secs_f64() / ours.as_secs_f64());
-        }
+    for (ours, peer) in rounds {
+        a.push(ours.as_secs_f64());
+        b.push(peer.as_secs_f64());
+        ratios.push(peer.as_secs_f64() / ours.as_secs_f64());
     }
     for values in [&mut a, &mut b, &mut ratios] {
         values.sort_by(f64::total_cmp);
