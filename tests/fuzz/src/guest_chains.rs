@@ -23,6 +23,7 @@ use crate::input::Input;
 
 const BOOT: u64 = 0x4000;
 const BLOCK: u64 = 4096;
+const PAGE: usize = 4096;
 const NR: u64 = 16;
 const ADDR: u64 = 1 << 20;
 const REGION: u64 = NR * BLOCK;
@@ -73,11 +74,26 @@ impl Image {
         memory.get(usize::try_from(start).ok()?..usize::try_from(end).ok()?)
     }
 
+    fn descriptor(&self, at: u64) -> Option<Descriptor> {
+        let bytes = self.bytes(at, 16)?;
+        let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let addr = u64::from_le_bytes(bytes[..8].try_into().ok()?);
+        let len = u32::from_le_bytes(bytes[8..12].try_into().ok()?);
+        let buffer = addr..addr.saturating_add(u64::from(len));
+        Some(Descriptor { buffer, flags: half(12), next: u64::from(half(14)) })
+    }
+
     fn number(&self, addr: u64, len: usize) -> Option<u64> {
         let mut bytes = [0; 8];
         bytes[..len].copy_from_slice(self.bytes(addr, len as u64)?);
         Some(u64::from_le_bytes(bytes))
     }
+}
+
+struct Descriptor {
+    buffer: Range<u64>,
+    flags: u16,
+    next: u64,
 }
 
 /// What descriptors that the device may reach say.
@@ -108,25 +124,23 @@ impl Reach {
 
     /// Notes one descriptor; the link, if it has one.
     fn take(&mut self, image: &Image, desc: u64) -> Option<u64> {
-        let addr = image.number(desc, 8)?;
-        let len = image.number(desc + 8, 4)?;
-        let flags = image.number(desc + 12, 2)? as u16;
-        let end = addr.saturating_add(len);
+        let Descriptor { buffer, flags, next } = image.descriptor(desc)?;
         if flags & INDIRECT != 0 {
-            self.tables.push(addr..end);
             // No table of the device's memory is longer than that.
-            for entry in 0..(len / 16).min((BOOT + REGION) / 16) {
-                let desc = addr.checked_add(16 * entry)?;
-                if image.number(desc + 12, 2).is_some_and(|flags| flags as u16 & WRITE != 0) {
-                    let (addr, len) = (image.number(desc, 8)?, image.number(desc + 8, 4)?);
-                    self.writable.push(addr..addr.saturating_add(len));
+            let entries = ((buffer.end - buffer.start) / 16).min((BOOT + REGION) / 16);
+            for at in (buffer.start..buffer.end).step_by(16).take(entries as usize) {
+                if let Some(Descriptor { buffer, flags, .. }) = image.descriptor(at)
+                    && flags & WRITE != 0
+                {
+                    self.writable.push(buffer);
                 }
             }
+            self.tables.push(buffer.clone());
         }
         if flags & WRITE != 0 {
-            self.writable.push(addr..end);
+            self.writable.push(buffer);
         }
-        (flags & NEXT != 0).then(|| image.number(desc + 14, 2))?
+        (flags & NEXT != 0).then_some(next)
     }
 
     /// Whether the device's own writes may change what it reads, so that what was found is not
@@ -230,13 +244,19 @@ impl Guest {
             return;
         }
         let after = self.image();
-        let boot = before.boot.iter().zip(&after.boot).zip(0..);
-        let region = before.region.iter().zip(&after.region).zip(ADDR..);
-        for ((was, is), addr) in boot.chain(region).filter(|((was, is), _)| was != is) {
-            let given = used(self.size).contains(&addr)
-                || reach.writable.iter().any(|range| range.contains(&addr));
-            let discarded = addr >= ADDR && *is == 0;
-            assert!(given || discarded, "{addr:#x} went from {was:#x} to {is:#x}");
+        for (start, was, is) in
+            [(0, &before.boot, &after.boot), (ADDR, &before.region, &after.region)]
+        {
+            let pages = was.chunks(PAGE).zip(is.chunks(PAGE)).zip((start..).step_by(PAGE));
+            for ((was, is), start) in pages.filter(|((was, is), _)| was != is) {
+                for ((was, is), addr) in was.iter().zip(is).zip(start..) {
+                    let given = used(self.size).contains(&addr)
+                        || reach.writable.iter().any(|range| range.contains(&addr));
+                    let discarded = addr >= ADDR && *is == 0;
+                    let good = was == is || given || discarded;
+                    assert!(good, "{addr:#x} went from {was:#x} to {is:#x}");
+                }
+            }
         }
     }
 
