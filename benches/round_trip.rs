@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use common::{head, report};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tempfile::TempDir;
 use test_vmm::daemon::{Daemon, DaemonOptions};
 use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType};
@@ -197,17 +198,42 @@ fn main() -> anyhow::Result<()> {
         let socket = args.next().context("no socket")?;
         return echo::serve(Path::new(&socket));
     }
+    // Left to the scheduler, the two sides share a CPU or not as it happens, which makes more of a
+    // difference than anything a back-end does.
+    let all = sched_getaffinity(None)?;
+    let mut cpus = (0..CpuSet::MAX_CPU).filter(|&cpu| all.is_set(cpu));
+    let first = cpus.next().context("no CPU")?;
+    requests("Guest requests, both sides on one CPU", first, first)?;
+    if let Some(second) = cpus.next() {
+        requests("Guest requests, driver and back-end on a CPU each", first, second)?;
+    }
+    sched_setaffinity(None, &all)?;
+    resident()
+}
+
+/// From now on, this thread and what it starts run on one CPU.
+fn stay_on(cpu: usize) -> rustix::io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    sched_setaffinity(None, &set)
+}
+
+/// The table of requests, with the driver and the back-ends each on the given CPU.
+fn requests(title: &str, driver: usize, back_end: usize) -> anyhow::Result<()> {
+    stay_on(back_end)?;
     let options = DaemonOptions::new(ADDR, REGION).requested_size(REGION);
     let daemon = start(options.clone())?;
     let lasting = start(options.state_file())?;
     let peer = Peer::start()?;
+    stay_on(driver)?;
     let mut ours = Guest::connect(&daemon.socket(), &ram(REGION)?)?;
     let mut durable = Guest::connect(&lasting.socket(), &ram(REGION)?)?;
     let mut echo = peer.guest(&ram(REGION)?)?;
-    head("Guest requests, from kick to interrupt", "echo");
+    head(title, "echo");
     latency("STATE", &mut ours, &mut echo, Guest::state);
     latency("PLUG then UNPLUG", &mut ours, &mut echo, Guest::plug_and_unplug);
-    latency("PLUG then UNPLUG, with a state file", &mut durable, &mut echo, Guest::plug_and_unplug);
+    let what = "PLUG then UNPLUG, with a state file";
+    latency(what, &mut durable, &mut echo, Guest::plug_and_unplug);
     throughput(&mut ours, &mut echo);
-    resident()
+    Ok(())
 }
