@@ -102,6 +102,11 @@ impl Backing {
         Ok(backing)
     }
 
+    /// The file itself.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// What kind of memory the file is.
     pub fn kind(&self) -> BackingKind {
         self.kind
@@ -200,7 +205,13 @@ impl Backing {
         }
     }
 
-    fn for_each_data(
+    /// Calls `visit` with each maximal part of `range` (bytes of the file) that holds data,
+    /// ascending. Holes are found without being touched; hugetlb files do not tell theirs.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be searched, or the first error of `visit`.
+    pub fn for_each_data(
         &self,
         range: ByteRange,
         mut visit: impl FnMut(ByteRange) -> io::Result<()>,

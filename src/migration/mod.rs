@@ -1,5 +1,19 @@
 //! Moving a VM's memory and device state: cost follows the memory that is really used.
+//!
+//! Data flows one way: [`wire`] and [`stream`] are the bytes, [`dirty`] finds written pages,
+//! [`ram`] turns pages into bytes and back, [`precopy`] decides what is sent when and who has the
+//! guest.
 
+pub mod channel;
+pub mod dirty;
+pub mod handler;
 pub mod page_bitmap;
+pub mod precopy;
+pub mod progress;
+pub mod ram;
 pub mod stream;
 pub mod wire;
+
+mod error;
+
+pub use error::MigrationError;

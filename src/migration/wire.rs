@@ -3,7 +3,7 @@
 //! A reader never takes more than it was asked for from what it hands out, and reads a length
 //! before anything of that length is allocated; the caller gives the limit.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 
 use thiserror::Error;
 
@@ -94,6 +94,22 @@ pub trait WireRead {
     ///
     /// When the stream ends before, or fails.
     fn read_exact(&mut self, buf: &mut [u8], what: &'static str) -> Result<(), WireError>;
+
+    /// Passes over `len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// When the stream ends before, or fails.
+    fn skip(&mut self, len: u64, what: &'static str) -> Result<(), WireError> {
+        let mut left = len;
+        while left != 0 {
+            let step = left.min(PEEK_MAX as u64);
+            self.peek(step as usize, what)?;
+            self.take(step as usize);
+            left -= step;
+        }
+        Ok(())
+    }
 
     /// What has been read ahead and not taken.
     fn buffered(&self) -> &[u8];
@@ -234,6 +250,27 @@ impl<R: Read> WireReader<R> {
             None => WireError::Truncated { offset, what },
             Some(source) => WireError::Io { offset, what, source },
         }
+    }
+}
+
+impl<R: Read + Seek> WireReader<R> {
+    /// Goes `len` bytes on without reading what lies between; nothing says whether it is there.
+    ///
+    /// # Errors
+    ///
+    /// When that is nowhere, or the stream fails.
+    pub fn seek_forward(&mut self, len: u64) -> io::Result<()> {
+        let buffered = (self.end - self.start) as u64;
+        if len <= buffered {
+            self.take(len as usize);
+            return Ok(());
+        }
+        let far = || io::Error::from(io::ErrorKind::InvalidInput);
+        let offset = self.offset.checked_add(len).ok_or_else(far)?;
+        let beyond = i64::try_from(len - buffered).map_err(|_| far())?;
+        self.inner.seek_relative(beyond)?;
+        (self.start, self.end, self.offset) = (0, 0, offset);
+        Ok(())
     }
 }
 
@@ -389,6 +426,24 @@ mod tests {
             error.to_string(),
             "the stream ends at byte 0x15, where another value was expected"
         );
+    }
+
+    #[test]
+    fn passing_over_bytes_ends_where_reading_them_would() {
+        let bytes: Vec<u8> = (0..3 * PEEK_MAX).map(|i| (i % 251) as u8).collect();
+        for step in [0, 1, 1000, PEEK_MAX, PEEK_MAX + 1, 2 * PEEK_MAX + 7] {
+            let mut read = WireReader::new(&bytes[..]);
+            let mut sought = WireReader::new(io::Cursor::new(&bytes));
+            read.u8("byte").unwrap();
+            sought.u8("byte").unwrap();
+            read.skip(step as u64, "gap").unwrap();
+            sought.seek_forward(step as u64).unwrap();
+            assert_eq!((read.offset(), sought.offset()), (1 + step as u64, 1 + step as u64));
+            assert_eq!(read.u8("byte").unwrap(), bytes[1 + step]);
+            assert_eq!(sought.u8("byte").unwrap(), bytes[1 + step]);
+        }
+        let mut reader = WireReader::new(&bytes[..]);
+        assert!(reader.skip(bytes.len() as u64 + 1, "gap").is_err());
     }
 
     #[test]

@@ -19,7 +19,7 @@ fn golden_header_with_configuration() {
         ..Configuration::new("pc-q35-11.1")
     };
     put_header(&mut out, &configuration);
-    let mut golden = Vec::new();
+    let mut golden: Vec<u8> = Vec::new();
     golden.extend(b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-11.1");
     golden.extend(b"\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0amapped-ram");
     golden.extend(b"\x05\x12configuration/uuid\0\0\0\x01");
@@ -60,7 +60,7 @@ fn golden_sections() {
     put_footer(&mut out, 1);
     put_eof(&mut out);
     put_description(&mut out, b"{}");
-    let mut golden = Vec::new();
+    let mut golden: Vec<u8> = Vec::new();
     golden.extend(b"\x04\0\0\0\x26\x1bvm0/virtio-mem-device-early\0\0\0\0\0\0\0\x01");
     golden.extend(b"\x7e\0\0\0\x26");
     golden.extend(b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04");
@@ -102,7 +102,7 @@ fn golden_block_list_and_pages() {
     };
     let mut out = Vec::new();
     put_list(&mut out, &list);
-    let mut golden = Vec::new();
+    let mut golden: Vec<u8> = Vec::new();
     golden.extend(b"\0\0\0\0\x40\0\0\x04\x05vmem0\0\0\0\0\x40\0\0\0\0\0\0\x01\x40\0\0\0");
     golden.extend(b"\0\0\0\x01\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\x10\0\0");
     assert_eq!(out, golden);

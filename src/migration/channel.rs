@@ -1,0 +1,165 @@
+//! The channel between source and destination: a connected socket, or a pipe.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::progress::Progress;
+use crate::sys::GatherWrite;
+
+/// How often a wait asks whether it is cancelled.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Where a stream goes.
+pub trait Sink {
+    /// Writes everything.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written; `ECANCELED` when cancelled.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Writes everything, guest memory without a copy where that is possible, and forgets it.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written; `ECANCELED` when cancelled.
+    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()>;
+
+    /// Bytes written so far.
+    fn written(&self) -> u64;
+}
+
+/// A connected channel. Reads and writes wait, but never longer than somebody wants to: a
+/// migration that is cancelled ends them.
+#[derive(Debug)]
+pub struct Channel {
+    fd: Arc<OwnedFd>,
+    /// Who may cancel it.
+    progress: Option<Arc<Progress>>,
+    written: u64,
+    /// No read waits longer; for the end of a migration, where the other side must answer.
+    patience: Option<Duration>,
+}
+
+impl Channel {
+    /// Takes over a connected socket or pipe, which becomes non-blocking.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be made non-blocking.
+    pub fn new(fd: impl Into<OwnedFd>, progress: Arc<Progress>) -> io::Result<Self> {
+        let fd = fd.into();
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        Ok(Self { fd: Arc::new(fd), progress: Some(progress), written: 0, patience: None })
+    }
+
+    /// Another handle of the same channel.
+    pub fn clone_handle(&self) -> Self {
+        Self {
+            fd: Arc::clone(&self.fd),
+            progress: self.progress.clone(),
+            written: 0,
+            patience: None,
+        }
+    }
+
+    /// Another handle of the same channel, whose reads and writes end only with the channel.
+    pub fn uncancellable(&self) -> Self {
+        Self { progress: None, ..self.clone_handle() }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.progress.as_ref().is_some_and(|progress| progress.is_cancelled())
+    }
+
+    /// Lets a read wait for at most so long.
+    pub fn set_patience(&mut self, patience: Option<Duration>) {
+        self.patience = patience;
+    }
+
+    /// Ends the channel for both sides, whoever else holds it.
+    pub fn shutdown(&self) {
+        // Pipes cannot be shut down; they end when their last handle goes.
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+    }
+
+    /// Whether the other side has closed the channel.
+    pub fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready != 0)
+    }
+
+    fn wait(&self, flags: PollFlags, deadline: Option<Instant>) -> io::Result<()> {
+        loop {
+            if self.is_cancelled() {
+                return Err(Errno::CANCELED.into());
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Err(Errno::TIMEDOUT.into());
+            }
+            let wait = left.map_or(POLL, |left| left.min(POLL));
+            let wait = Timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
+            let mut fds = [PollFd::new(&self.fd, flags)];
+            match poll(&mut fds, Some(&wait)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Read for Channel {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let deadline = self.patience.map(|patience| Instant::now() + patience);
+        loop {
+            match rustix::io::read(&self.fd, &mut *buf) {
+                Ok(read) => return Ok(read),
+                Err(Errno::AGAIN) => self.wait(PollFlags::IN, deadline)?,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+impl Sink for Channel {
+    fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match rustix::io::write(&self.fd, bytes) {
+                Ok(written) => {
+                    self.written += written as u64;
+                    bytes = &bytes[written..];
+                }
+                Err(Errno::AGAIN) => self.wait(PollFlags::OUT, None)?,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
+        gathered.write_to(&self.fd, &|| self.is_cancelled())?;
+        self.written += gathered.len_bytes();
+        gathered.clear();
+        Ok(())
+    }
+
+    fn written(&self) -> u64 {
+        self.written
+    }
+}

@@ -1,0 +1,145 @@
+//! Why a migration fails.
+
+use std::io;
+
+use thiserror::Error;
+
+use super::ram::BlockError;
+use super::stream::FormatError;
+use super::wire::WireError;
+use crate::ram_discard::Unavailable;
+
+/// Why a migration fails. The guest goes on where it ran before.
+#[derive(Debug, Error)]
+pub enum MigrationError {
+    /// What came is no migration stream, or ends too early.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The RAM blocks of the two sides differ.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The manager of discarded memory is gone.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+    /// A system call failed.
+    #[error("cannot {what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The memory of a block failed.
+    #[error("RAM block {block:?}: cannot {what}: {source}")]
+    Memory {
+        /// Id of the block.
+        block: String,
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A page comes for discarded memory.
+    #[error(
+        "RAM block {block:?}: a page at {offset:#x} (byte {at:#x} of the stream) lies in a \
+         discarded range"
+    )]
+    Discarded {
+        /// Id of the block.
+        block: String,
+        /// Bytes from the start of the block.
+        offset: u64,
+        /// Bytes from the start of the stream.
+        at: u64,
+    },
+    /// A page comes for nowhere.
+    #[error("byte {at:#x} of the stream: {what}")]
+    Page {
+        /// Bytes from the start of the stream.
+        at: u64,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A section that nobody here knows, or that is out of place.
+    #[error("section {section:?} at byte {at:#x} of the stream: {what}")]
+    Section {
+        /// Its id string.
+        section: String,
+        /// Bytes from the start of the stream.
+        at: u64,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A device refuses its state, or cannot save it.
+    #[error("device state {section:?}: {reason}")]
+    Device {
+        /// Its id string.
+        section: String,
+        /// Why.
+        reason: String,
+    },
+    /// The two sides are configured differently.
+    #[error("{what}: {stream:?} in the stream, {local:?} here")]
+    Configuration {
+        /// What differs.
+        what: &'static str,
+        /// In the stream.
+        stream: String,
+        /// Here.
+        local: String,
+    },
+    /// The destination says that it cannot load what was sent.
+    #[error("the destination refused the migration (error {0}); its own report says why")]
+    Refused(u32),
+    /// The destination says something that makes no sense now.
+    #[error("unexpected message from the destination: {0}")]
+    Unexpected(String),
+    /// The other side closed the channel.
+    #[error("the other side closed the channel while {0}")]
+    ChannelClosed(&'static str),
+    /// The VMM could not do its part.
+    #[error("the VMM cannot {what}: {reason}")]
+    Vmm {
+        /// What it was asked for.
+        what: &'static str,
+        /// Why it could not.
+        reason: String,
+    },
+    /// Somebody cancelled it.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl From<WireError> for MigrationError {
+    fn from(error: WireError) -> Self {
+        Self::Format(error.into())
+    }
+}
+
+impl MigrationError {
+    /// Makes an error of a system call.
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| match source.raw_os_error() {
+            Some(libc::ECANCELED) => Self::Cancelled,
+            _ => Self::Io { what, source },
+        }
+    }
+
+    /// Makes an error of a block's memory.
+    pub(crate) fn memory(block: &str, what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let block = block.to_owned();
+        move |source| Self::Memory { block, what, source }
+    }
+
+    /// The error number that tells the source of it.
+    pub(crate) fn code(&self) -> u32 {
+        let errno = match self {
+            Self::Cancelled => libc::ECANCELED,
+            Self::Io { source, .. } | Self::Memory { source, .. } => {
+                source.raw_os_error().unwrap_or(libc::EIO)
+            }
+            _ => libc::EINVAL,
+        };
+        errno.unsigned_abs().max(1)
+    }
+}

@@ -1,0 +1,173 @@
+//! When to switch over, and when vCPUs must be slowed down for that to come.
+
+use std::time::{Duration, Instant};
+
+/// How long bandwidth is measured for before it is believed (QEMU's BUFFER_DELAY).
+const WINDOW: Duration = Duration::from_millis(100);
+
+/// How long dirtying is compared with sending before vCPUs are slowed down.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// How vCPUs are slowed down, under QEMU's names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThrottleParameters {
+    /// Whether they are at all (capability auto-converge).
+    pub auto_converge: bool,
+    /// What is dirtied must exceed so much of what is sent, percent.
+    pub trigger_threshold: u8,
+    /// The first percentage of time that vCPUs do not run.
+    pub initial: u8,
+    /// How much is added each time, percent.
+    pub increment: u8,
+    /// The most, percent.
+    pub max: u8,
+}
+
+impl Default for ThrottleParameters {
+    fn default() -> Self {
+        Self { auto_converge: false, trigger_threshold: 50, initial: 20, increment: 10, max: 99 }
+    }
+}
+
+/// Measures what is sent, and spends no more than is allowed.
+#[derive(Debug)]
+pub(super) struct Bandwidth {
+    limit: Option<u64>,
+    window_start: Instant,
+    window_bytes: u64,
+    per_second: Option<f64>,
+}
+
+impl Bandwidth {
+    /// At most `limit` bytes a second.
+    pub(super) fn new(limit: Option<u64>, written: u64) -> Self {
+        let (window_start, window_bytes) = (Instant::now(), written);
+        Self { limit, window_start, window_bytes, per_second: None }
+    }
+
+    /// What may be written before the next [`spent`](Self::spent), bytes.
+    pub(super) fn budget(&self, written: u64) -> u64 {
+        /// Without a limit, so much that what is cancelled or refused is soon noticed.
+        const UNLIMITED: u64 = 64 << 20;
+        let Some(limit) = self.limit else { return UNLIMITED };
+        let window = (limit as f64 * WINDOW.as_secs_f64()) as u64;
+        let left = window.saturating_sub(written - self.window_bytes);
+        left.clamp(1, UNLIMITED)
+    }
+
+    /// Takes note of what was written; how long to wait before more may be.
+    pub(super) fn spent(&mut self, written: u64) -> Duration {
+        let elapsed = self.window_start.elapsed();
+        let bytes = written - self.window_bytes;
+        let allowed = self.limit.map_or(f64::MAX, |limit| limit as f64 * WINDOW.as_secs_f64());
+        let exhausted = bytes as f64 >= allowed;
+        if elapsed < WINDOW && exhausted {
+            return WINDOW - elapsed;
+        }
+        // The first figure is wanted early: a small guest is sent in less than a window.
+        if elapsed >= WINDOW || self.per_second.is_none() {
+            self.per_second = Some(bytes as f64 / elapsed.as_secs_f64().max(1e-6));
+        }
+        if elapsed >= WINDOW {
+            (self.window_start, self.window_bytes) = (Instant::now(), written);
+        }
+        Duration::ZERO
+    }
+
+    /// How long `bytes` would take; `None` as long as nothing was measured.
+    pub(super) fn time_for(&self, bytes: u64) -> Option<Duration> {
+        let per_second = self.per_second.filter(|&per_second| per_second > 0.0)?;
+        Duration::try_from_secs_f64(bytes as f64 / per_second).ok()
+    }
+}
+
+/// Compares what the guest writes with what is sent (QEMU's migration_trigger_throttle).
+#[derive(Debug)]
+pub(super) struct Throttle {
+    parameters: ThrottleParameters,
+    period_start: Instant,
+    dirtied: u64,
+    sent: u64,
+    /// In how many periods in a row too much was written.
+    losing: u32,
+    percent: u8,
+}
+
+impl Throttle {
+    pub(super) fn new(parameters: ThrottleParameters) -> Self {
+        let period_start = Instant::now();
+        Self { parameters, period_start, dirtied: 0, sent: 0, losing: 0, percent: 0 }
+    }
+
+    /// After dirty pages were collected: all bytes dirtied and sent so far. The new percentage
+    /// when it changes.
+    pub(super) fn after_sync(&mut self, dirtied: u64, sent: u64) -> Option<u8> {
+        self.after_sync_at(Instant::now(), dirtied, sent)
+    }
+
+    fn after_sync_at(&mut self, now: Instant, dirtied: u64, sent: u64) -> Option<u8> {
+        if !self.parameters.auto_converge || now - self.period_start < PERIOD {
+            return None;
+        }
+        let threshold = u64::from(self.parameters.trigger_threshold);
+        let too_much = (dirtied - self.dirtied) > (sent - self.sent) / 100 * threshold;
+        (self.period_start, self.dirtied, self.sent) = (now, dirtied, sent);
+        if !too_much {
+            return None;
+        }
+        self.losing += 1;
+        if self.losing < 2 {
+            return None;
+        }
+        self.losing = 0;
+        let raised = match self.percent {
+            0 => self.parameters.initial,
+            percent => percent.saturating_add(self.parameters.increment),
+        };
+        let raised = raised.min(self.parameters.max).min(99);
+        let changed = raised != self.percent;
+        self.percent = raised;
+        changed.then_some(raised)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vcpus_are_slowed_down_step_by_step_when_they_win() {
+        let on = ThrottleParameters { auto_converge: true, ..ThrottleParameters::default() };
+        let mut throttle = Throttle::new(on);
+        let begin = throttle.period_start;
+        let mut steps = Vec::new();
+        for second in 1..30u64 {
+            let now = begin + PERIOD * u32::try_from(second).unwrap();
+            steps.extend(throttle.after_sync_at(now, second << 30, second << 28));
+        }
+        assert_eq!(steps, [20, 30, 40, 50, 60, 70, 80, 90, 99]);
+    }
+
+    #[test]
+    fn a_guest_that_writes_little_is_left_alone() {
+        let on = ThrottleParameters { auto_converge: true, ..ThrottleParameters::default() };
+        let mut throttle = Throttle::new(on);
+        let begin = throttle.period_start;
+        for second in 1..30u64 {
+            let now = begin + PERIOD * u32::try_from(second).unwrap();
+            assert_eq!(throttle.after_sync_at(now, second << 20, second << 28), None);
+        }
+        let mut off = Throttle::new(ThrottleParameters::default());
+        assert_eq!(off.after_sync_at(begin + 100 * PERIOD, 1 << 40, 1), None);
+    }
+
+    #[test]
+    fn a_limit_gives_a_budget_for_each_window() {
+        let mut bandwidth = Bandwidth::new(Some(10 << 20), 500);
+        assert_eq!(bandwidth.budget(500), 1 << 20);
+        assert_eq!(bandwidth.budget(500 + (1 << 19)), 1 << 19);
+        assert_eq!(bandwidth.budget(500 + (2 << 20)), 1);
+        assert!(bandwidth.spent(500 + (1 << 20)) > Duration::ZERO);
+        assert_eq!(Bandwidth::new(None, 0).time_for(1), None);
+    }
+}

@@ -1,0 +1,310 @@
+//! The source.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::convergence::{Bandwidth, Throttle, ThrottleParameters};
+use super::return_path::ReturnPath;
+use super::{DeviceSection, Devices, Guest, PING_LOADED};
+use crate::migration::channel::{Channel, Sink};
+use crate::migration::error::MigrationError;
+use crate::migration::handler::SaveHandler;
+use crate::migration::progress::{Counters, Progress, Status};
+use crate::migration::stream::{
+    Command, Configuration, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command,
+    put_continued, put_description, put_eof, put_footer, put_header, put_section,
+};
+use crate::ram_discard::FreezeBlockState;
+
+/// What a migration may cost, under QEMU's names.
+#[derive(Clone, Debug)]
+pub struct Parameters {
+    /// Bytes a second; `None` for as fast as the channel takes.
+    pub max_bandwidth: Option<u64>,
+    /// The guest is stopped once what is left is expected to take no longer.
+    pub downtime_limit: Duration,
+    /// How vCPUs are slowed down when they write faster than memory is sent.
+    pub throttle: ThrottleParameters,
+    /// How long the destination may take for its verdict while the guest is stopped.
+    pub verdict_timeout: Duration,
+    /// What both sides must agree on: machine type and capabilities.
+    pub configuration: Configuration,
+}
+
+impl Parameters {
+    /// QEMU's defaults, but without a bandwidth limit.
+    pub fn new(configuration: Configuration) -> Self {
+        Self {
+            max_bandwidth: None,
+            downtime_limit: Duration::from_millis(300),
+            throttle: ThrottleParameters::default(),
+            verdict_timeout: Duration::from_secs(30),
+            configuration,
+        }
+    }
+}
+
+/// A migration to another host. Each is used once; after a failure another may be tried.
+pub struct Outgoing<'a> {
+    /// What it may cost.
+    pub parameters: Parameters,
+    /// The guest.
+    pub guest: &'a dyn Guest,
+    /// Iterative handlers, RAM among them, in the order of their sections.
+    pub handlers: Vec<Box<dyn SaveHandler + 'a>>,
+    /// Everything else.
+    pub devices: &'a mut dyn Devices,
+    /// Whose block state is frozen meanwhile.
+    pub frozen: Vec<Arc<dyn FreezeBlockState>>,
+    /// What can be seen of it, and how it is cancelled.
+    pub progress: Arc<Progress>,
+}
+
+/// Where the guest is, while things can still go wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    /// It runs here.
+    Running,
+    /// It is stopped here.
+    Stopped,
+}
+
+impl Outgoing<'_> {
+    /// Migrates the guest over a connected channel. When this returns `Ok`, the destination has
+    /// it; on an error it runs on here, block state is no longer frozen, and another migration may
+    /// be tried.
+    ///
+    /// # Errors
+    ///
+    /// Why it did not come about.
+    pub fn run(mut self, channel: Channel) -> Result<(), MigrationError> {
+        self.progress.set_status(Status::Setup);
+        let mut owner = Owner::Running;
+        let result = self.migrate(channel, &mut owner);
+        for handler in &mut self.handlers {
+            handler.cleanup();
+        }
+        self.guest.throttle(0);
+        let result = match result {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.give_back(owner, error)),
+        };
+        for frozen in &self.frozen {
+            if let Err(error) = frozen.thaw() {
+                tracing::warn!(%error, "cannot thaw block state; the device is gone");
+            }
+        }
+        match &result {
+            Ok(()) => self.progress.set_status(Status::Completed),
+            Err(error) => self.progress.fail(error),
+        }
+        result
+    }
+
+    /// The guest runs on here.
+    fn give_back(&self, owner: Owner, error: MigrationError) -> MigrationError {
+        let cancelled = self.progress.is_cancelled();
+        if owner == Owner::Stopped
+            && let Err(reason) = self.guest.run()
+        {
+            tracing::error!(%error, %reason, "migration failed, and the guest cannot go on here");
+            return MigrationError::Vmm { what: "let the guest go on", reason };
+        }
+        // Whatever broke then broke because of that.
+        if cancelled { MigrationError::Cancelled } else { error }
+    }
+
+    fn migrate(&mut self, mut channel: Channel, owner: &mut Owner) -> Result<(), MigrationError> {
+        for index in 0..self.frozen.len() {
+            if let Err(source) = self.frozen[index].freeze() {
+                for frozen in &self.frozen[..index] {
+                    let _ = frozen.thaw();
+                }
+                self.frozen.clear();
+                return Err(MigrationError::Io { what: "freeze block state", source });
+            }
+        }
+        let out = &mut channel;
+        let mut framing = Framing::default();
+        let mut bytes = Vec::new();
+        put_header(&mut bytes, &self.parameters.configuration);
+        put_command(&mut bytes, &Command::OpenReturnPath);
+        put_command(&mut bytes, &Command::Ping(1));
+        write(out, &bytes)?;
+        let back = ReturnPath::listen(out)?;
+        for section in self.devices.save(true)? {
+            framing.full(out, section)?;
+        }
+        for handler in &mut self.handlers {
+            framing.start(out, &mut **handler)?;
+        }
+        self.progress.set_status(Status::Active);
+        self.iterate(out, &back)?;
+        // From here on the guest stands still.
+        self.progress.set_status(Status::Device);
+        self.progress.guest_stopped();
+        self.guest
+            .stop()
+            .map_err(|reason| MigrationError::Vmm { what: "stop the guest", reason })?;
+        *owner = Owner::Stopped;
+        let mut bytes = Vec::new();
+        put_command(&mut bytes, &Command::SwitchoverStart);
+        write(out, &bytes)?;
+        for (index, handler) in self.handlers.iter_mut().enumerate() {
+            framing.continued(out, index, SectionKind::End, |out| handler.complete(out))?;
+        }
+        for section in self.devices.save(false)? {
+            framing.full(out, section)?;
+        }
+        let mut bytes = Vec::new();
+        put_command(&mut bytes, &Command::Ping(PING_LOADED));
+        write(out, &bytes)?;
+        back.wait_for_pong(PING_LOADED, self.parameters.verdict_timeout, &self.progress)?;
+        // The verdict: the destination has everything. With what follows it gets the guest, and
+        // it can no longer be called back.
+        let mut bytes = Vec::new();
+        put_eof(&mut bytes);
+        put_description(&mut bytes, &framing.description());
+        write(&mut out.uncancellable(), &bytes)?;
+        back.wait_for_shut(self.parameters.verdict_timeout)?;
+        self.progress.guest_runs_elsewhere();
+        Counters::set(&self.progress.counters.transferred, out.written() + bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Sends memory until the rest can be sent within the downtime that is allowed.
+    fn iterate(&mut self, out: &mut Channel, back: &ReturnPath) -> Result<(), MigrationError> {
+        let mut framing = Framing::of(&self.handlers);
+        let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
+        let mut throttle = Throttle::new(self.parameters.throttle);
+        let limit = self.parameters.downtime_limit;
+        let counters = &self.progress.counters;
+        loop {
+            if self.progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            back.check()?;
+            let fits =
+                |bytes| bytes == 0 || bandwidth.time_for(bytes).is_some_and(|time| time <= limit);
+            let estimate: u64 =
+                self.handlers.iter().map(|handler| handler.pending_estimate()).sum();
+            if fits(estimate) {
+                let mut exact = 0;
+                for handler in &mut self.handlers {
+                    exact += handler.pending_exact()?;
+                }
+                if let Some(time) = bandwidth.time_for(exact) {
+                    self.progress.expect_downtime(time);
+                }
+                let dirtied = Counters::get(&counters.dirtied) * TARGET_PAGE_SIZE;
+                if let Some(percent) = throttle.after_sync(dirtied, out.written()) {
+                    tracing::info!(percent, "the guest writes faster than memory is sent");
+                    Counters::set(&counters.throttle, percent.into());
+                    self.guest.throttle(percent);
+                }
+                if fits(exact) {
+                    return Ok(());
+                }
+            }
+            let budget = bandwidth.budget(out.written());
+            for (index, handler) in self.handlers.iter_mut().enumerate() {
+                if handler.pending_estimate() != 0 {
+                    framing.continued(out, index, SectionKind::Part, |out| {
+                        handler.iterate(out, budget)
+                    })?;
+                }
+            }
+            Counters::set(&counters.transferred, out.written());
+            let mut pause = bandwidth.spent(out.written());
+            while !pause.is_zero() && !self.progress.is_cancelled() {
+                let step = pause.min(Duration::from_millis(20));
+                std::thread::sleep(step);
+                pause -= step;
+            }
+        }
+    }
+}
+
+/// Frames sections, and remembers what they were for the description.
+#[derive(Default)]
+struct Framing {
+    handlers: u32,
+    devices: Vec<serde_json::Value>,
+    next_id: u32,
+}
+
+impl Framing {
+    /// For the sections of handlers that have begun.
+    fn of(handlers: &[Box<dyn SaveHandler + '_>]) -> Self {
+        Self { handlers: u32::try_from(handlers.len()).unwrap_or(u32::MAX), ..Self::default() }
+    }
+
+    /// Section ids of handlers are their index; those of devices follow.
+    fn start(
+        &mut self,
+        out: &mut Channel,
+        handler: &mut dyn SaveHandler,
+    ) -> Result<(), MigrationError> {
+        let header = SectionHeader {
+            kind: SectionKind::Start,
+            section_id: self.handlers,
+            idstr: handler.idstr().to_owned(),
+            instance_id: 0,
+            version_id: handler.version_id(),
+        };
+        self.handlers += 1;
+        let mut bytes = Vec::new();
+        put_section(&mut bytes, &header);
+        write(out, &bytes)?;
+        handler.setup(out)?;
+        bytes.clear();
+        put_footer(&mut bytes, header.section_id);
+        write(out, &bytes)
+    }
+
+    fn continued(
+        &mut self,
+        out: &mut Channel,
+        index: usize,
+        kind: SectionKind,
+        payload: impl FnOnce(&mut dyn Sink) -> Result<(), MigrationError>,
+    ) -> Result<(), MigrationError> {
+        let section_id = u32::try_from(index).unwrap_or(u32::MAX);
+        let mut bytes = Vec::new();
+        put_continued(&mut bytes, kind, section_id);
+        write(out, &bytes)?;
+        payload(out)?;
+        bytes.clear();
+        put_footer(&mut bytes, section_id);
+        write(out, &bytes)
+    }
+
+    fn full(&mut self, out: &mut Channel, section: DeviceSection) -> Result<(), MigrationError> {
+        const FIRST_DEVICE: u32 = 1 << 16;
+        let header = SectionHeader {
+            kind: SectionKind::Full,
+            section_id: FIRST_DEVICE + self.next_id,
+            idstr: section.idstr,
+            instance_id: section.instance_id,
+            version_id: section.version_id,
+        };
+        self.next_id += 1;
+        let mut bytes = Vec::new();
+        put_section(&mut bytes, &header);
+        bytes.extend_from_slice(&section.payload);
+        put_footer(&mut bytes, header.section_id);
+        self.devices.push(section.description);
+        write(out, &bytes)
+    }
+
+    /// The JSON at the end of a stream.
+    fn description(&self) -> Vec<u8> {
+        json!({ "page_size": TARGET_PAGE_SIZE, "devices": self.devices }).to_string().into_bytes()
+    }
+}
+
+fn write(out: &mut Channel, bytes: &[u8]) -> Result<(), MigrationError> {
+    out.write(bytes).map_err(MigrationError::io("send"))
+}

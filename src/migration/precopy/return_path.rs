@@ -1,0 +1,148 @@
+//! The source's ear: a thread that reads what the destination sends back.
+
+use std::io;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::migration::channel::Channel;
+use crate::migration::error::MigrationError;
+use crate::migration::progress::Progress;
+use crate::migration::stream::ReturnMessage;
+use crate::migration::wire::WireReader;
+
+type Heard = Result<ReturnMessage, MigrationError>;
+
+/// What the destination sent back and nobody has asked for yet.
+pub(super) struct ReturnPath {
+    heard: Receiver<Heard>,
+    channel: Channel,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ReturnPath {
+    /// Starts to listen. The handle is not to be cancelled: what the destination says last decides
+    /// who has the guest.
+    pub(super) fn listen(channel: &Channel) -> Result<Self, MigrationError> {
+        let (tell, heard) = channel_of();
+        let reading = channel.uncancellable();
+        let thread = std::thread::Builder::new().name("return-path".to_owned()).spawn(move || {
+            let mut reader = WireReader::new(reading);
+            loop {
+                let message = match reader.is_at_end() {
+                    Ok(true) => return,
+                    Ok(false) => ReturnMessage::read(&mut reader).map_err(MigrationError::from),
+                    Err(error) => Err(MigrationError::io("hear the destination")(error)),
+                };
+                let last = !matches!(message, Ok(ref message) if !is_last(message));
+                if tell.send(message).is_err() || last {
+                    return;
+                }
+            }
+        });
+        let thread = thread.map_err(MigrationError::io("start a thread"))?;
+        Ok(Self { heard, channel: channel.clone_handle(), thread: Some(thread) })
+    }
+
+    /// What came and is not expected: an error of the destination, most likely.
+    pub(super) fn check(&self) -> Result<(), MigrationError> {
+        loop {
+            match self.heard.try_recv() {
+                Ok(Ok(ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck)) => {}
+                Ok(heard) => return Err(unexpected(heard)),
+                Err(TryRecvError::Empty) => return Ok(()),
+                Err(TryRecvError::Disconnected) => {
+                    return Err(MigrationError::ChannelClosed("memory was being sent"));
+                }
+            }
+        }
+    }
+
+    /// Waits for the verdict: the answer to the ping after everything.
+    pub(super) fn wait_for_pong(
+        &self,
+        value: u32,
+        patience: Duration,
+        progress: &Progress,
+    ) -> Result<(), MigrationError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            match self.wait(deadline, "the destination was loading")? {
+                Some(ReturnMessage::Pong(pong)) if pong == value => return Ok(()),
+                Some(ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck) | None => {}
+                Some(other) => return Err(unexpected(Ok(other))),
+            }
+        }
+    }
+
+    /// Waits for the destination to say that it takes the guest. It cannot be cancelled any more.
+    /// When patience ends, the channel is closed, and what had come by then decides: a
+    /// destination that could not say it does not start the guest.
+    pub(super) fn wait_for_shut(&self, patience: Duration) -> Result<(), MigrationError> {
+        let mut deadline = Instant::now() + patience;
+        let mut closed = false;
+        loop {
+            match self.wait(deadline, "it was about to take the guest") {
+                Ok(Some(ReturnMessage::Shut(0))) => return Ok(()),
+                Ok(Some(ReturnMessage::Pong(_)) | None) => {}
+                Ok(Some(other)) => return Err(unexpected(Ok(other))),
+                Err(MigrationError::Io { source, .. })
+                    if source.kind() == io::ErrorKind::TimedOut && !closed =>
+                {
+                    closed = true;
+                    self.channel.shutdown();
+                    deadline = Instant::now() + patience;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn wait(
+        &self,
+        deadline: Instant,
+        closed_while: &'static str,
+    ) -> Result<Option<ReturnMessage>, MigrationError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(MigrationError::io("wait for the destination")(
+                io::ErrorKind::TimedOut.into(),
+            ));
+        }
+        match self.heard.recv_timeout(left.min(Duration::from_millis(20))) {
+            Ok(heard) => heard.map(Some),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(MigrationError::ChannelClosed(closed_while)),
+        }
+    }
+}
+
+fn channel_of() -> (std::sync::mpsc::Sender<Heard>, Receiver<Heard>) {
+    channel()
+}
+
+/// Nothing follows a SHUT.
+fn is_last(message: &ReturnMessage) -> bool {
+    matches!(message, ReturnMessage::Shut(_))
+}
+
+fn unexpected(heard: Heard) -> MigrationError {
+    match heard {
+        Ok(ReturnMessage::Shut(code)) if code != 0 => MigrationError::Refused(code),
+        Ok(message) => MigrationError::Unexpected(format!("{message:?}")),
+        Err(error) => error,
+    }
+}
+
+impl Drop for ReturnPath {
+    fn drop(&mut self) {
+        // Nothing is sent any more, and the thread must not wait for more to come.
+        self.channel.shutdown();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

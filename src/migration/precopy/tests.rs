@@ -1,0 +1,515 @@
+//! Whole migrations between two sides in one process, over a socket pair, of real memory.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::MemfdFlags;
+
+use super::*;
+use crate::ByteRange;
+use crate::device::BlockBitmap;
+use crate::memory::RamBlock;
+use crate::migration::channel::Channel;
+use crate::migration::dirty::DirtyTracker;
+use crate::migration::page_bitmap::PageBitmap;
+use crate::migration::progress::{Progress, Snapshot, Status};
+use crate::migration::ram::{
+    BlockError, BlockOptions, ListOptions, Migratable, MigrationBlock, RamBlocks, RamLoad, RamSave,
+};
+use crate::migration::stream::Configuration;
+use crate::ram_discard::{
+    FreezeBlockState, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource,
+};
+
+const PAGE: u64 = 4096;
+const BLOCK: u64 = 64 * PAGE;
+
+/// A guest that notes what is asked of it.
+#[derive(Default)]
+struct Witness {
+    log: Mutex<Vec<&'static str>>,
+    /// Done when the guest is stopped.
+    last_words: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    refuses_to_stop: bool,
+}
+
+impl Witness {
+    fn log(&self) -> Vec<&'static str> {
+        self.log.lock().unwrap().clone()
+    }
+}
+
+impl Guest for Witness {
+    fn stop(&self) -> Result<(), String> {
+        if self.refuses_to_stop {
+            return Err("it will not".to_owned());
+        }
+        self.log.lock().unwrap().push("stop");
+        if let Some(last_words) = self.last_words.lock().unwrap().take() {
+            last_words();
+        }
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        self.log.lock().unwrap().push("run");
+        Ok(())
+    }
+}
+
+impl FreezeBlockState for Witness {
+    fn freeze(&self) -> io::Result<()> {
+        self.log.lock().unwrap().push("freeze");
+        Ok(())
+    }
+
+    fn thaw(&self) -> io::Result<()> {
+        self.log.lock().unwrap().push("thaw");
+        Ok(())
+    }
+}
+
+/// What a tracker is told, and pages that it is to report.
+#[derive(Clone, Default)]
+struct Script {
+    dirty: Arc<Mutex<Vec<u64>>>,
+    calls: Arc<Mutex<Vec<String>>>,
+}
+
+impl Script {
+    fn write(&self, file: &File, page: u64, byte: u8) {
+        file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
+        self.dirty.lock().unwrap().push(page);
+    }
+
+    fn note(&self, call: String) {
+        self.calls.lock().unwrap().push(call);
+    }
+}
+
+impl DirtyTracker for Script {
+    fn start(&mut self, populated: &[ByteRange]) -> io::Result<()> {
+        self.note(format!("start {populated:?}"));
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        self.note("sync".to_owned());
+        for page in self.dirty.lock().unwrap().drain(..) {
+            dirty.set(page);
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, range: ByteRange) -> io::Result<()> {
+        self.note(format!("clear {range:?}"));
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        self.note("stop".to_owned());
+        Ok(())
+    }
+}
+
+/// A source that never changes.
+struct Fixed(BlockBitmap);
+
+impl RamDiscardSource for Fixed {
+    fn region_size(&self) -> u64 {
+        self.0.nr_blocks() as u64 * BLOCK
+    }
+
+    fn granularity(&self) -> u64 {
+        BLOCK
+    }
+
+    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+        let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
+        let run = self.0.next_run(blocks, populated)?;
+        let range = ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?;
+        range.intersection(section)
+    }
+}
+
+/// One side: a region of blocks, some of them plugged, and boot memory.
+struct Side {
+    region: File,
+    boot: File,
+    blocks: Arc<RamBlocks>,
+}
+
+fn memfd(size: u64) -> File {
+    let file = File::from(rustix::fs::memfd_create("precopy", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(size).unwrap();
+    file
+}
+
+fn migration_block(id: &str, file: &File, size: u64, options: BlockOptions) -> MigrationBlock {
+    let file = file.try_clone().unwrap();
+    let ram = RamBlock::new(id.to_owned(), 1 << 32, size, file, 0).unwrap();
+    MigrationBlock::map(Arc::new(ram), options).unwrap()
+}
+
+fn manager(plugged: &[usize], nr_blocks: usize) -> Arc<dyn RamDiscardManager> {
+    let mut bitmap = BlockBitmap::new(nr_blocks);
+    plugged.iter().for_each(|&block| bitmap.set(block..block + 1, true));
+    let manager = LocalRamDiscardManager::new(nr_blocks as u64 * BLOCK);
+    manager.add_source(Arc::new(Fixed(bitmap))).unwrap();
+    Arc::new(manager)
+}
+
+impl Side {
+    fn new(plugged: &[usize]) -> Self {
+        let (region, boot) = (memfd(16 * BLOCK), memfd(BLOCK));
+        let mut blocks = RamBlocks::new();
+        let vmem = migration_block("vmem0", &region, 16 * BLOCK, BlockOptions::migratable());
+        vmem.set_discard_manager(0, manager(plugged, 16));
+        blocks.register(Arc::new(vmem)).unwrap();
+        let ram = migration_block("ram", &boot, BLOCK, BlockOptions::migratable());
+        blocks.register(Arc::new(ram)).unwrap();
+        Self { region, boot, blocks: Arc::new(blocks) }
+    }
+
+    fn held(&self) -> (u64, u64) {
+        let pages = |file: &File| file.metadata().unwrap().blocks() * 512 / PAGE;
+        (pages(&self.region), pages(&self.boot))
+    }
+
+    fn page(&self, page: u64) -> Vec<u8> {
+        let mut bytes = vec![0; PAGE as usize];
+        self.region.read_exact_at(&mut bytes, page * PAGE).unwrap();
+        bytes
+    }
+}
+
+fn fill(file: &File, pages: std::ops::Range<u64>, byte: u8) {
+    for page in pages {
+        file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
+    }
+}
+
+fn parameters() -> Parameters {
+    Parameters::new(Configuration::new("test"))
+}
+
+type Outcome = Result<(), MigrationError>;
+
+struct Run {
+    outgoing: Outcome,
+    incoming: Outcome,
+    source: Arc<Witness>,
+    destination: Arc<Witness>,
+    sent: Snapshot,
+}
+
+fn migrate_over(
+    from: &Side,
+    to: &Side,
+    script: &Script,
+    source: Witness,
+    progress: Arc<Progress>,
+    channels: (UnixStream, UnixStream),
+) -> Run {
+    let (source, destination) = (Arc::new(source), Arc::new(Witness::default()));
+    let receiver = Arc::clone(&destination);
+    let blocks = Arc::clone(&to.blocks);
+    let there = thread::spawn(move || {
+        let progress = Arc::new(Progress::new());
+        let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
+        let incoming = Incoming {
+            configuration: Configuration::new("test"),
+            guest: &*receiver,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            progress: Arc::clone(&progress),
+        };
+        incoming.run(Channel::new(channels.1, progress).unwrap())
+    });
+    let tracker = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
+        if block.id() == "vmem0" { Box::new(script.clone()) } else { Box::<Script>::default() }
+    };
+    let outgoing =
+        RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker)
+            .and_then(|ram| {
+                let outgoing = Outgoing {
+                    parameters: parameters(),
+                    guest: &*source,
+                    handlers: vec![Box::new(ram)],
+                    devices: &mut NoDevices,
+                    frozen: vec![Arc::clone(&source) as Arc<dyn FreezeBlockState>],
+                    progress: Arc::clone(&progress),
+                };
+                outgoing.run(Channel::new(channels.0, Arc::clone(&progress)).unwrap())
+            });
+    let incoming = there.join().unwrap();
+    Run { outgoing, incoming, source, destination, sent: progress.snapshot() }
+}
+
+fn migrate(from: &Side, to: &Side, script: &Script, source: Witness) -> Run {
+    let channels = UnixStream::pair().unwrap();
+    migrate_over(from, to, script, source, Arc::new(Progress::new()), channels)
+}
+
+#[test]
+fn only_pages_that_exist_are_sent_and_nothing_is_allocated_for_the_rest() {
+    let (from, to) = (Side::new(&[1, 4, 5]), Side::new(&[1, 4, 5]));
+    fill(&from.region, 64..96, 7);
+    fill(&from.region, 300..310, 8);
+    // Zeros that exist, a page that was written although discarded, and boot memory.
+    fill(&from.region, 310..314, 0);
+    fill(&from.region, 640..643, 9);
+    fill(&from.boot, 3..5, 5);
+    // What the destination held before goes.
+    fill(&to.region, 64..200, 0xee);
+    let script = Script::default();
+    let writing = (script.clone(), from.region.try_clone().unwrap());
+    let last_words: Box<dyn FnOnce() + Send> = Box::new(move || {
+        writing.0.write(&writing.1, 70, 0x70);
+        writing.0.write(&writing.1, 311, 0x31);
+        writing.0.write(&writing.1, 80, 0);
+        // Discarded: to be masked and counted.
+        writing.0.write(&writing.1, 700, 0xdd);
+    });
+    let source = Witness { last_words: Mutex::new(Some(last_words)), ..Witness::default() };
+    let held = from.held();
+    let run = migrate(&from, &to, &script, source);
+    run.outgoing.unwrap();
+    run.incoming.unwrap();
+    assert_eq!(run.source.log(), ["freeze", "stop", "thaw"]);
+    assert_eq!(run.destination.log(), ["run"]);
+
+    assert_eq!(to.page(64), [7; 4096]);
+    assert_eq!(to.page(70), [0x70; 4096]);
+    assert_eq!(to.page(80), [0; 4096]);
+    assert_eq!(to.page(300), [8; 4096]);
+    assert_eq!(to.page(311), [0x31; 4096]);
+    assert_eq!(to.page(640), [0; 4096]);
+    // Sent, but zero at the end: page 80. Sent as zeros first: 311.
+    assert_eq!(to.held(), (32 + 10 - 1 + 1, 2));
+    assert_eq!(from.held(), (held.0 + 1, held.1));
+
+    assert_eq!(run.sent.status, Status::Completed);
+    assert_eq!(run.sent.normal, 32 + 10 + 2 + 2);
+    assert_eq!(run.sent.duplicate, 4 + 1);
+    assert_eq!(run.sent.discarded, 13 * 64);
+    assert_eq!(run.sent.holes, 3 * 64 - 46 + 64 - 2);
+    assert_eq!(run.sent.total, (46 + 2) * PAGE);
+    assert_eq!(run.sent.dirty_while_discarded, 1);
+    assert_eq!(run.sent.remaining, 0);
+    assert!(run.sent.transferred < (46 + 2 + 3) * (PAGE + 16) + 1000);
+}
+
+#[test]
+fn the_tracker_is_started_synced_and_then_cleared_of_discarded_ranges() {
+    let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+    fill(&from.region, 0..1, 1);
+    let script = Script::default();
+    migrate(&from, &to, &script, Witness::default()).outgoing.unwrap();
+    let calls = script.calls.lock().unwrap().clone();
+    let whole = "clear [0x0, 0x400000)";
+    let golden = ["start [[0x0, 0x40000)]", "sync", whole, whole, "sync", "sync", "stop"];
+    // The second clear is that of the chunk with page 0, before it is read.
+    assert_eq!(calls, golden);
+}
+
+#[test]
+fn a_destination_that_has_the_range_discarded_refuses_the_page() {
+    let (from, to) = (Side::new(&[0, 1]), Side::new(&[0]));
+    fill(&from.region, 60..70, 3);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    let error = run.incoming.unwrap_err().to_string();
+    assert!(error.contains("\"vmem0\": a page at 0x40000"), "{error}");
+    assert!(error.contains("discarded range"), "{error}");
+    let error = run.outgoing.unwrap_err();
+    assert!(matches!(error, MigrationError::Refused(_) | MigrationError::Io { .. }), "{error}");
+    assert_eq!(run.source.log().last(), Some(&"thaw"));
+    // Either it was never stopped, or it goes on.
+    let stops = run.source.log().iter().filter(|&&call| call == "stop").count();
+    let runs = run.source.log().iter().filter(|&&call| call == "run").count();
+    assert_eq!(stops, runs);
+    assert!(run.destination.log().is_empty());
+    assert_eq!(run.sent.status, Status::Failed);
+    assert!(run.sent.error_desc.is_some());
+}
+
+#[test]
+fn blocks_that_differ_are_refused_by_name_with_both_values() {
+    let (from, mut to) = (Side::new(&[0]), Side::new(&[0]));
+    let mut blocks = RamBlocks::new();
+    let options = BlockOptions::migratable();
+    blocks.register(Arc::new(migration_block("vmem0", &to.region, 8 * BLOCK, options))).unwrap();
+    blocks.register(Arc::new(migration_block("ram", &to.boot, BLOCK, options))).unwrap();
+    to.blocks = Arc::new(blocks);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    let error = run.incoming.unwrap_err().to_string();
+    assert_eq!(error, "RAM block \"vmem0\": length 0x400000 in the stream, 0x200000 here");
+
+    let mut blocks = RamBlocks::new();
+    let no = BlockOptions { migratable: Migratable::No, ..BlockOptions::default() };
+    blocks.register(Arc::new(migration_block("vmem0", &to.region, 16 * BLOCK, no))).unwrap();
+    to.blocks = Arc::new(blocks);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    let error = run.incoming.unwrap_err().to_string();
+    assert_eq!(error, "RAM block \"vmem0\" of the stream is not migratable here");
+}
+
+#[test]
+fn undeclared_blocks_are_refused_before_anything_is_sent() {
+    let file = memfd(BLOCK);
+    let mut blocks = RamBlocks::new();
+    let block = Arc::new(migration_block("fw", &file, BLOCK, BlockOptions::default()));
+    blocks.register(Arc::clone(&block)).unwrap();
+    let twice = blocks.register(block).unwrap_err();
+    assert_eq!(twice, BlockError::Duplicate { id: "fw".to_owned() });
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let error = RamSave::new(&blocks, ListOptions::default(), Arc::new(Progress::new()), tracker);
+    assert!(matches!(error, Err(MigrationError::Block(BlockError::Undeclared { .. }))));
+}
+
+#[test]
+fn a_resizable_block_follows_the_source() {
+    let (file, other) = (memfd(BLOCK), memfd(2 * BLOCK));
+    let side = |file: &File, size, used| {
+        let options = BlockOptions { resizable: Some(used), ..BlockOptions::migratable() };
+        let mut blocks = RamBlocks::new();
+        blocks.register(Arc::new(migration_block("fw", file, size, options))).unwrap();
+        Side { region: file.try_clone().unwrap(), boot: memfd(PAGE), blocks: Arc::new(blocks) }
+    };
+    let (from, to) = (side(&file, BLOCK, 16 * PAGE), side(&other, 2 * BLOCK, 4 * PAGE));
+    fill(&file, 15..16, 0xaa);
+    migrate(&from, &to, &Script::default(), Witness::default()).incoming.unwrap();
+    assert_eq!(to.blocks.get("fw").unwrap().used_length(), 16 * PAGE);
+    assert_eq!(to.page(15), [0xaa; 4096]);
+    let (from, to) = (side(&other, 2 * BLOCK, 2 * BLOCK), side(&file, BLOCK, PAGE));
+    let error = migrate(&from, &to, &Script::default(), Witness::default()).incoming;
+    let error = error.unwrap_err().to_string();
+    assert_eq!(error, "RAM block \"fw\": length 0x80000 in the stream, 0x1000 here");
+}
+
+#[test]
+fn a_guest_that_cannot_be_stopped_stays() {
+    let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+    let stubborn = Witness { refuses_to_stop: true, ..Witness::default() };
+    let run = migrate(&from, &to, &Script::default(), stubborn);
+    assert!(matches!(run.outgoing, Err(MigrationError::Vmm { .. })));
+    assert!(run.incoming.is_err());
+    assert_eq!(run.source.log(), ["freeze", "thaw"]);
+    assert!(run.destination.log().is_empty());
+}
+
+/// Passes bytes on until `limit` of them went from source to destination, then breaks the channel.
+fn breaking_relay(limit: usize) -> (UnixStream, UnixStream, thread::JoinHandle<bool>) {
+    use std::io::{Read, Write};
+    let (source, near) = UnixStream::pair().unwrap();
+    let (far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    let back = thread::spawn(move || {
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(std::net::Shutdown::Both);
+    });
+    let relay = thread::spawn(move || {
+        let (mut near, mut far) = (near, far);
+        let mut buffer = vec![0; 4096];
+        let mut left = limit;
+        let mut broke = false;
+        loop {
+            let read = near.read(&mut buffer).unwrap_or(0);
+            let pass = read.min(left);
+            if read == 0 || far.write_all(&buffer[..pass]).is_err() {
+                break;
+            }
+            left -= pass;
+            if left == 0 {
+                broke = true;
+                break;
+            }
+        }
+        let _ = far.shutdown(std::net::Shutdown::Both);
+        let _ = near.shutdown(std::net::Shutdown::Both);
+        back.join().unwrap();
+        broke
+    });
+    (source, destination, relay)
+}
+
+#[test]
+fn a_channel_broken_anywhere_leaves_the_guest_on_exactly_one_side() {
+    let from = Side::new(&[0, 1, 2]);
+    fill(&from.region, 0..100, 1);
+    let mut limit = 1;
+    let mut failures = 0;
+    loop {
+        let to = Side::new(&[0, 1, 2]);
+        let (source, destination, relay) = breaking_relay(limit);
+        let progress = Arc::new(Progress::new());
+        let script = Script::default();
+        let channels = (source, destination);
+        let run = migrate_over(&from, &to, &script, Witness::default(), progress, channels);
+        let broke = relay.join().unwrap();
+        let here = run.source.log();
+        let runs_here = here.iter().filter(|&&call| call == "stop").count()
+            == here.iter().filter(|&&call| call == "run").count();
+        let runs_there = run.destination.log() == ["run"];
+        assert!(runs_here != runs_there, "after {limit} bytes: here {here:?}, there {runs_there}");
+        assert_eq!(run.outgoing.is_ok(), runs_there, "after {limit} bytes");
+        assert_eq!(here.last(), Some(&"thaw"));
+        if !broke {
+            assert!(runs_there);
+            break;
+        }
+        failures += 1;
+        limit += if limit < 200 { 7 } else { 9973 };
+    }
+    assert!(failures > 40, "{failures}");
+}
+
+#[test]
+fn cancelled_while_the_destination_is_stuck_the_guest_runs_on() {
+    let from = Side::new(&[0, 1, 2]);
+    fill(&from.region, 0..192, 1);
+    let (source, _stuck) = UnixStream::pair().unwrap();
+    let progress = Arc::new(Progress::new());
+    let guest = Arc::new(Witness::default());
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
+    let outgoing = Outgoing {
+        parameters: parameters(),
+        guest: &*guest,
+        handlers: vec![Box::new(ram.unwrap())],
+        devices: &mut NoDevices,
+        frozen: vec![Arc::clone(&guest) as Arc<dyn FreezeBlockState>],
+        progress: Arc::clone(&progress),
+    };
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while progress.status() != Status::Active {
+                thread::sleep(Duration::from_millis(1));
+            }
+            progress.cancel();
+            while !done.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let result = outgoing.run(Channel::new(source, Arc::clone(&progress)).unwrap());
+        done.store(true, Ordering::Relaxed);
+        assert!(matches!(result, Err(MigrationError::Cancelled)));
+    });
+    assert_eq!(progress.status(), Status::Cancelled);
+    let log = guest.log();
+    assert_eq!(log.first(), Some(&"freeze"));
+    assert_eq!(log.last(), Some(&"thaw"));
+
+    // The next attempt works.
+    let to = Side::new(&[0, 1, 2]);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    run.outgoing.unwrap();
+    assert_eq!(to.page(191), [1; 4096]);
+}

@@ -1,0 +1,248 @@
+//! What can be seen of a migration while it runs: states and figures under QEMU's names.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+/// The state of a migration (QEMU's MigrationStatus).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Status {
+    /// Not begun.
+    #[default]
+    None,
+    /// Handlers are being set up; block state is frozen from here on.
+    Setup,
+    /// Memory is sent while the guest runs.
+    Active,
+    /// The guest is stopped; the rest is sent.
+    Device,
+    /// The guest runs on the destination; memory follows.
+    PostcopyActive,
+    /// The channel is broken while the guest runs on the destination.
+    PostcopyPaused,
+    /// A new channel is being taken into use.
+    PostcopyRecover,
+    /// Being cancelled.
+    Cancelling,
+    /// Cancelled; the guest goes on here.
+    Cancelled,
+    /// Failed; the guest goes on where it ran.
+    Failed,
+    /// Done; the guest runs on the destination.
+    Completed,
+}
+
+impl Status {
+    /// QEMU's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::Device => "device",
+            Self::PostcopyActive => "postcopy-active",
+            Self::PostcopyPaused => "postcopy-paused",
+            Self::PostcopyRecover => "postcopy-recover",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+            Self::Completed => "completed",
+        }
+    }
+}
+
+/// Counters that the engine adds to and anybody may read. Pages are target pages; sizes are bytes.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Pages sent (or loaded) with their bytes.
+    pub normal: AtomicU64,
+    /// Pages sent (or loaded) as zeros (QEMU's "duplicate").
+    pub duplicate: AtomicU64,
+    /// Bytes written to the channel, or read from it.
+    pub transferred: AtomicU64,
+    /// Bytes that may still have to be sent, by what is known.
+    pub remaining: AtomicU64,
+    /// Bytes that can really be sent: what the host held when migration began.
+    pub total: AtomicU64,
+    /// Pages that are discarded, and so are not sent.
+    pub discarded: AtomicU64,
+    /// Pages that were never touched, and so are not sent.
+    pub holes: AtomicU64,
+    /// Pages that were written although they are discarded: a fault of the guest. Not sent.
+    pub dirty_while_discarded: AtomicU64,
+    /// How often dirty pages were collected.
+    pub dirty_sync_count: AtomicU64,
+    /// Pages that were found dirty by that, all together.
+    pub dirtied: AtomicU64,
+    /// Pages written by the guest per second, at the last count.
+    pub dirty_pages_rate: AtomicU64,
+    /// Percentage of time that vCPUs are kept from running.
+    pub throttle: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn add(counter: &AtomicU64, value: u64) {
+        counter.fetch_add(value, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set(counter: &AtomicU64, value: u64) {
+        counter.store(value, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(counter: &AtomicU64) -> u64 {
+        counter.load(Ordering::Relaxed)
+    }
+}
+
+/// A migration as it is seen from outside, and the means to cancel it.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// The figures.
+    pub counters: Counters,
+    cancelled: AtomicBool,
+    times: Mutex<Times>,
+}
+
+#[derive(Debug, Default)]
+struct Times {
+    status: Status,
+    begin: Option<Instant>,
+    setup: Option<Duration>,
+    stopped: Option<Instant>,
+    downtime: Option<Duration>,
+    expected_downtime: Option<Duration>,
+    total: Option<Duration>,
+    error: Option<String>,
+}
+
+impl Progress {
+    /// Of a migration that has not begun.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Has the migration end as soon as it can; the guest goes on unharmed. Once the destination
+    /// has the guest, it is too late.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+        let mut times = self.times.lock();
+        if matches!(times.status, Status::Setup | Status::Active | Status::Device) {
+            times.status = Status::Cancelling;
+        }
+    }
+
+    /// Whether somebody cancelled it.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Its state.
+    pub fn status(&self) -> Status {
+        self.times.lock().status
+    }
+
+    /// All that is known now.
+    pub fn snapshot(&self) -> Snapshot {
+        let times = self.times.lock();
+        let counters = &self.counters;
+        let get = Counters::get;
+        let total_time = times.total.or(times.begin.map(|begin| begin.elapsed()));
+        Snapshot {
+            status: times.status,
+            transferred: get(&counters.transferred),
+            remaining: get(&counters.remaining),
+            total: get(&counters.total),
+            normal: get(&counters.normal),
+            duplicate: get(&counters.duplicate),
+            discarded: get(&counters.discarded),
+            holes: get(&counters.holes),
+            dirty_while_discarded: get(&counters.dirty_while_discarded),
+            dirty_sync_count: get(&counters.dirty_sync_count),
+            dirty_pages_rate: get(&counters.dirty_pages_rate),
+            cpu_throttle_percentage: get(&counters.throttle),
+            total_time: total_time.unwrap_or_default(),
+            setup_time: times.setup.unwrap_or_default(),
+            downtime: times.downtime,
+            expected_downtime: times.expected_downtime,
+            error_desc: times.error.clone(),
+        }
+    }
+
+    pub(crate) fn set_status(&self, status: Status) {
+        let mut times = self.times.lock();
+        let now = Instant::now();
+        let begin = *times.begin.get_or_insert(now);
+        match status {
+            Status::Active => {
+                times.setup.get_or_insert(now - begin);
+            }
+            Status::Completed | Status::Failed | Status::Cancelled => {
+                times.total.get_or_insert(now - begin);
+            }
+            _ => {}
+        }
+        if times.status != Status::Cancelling
+            || matches!(status, Status::Cancelled | Status::Completed | Status::Failed)
+        {
+            times.status = status;
+        }
+    }
+
+    pub(crate) fn fail(&self, error: &dyn std::fmt::Display) {
+        self.times.lock().error = Some(error.to_string());
+        self.set_status(if self.is_cancelled() { Status::Cancelled } else { Status::Failed });
+    }
+
+    pub(crate) fn guest_stopped(&self) {
+        self.times.lock().stopped = Some(Instant::now());
+    }
+
+    pub(crate) fn guest_runs_elsewhere(&self) {
+        let mut times = self.times.lock();
+        times.downtime = times.stopped.map(|stopped| stopped.elapsed());
+    }
+
+    pub(crate) fn expect_downtime(&self, expected: Duration) {
+        self.times.lock().expected_downtime = Some(expected);
+    }
+}
+
+/// What is known of a migration at one moment. Pages are target pages; sizes are bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its state.
+    pub status: Status,
+    /// Bytes written to the channel.
+    pub transferred: u64,
+    /// Bytes that may still have to be sent.
+    pub remaining: u64,
+    /// Bytes that can really be sent.
+    pub total: u64,
+    /// Pages sent with their bytes.
+    pub normal: u64,
+    /// Pages sent as zeros.
+    pub duplicate: u64,
+    /// Pages discarded, not sent.
+    pub discarded: u64,
+    /// Pages never touched, not sent.
+    pub holes: u64,
+    /// Pages written although discarded, not sent.
+    pub dirty_while_discarded: u64,
+    /// How often dirty pages were collected.
+    pub dirty_sync_count: u64,
+    /// Pages written by the guest per second.
+    pub dirty_pages_rate: u64,
+    /// Percentage of time that vCPUs are kept from running.
+    pub cpu_throttle_percentage: u64,
+    /// Since it began, or until it ended.
+    pub total_time: Duration,
+    /// Until the guest's memory began to be sent.
+    pub setup_time: Duration,
+    /// From the guest's stop until it could run on the destination.
+    pub downtime: Option<Duration>,
+    /// What the downtime would be if the guest were stopped now.
+    pub expected_downtime: Option<Duration>,
+    /// Why it failed.
+    pub error_desc: Option<String>,
+}

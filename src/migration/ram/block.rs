@@ -1,0 +1,264 @@
+//! A RAM block as migration sees it.
+
+use std::io;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+
+use crate::ByteRange;
+use crate::memory::{Backing, BackingKind, RamBlock};
+use crate::ram_discard::{RamDiscardManager, Unavailable};
+use crate::sys::HostMapping;
+
+/// Whether a block takes part in migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Migratable {
+    /// Its pages are sent.
+    Yes,
+    /// The destination makes its own: it is left out of the list.
+    No,
+    /// Nobody said; migration refuses to start, since it is somebody's bug.
+    #[default]
+    Undeclared,
+}
+
+/// What a VMM says of a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockOptions {
+    /// Whether it takes part.
+    pub migratable: Migratable,
+    /// Whether its memory is a file that the destination has too: with x-ignore-shared it is
+    /// listed, but its pages are not sent.
+    pub shared: bool,
+    /// Its used length, bytes, where that may change up to the length of the block, as firmware's
+    /// does. The destination then follows the source.
+    pub resizable: Option<u64>,
+}
+
+impl BlockOptions {
+    /// Of a block whose pages are sent.
+    pub fn migratable() -> Self {
+        Self { migratable: Migratable::Yes, ..Self::default() }
+    }
+}
+
+/// A RAM block, where it is mapped, and who knows which of it is populated.
+pub struct MigrationBlock {
+    ram: Arc<RamBlock>,
+    mapping: Arc<HostMapping>,
+    options: BlockOptions,
+    used_length: AtomicU64,
+    discard: RwLock<Option<Region>>,
+}
+
+/// The part of a block that a RamDiscardManager answers for; the rest is always populated.
+struct Region {
+    /// Bytes from the start of the block.
+    start: u64,
+    manager: Arc<dyn RamDiscardManager>,
+}
+
+impl MigrationBlock {
+    /// A block whose first byte is the first byte of `mapping`.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when the mapping is shorter than the block, or the used length is longer or no
+    /// multiple of the page size.
+    pub fn new(
+        ram: Arc<RamBlock>,
+        mapping: Arc<HostMapping>,
+        options: BlockOptions,
+    ) -> io::Result<Self> {
+        let max_length = ram.range().len();
+        let used_length = options.resizable.unwrap_or(max_length);
+        if mapping.len() < max_length
+            || used_length > max_length
+            || !used_length.is_multiple_of(ram.page_size())
+        {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(Self {
+            ram,
+            mapping,
+            options,
+            used_length: AtomicU64::new(used_length),
+            discard: RwLock::default(),
+        })
+    }
+
+    /// Maps the block's file for migration.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be mapped; see [`new`](Self::new) as well.
+    pub fn map(ram: Arc<RamBlock>, options: BlockOptions) -> io::Result<Self> {
+        let range = ram.file_range(ram.range()).ok_or(io::ErrorKind::InvalidInput)?;
+        let mapping = HostMapping::map(ram.backing().file(), range.start(), range.len())?;
+        Self::new(ram, Arc::new(mapping), options)
+    }
+
+    /// Has a manager answer for the bytes from `start` on, as far as its region goes. Replaces
+    /// the one before.
+    pub fn set_discard_manager(&self, start: u64, manager: Arc<dyn RamDiscardManager>) {
+        *self.discard.write() = Some(Region { start, manager });
+    }
+
+    /// The id, unique among the blocks of a VM.
+    pub fn id(&self) -> &str {
+        self.ram.id()
+    }
+
+    /// The block's memory.
+    pub fn ram(&self) -> &RamBlock {
+        &self.ram
+    }
+
+    /// Where it is mapped in this process.
+    pub fn mapping(&self) -> &Arc<HostMapping> {
+        &self.mapping
+    }
+
+    /// What the VMM said of it.
+    pub fn options(&self) -> BlockOptions {
+        self.options
+    }
+
+    /// Size of its pages on the host, bytes.
+    pub fn page_size(&self) -> u64 {
+        self.ram.page_size()
+    }
+
+    /// Bytes of it that are in use.
+    pub fn used_length(&self) -> u64 {
+        self.used_length.load(Ordering::Relaxed)
+    }
+
+    /// The bytes in use, counted from the start of the block.
+    pub fn used(&self) -> Option<ByteRange> {
+        ByteRange::new(0, self.used_length())
+    }
+
+    /// Follows the source's used length; the caller has checked that it may.
+    pub(super) fn set_used_length(&self, used_length: u64) {
+        self.used_length.store(used_length, Ordering::Relaxed);
+    }
+
+    /// Whether files of its kind tell their holes.
+    pub fn tells_holes(&self) -> bool {
+        self.backing().kind() != BackingKind::Hugetlb
+    }
+
+    /// The used bytes that are discarded: maximal ranges, ascending.
+    ///
+    /// # Errors
+    ///
+    /// When the manager's process is gone.
+    pub fn discarded(&self) -> Result<Vec<ByteRange>, Unavailable> {
+        let mut ranges = Vec::new();
+        let discard = self.discard.read();
+        let (Some(region), Some(used)) = (&*discard, self.used()) else { return Ok(ranges) };
+        if let Some(section) = region.section(used) {
+            let _ = region.manager.replay_discarded(section, &mut |range| {
+                ranges.extend(range.shifted_up(region.start));
+                ControlFlow::Continue(())
+            })?;
+        }
+        Ok(ranges)
+    }
+
+    /// The used bytes that are not discarded: maximal ranges, ascending.
+    ///
+    /// # Errors
+    ///
+    /// When the manager's process is gone.
+    pub fn populated(&self) -> Result<Vec<ByteRange>, Unavailable> {
+        let discarded = self.discarded()?;
+        let mut ranges = Vec::with_capacity(discarded.len() + 1);
+        let mut at = 0;
+        for hole in &discarded {
+            ranges.extend(ByteRange::from_bounds(at, hole.start()));
+            at = hole.end();
+        }
+        ranges.extend(ByteRange::from_bounds(at, self.used_length()));
+        Ok(ranges)
+    }
+
+    /// Whether every byte of `range` (from the start of the block) is populated.
+    ///
+    /// # Errors
+    ///
+    /// When the manager's process is gone.
+    pub fn is_populated(&self, range: ByteRange) -> Result<bool, Unavailable> {
+        match &*self.discard.read() {
+            Some(region) => region
+                .section(range)
+                .map_or(Ok(true), |section| region.manager.is_populated(section)),
+            None => Ok(true),
+        }
+    }
+
+    /// Calls `visit` with each maximal part of `range` that the host holds data for, ascending;
+    /// all of it where the backing does not tell its holes. Nothing is touched.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be searched.
+    pub fn for_each_data(
+        &self,
+        range: ByteRange,
+        mut visit: impl FnMut(ByteRange),
+    ) -> io::Result<()> {
+        if !self.tells_holes() {
+            visit(range);
+            return Ok(());
+        }
+        let base = self.file_base();
+        let in_file = range.shifted_up(base).ok_or(io::ErrorKind::InvalidInput)?;
+        self.backing().for_each_data(in_file, |data| {
+            data.shifted_down(base).into_iter().for_each(&mut visit);
+            Ok(())
+        })
+    }
+
+    /// Gives `range` back to the host: it reads as zeros.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.backing().discard(self.in_file(range)?)
+    }
+
+    /// Gives back what `range` holds. Cheap where it holds nothing.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn sweep(&self, range: ByteRange) -> io::Result<()> {
+        self.backing().sweep(self.in_file(range)?)
+    }
+
+    /// Where in the file the block starts, bytes.
+    pub fn file_base(&self) -> u64 {
+        self.ram.file_range(self.ram.range()).map_or(0, ByteRange::start)
+    }
+
+    fn in_file(&self, range: ByteRange) -> io::Result<ByteRange> {
+        Ok(range.shifted_up(self.file_base()).ok_or(io::ErrorKind::InvalidInput)?)
+    }
+
+    fn backing(&self) -> &Backing {
+        self.ram.backing()
+    }
+}
+
+impl Region {
+    /// The part of the manager's region that `range` (from the start of the block) covers.
+    fn section(&self, range: ByteRange) -> Option<ByteRange> {
+        let region = ByteRange::new(self.start, self.manager.region_size())?;
+        region.intersection(range)?.shifted_down(self.start)
+    }
+}

@@ -1,0 +1,15 @@
+//! Guest RAM as it migrates: which blocks there are, sending their pages, and taking them.
+
+mod block;
+mod load;
+mod registry;
+mod save;
+mod zero_runs;
+
+pub use block::{BlockOptions, Migratable, MigrationBlock};
+pub use load::RamLoad;
+pub use registry::{BlockError, ListOptions, RamBlocks};
+pub use save::{RamSave, SaveBlock};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,367 @@
+//! Sending RAM while the guest writes it.
+//!
+//! The order of events is QEMU's: the bitmap starts with everything, the tracker is started and
+//! synced once, and then discarded ranges are cleared in bitmap and tracker. Beyond that, what the
+//! backing file has no data for never gets into the bitmap, and the mask is applied after every
+//! sync.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::MigrationBlock;
+use super::registry::{ListOptions, RamBlocks};
+use crate::migration::channel::Sink;
+use crate::migration::dirty::DirtyTracker;
+use crate::migration::error::MigrationError;
+use crate::migration::handler::SaveHandler;
+use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::migration::progress::{Counters, Progress};
+use crate::migration::stream::{
+    PageHeader, PageKind, RAM_SECTION, RAM_VERSION, TARGET_PAGE_SIZE, put_end_of_section, put_list,
+};
+use crate::migration::wire::WireWrite;
+use crate::sys::GatherWrite;
+
+/// Pages are gathered up to this many pieces, which one system call can take.
+const GATHER_PIECES: usize = 1024;
+
+/// The tracker forgets this many pages at once, when the first of them is about to be read
+/// (QEMU's clear_bmap: 1 GiB).
+const CLEAR_CHUNK_PAGES: u64 = 1 << 18;
+
+/// A block that is sent, and what is known of its pages.
+pub struct SaveBlock {
+    block: Arc<MigrationBlock>,
+    tracker: Box<dyn DirtyTracker>,
+    dirty: PageBitmap,
+    /// Page runs that are discarded. They stay as they are, since block state is frozen.
+    discarded: Vec<Range<u64>>,
+    /// Chunks of which the tracker still remembers what `dirty` has.
+    unclear: PageBitmap,
+    started: bool,
+}
+
+/// The "ram" handler of the source.
+pub struct RamSave {
+    blocks: Vec<SaveBlock>,
+    list: Vec<u8>,
+    progress: Arc<Progress>,
+    gathered: GatherWrite,
+    /// Where to look for the next dirty page: block and page.
+    cursor: (usize, u64),
+    /// The block that the last page of this section was of.
+    continued: Option<usize>,
+    last_sync: Instant,
+}
+
+impl SaveBlock {
+    fn new(block: Arc<MigrationBlock>, tracker: Box<dyn DirtyTracker>) -> Self {
+        let nr_pages = block.used_length() / TARGET_PAGE_SIZE;
+        Self {
+            block,
+            tracker,
+            dirty: PageBitmap::new(nr_pages),
+            discarded: Vec::new(),
+            unclear: PageBitmap::new(nr_pages.div_ceil(CLEAR_CHUNK_PAGES)),
+            started: false,
+        }
+    }
+
+    /// Starts tracking, and finds out which pages there are to send.
+    fn start(&mut self, counters: &Counters) -> Result<(), MigrationError> {
+        let populated = self.block.populated()?;
+        let discarded = self.block.discarded()?;
+        self.discarded = discarded.iter().map(|range| pages_touched(*range)).collect();
+        self.started = true;
+        let id = self.block.id();
+        self.tracker.start(&populated).map_err(MigrationError::memory(id, "track writes"))?;
+        // The first sync: whatever is dirty by now has data, and is found below.
+        let mut dirty = PageBitmap::new(self.dirty.nr_pages());
+        self.tracker.sync(&mut dirty).map_err(MigrationError::memory(id, "collect dirty pages"))?;
+        dirty.clear_all();
+        // All ones, but for holes, which were never touched: a write from now on is tracked.
+        if let Some(used) = self.block.used() {
+            self.block
+                .for_each_data(used, |data| {
+                    dirty.set_range(pages_touched(data));
+                })
+                .map_err(MigrationError::memory(id, "look for holes"))?;
+        }
+        let mut discarded_pages = 0;
+        for pages in &self.discarded {
+            dirty.clear_range(pages.clone());
+            discarded_pages += pages.end - pages.start;
+        }
+        self.dirty = dirty;
+        self.forget_discarded()?;
+        self.unclear_all();
+        let sendable = self.dirty.count();
+        Counters::add(&counters.discarded, discarded_pages);
+        Counters::add(&counters.holes, self.dirty.nr_pages() - discarded_pages - sendable);
+        Counters::add(&counters.total, sendable * TARGET_PAGE_SIZE);
+        Ok(())
+    }
+
+    /// Has the tracker forget the chunks that discarded ranges touch, each once: it would report
+    /// them again with the next sync. What else is in them is in the bitmap anyway.
+    fn forget_discarded(&mut self) -> Result<(), MigrationError> {
+        let mut next_chunk = 0;
+        for pages in &self.discarded {
+            let first = (pages.start / CLEAR_CHUNK_PAGES).max(next_chunk);
+            let end = pages.end.div_ceil(CLEAR_CHUNK_PAGES);
+            for chunk in first..end {
+                clear_chunk(&self.block, &mut *self.tracker, chunk)?;
+            }
+            next_chunk = next_chunk.max(end);
+        }
+        Ok(())
+    }
+
+    fn unclear_all(&mut self) {
+        self.unclear.set_range(0..self.unclear.nr_pages());
+    }
+
+    /// Collects what was written, without what is discarded; how many pages were written there.
+    fn sync(&mut self) -> Result<u64, MigrationError> {
+        let block = Arc::clone(&self.block);
+        let id = block.id();
+        self.tracker
+            .sync(&mut self.dirty)
+            .map_err(MigrationError::memory(id, "collect dirty pages"))?;
+        self.unclear_all();
+        let mut faults = 0;
+        if self.dirty.count() == 0 {
+            return Ok(0);
+        }
+        for pages in &self.discarded {
+            let cleared = self.dirty.clear_range(pages.clone());
+            if cleared != 0 {
+                faults += cleared;
+                self.tracker
+                    .clear(bytes_of(pages.clone()))
+                    .map_err(MigrationError::memory(id, "forget discarded pages"))?;
+            }
+        }
+        Ok(faults)
+    }
+
+    /// Makes sure that writes to `pages` from now on are found, before they are read.
+    fn clear_before_read(&mut self, pages: &Range<u64>) -> Result<(), MigrationError> {
+        let chunks = pages.start / CLEAR_CHUNK_PAGES..pages.end.div_ceil(CLEAR_CHUNK_PAGES);
+        for chunk in chunks {
+            if self.unclear.clear(chunk) {
+                clear_chunk(&self.block, &mut *self.tracker, chunk)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn clear_chunk(
+    block: &MigrationBlock,
+    tracker: &mut dyn DirtyTracker,
+    chunk: u64,
+) -> Result<(), MigrationError> {
+    let whole = bytes_of(chunk * CLEAR_CHUNK_PAGES..(chunk + 1) * CLEAR_CHUNK_PAGES);
+    let Some(range) = block.used().and_then(|used| used.intersection(whole)) else {
+        return Ok(());
+    };
+    tracker.clear(range).map_err(MigrationError::memory(block.id(), "clear the dirty log"))
+}
+
+impl RamSave {
+    /// A handler that sends the migratable blocks, each with a tracker from `tracker_of`.
+    ///
+    /// # Errors
+    ///
+    /// When nobody said of a block whether it is migratable; nothing has been sent then.
+    pub fn new(
+        blocks: &RamBlocks,
+        options: ListOptions,
+        progress: Arc<Progress>,
+        mut tracker_of: impl FnMut(&MigrationBlock) -> Box<dyn DirtyTracker>,
+    ) -> Result<Self, MigrationError> {
+        let mut list = Vec::new();
+        put_list(&mut list, &blocks.list(options)?);
+        put_end_of_section(&mut list);
+        let sent = blocks.migratable()?.into_iter();
+        let blocks =
+            sent.filter(|block| !(options.ignore_shared && block.options().shared)).map(|block| {
+                let tracker = tracker_of(&block);
+                SaveBlock::new(block, tracker)
+            });
+        Ok(Self {
+            blocks: blocks.collect(),
+            list,
+            progress,
+            gathered: GatherWrite::new(),
+            cursor: (0, 0),
+            continued: None,
+            last_sync: Instant::now(),
+        })
+    }
+
+    /// Pages left to send.
+    pub fn dirty_pages(&self) -> u64 {
+        self.blocks.iter().map(|block| block.dirty.count()).sum()
+    }
+
+    /// Collects what was written since the last time.
+    fn sync(&mut self) -> Result<(), MigrationError> {
+        let before = self.dirty_pages();
+        let mut faults = 0;
+        for block in &mut self.blocks {
+            faults += block.sync()?;
+        }
+        let counters = &self.progress.counters;
+        if faults != 0 {
+            Counters::add(&counters.dirty_while_discarded, faults);
+            tracing::warn!(pages = faults, "the guest writes memory that is discarded");
+        }
+        let seconds = self.last_sync.elapsed().as_secs_f64().max(1e-6);
+        let dirtied = self.dirty_pages().saturating_sub(before);
+        self.last_sync = Instant::now();
+        Counters::set(&counters.dirty_pages_rate, (dirtied as f64 / seconds) as u64);
+        Counters::add(&counters.dirtied, dirtied);
+        Counters::add(&counters.dirty_sync_count, 1);
+        self.note_remaining();
+        Ok(())
+    }
+
+    fn note_remaining(&self) {
+        let remaining = self.dirty_pages() * TARGET_PAGE_SIZE;
+        Counters::set(&self.progress.counters.remaining, remaining);
+    }
+
+    /// Sends dirty pages until `budget` bytes are gathered and written, or none are left.
+    fn send(&mut self, out: &mut dyn Sink, budget: u64) -> Result<(), MigrationError> {
+        self.continued = None;
+        let mut spent = 0;
+        while spent < budget {
+            let Some((index, pages)) = self.next_run() else { break };
+            spent += self.gather(index, pages)?;
+            if self.gathered.segments() + 2 > GATHER_PIECES {
+                self.flush(out)?;
+            }
+        }
+        let mut end = Vec::new();
+        put_end_of_section(&mut end);
+        self.gathered.push_bytes(&end);
+        self.flush(out)?;
+        self.note_remaining();
+        Ok(())
+    }
+
+    /// The next dirty pages, in the order of the blocks and around: no more than can be gathered.
+    fn next_run(&mut self) -> Option<(usize, Range<u64>)> {
+        let room = ((GATHER_PIECES - self.gathered.segments()) / 2).max(1) as u64;
+        let (first, page) = self.cursor;
+        let nr_blocks = self.blocks.len();
+        for step in 0..=nr_blocks {
+            let index = (first + step) % nr_blocks.max(1);
+            let block = self.blocks.get(index)?;
+            let from = if step == 0 { page } else { 0 };
+            if let Some(pages) = block.dirty.next_run(from, block.dirty.nr_pages(), room) {
+                self.cursor = (index, pages.end);
+                return Some((index, pages));
+            }
+        }
+        None
+    }
+
+    /// Gathers a run of dirty pages of a block; how many bytes that makes on the wire.
+    fn gather(&mut self, index: usize, pages: Range<u64>) -> Result<u64, MigrationError> {
+        let block = &mut self.blocks[index];
+        block.clear_before_read(&pages)?;
+        block.dirty.clear_range(pages.clone());
+        let mapping = block.block.mapping();
+        let before = self.gathered.len_bytes();
+        let (mut normal, mut zero) = (0, 0);
+        for page in pages {
+            let offset = page * TARGET_PAGE_SIZE;
+            let is_zero = mapping.page_is_zero(offset, TARGET_PAGE_SIZE);
+            let kind = if is_zero { PageKind::Zero } else { PageKind::Normal };
+            let continued = self.continued == Some(index);
+            let word = PageHeader::page_word(kind, offset, continued);
+            self.gathered.push_bytes(&word.to_be_bytes());
+            if !continued {
+                let mut name = Vec::new();
+                name.put_name(block.block.id());
+                self.gathered.push_bytes(&name);
+                self.continued = Some(index);
+            }
+            if is_zero {
+                self.gathered.push_bytes(&[0]);
+                zero += 1;
+            } else {
+                self.gathered.push_memory(mapping, offset, TARGET_PAGE_SIZE);
+                normal += 1;
+            }
+        }
+        Counters::add(&self.progress.counters.normal, normal);
+        Counters::add(&self.progress.counters.duplicate, zero);
+        Ok(self.gathered.len_bytes() - before)
+    }
+
+    fn flush(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        let written = out.write_gathered(&mut self.gathered);
+        written.map_err(MigrationError::io("send pages"))?;
+        Counters::set(&self.progress.counters.transferred, out.written());
+        Ok(())
+    }
+}
+
+impl SaveHandler for RamSave {
+    fn idstr(&self) -> &str {
+        RAM_SECTION
+    }
+
+    fn version_id(&self) -> u32 {
+        RAM_VERSION
+    }
+
+    fn setup(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        for block in &mut self.blocks {
+            block.start(&self.progress.counters)?;
+        }
+        Counters::add(&self.progress.counters.dirty_sync_count, 1);
+        self.last_sync = Instant::now();
+        self.note_remaining();
+        out.write(&self.list).map_err(MigrationError::io("send the list of RAM blocks"))
+    }
+
+    fn pending_estimate(&self) -> u64 {
+        self.dirty_pages() * TARGET_PAGE_SIZE
+    }
+
+    fn pending_exact(&mut self) -> Result<u64, MigrationError> {
+        self.sync()?;
+        Ok(self.pending_estimate())
+    }
+
+    fn iterate(&mut self, out: &mut dyn Sink, budget: u64) -> Result<(), MigrationError> {
+        self.send(out, budget)
+    }
+
+    fn complete(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        self.sync()?;
+        self.send(out, u64::MAX)
+    }
+
+    fn cleanup(&mut self) {
+        for block in &mut self.blocks {
+            if std::mem::take(&mut block.started)
+                && let Err(error) = block.tracker.stop()
+            {
+                tracing::warn!(block = block.block.id(), %error, "cannot stop tracking writes");
+            }
+        }
+    }
+}
+
+impl Drop for RamSave {
+    fn drop(&mut self) {
+        self.cleanup();
+    }
+}
