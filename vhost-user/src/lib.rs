@@ -8,8 +8,6 @@
 //! - [`management`], [`vmemctl`]: the API's server and client; [`metrics`].
 //! - [`state_file`]: the device's state between two lives of the daemon.
 
-#![forbid(unsafe_code)]
-
 pub mod args;
 pub mod backend;
 pub mod connection;
@@ -24,6 +22,7 @@ pub mod size;
 mod socket;
 mod start;
 pub mod state_file;
+mod sys;
 pub mod vmemctl;
 
 use std::sync::Arc;
@@ -51,6 +50,9 @@ pub const DEFAULT_LOG_FILTER: &str = "info,vhost_user_backend::handler=off";
 /// When it cannot start: a socket or the state file is not to be had. An [`ArgsError`] when the
 /// descriptor is none that could be used.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    if let Err(error) = sys::lost_memory::install() {
+        tracing::warn!(%error, "a front-end that takes its memory away can end this process");
+    }
     let start = start::open(&config)?;
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);

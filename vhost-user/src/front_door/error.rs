@@ -81,6 +81,9 @@ pub enum RelayError {
     /// The device side spoke without having been asked.
     #[error("the device side sent a message that nobody asked for")]
     Unsolicited,
+    /// Memory or the dirty log is gone that the front-end shared.
+    #[error("memory that the front-end shared is gone: its file was truncated, or has no pages")]
+    MemoryLost,
     /// A system call failed.
     #[error("{what}: {source}")]
     Io {

@@ -15,6 +15,7 @@ use rustix::net::{
 
 use super::error::RelayError;
 use super::message::{FDS_MAX, HEADER_SIZE, Header, Message};
+use crate::sys::lost_memory;
 
 /// One end of the relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +42,7 @@ impl From<RelayError> for Stop {
 }
 
 /// The front-end's socket and the crate's. Every wait watches both, so that the end of one is
-/// never missed while the other is silent.
+/// never missed while the other is silent; and the front-end's memory, which may go at any time.
 #[derive(Debug)]
 pub(super) struct Link {
     front: UnixStream,
@@ -142,14 +143,24 @@ impl Link {
         };
         let gone = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
         loop {
-            let mut polled =
-                [PollFd::new(self.stream(side), what), PollFd::new(self.stream(other), watched)];
+            // Without a descriptor for losses, one of the sockets again: a wait for nothing.
+            let lost = lost_memory::lost();
+            let lost_events = if lost.is_some() { PollFlags::IN } else { PollFlags::empty() };
+            let lost = lost.unwrap_or(self.stream(side).as_fd());
+            let mut polled = [
+                PollFd::new(self.stream(side), what),
+                PollFd::new(self.stream(other), watched),
+                PollFd::from_borrowed_fd(lost, lost_events),
+            ];
             match poll(&mut polled, None) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(error) => {
                     return Err(RelayError::io("cannot wait for a message", error).into());
                 }
+            }
+            if polled[2].revents().contains(PollFlags::IN) {
+                return Err(RelayError::MemoryLost.into());
             }
             let (ready, elsewhere) = (polled[0].revents(), polled[1].revents());
             // The crate may have answered and closed at once: its answer comes first.

@@ -11,6 +11,7 @@ use super::error::RelayError;
 use super::link::Link;
 use super::notifier::Notifier;
 use super::session::Session;
+use crate::sys::lost_memory;
 
 /// What the relay tells the device about the connection. Called from the relay's thread only.
 pub trait ConnectionEvents: Send + Sync + 'static {
@@ -65,6 +66,8 @@ impl Relay {
         events: Arc<dyn ConnectionEvents>,
         notifier: Arc<Notifier>,
     ) -> Result<(), RelayError> {
+        // The memory of an earlier front-end is no longer used.
+        lost_memory::forget();
         let link = Link::new(front, crate_side);
         let mut session = Session::new(&link, &*events, &notifier);
         let outcome = session.serve();
