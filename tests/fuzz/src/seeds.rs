@@ -81,16 +81,27 @@ fn api_bodies() -> Vec<Vec<u8>> {
 }
 
 fn state_file() -> Vec<Vec<u8>> {
-    // Three commits; then edits.
-    let commits = [3, 2, 9, 0, 1, 5, 3, 0, 70, 0, 1, 0, 9, 0, 1, 3, 9, 0, 2, 0, 0, 1, 4, 0, 0];
-    let choice = 3 << 2;
+    // A commit: journal, requested size (2), migration, change, first block (2), number of blocks
+    // (2), and whether its request is answered.
+    let commits = [
+        &[3][..],
+        &[2, 9, 0, 1, 5, 3, 0, 129, 0, 1],
+        &[0, 9, 0, 0, 2, 64, 0, 0, 0, 0],
+        &[2, 3, 0, 0, 5, 190, 0, 9, 0, 0],
+    ]
+    .concat();
+    let blocks = 3 << 2;
+    let edited = |edits: &[u8]| [&[blocks | 2], &commits[..], edits].concat();
     vec![
-        [&[choice | 2][..], &commits].concat(),
-        // A word of the bitmap, a slot, the head; sums made right again.
-        [&[choice | 2][..], &commits, &[2, 6, 3, 0xff, 6, 0]].concat(),
-        [&[choice | 2][..], &commits, &[5, 1, 56, 255, 7, 5, 0, 8, 2, 7]].concat(),
-        [&[choice | 3][..], &commits, &[0, 0, 0x30]].concat(),
-        [&[choice][..], &commits].concat(),
-        [&[choice | 1][..], b"VMEMSTAT\x01\0\0\0\0\0\0\0"].concat(),
+        edited(&[]),
+        // A word of the bitmap changed, the sums made right again.
+        edited(&[2, 6, 3, 0xff, 6, 0]),
+        // The number of plugged blocks, the blocks of the change, the usable size; checksums right.
+        edited(&[5, 1, 24, 77, 7]),
+        edited(&[5, 1, 56, 255, 7]),
+        edited(&[5, 1, 16, 0, 7]),
+        edited(&[0, 0, 0x30]),
+        [&[blocks], &commits[..]].concat(),
+        [&[blocks | 1][..], b"VMEMSTAT\x01\0\0\0\0\0\0\0"].concat(),
     ]
 }
