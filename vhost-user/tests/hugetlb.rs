@@ -1,0 +1,142 @@
+//! Guest memory of huge pages: taken from the pool at PLUG, given back at UNPLUG.
+//!
+//! The tests need a pool of a known size. Where it cannot be had they say so and are skipped.
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use common::{ADDR, BLOCK, BOOT, REGION, connect, gpa, options, rig_with};
+use test_vmm::driver::{BlockState, RequestType, ResponseType};
+use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
+use test_vmm::memory::{GuestRam, Layout};
+
+/// Pages of 2 MiB: the size of a block.
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// A pool with a known number of free pages. Dropping it restores the machine's setting.
+struct Pool {
+    setting: File,
+    before: u64,
+}
+
+impl Pool {
+    /// Takes the pool for as long as the value lives: it is the machine's, so one test at a time
+    /// has it. Says why when it cannot be had.
+    fn with_free(pages: u64) -> Option<Self> {
+        let set_up = || -> io::Result<Self> {
+            let path = format!("{POOL}/nr_hugepages");
+            let setting = File::options().read(true).write(true).open(path)?;
+            rustix::fs::flock(&setting, rustix::fs::FlockOperation::LockExclusive)?;
+            let before = read("nr_hugepages")?;
+            let pool = Self { setting, before };
+            pool.set(before - read("free_hugepages")? + pages)?;
+            match read("free_hugepages")? {
+                free if free == pages => Ok(pool),
+                free => Err(io::Error::other(format!("{free} of {pages} pages are to be had"))),
+            }
+        };
+        set_up().inspect_err(|error| say_skipped(&format!("no pool of huge pages: {error}"))).ok()
+    }
+
+    fn set(&self, pages: u64) -> io::Result<()> {
+        self.setting.write_all_at(pages.to_string().as_bytes(), 0)
+    }
+
+    fn free(&self) -> u64 {
+        read("free_hugepages").unwrap()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.set(self.before).expect("the setting can be restored as it was made");
+    }
+}
+
+fn read(file: &str) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("{POOL}/{file}"))?;
+    text.trim().parse().map_err(io::Error::other)
+}
+
+/// Past the test harness, which shows the output of failed tests only.
+fn say_skipped(reason: &str) {
+    let _ = writeln!(io::stderr(), "skipped: {reason}");
+}
+
+fn huge_region() -> Arc<GuestRam> {
+    let layout = Layout::new().memfd("boot", 0, BOOT).unwrap();
+    Arc::new(GuestRam::new(layout.hugetlb("virtio-mem", ADDR, REGION).unwrap()).unwrap())
+}
+
+#[test]
+fn plug_takes_pages_from_the_pool_and_unplug_gives_them_back() {
+    let Some(pool) = Pool::with_free(4) else { return };
+    let mut rig = rig_with(options(), huge_region());
+    assert_eq!(pool.free(), 4, "memory that is only mapped takes nothing");
+    assert_eq!(rig.plug(0, 3), ResponseType::Ack);
+    assert_eq!(pool.free(), 1, "taken before the guest touches it");
+    rig.stamp(0, 3);
+    assert_eq!(rig.plug(3, 1), ResponseType::Ack);
+    assert_eq!(pool.free(), 0);
+    assert_eq!(rig.unplug(1, 2), ResponseType::Ack);
+    assert_eq!(pool.free(), 2);
+    rig.assert_stamped(0, 1);
+    assert_eq!(rig.plug(100, 2), ResponseType::Ack);
+    assert_eq!(rig.daemon.api().device().unwrap()["populated_size"], 4 * BLOCK);
+    assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Ack);
+    assert_eq!(pool.free(), 4);
+}
+
+#[test]
+fn an_empty_pool_makes_the_guest_busy_and_nothing_is_changed() {
+    let Some(pool) = Pool::with_free(2) else { return };
+    let mut rig = rig_with(options(), huge_region());
+    assert_eq!(rig.plug(7, 1), ResponseType::Ack);
+    rig.stamp(7, 8);
+    let config = rig.frontend.config().unwrap();
+    // One page is there, but not three: the first is given back.
+    assert_eq!(rig.plug(0, 3), ResponseType::Busy);
+    assert_eq!((pool.free(), rig.frontend.config().unwrap()), (1, config));
+    let state = rig.execute(RequestType::State, gpa(0), 7);
+    assert_eq!(state.state(), BlockState::Unplugged);
+    rig.assert_stamped(7, 8);
+    assert_eq!(rig.plug(0, 1), ResponseType::Ack);
+    assert_eq!(rig.plug(1, 1), ResponseType::Busy);
+    assert_eq!(rig.unplug(7, 1), ResponseType::Ack);
+    assert_eq!(rig.plug(1, 1), ResponseType::Ack, "the guest need only try again");
+}
+
+#[test]
+fn blocks_smaller_than_the_page_are_refused_with_the_reason() {
+    let daemon = common::daemon(options().block_size(BLOCK / 2));
+    // Pages are taken when they are touched, so this needs no pool.
+    let Ok(layout) = Layout::new().hugetlb("virtio-mem", ADDR, REGION) else {
+        return say_skipped("the kernel has no huge pages of 2 MiB");
+    };
+    let ram = GuestRam::new(layout).unwrap();
+    let frontend = Frontend::connect(&daemon.socket()).unwrap();
+    frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
+    assert!(frontend.set_mem_table(&ram).is_err());
+    let reason = "block size 0x100000 is not a multiple of the page size 0x200000";
+    assert!(daemon.stderr().contains(reason), "{}", daemon.stderr());
+}
+
+#[test]
+fn huge_pages_that_the_front_end_takes_away_end_its_connection_only() {
+    let Some(_pool) = Pool::with_free(1) else { return };
+    let mut daemon = common::daemon(options());
+    let layout = Layout::new().hugetlb("boot", 0, BOOT).unwrap();
+    let ram = layout.memfd("virtio-mem", ADDR, REGION).unwrap();
+    let ram = Arc::new(GuestRam::new(ram).unwrap());
+    let (frontend, _channel, driver) = connect(&daemon, &ram);
+    ram.region(0).unwrap().file.set_len(0).unwrap();
+    driver.ring().force_kick().unwrap();
+    frontend.connection().wait_closed().unwrap();
+    assert!(daemon.is_running(), "{}", daemon.stderr());
+    let (_frontend, _channel, mut driver) = connect(&daemon, &common::ram());
+    assert_eq!(driver.plug(gpa(0), 1).unwrap().kind(), ResponseType::Ack);
+}
