@@ -100,6 +100,8 @@ fn state_file() -> Vec<Vec<u8>> {
         edited(&[5, 1, 24, 77, 7]),
         edited(&[5, 1, 56, 255, 7]),
         edited(&[5, 1, 16, 0, 7]),
+        // Killed before the blocks of the change were written, and a size that the device refuses.
+        edited(&[2, 6, 23, 0, 5, 1, 16, 0, 7]),
         edited(&[0, 0, 0x30]),
         [&[blocks], &commits[..]].concat(),
         [&[blocks | 1][..], b"VMEMSTAT\x01\0\0\0\0\0\0\0"].concat(),
