@@ -2,18 +2,25 @@
 //!
 //! Data flows one way: [`wire`] and [`stream`] are the bytes, [`dirty`] finds written pages,
 //! [`ram`] turns pages into bytes and back, [`precopy`] decides what is sent when and who has the
-//! guest.
+//! guest, and [`snapshot`] writes a stopped guest to a file and back.
 
 pub mod channel;
+pub mod devices;
 pub mod dirty;
 pub mod handler;
 pub mod page_bitmap;
 pub mod precopy;
 pub mod progress;
 pub mod ram;
+pub mod snapshot;
 pub mod stream;
 pub mod wire;
 
 mod error;
+mod file_reader;
+mod framing;
+mod loader;
+#[cfg(test)]
+mod test_support;
 
 pub use error::MigrationError;

@@ -86,6 +86,10 @@ impl Counters {
         counter.fetch_add(value, Ordering::Relaxed);
     }
 
+    pub(crate) fn subtract(counter: &AtomicU64, value: u64) {
+        counter.fetch_sub(value, Ordering::Relaxed);
+    }
+
     pub(crate) fn set(counter: &AtomicU64, value: u64) {
         counter.store(value, Ordering::Relaxed);
     }

@@ -235,6 +235,11 @@ impl<R: Read> WireReader<R> {
         &self.inner
     }
 
+    /// The stream underneath, which must not be read.
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.inner
+    }
+
     /// Whether the stream has ended here.
     ///
     /// # Errors

@@ -3,14 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Devices, Guest, PING_LOADED};
+use super::{Guest, PING_LOADED};
 use crate::migration::channel::{Channel, Sink};
+use crate::migration::devices::Devices;
 use crate::migration::error::MigrationError;
 use crate::migration::handler::LoadHandler;
+use crate::migration::loader::{Loader, out_of_place};
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::stream::{
-    Command, Configuration, Record, ReturnMessage, SectionHeader, SectionKind, read_footer,
-    read_header, read_record,
+    Command, Configuration, Record, ReturnMessage, read_header, read_record,
 };
 use crate::migration::wire::{WireRead, WireReader};
 
@@ -34,13 +35,13 @@ pub struct Incoming<'a> {
     pub progress: Arc<Progress>,
 }
 
-/// What is known of the stream so far.
-#[derive(Default)]
-struct Session {
-    /// Section ids of the handlers, in their order.
-    section_ids: Vec<Option<u32>>,
-    return_path: Option<Channel>,
-    loaded: bool,
+/// The stream as it comes.
+struct Session<'a> {
+    loader: Loader<'a>,
+    channel: Channel,
+    /// Where the source listens, once it said so.
+    back: Option<Channel>,
+    progress: Arc<Progress>,
 }
 
 impl Incoming<'_> {
@@ -50,165 +51,72 @@ impl Incoming<'_> {
     /// # Errors
     ///
     /// Why the guest could not be taken over.
-    pub fn run(mut self, channel: Channel) -> Result<(), MigrationError> {
-        self.progress.set_status(Status::Setup);
-        let mut session =
-            Session { section_ids: vec![None; self.handlers.len()], ..Session::default() };
-        let mut result = self.load(&channel, &mut session);
-        for handler in &mut self.handlers {
-            handler.cleanup();
-        }
-        if result.is_ok() {
-            result = self.take_over(&channel, &mut session);
-        }
-        if let Err(error) = &result {
-            self.progress.fail(error);
-            if let Some(back) = &mut session.return_path {
-                let _ = send(back, &ReturnMessage::Shut(error.code()));
+    pub fn run(self, channel: Channel) -> Result<(), MigrationError> {
+        let Self { configuration, guest, handlers, devices, progress } = self;
+        progress.set_status(Status::Setup);
+        let result = Loader::new(handlers, devices).and_then(|loader| {
+            let progress = Arc::clone(&progress);
+            let mut session = Session { loader, channel, back: None, progress };
+            let result = session.load(&configuration).and_then(|()| session.take_over(guest));
+            if let Err(error) = &result {
+                if let Some(back) = &mut session.back {
+                    let _ = send(back, &ReturnMessage::Shut(error.code()));
+                }
+                session.channel.shutdown();
             }
-            channel.shutdown();
-        } else {
-            self.progress.set_status(Status::Completed);
+            result
+        });
+        match &result {
+            Ok(()) => progress.set_status(Status::Completed),
+            Err(error) => progress.fail(error),
         }
         result
     }
+}
 
+impl Session<'_> {
     /// Tells the source that the guest is taken, and only then lets it run: a source that was not
     /// told has it still.
-    fn take_over(
-        &mut self,
-        channel: &Channel,
-        session: &mut Session,
-    ) -> Result<(), MigrationError> {
-        if let Some(back) = session.return_path.take() {
-            let mut back = back.uncancellable();
-            send(&mut back, &ReturnMessage::Shut(0))?;
+    fn take_over(&mut self, guest: &dyn Guest) -> Result<(), MigrationError> {
+        if let Some(back) = self.back.take() {
+            send(&mut back.uncancellable(), &ReturnMessage::Shut(0))?;
         }
-        tracing::debug!(hung_up = channel.is_hung_up(), "the guest is taken over");
-        self.guest.run().map_err(|reason| MigrationError::Vmm { what: "let the guest run", reason })
+        guest.run().map_err(|reason| MigrationError::Vmm { what: "let the guest run", reason })
     }
 
-    fn load(&mut self, channel: &Channel, session: &mut Session) -> Result<(), MigrationError> {
-        let mut reader = WireReader::with_capacity(channel.clone_handle(), READ_AHEAD);
-        for handler in &mut self.handlers {
-            handler.load_setup()?;
-        }
-        let configuration = read_header(&mut reader)?;
-        self.check(&configuration)?;
+    fn load(&mut self, local: &Configuration) -> Result<(), MigrationError> {
+        let mut reader = WireReader::with_capacity(self.channel.clone_handle(), READ_AHEAD);
+        Loader::check(local, &read_header(&mut reader)?)?;
         self.progress.set_status(Status::Active);
         loop {
             let at = reader.offset();
             let record = read_record(&mut reader)?;
-            Counters::set(&self.progress.counters.transferred, reader.offset());
             match record {
-                Record::Section(header) => self.section(&header, session, &mut reader)?,
+                Record::Section(header) => self.loader.section(&header, &mut reader)?,
                 Record::Continued { kind, section_id } => {
-                    self.continued(kind, section_id, at, session, &mut reader)?;
+                    self.loader.continued(kind, section_id, at, &mut reader)?;
                 }
-                Record::Command(command) => self.command(command, at, channel, session)?,
+                Record::Command(command) => self.command(command, at)?,
                 Record::Eof => break,
                 Record::Description(_) => {
                     return Err(out_of_place("description", at, "before the end of the sections"));
                 }
             }
+            Counters::set(&self.progress.counters.transferred, reader.offset());
         }
-        self.all_loaded(session)?;
-        self.skip_description(channel, reader)
+        self.loader.all_loaded()?;
+        self.skip_description(reader)
     }
 
-    /// Whether what the source is configured with fits.
-    fn check(&self, stream: &Configuration) -> Result<(), MigrationError> {
-        let local = &self.configuration;
-        let differs = |what, stream: &dyn ToString, local: &dyn ToString| {
-            let (stream, local) = (stream.to_string(), local.to_string());
-            Err(MigrationError::Configuration { what, stream, local })
-        };
-        if stream.machine != local.machine {
-            return differs("machine type", &stream.machine, &local.machine);
-        }
-        if stream.target_page_bits != local.target_page_bits {
-            let show = |bits: Option<u32>| bits.map_or("default".to_owned(), |b| b.to_string());
-            let (theirs, ours) = (show(stream.target_page_bits), show(local.target_page_bits));
-            return differs("target page bits", &theirs, &ours);
-        }
-        let sorted = |capabilities: &[String]| {
-            let mut names = capabilities.to_vec();
-            names.sort();
-            names.join(",")
-        };
-        let (theirs, ours) = (sorted(&stream.capabilities), sorted(&local.capabilities));
-        if theirs != ours {
-            return differs("capabilities", &theirs, &ours);
-        }
-        Ok(())
-    }
-
-    fn section(
-        &mut self,
-        header: &SectionHeader,
-        session: &mut Session,
-        reader: &mut WireReader<Channel>,
-    ) -> Result<(), MigrationError> {
-        let at = reader.offset();
-        let handler = self.handlers.iter().position(|handler| handler.idstr() == header.idstr);
-        match (header.kind, handler) {
-            (SectionKind::Start, Some(index)) => {
-                let handler = &mut self.handlers[index];
-                if session.section_ids[index].is_some() || header.instance_id != 0 {
-                    return Err(out_of_place(&header.idstr, at, "it starts a second time"));
-                }
-                if header.version_id != handler.version_id() {
-                    let (found, known) = (header.version_id, handler.version_id());
-                    let what = format!("version {found}; only {known} is understood");
-                    return Err(out_of_place(&header.idstr, at, &what));
-                }
-                session.section_ids[index] = Some(header.section_id);
-                handler.load(header.kind, reader)?;
-            }
-            (SectionKind::Full, None) => {
-                let early = session.section_ids.iter().all(Option::is_none);
-                self.devices.load(header, early, reader)?;
-            }
-            (kind, _) => {
-                let what = format!("not known as a {kind:?} section");
-                return Err(out_of_place(&header.idstr, at, &what));
-            }
-        }
-        Ok(read_footer(reader, header.section_id)?)
-    }
-
-    fn continued(
-        &mut self,
-        kind: SectionKind,
-        section_id: u32,
-        at: u64,
-        session: &Session,
-        reader: &mut WireReader<Channel>,
-    ) -> Result<(), MigrationError> {
-        let known = session.section_ids.iter().position(|id| *id == Some(section_id));
-        let Some(index) = known else {
-            let section = format!("#{section_id}");
-            return Err(out_of_place(&section, at, "it goes on and never started"));
-        };
-        self.handlers[index].load(kind, reader)?;
-        Ok(read_footer(reader, section_id)?)
-    }
-
-    fn command(
-        &mut self,
-        command: Command,
-        at: u64,
-        channel: &Channel,
-        session: &mut Session,
-    ) -> Result<(), MigrationError> {
+    fn command(&mut self, command: Command, at: u64) -> Result<(), MigrationError> {
         match command {
-            Command::OpenReturnPath => session.return_path = Some(channel.clone_handle()),
+            Command::OpenReturnPath => self.back = Some(self.channel.clone_handle()),
             Command::Ping(value) => {
                 if value == PING_LOADED {
                     // The answer is the verdict.
-                    self.all_loaded(session)?;
+                    self.loader.all_loaded()?;
                 }
-                if let Some(back) = &mut session.return_path {
+                if let Some(back) = &mut self.back {
                     send(back, &ReturnMessage::Pong(value))?;
                 }
             }
@@ -220,29 +128,9 @@ impl Incoming<'_> {
         Ok(())
     }
 
-    /// The last chance to refuse.
-    fn all_loaded(&mut self, session: &mut Session) -> Result<(), MigrationError> {
-        if !session.loaded {
-            for handler in &mut self.handlers {
-                handler.complete()?;
-            }
-            self.devices.loaded()?;
-            session.loaded = true;
-        }
-        Ok(())
-    }
-
     /// Reads the description, which only people need. A stream without one ends here.
-    fn skip_description(
-        &self,
-        channel: &Channel,
-        mut reader: WireReader<Channel>,
-    ) -> Result<(), MigrationError> {
-        let mut patient = channel.clone_handle();
-        patient.set_patience(Some(DESCRIPTION_TIMEOUT));
-        if reader.buffered().is_empty() {
-            reader = WireReader::new(patient);
-        }
+    fn skip_description(&self, mut reader: WireReader<Channel>) -> Result<(), MigrationError> {
+        reader.get_mut().set_patience(Some(DESCRIPTION_TIMEOUT));
         let ended = reader.is_at_end().map_err(MigrationError::io("read the description"))?;
         if ended {
             return Ok(());
@@ -259,8 +147,4 @@ fn send(back: &mut Channel, message: &ReturnMessage) -> Result<(), MigrationErro
     let mut bytes = Vec::new();
     message.put(&mut bytes);
     back.write(&bytes).map_err(MigrationError::io("answer the source"))
-}
-
-fn out_of_place(section: &str, at: u64, what: &str) -> MigrationError {
-    MigrationError::Section { section: section.to_owned(), at, what: what.to_owned() }
 }

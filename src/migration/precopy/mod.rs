@@ -13,10 +13,6 @@ mod return_path;
 pub use incoming::Incoming;
 pub use outgoing::{Outgoing, Parameters};
 
-use super::error::MigrationError;
-use super::stream::SectionHeader;
-use super::wire::WireRead;
-
 /// The ping whose answer is the destination's verdict: everything before it was loaded.
 const PING_LOADED: u32 = 5;
 
@@ -39,75 +35,6 @@ pub trait Guest: Send + Sync {
     /// Keeps vCPUs from running for `percent` of the time, 0 to 99, so that memory is written
     /// more slowly than it is sent.
     fn throttle(&self, _percent: u8) {}
-}
-
-/// The state of a device as it goes over the wire.
-#[derive(Clone, Debug)]
-pub struct DeviceSection {
-    /// Id string, less than 256 bytes.
-    pub idstr: String,
-    /// The instance among devices of the same id string.
-    pub instance_id: u32,
-    /// The version of the payload.
-    pub version_id: u32,
-    /// The fields, as they are on the wire.
-    pub payload: Vec<u8>,
-    /// What is in the payload, for the description at the end of the stream.
-    pub description: serde_json::Value,
-}
-
-/// The devices of a VM.
-pub trait Devices {
-    /// Saves the state that must be known before memory arrives (`early`), or the rest, in the
-    /// order in which it is to be loaded.
-    ///
-    /// # Errors
-    ///
-    /// When a device cannot be saved.
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError>;
-
-    /// Loads the state of a device. `early` while no memory came yet.
-    ///
-    /// # Errors
-    ///
-    /// When the device is unknown, it is not its turn, or it refuses: nothing has changed then.
-    fn load(
-        &mut self,
-        header: &SectionHeader,
-        early: bool,
-        reader: &mut dyn WireRead,
-    ) -> Result<(), MigrationError>;
-
-    /// All sections were loaded: takes the states over, or refuses.
-    ///
-    /// # Errors
-    ///
-    /// When something is missing or does not fit.
-    fn loaded(&mut self) -> Result<(), MigrationError>;
-}
-
-/// A VM without devices.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoDevices;
-
-impl Devices for NoDevices {
-    fn save(&mut self, _early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
-        Ok(Vec::new())
-    }
-
-    fn load(
-        &mut self,
-        header: &SectionHeader,
-        _early: bool,
-        reader: &mut dyn WireRead,
-    ) -> Result<(), MigrationError> {
-        let (section, at) = (header.idstr.clone(), reader.offset());
-        Err(MigrationError::Section { section, at, what: "no such device here".to_owned() })
-    }
-
-    fn loaded(&mut self) -> Result<(), MigrationError> {
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -3,18 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::json;
-
 use super::convergence::{Bandwidth, Throttle, ThrottleParameters};
 use super::return_path::ReturnPath;
-use super::{DeviceSection, Devices, Guest, PING_LOADED};
+use super::{Guest, PING_LOADED};
 use crate::migration::channel::{Channel, Sink};
+use crate::migration::devices::Devices;
 use crate::migration::error::MigrationError;
+use crate::migration::framing::{Framing, write};
 use crate::migration::handler::SaveHandler;
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::stream::{
-    Command, Configuration, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command,
-    put_continued, put_description, put_eof, put_footer, put_header, put_section,
+    Command, Configuration, SectionKind, TARGET_PAGE_SIZE, put_command, put_description, put_eof,
+    put_header,
 };
 use crate::ram_discard::FreezeBlockState;
 
@@ -225,86 +225,4 @@ impl Outgoing<'_> {
             }
         }
     }
-}
-
-/// Frames sections, and remembers what they were for the description.
-#[derive(Default)]
-struct Framing {
-    handlers: u32,
-    devices: Vec<serde_json::Value>,
-    next_id: u32,
-}
-
-impl Framing {
-    /// For the sections of handlers that have begun.
-    fn of(handlers: &[Box<dyn SaveHandler + '_>]) -> Self {
-        Self { handlers: u32::try_from(handlers.len()).unwrap_or(u32::MAX), ..Self::default() }
-    }
-
-    /// Section ids of handlers are their index; those of devices follow.
-    fn start(
-        &mut self,
-        out: &mut Channel,
-        handler: &mut dyn SaveHandler,
-    ) -> Result<(), MigrationError> {
-        let header = SectionHeader {
-            kind: SectionKind::Start,
-            section_id: self.handlers,
-            idstr: handler.idstr().to_owned(),
-            instance_id: 0,
-            version_id: handler.version_id(),
-        };
-        self.handlers += 1;
-        let mut bytes = Vec::new();
-        put_section(&mut bytes, &header);
-        write(out, &bytes)?;
-        handler.setup(out)?;
-        bytes.clear();
-        put_footer(&mut bytes, header.section_id);
-        write(out, &bytes)
-    }
-
-    fn continued(
-        &mut self,
-        out: &mut Channel,
-        index: usize,
-        kind: SectionKind,
-        payload: impl FnOnce(&mut dyn Sink) -> Result<(), MigrationError>,
-    ) -> Result<(), MigrationError> {
-        let section_id = u32::try_from(index).unwrap_or(u32::MAX);
-        let mut bytes = Vec::new();
-        put_continued(&mut bytes, kind, section_id);
-        write(out, &bytes)?;
-        payload(out)?;
-        bytes.clear();
-        put_footer(&mut bytes, section_id);
-        write(out, &bytes)
-    }
-
-    fn full(&mut self, out: &mut Channel, section: DeviceSection) -> Result<(), MigrationError> {
-        const FIRST_DEVICE: u32 = 1 << 16;
-        let header = SectionHeader {
-            kind: SectionKind::Full,
-            section_id: FIRST_DEVICE + self.next_id,
-            idstr: section.idstr,
-            instance_id: section.instance_id,
-            version_id: section.version_id,
-        };
-        self.next_id += 1;
-        let mut bytes = Vec::new();
-        put_section(&mut bytes, &header);
-        bytes.extend_from_slice(&section.payload);
-        put_footer(&mut bytes, header.section_id);
-        self.devices.push(section.description);
-        write(out, &bytes)
-    }
-
-    /// The JSON at the end of a stream.
-    fn description(&self) -> Vec<u8> {
-        json!({ "page_size": TARGET_PAGE_SIZE, "devices": self.devices }).to_string().into_bytes()
-    }
-}
-
-fn write(out: &mut Channel, bytes: &[u8]) -> Result<(), MigrationError> {
-    out.write(bytes).map_err(MigrationError::io("send"))
 }

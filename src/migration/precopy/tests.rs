@@ -2,20 +2,18 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::MemfdFlags;
-
 use super::*;
 use crate::ByteRange;
-use crate::device::BlockBitmap;
-use crate::memory::RamBlock;
+use crate::migration::MigrationError;
 use crate::migration::channel::Channel;
+use crate::migration::devices::NoDevices;
 use crate::migration::dirty::DirtyTracker;
 use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::progress::{Progress, Snapshot, Status};
@@ -23,12 +21,8 @@ use crate::migration::ram::{
     BlockError, BlockOptions, ListOptions, Migratable, MigrationBlock, RamBlocks, RamLoad, RamSave,
 };
 use crate::migration::stream::Configuration;
-use crate::ram_discard::{
-    FreezeBlockState, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource,
-};
-
-const PAGE: u64 = 4096;
-const BLOCK: u64 = 64 * PAGE;
+use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd, migration_block};
+use crate::ram_discard::FreezeBlockState;
 
 /// A guest that notes what is asked of it.
 #[derive(Default)]
@@ -115,83 +109,6 @@ impl DirtyTracker for Script {
     fn stop(&mut self) -> io::Result<()> {
         self.note("stop".to_owned());
         Ok(())
-    }
-}
-
-/// A source that never changes.
-struct Fixed(BlockBitmap);
-
-impl RamDiscardSource for Fixed {
-    fn region_size(&self) -> u64 {
-        self.0.nr_blocks() as u64 * BLOCK
-    }
-
-    fn granularity(&self) -> u64 {
-        BLOCK
-    }
-
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
-        let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
-        let run = self.0.next_run(blocks, populated)?;
-        let range = ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?;
-        range.intersection(section)
-    }
-}
-
-/// One side: a region of blocks, some of them plugged, and boot memory.
-struct Side {
-    region: File,
-    boot: File,
-    blocks: Arc<RamBlocks>,
-}
-
-fn memfd(size: u64) -> File {
-    let file = File::from(rustix::fs::memfd_create("precopy", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(size).unwrap();
-    file
-}
-
-fn migration_block(id: &str, file: &File, size: u64, options: BlockOptions) -> MigrationBlock {
-    let file = file.try_clone().unwrap();
-    let ram = RamBlock::new(id.to_owned(), 1 << 32, size, file, 0).unwrap();
-    MigrationBlock::map(Arc::new(ram), options).unwrap()
-}
-
-fn manager(plugged: &[usize], nr_blocks: usize) -> Arc<dyn RamDiscardManager> {
-    let mut bitmap = BlockBitmap::new(nr_blocks);
-    plugged.iter().for_each(|&block| bitmap.set(block..block + 1, true));
-    let manager = LocalRamDiscardManager::new(nr_blocks as u64 * BLOCK);
-    manager.add_source(Arc::new(Fixed(bitmap))).unwrap();
-    Arc::new(manager)
-}
-
-impl Side {
-    fn new(plugged: &[usize]) -> Self {
-        let (region, boot) = (memfd(16 * BLOCK), memfd(BLOCK));
-        let mut blocks = RamBlocks::new();
-        let vmem = migration_block("vmem0", &region, 16 * BLOCK, BlockOptions::migratable());
-        vmem.set_discard_manager(0, manager(plugged, 16));
-        blocks.register(Arc::new(vmem)).unwrap();
-        let ram = migration_block("ram", &boot, BLOCK, BlockOptions::migratable());
-        blocks.register(Arc::new(ram)).unwrap();
-        Self { region, boot, blocks: Arc::new(blocks) }
-    }
-
-    fn held(&self) -> (u64, u64) {
-        let pages = |file: &File| file.metadata().unwrap().blocks() * 512 / PAGE;
-        (pages(&self.region), pages(&self.boot))
-    }
-
-    fn page(&self, page: u64) -> Vec<u8> {
-        let mut bytes = vec![0; PAGE as usize];
-        self.region.read_exact_at(&mut bytes, page * PAGE).unwrap();
-        bytes
-    }
-}
-
-fn fill(file: &File, pages: std::ops::Range<u64>, byte: u8) {
-    for page in pages {
-        file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
     }
 }
 

@@ -97,23 +97,39 @@ pub struct ListLimits<'a> {
     pub with_page_size: &'a [&'a str],
 }
 
-/// Appends a list of blocks. `mapped` headers are appended where entries have them.
+/// Appends a list of blocks, all at once.
 pub fn put_list(out: &mut Vec<u8>, list: &BlockList) {
+    put_list_start(out, list);
+    list.entries.iter().for_each(|entry| put_entry(out, entry));
+}
+
+/// Appends what comes before the entries of a list. In a mapped-ram file, where the entries go by
+/// [`put_entry`], each is followed by a gap.
+pub fn put_list_start(out: &mut Vec<u8>, list: &BlockList) {
     let total: u64 = list.entries.iter().map(|entry| entry.used_length).sum();
     out.put_be64(total | MEM_SIZE);
-    for entry in &list.entries {
-        out.put_name(&entry.id);
-        out.put_be64(entry.used_length);
-        if let Some(page_size) = entry.page_size {
-            out.put_be64(page_size);
-        }
-        if let Some(gpa) = entry.gpa {
-            out.put_be64(gpa);
-        }
-        if let Some(mapped) = &entry.mapped {
-            mapped.put(out);
-        }
+}
+
+/// Appends an entry of a list.
+pub fn put_entry(out: &mut Vec<u8>, entry: &BlockEntry) {
+    out.put_name(&entry.id);
+    out.put_be64(entry.used_length);
+    if let Some(page_size) = entry.page_size {
+        out.put_be64(page_size);
     }
+    if let Some(gpa) = entry.gpa {
+        out.put_be64(gpa);
+    }
+    if let Some(mapped) = &entry.mapped {
+        mapped.put(out);
+    }
+}
+
+/// Bytes that [`put_entry`] appends before the mapped-ram header.
+pub fn entry_len(entry: &BlockEntry) -> u64 {
+    let mut bytes = Vec::new();
+    put_entry(&mut bytes, &BlockEntry { mapped: None, ..entry.clone() });
+    bytes.len() as u64
 }
 
 /// Ends a section of RAM.

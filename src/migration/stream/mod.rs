@@ -12,7 +12,8 @@ mod return_path;
 
 pub use block_list::{
     BlockEntry, BlockList, ListLimits, MAPPED_RAM_ALIGNMENT, MAPPED_RAM_VERSION, MappedRamHeader,
-    PageHeader, PageKind, RAM_SECTION, RAM_VERSION, put_end_of_section, put_list,
+    PageHeader, PageKind, RAM_SECTION, RAM_VERSION, entry_len, put_end_of_section, put_entry,
+    put_list, put_list_start,
 };
 pub use command::{AdvisedSizes, Command, DISCARD_RANGES_MAX};
 pub use configuration::{CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration};

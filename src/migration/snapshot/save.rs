@@ -1,0 +1,228 @@
+//! Writing a stopped guest to a file.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use super::sink::FileSink;
+use super::{PIECE, place, with_mapped_ram};
+use crate::migration::devices::Devices;
+use crate::migration::error::MigrationError;
+use crate::migration::framing::{Framing, write};
+use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::migration::progress::{Counters, Progress, Status};
+use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks};
+use crate::migration::stream::{
+    BlockEntry, Configuration, MappedRamHeader, RAM_SECTION, RAM_VERSION, SectionHeader,
+    SectionKind, TARGET_PAGE_SIZE, entry_len, put_description, put_end_of_section, put_entry,
+    put_eof, put_footer, put_header, put_list_start, put_section,
+};
+use crate::ram_discard::FreezeBlockState;
+use crate::sys::GatherWrite;
+
+/// Section id of RAM; devices have larger ones.
+const RAM_SECTION_ID: u32 = 0;
+
+/// A stopped guest that is to be saved. It stays stopped, and is not changed.
+pub struct Snapshot<'a> {
+    /// Machine type and capabilities.
+    pub configuration: Configuration,
+    /// Its RAM.
+    pub blocks: &'a RamBlocks,
+    /// Everything else.
+    pub devices: &'a mut dyn Devices,
+    /// Whose block state is frozen meanwhile.
+    pub frozen: Vec<Arc<dyn FreezeBlockState>>,
+    /// What can be seen of it, and how it is cancelled.
+    pub progress: Arc<Progress>,
+}
+
+/// Writes `snapshot` to `file`, which is empty. The data is written, not synced.
+///
+/// # Errors
+///
+/// Why it could not be written; the file is of no use then.
+pub fn save(snapshot: Snapshot<'_>, file: &File) -> Result<(), MigrationError> {
+    let Snapshot { configuration, blocks, devices, frozen, progress } = snapshot;
+    progress.set_status(Status::Setup);
+    let mut held: Vec<&Arc<dyn FreezeBlockState>> = Vec::new();
+    let mut result = Ok(());
+    for freeze in &frozen {
+        match freeze.freeze() {
+            Ok(()) => held.push(freeze),
+            Err(source) => {
+                result = Err(MigrationError::Io { what: "freeze block state", source });
+                break;
+            }
+        }
+    }
+    let result = result.and_then(|()| save_frozen(configuration, blocks, devices, &progress, file));
+    for frozen in held {
+        if let Err(error) = frozen.thaw() {
+            tracing::warn!(%error, "cannot thaw block state; the device is gone");
+        }
+    }
+    match &result {
+        Ok(()) => progress.set_status(Status::Completed),
+        Err(error) => progress.fail(error),
+    }
+    result
+}
+
+fn save_frozen(
+    configuration: Configuration,
+    blocks: &RamBlocks,
+    devices: &mut dyn Devices,
+    progress: &Arc<Progress>,
+    file: &File,
+) -> Result<(), MigrationError> {
+    let length = file.metadata().map_err(MigrationError::io("look at the file"))?.len();
+    if length != 0 {
+        let source = io::ErrorKind::AlreadyExists.into();
+        return Err(MigrationError::Io { what: "write a snapshot to a file with content", source });
+    }
+    let mut out = FileSink { file, position: 0 };
+    let mut framing = Framing::default();
+    let mut bytes = Vec::new();
+    put_header(&mut bytes, &with_mapped_ram(&configuration));
+    write(&mut out, &bytes)?;
+    for section in devices.save(true)? {
+        framing.full(&mut out, section)?;
+    }
+    progress.set_status(Status::Active);
+    for (block, header) in put_ram_start(&mut out, blocks)? {
+        let pages = find_pages(&block, progress)?;
+        let written = write_pages(&block, pages, header, file, progress)?;
+        write_bitmap(&written, header, file).map_err(MigrationError::io("write a bitmap"))?;
+    }
+    framing.continued(&mut out, RAM_SECTION_ID as usize, SectionKind::End, |out| {
+        let mut bytes = Vec::new();
+        put_end_of_section(&mut bytes);
+        write(out, &bytes)
+    })?;
+    for section in devices.save(false)? {
+        framing.full(&mut out, section)?;
+    }
+    let mut bytes = Vec::new();
+    put_eof(&mut bytes);
+    put_description(&mut bytes, &framing.description());
+    write(&mut out, &bytes)
+}
+
+/// Writes the START section of RAM: after each entry of the list the stream leaves room for the
+/// bitmap and the pages.
+fn put_ram_start(
+    out: &mut FileSink<'_>,
+    blocks: &RamBlocks,
+) -> Result<Vec<(Arc<MigrationBlock>, MappedRamHeader)>, MigrationError> {
+    let list = blocks.list(ListOptions::default())?;
+    let mut bytes = Vec::new();
+    let header = SectionHeader {
+        kind: SectionKind::Start,
+        section_id: RAM_SECTION_ID,
+        idstr: RAM_SECTION.to_owned(),
+        instance_id: 0,
+        version_id: RAM_VERSION,
+    };
+    put_section(&mut bytes, &header);
+    put_list_start(&mut bytes, &list);
+    write(out, &bytes)?;
+    let mut placed = Vec::new();
+    for (block, entry) in blocks.migratable()?.into_iter().zip(&list.entries) {
+        let mapped = place(out.position + entry_len(entry), entry.used_length);
+        let mapped = mapped.ok_or_else(|| MigrationError::Io {
+            what: "place the pages in the file",
+            source: io::ErrorKind::FileTooLarge.into(),
+        })?;
+        bytes.clear();
+        put_entry(&mut bytes, &BlockEntry { mapped: Some(mapped), ..entry.clone() });
+        write(out, &bytes)?;
+        out.position = mapped.pages_offset + entry.used_length;
+        placed.push((block, mapped));
+    }
+    bytes.clear();
+    put_end_of_section(&mut bytes);
+    put_footer(&mut bytes, RAM_SECTION_ID);
+    write(out, &bytes)?;
+    Ok(placed)
+}
+
+/// The pages that exist and are not discarded.
+fn find_pages(block: &MigrationBlock, progress: &Progress) -> Result<PageBitmap, MigrationError> {
+    let mut pages = PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE);
+    if let Some(used) = block.used() {
+        block
+            .for_each_data(used, |data| {
+                pages.set_range(pages_touched(data));
+            })
+            .map_err(MigrationError::memory(block.id(), "look for holes"))?;
+    }
+    let mut discarded = 0;
+    for range in block.discarded()? {
+        pages.clear_range(pages_touched(range));
+        discarded += range.len() / TARGET_PAGE_SIZE;
+    }
+    let counters = &progress.counters;
+    Counters::add(&counters.discarded, discarded);
+    Counters::add(&counters.holes, pages.nr_pages() - pages.count() - discarded);
+    Counters::add(&counters.total, pages.count() * TARGET_PAGE_SIZE);
+    Counters::add(&counters.remaining, pages.count() * TARGET_PAGE_SIZE);
+    Ok(pages)
+}
+
+/// Writes the pages that are not zero to their places; which those were.
+fn write_pages(
+    block: &MigrationBlock,
+    mut pages: PageBitmap,
+    header: MappedRamHeader,
+    file: &File,
+    progress: &Progress,
+) -> Result<PageBitmap, MigrationError> {
+    let mapping = block.mapping();
+    let mut gathered = GatherWrite::new();
+    let (mut from, nr_pages) = (0, pages.nr_pages());
+    while let Some(run) = pages.next_run(from, nr_pages, PIECE / TARGET_PAGE_SIZE) {
+        if progress.is_cancelled() {
+            return Err(MigrationError::Cancelled);
+        }
+        from = run.end;
+        let mut zeros = 0;
+        for page in run.clone() {
+            if mapping.page_is_zero(page * TARGET_PAGE_SIZE, TARGET_PAGE_SIZE) {
+                pages.clear(page);
+                zeros += 1;
+            }
+        }
+        for part in pages.runs(run.clone()) {
+            let range = bytes_of(part);
+            gathered.push_memory(mapping, range.start(), range.len());
+            let written = gathered.write_at(file, header.pages_offset + range.start());
+            written.map_err(MigrationError::io("write pages"))?;
+            gathered.clear();
+        }
+        let counters = &progress.counters;
+        let all = run.end - run.start;
+        Counters::add(&counters.duplicate, zeros);
+        Counters::add(&counters.normal, all - zeros);
+        Counters::add(&counters.transferred, (all - zeros) * TARGET_PAGE_SIZE);
+        Counters::subtract(&counters.remaining, all * TARGET_PAGE_SIZE);
+    }
+    Ok(pages)
+}
+
+/// Writes a bitmap; what is all zeros stays a hole.
+fn write_bitmap(pages: &PageBitmap, header: MappedRamHeader, file: &File) -> io::Result<()> {
+    let words = pages.words();
+    let chunk_words = (PIECE / 8) as usize;
+    let mut bytes = Vec::new();
+    for (index, chunk) in words.chunks(chunk_words).enumerate() {
+        if chunk.iter().all(|&word| word == 0) {
+            continue;
+        }
+        bytes.clear();
+        chunk.iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+        file.write_all_at(&bytes, header.bitmap_offset + (index * chunk_words * 8) as u64)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,128 @@
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::migration::MigrationError;
+use crate::migration::devices::NoDevices;
+use crate::migration::progress::{self, Progress, Status};
+use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd};
+use std::sync::Arc;
+
+fn save_to(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::Snapshot) {
+    let progress = Arc::new(Progress::new());
+    let snapshot = Snapshot {
+        configuration: Configuration::new("test"),
+        blocks: &side.blocks,
+        devices: &mut NoDevices,
+        frozen: Vec::new(),
+        progress: Arc::clone(&progress),
+    };
+    (save(snapshot, file), progress.snapshot())
+}
+
+fn restore_from(side: &Side, file: &File) -> Result<(), MigrationError> {
+    let what = Restore {
+        configuration: Configuration::new("test"),
+        blocks: Arc::clone(&side.blocks),
+        devices: &mut NoDevices,
+        threads: 3,
+        progress: Arc::new(Progress::new()),
+    };
+    restore(what, file)
+}
+
+fn filled() -> Side {
+    let side = Side::new(&[1, 4, 5]);
+    fill(&side.region, 64..96, 7);
+    fill(&side.region, 300..310, 8);
+    fill(&side.region, 310..314, 0);
+    // Written although discarded.
+    fill(&side.region, 640..643, 9);
+    fill(&side.boot, 3..5, 5);
+    side
+}
+
+#[test]
+fn a_snapshot_holds_what_the_guest_holds_and_comes_back() {
+    let from = filled();
+    let file = tempfile::tempfile().unwrap();
+    let held = from.held();
+    let (saved, seen) = save_to(&from, &file);
+    saved.unwrap();
+    assert_eq!(from.held(), held);
+    assert_eq!(seen.status, Status::Completed);
+    assert_eq!((seen.normal, seen.duplicate), (32 + 10 + 2, 4));
+    assert_eq!((seen.discarded, seen.holes), (13 * 64, 3 * 64 - 46 + 64 - 2));
+    assert_eq!(seen.remaining, 0);
+    // Pages, and a page or two each for the stream and the bitmaps.
+    let on_disk = file.metadata().unwrap().blocks() * 512;
+    assert!(on_disk <= (44 + 10) * PAGE, "{on_disk}");
+    assert!(file.metadata().unwrap().len() > 17 * BLOCK);
+
+    let to = Side::new(&[1, 4, 5]);
+    fill(&to.region, 64..500, 0xee);
+    restore_from(&to, &file).unwrap();
+    for page in [64, 95, 300, 309, 310, 313, 640, 700] {
+        let expected = if page == 640 { vec![0; PAGE as usize] } else { from.page(page) };
+        assert_eq!(to.page(page), expected, "page {page}");
+    }
+    // Zeros are holes now, and so is what came for discarded memory: nothing.
+    assert_eq!(to.held(), (42, 2));
+}
+
+#[test]
+fn a_file_with_content_is_not_written_over() {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(b"precious", 0).unwrap();
+    let error = save_to(&filled(), &file).0.unwrap_err().to_string();
+    assert!(error.contains("file with content"), "{error}");
+    let mut content = [0; 8];
+    file.read_exact_at(&mut content, 0).unwrap();
+    assert_eq!(&content, b"precious");
+}
+
+#[test]
+fn a_page_in_a_discarded_range_is_refused() {
+    let file = tempfile::tempfile().unwrap();
+    save_to(&filled(), &file).0.unwrap();
+    let error = restore_from(&Side::new(&[1, 5]), &file).unwrap_err().to_string();
+    assert!(error.contains("\"vmem0\": a page at 0x12c000"), "{error}");
+}
+
+/// The bytes of a snapshot before the first pages.
+fn stream_start(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; 400];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn files_cut_anywhere_are_refused() {
+    let file = tempfile::tempfile().unwrap();
+    save_to(&filled(), &file).0.unwrap();
+    let len = file.metadata().unwrap().len();
+    let start = stream_start(&file);
+    for cut in (0..200).chain([MAPPED_RAM_ALIGNMENT, 2 * MAPPED_RAM_ALIGNMENT, len - 30]) {
+        let copy = memfd(0);
+        let bytes = cut.min(start.len() as u64) as usize;
+        copy.write_all_at(&start[..bytes], 0).unwrap();
+        copy.set_len(cut).unwrap();
+        assert!(restore_from(&Side::new(&[1, 4, 5]), &copy).is_err(), "cut at {cut}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn garbled_files_are_read_or_refused(at in 0usize..200, byte in any::<u8>()) {
+        let file = memfd(0);
+        save_to(&filled(), &file).0.unwrap();
+        file.write_all_at(&[byte], at as u64).unwrap();
+        let to = Side::new(&[1, 4, 5]);
+        let _ = restore_from(&to, &file);
+        // Whatever it says, nothing gets where memory is discarded.
+        prop_assert_eq!(to.page(640), vec![0; PAGE as usize]);
+    }
+}

@@ -1,0 +1,98 @@
+//! Two sides with real memory, for the tests of whatever moves it.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+
+use rustix::fs::MemfdFlags;
+
+use super::ram::{BlockOptions, MigrationBlock, RamBlocks};
+use crate::ByteRange;
+use crate::device::BlockBitmap;
+use crate::memory::RamBlock;
+use crate::ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
+
+pub(super) const PAGE: u64 = 4096;
+pub(super) const BLOCK: u64 = 64 * PAGE;
+
+/// A source that never changes.
+struct Fixed(BlockBitmap);
+
+impl RamDiscardSource for Fixed {
+    fn region_size(&self) -> u64 {
+        self.0.nr_blocks() as u64 * BLOCK
+    }
+
+    fn granularity(&self) -> u64 {
+        BLOCK
+    }
+
+    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+        let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
+        let run = self.0.next_run(blocks, populated)?;
+        let range = ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?;
+        range.intersection(section)
+    }
+}
+
+/// One side: a region of blocks, some of them plugged, and boot memory.
+pub(super) struct Side {
+    pub(super) region: File,
+    pub(super) boot: File,
+    pub(super) blocks: Arc<RamBlocks>,
+}
+
+pub(super) fn memfd(size: u64) -> File {
+    let file = File::from(rustix::fs::memfd_create("precopy", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(size).unwrap();
+    file
+}
+
+pub(super) fn migration_block(
+    id: &str,
+    file: &File,
+    size: u64,
+    options: BlockOptions,
+) -> MigrationBlock {
+    let file = file.try_clone().unwrap();
+    let ram = RamBlock::new(id.to_owned(), 1 << 32, size, file, 0).unwrap();
+    MigrationBlock::map(Arc::new(ram), options).unwrap()
+}
+
+pub(super) fn manager(plugged: &[usize], nr_blocks: usize) -> Arc<dyn RamDiscardManager> {
+    let mut bitmap = BlockBitmap::new(nr_blocks);
+    plugged.iter().for_each(|&block| bitmap.set(block..block + 1, true));
+    let manager = LocalRamDiscardManager::new(nr_blocks as u64 * BLOCK);
+    manager.add_source(Arc::new(Fixed(bitmap))).unwrap();
+    Arc::new(manager)
+}
+
+impl Side {
+    pub(super) fn new(plugged: &[usize]) -> Self {
+        let (region, boot) = (memfd(16 * BLOCK), memfd(BLOCK));
+        let mut blocks = RamBlocks::new();
+        let vmem = migration_block("vmem0", &region, 16 * BLOCK, BlockOptions::migratable());
+        vmem.set_discard_manager(0, manager(plugged, 16));
+        blocks.register(Arc::new(vmem)).unwrap();
+        let ram = migration_block("ram", &boot, BLOCK, BlockOptions::migratable());
+        blocks.register(Arc::new(ram)).unwrap();
+        Self { region, boot, blocks: Arc::new(blocks) }
+    }
+
+    pub(super) fn held(&self) -> (u64, u64) {
+        let pages = |file: &File| file.metadata().unwrap().blocks() * 512 / PAGE;
+        (pages(&self.region), pages(&self.boot))
+    }
+
+    pub(super) fn page(&self, page: u64) -> Vec<u8> {
+        let mut bytes = vec![0; PAGE as usize];
+        self.region.read_exact_at(&mut bytes, page * PAGE).unwrap();
+        bytes
+    }
+}
+
+pub(super) fn fill(file: &File, pages: std::ops::Range<u64>, byte: u8) {
+    for page in pages {
+        file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
+    }
+}
