@@ -237,7 +237,22 @@ impl Backing {
         Ok(())
     }
 
-    fn len(&self) -> Result<u64, BackingError> {
+    /// The first byte from `from` (of the file) on that holds data. Nothing is touched; hugetlb
+    /// files do not tell their holes.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be searched.
+    pub(crate) fn next_data(&self, from: u64) -> io::Result<Option<u64>> {
+        match seek(&self.file, SeekFrom::Data(from)) {
+            // No data up to the end of the file.
+            Err(Errno::NXIO) => Ok(None),
+            found => Ok(Some(found?)),
+        }
+    }
+
+    /// Size of the file, bytes.
+    pub(crate) fn len(&self) -> Result<u64, BackingError> {
         let metadata = self.file.metadata();
         metadata
             .map(|metadata| metadata.len())

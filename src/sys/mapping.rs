@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::mm::{self, MapFlags, ProtFlags};
 use vm_memory::GuestRegionMmap;
@@ -161,6 +162,24 @@ impl HostMapping {
         }
     }
 
+    /// Takes the bits of `mask` out of the word at `offset`, atomically, and returns which were
+    /// set. The word is little-endian, as in the log that vhost-user back-ends write.
+    ///
+    /// # Panics
+    ///
+    /// When the word leaves the mapping or its address is not a multiple of 8.
+    pub fn take_bits(&self, offset: u64, mask: u64) -> u64 {
+        let (start, _) = self.locate(offset, size_of::<u64>() as u64);
+        assert!(start.addr().is_multiple_of(align_of::<AtomicU64>()), "unaligned word");
+        // SAFETY: the word is mapped and aligned, and all who write to it do so atomically.
+        let word = unsafe { AtomicU64::from_ptr(start.cast()) };
+        // Most words of a log are empty; looking first keeps their cache lines shared.
+        if word.load(Ordering::Relaxed) & mask.to_le() == 0 {
+            return 0;
+        }
+        u64::from_le(word.fetch_and(!mask.to_le(), Ordering::AcqRel)) & mask
+    }
+
     /// Address and length of a range of the mapping.
     ///
     /// # Panics
@@ -281,6 +300,30 @@ mod zero {
             at += STEP;
         }
         true
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::HostMapping;
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// Has the kernel write a page of `file` into the mapping.
+    pub(crate) fn read_from_file(mapping: &HostMapping, offset: u64, file: &File, from: u64) {
+        let (start, len) = mapping.locate(offset, 4096);
+        // SAFETY: the range is mapped for writing.
+        let read = unsafe { libc::pread(file.as_raw_fd(), start.cast(), len, from.cast_signed()) };
+        assert_eq!(read, 4096);
+    }
+
+    /// Marks a page in a vhost-user log, as back-ends do.
+    pub(crate) fn set_bit(log: &HostMapping, page: u64) {
+        let (start, _) = log.locate(page / 64 * 8, 8);
+        // SAFETY: the word is mapped, aligned and only accessed atomically.
+        let word = unsafe { AtomicU64::from_ptr(start.cast()) };
+        word.fetch_or((1u64 << (page % 64)).to_le(), Ordering::AcqRel);
     }
 }
 

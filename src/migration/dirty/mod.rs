@@ -1,24 +1,49 @@
 //! Finding out which pages are written while they are sent.
+//!
+//! Who writes decides which tracker sees it; what several see is [`Merged`]:
+//!
+//! | tracker | sees the writes of |
+//! | --- | --- |
+//! | [`WriteProtect`] | everybody who writes through this process's mapping: vCPUs, threads, system calls |
+//! | [`KvmDirtyLog`] | vCPUs and KVM's in-kernel devices |
+//! | [`VhostLog`] | vhost-user back-ends that log |
+//! | [`NeverWritten`] | nobody: the VM does not run |
+//!
+//! The order that loses no write: [`sync`](DirtyTracker::sync), take pages out of the bitmap,
+//! [`clear`](DirtyTracker::clear) them, read them.
+
+mod kvm;
+mod merged;
+mod vhost_log;
+mod write_protect;
 
 use std::io;
+use std::ops::Range;
 
-use super::page_bitmap::PageBitmap;
+use super::page_bitmap::{PageBitmap, pages_touched};
 use crate::ByteRange;
 
+pub use kvm::KvmDirtyLog;
+pub use merged::Merged;
+pub use vhost_log::{LoggedRange, VhostLog};
+pub use write_protect::WriteProtect;
+
 /// Finds out which pages of one RAM block are written. Ranges are bytes from the start of the
-/// block; pages are target pages.
+/// block; pages are target pages. What a bitmap is too short for is left out.
 ///
 /// A write is never missed: what a tracker cannot tell apart it reports.
 pub trait DirtyTracker: Send {
-    /// Starts to log writes to `populated`. The rest of the block is discarded, and must not be
-    /// made to cost anything.
+    /// Starts to log writes to `populated`: ascending, disjoint, whole pages of the host. The rest
+    /// of the block is discarded, and must not be made to cost anything; writes there are
+    /// reported where that is to be had for nothing.
     ///
     /// # Errors
     ///
     /// When writes cannot be logged; nothing is then.
     fn start(&mut self, populated: &[ByteRange]) -> io::Result<()>;
 
-    /// Adds the pages written since logging started, or since they were reported or cleared last.
+    /// Adds the pages written since logging started, or since they were reported last. A page that
+    /// was reported may be reported again, and writes to it may not, until it is cleared.
     ///
     /// # Errors
     ///
@@ -26,7 +51,9 @@ pub trait DirtyTracker: Send {
     fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()>;
 
     /// Makes sure that writes to `range` from now on are reported: called before its pages are
-    /// read. What was written before may be forgotten.
+    /// read, or when it is masked. Forgets what [`sync`](Self::sync) has reported, there and where
+    /// it is cheaper also around it; a write that was not reported yet is never forgotten. So
+    /// `range` may well be larger than what is read.
     ///
     /// # Errors
     ///
@@ -61,4 +88,10 @@ impl DirtyTracker for NeverWritten {
     fn stop(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// The pages of `range` that `dirty` has bits for.
+fn pages_within(range: ByteRange, dirty: &PageBitmap) -> Range<u64> {
+    let pages = pages_touched(range);
+    pages.start..pages.end.min(dirty.nr_pages())
 }

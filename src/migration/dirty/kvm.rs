@@ -1,0 +1,134 @@
+//! Dirty pages by KVM's log: what vCPUs and in-kernel devices write.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use super::{DirtyTracker, pages_within};
+use crate::ByteRange;
+use crate::migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, pages_touched};
+use crate::sys::kvm::{KvmSlot, enable_manual_protect};
+
+/// How much of the log is cleared at once, words (64 MiB of memory): each call takes KVM's MMU
+/// lock and flushes TLBs.
+const CLEAR_WORDS: usize = 256;
+
+/// Tracks a block by the log of the KVM slots that map it.
+///
+/// Pages stay reported until they are cleared. They are cleared in pieces of 64 MiB, of which only
+/// what a sync has reported.
+#[derive(Debug)]
+pub struct KvmDirtyLog {
+    vm: OwnedFd,
+    slots: Vec<Slot>,
+    /// Reading does not clear.
+    manual: bool,
+    logging: bool,
+}
+
+#[derive(Debug)]
+struct Slot {
+    slot: KvmSlot,
+    /// Where the slot's memory lies in the block, bytes.
+    range: ByteRange,
+    log: Vec<u64>,
+    /// What syncs have reported and was not cleared in KVM since.
+    reported: Vec<u64>,
+}
+
+impl KvmDirtyLog {
+    /// Tracks the block of `block_len` bytes that the `slots` of `vm` map, each with the offset in
+    /// the block at which its memory starts.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when a slot leaves the block or does not start at a page.
+    pub fn new(vm: OwnedFd, block_len: u64, slots: Vec<(KvmSlot, u64)>) -> io::Result<Self> {
+        let slots: Option<Vec<_>> = slots
+            .into_iter()
+            .map(|(slot, offset)| {
+                let range = ByteRange::new(offset, slot.guest_range().len())?;
+                let inside = range.end() <= block_len && offset.is_multiple_of(TARGET_PAGE_SIZE);
+                let words = vec![0; slot.nr_words()];
+                inside.then(|| Slot { slot, range, log: words.clone(), reported: words })
+            })
+            .collect();
+        let slots = slots.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "a slot is not in the block")
+        })?;
+        Ok(Self { vm, slots, manual: false, logging: false })
+    }
+}
+
+impl DirtyTracker for KvmDirtyLog {
+    fn start(&mut self, _: &[ByteRange]) -> io::Result<()> {
+        self.stop()?;
+        self.manual = enable_manual_protect(&self.vm)?;
+        for at in 0..self.slots.len() {
+            if let Err(error) = self.slots[at].slot.set_logging(&self.vm, true) {
+                for started in &self.slots[..at] {
+                    // What cannot be stopped only costs.
+                    let _ = started.slot.set_logging(&self.vm, false);
+                }
+                return Err(error);
+            }
+            self.slots[at].reported.fill(0);
+        }
+        self.logging = true;
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        if !self.logging {
+            return Ok(());
+        }
+        for Slot { slot, range, log, reported } in &mut self.slots {
+            slot.dirty_log(&self.vm, log)?;
+            dirty.or_bits(pages_within(*range, dirty), log);
+            if self.manual {
+                reported.iter_mut().zip(log).for_each(|(reported, new)| *reported |= *new);
+            }
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, range: ByteRange) -> io::Result<()> {
+        if !self.logging || !self.manual {
+            return Ok(());
+        }
+        for Slot { slot, range: own, reported, .. } in &mut self.slots {
+            let part = own.intersection(range).and_then(|part| part.shifted_down(own.start()));
+            let Some(pages) = part.map(pages_touched) else { continue };
+            let words = pages.start as usize / 64..(pages.end as usize).div_ceil(64);
+            for piece in words.start / CLEAR_WORDS..words.end.div_ceil(CLEAR_WORDS) {
+                let first = piece * CLEAR_WORDS;
+                let piece = first..reported.len().min(first + CLEAR_WORDS);
+                // The rest of a piece that is asked for has been reported as well, so it may be
+                // cleared along; but not for nothing.
+                let asked = piece.start.max(words.start)..piece.end.min(words.end);
+                if reported[asked].iter().any(|&word| word != 0) {
+                    slot.clear_dirty_log(&self.vm, piece.start, &reported[piece.clone()])?;
+                    reported[piece].fill(0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        if !std::mem::take(&mut self.logging) {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for slot in &self.slots {
+            result = result.and(slot.slot.set_logging(&self.vm, false));
+        }
+        result
+    }
+}
+
+impl Drop for KvmDirtyLog {
+    fn drop(&mut self) {
+        // A log that nobody reads only costs.
+        let _ = self.stop();
+    }
+}

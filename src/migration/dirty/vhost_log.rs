@@ -1,0 +1,235 @@
+//! Dirty pages by the log that vhost-user back-ends write (VHOST_USER_SET_LOG_BASE).
+//!
+//! The log is shared memory with one bit for each 4 KiB page of guest-physical memory: page `n` is
+//! bit `n % 8` of byte `n / 8`. Back-ends set bits atomically after they wrote the page; we take
+//! them out atomically.
+
+use std::io;
+use std::sync::Arc;
+
+use super::{DirtyTracker, pages_within};
+use crate::ByteRange;
+use crate::migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, bytes_of};
+use crate::sys::HostMapping;
+
+/// A part of a block that is at a guest-physical address.
+#[derive(Clone, Copy, Debug)]
+pub struct LoggedRange {
+    /// Guest-physical address of its first byte, at the start of a page.
+    pub guest_addr: u64,
+    /// Bytes of the block, whole pages.
+    pub range: ByteRange,
+}
+
+/// Tracks a block by the log that vhost-user back-ends write.
+///
+/// Logging is switched on and off by the front-end, with VHOST_F_LOG_ALL; starting the tracker
+/// only forgets what is in the log for this block.
+#[derive(Debug)]
+pub struct VhostLog {
+    log: Arc<HostMapping>,
+    ranges: Vec<LoggedRange>,
+}
+
+impl VhostLog {
+    /// Tracks the block whose parts are at the guest-physical addresses in `ranges`, by the log
+    /// mapped at `log`. The log may be shared with the trackers of other blocks.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when a part is not made of whole pages or lies behind the end of the log.
+    pub fn new(log: Arc<HostMapping>, ranges: Vec<LoggedRange>) -> io::Result<Self> {
+        for LoggedRange { guest_addr, range } in &ranges {
+            let whole = [*guest_addr, range.start(), range.len()]
+                .iter()
+                .all(|bytes| bytes.is_multiple_of(TARGET_PAGE_SIZE));
+            let end = guest_addr.checked_add(range.len());
+            // Words, since that is how it is read.
+            let needed = end.map(|end| end.div_ceil(TARGET_PAGE_SIZE * 64) * 8);
+            if !whole || needed.is_none_or(|needed| needed > log.len()) {
+                let what =
+                    format!("{range} at {guest_addr:#x} is not in a log of {:#x} bytes", log.len());
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+            }
+        }
+        Ok(Self { log, ranges })
+    }
+
+    /// Takes out the bits of the block and tells `visit` pages of the block with their bits.
+    fn take(&self, mut visit: impl FnMut(ByteRange, u64)) {
+        for LoggedRange { guest_addr, range } in &self.ranges {
+            let first = guest_addr / TARGET_PAGE_SIZE;
+            let guest = first..first + range.len() / TARGET_PAGE_SIZE;
+            let mut at = guest.start;
+            while at < guest.end {
+                let end = guest.end.min((at / 64 + 1) * 64);
+                // Other bits of the word may belong to another block.
+                let mask = (u64::MAX << (at % 64)) & (u64::MAX >> (63 - (end - 1) % 64));
+                let bits = self.log.take_bits(at / 64 * 8, mask);
+                if bits != 0 {
+                    let pages = bytes_of(at - guest.start..end - guest.start);
+                    let pages = pages.shifted_up(range.start());
+                    visit(pages.expect("a part of the block"), bits >> (at % 64));
+                }
+                at = end;
+            }
+        }
+    }
+}
+
+impl DirtyTracker for VhostLog {
+    fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
+        self.take(|_, _| {});
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        self.take(|part, bits| {
+            let pages = pages_within(part, dirty);
+            dirty.or_bits(pages, &[bits]);
+        });
+        Ok(())
+    }
+
+    /// Nothing to do: what is reported is taken out of the log.
+    fn clear(&mut self, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::mapping::testing::set_bit;
+    use proptest::prelude::*;
+    use std::fs::File;
+
+    const PAGE: u64 = TARGET_PAGE_SIZE;
+
+    fn log(bytes: u64) -> Arc<HostMapping> {
+        let file = rustix::fs::memfd_create("log-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(file);
+        file.set_len(bytes).unwrap();
+        Arc::new(HostMapping::map(&file, 0, bytes).unwrap())
+    }
+
+    /// What a back-end does, other than that it does it atomically.
+    fn mark(log: &HostMapping, guest_page: u64) {
+        let mut byte = [0];
+        log.read(guest_page / 8, &mut byte);
+        log.write(guest_page / 8, &[byte[0] | 1 << (guest_page % 8)]);
+    }
+
+    fn at(guest_page: u64, page: u64, pages: u64) -> LoggedRange {
+        let range = ByteRange::new(page * PAGE, pages * PAGE).unwrap();
+        LoggedRange { guest_addr: guest_page * PAGE, range }
+    }
+
+    #[test]
+    fn pages_of_others_in_the_same_word_stay_logged() {
+        let log = log(PAGE);
+        let mut ours = VhostLog::new(Arc::clone(&log), vec![at(10, 0, 60)]).unwrap();
+        let mut others =
+            VhostLog::new(Arc::clone(&log), vec![at(0, 0, 10), at(70, 10, 30)]).unwrap();
+        for guest_page in [9, 10, 63, 64, 69, 70, 99, 100] {
+            mark(&log, guest_page);
+        }
+        let mut dirty = PageBitmap::new(60);
+        ours.sync(&mut dirty).unwrap();
+        assert!(dirty.runs(0..60).flatten().eq([0, 53, 54, 59]));
+        let mut dirty = PageBitmap::new(40);
+        others.sync(&mut dirty).unwrap();
+        assert!(dirty.runs(0..40).flatten().eq([9, 10, 39]));
+        // Page 100 belongs to nobody.
+        assert_eq!(log.take_bits(8, u64::MAX), 1 << 36);
+        assert_eq!(log.take_bits(8, u64::MAX), 0);
+    }
+
+    #[test]
+    fn what_was_logged_before_the_start_is_not_reported() {
+        let log = log(PAGE);
+        let mut tracker = VhostLog::new(Arc::clone(&log), vec![at(100, 0, 100)]).unwrap();
+        mark(&log, 100);
+        tracker.start(&[]).unwrap();
+        mark(&log, 199);
+        mark(&log, 150);
+        // The block is shorter by now than the table of the front-end.
+        let mut dirty = PageBitmap::new(90);
+        tracker.sync(&mut dirty).unwrap();
+        assert!(dirty.runs(0..90).flatten().eq([50]));
+    }
+
+    #[test]
+    fn a_log_that_is_too_short_is_refused() {
+        let log = log(PAGE);
+        let pages = PAGE * 8;
+        assert!(VhostLog::new(Arc::clone(&log), vec![at(0, 0, pages)]).is_ok());
+        for wrong in [
+            at(1, 0, pages),
+            at(pages, 0, 1),
+            at(u64::MAX / PAGE, 0, 1),
+            LoggedRange { guest_addr: 1, ..at(0, 0, 1) },
+            LoggedRange { guest_addr: 0, range: ByteRange::new(0, 100).unwrap() },
+        ] {
+            assert!(VhostLog::new(Arc::clone(&log), vec![wrong]).is_err());
+        }
+    }
+
+    #[test]
+    fn no_bit_is_lost_between_a_back_end_and_a_sync() {
+        let log = log(PAGE);
+        let mut tracker = VhostLog::new(Arc::clone(&log), vec![at(0, 0, 128)]).unwrap();
+        let mut seen = 0;
+        std::thread::scope(|scope| {
+            let marks = scope.spawn(|| {
+                // Set again only when it was taken, so that it must be seen as often as it was
+                // set.
+                for _ in 0..2000 {
+                    set_bit(&log, 77);
+                    while is_marked(&log, 77) {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+            while !marks.is_finished() {
+                let mut dirty = PageBitmap::new(128);
+                tracker.sync(&mut dirty).unwrap();
+                seen += dirty.count();
+            }
+        });
+        assert_eq!(seen, 2000);
+    }
+
+    fn is_marked(log: &HostMapping, guest_page: u64) -> bool {
+        let mut byte = [0];
+        log.read(guest_page / 8, &mut byte);
+        byte[0] & 1 << (guest_page % 8) != 0
+    }
+
+    proptest! {
+        #[test]
+        fn pages_are_translated(
+            guest in 0u64..300,
+            block in 0u64..300,
+            pages in 1u64..300,
+            marked in prop::collection::btree_set(0u64..600, 0..100),
+        ) {
+            let log = log(PAGE);
+            let mut tracker = VhostLog::new(Arc::clone(&log), vec![at(guest, block, pages)]).unwrap();
+            for &guest_page in &marked {
+                mark(&log, guest_page);
+            }
+            let mut dirty = PageBitmap::new(600);
+            tracker.sync(&mut dirty).unwrap();
+            let expected = marked
+                .iter()
+                .filter(|&&page| (guest..guest + pages).contains(&page))
+                .map(|page| page - guest + block);
+            prop_assert!(dirty.runs(0..600).flatten().eq(expected));
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! A bare-metal guest of two instructions, tracked by its dirty log.
+
+use super::*;
+use crate::migration::dirty::{DirtyTracker, KvmDirtyLog, Merged, NeverWritten, WriteProtect};
+use crate::migration::page_bitmap::{PageBitmap, bytes_of};
+use crate::sys::HostMapping;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use std::fs::File;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// Pages of the slot. Not a multiple of 64, so that the end of its log is one as well.
+const PAGES: u64 = 200;
+/// The page of the block at which the slot's memory starts.
+const SLOT_AT: u64 = 37;
+const BLOCK_PAGES: u64 = 300;
+const GUEST_ADDR: u64 = 0;
+const CODE: u64 = 0x1000;
+/// `mov [0], al; hlt; jmp` back, in 16 bits.
+const PROGRAM: [u8; 6] = [0xa2, 0x00, 0x00, 0xf4, 0xeb, 0xfa];
+
+struct Guest {
+    vcpu: VcpuFd,
+    vm: VmFd,
+    mapping: Arc<HostMapping>,
+}
+
+impl Guest {
+    /// `None`, having said why, on a machine that runs no guests.
+    fn new() -> Option<Self> {
+        let guest = Self::create();
+        let works = guest.and_then(|mut guest| {
+            guest.write(3)?;
+            Ok(guest)
+        });
+        works.inspect_err(|error| eprintln!("skipped, no KVM guest: {error}")).ok()
+    }
+
+    fn create() -> Result<Self, kvm_ioctls::Error> {
+        let file = rustix::fs::memfd_create("kvm-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(file);
+        file.set_len(BLOCK_PAGES * PAGE).unwrap();
+        let mapping = Arc::new(HostMapping::map(&file, 0, BLOCK_PAGES * PAGE).unwrap());
+        let vm = Kvm::new()?.create_vm()?;
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: GUEST_ADDR,
+            memory_size: PAGES * PAGE,
+            userspace_addr: mapping.addr() as u64 + SLOT_AT * PAGE,
+        };
+        // SAFETY: the mapping outlives the VM, and nobody else uses its memory.
+        unsafe { vm.set_user_memory_region(region) }?;
+        mapping.write(SLOT_AT * PAGE + CODE, &PROGRAM);
+        let vcpu = vm.create_vcpu(0)?;
+        let mut sregs = vcpu.get_sregs()?;
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        vcpu.set_sregs(&sregs)?;
+        let mut regs = vcpu.get_regs()?;
+        (regs.rip, regs.rflags) = (CODE, 2);
+        vcpu.set_regs(&regs)?;
+        Ok(Self { vcpu, vm, mapping })
+    }
+
+    /// Has the guest write a byte to a page of the slot, and looks that it did.
+    fn write(&mut self, page: u64) -> Result<(), kvm_ioctls::Error> {
+        let mut sregs = self.vcpu.get_sregs()?;
+        sregs.ds.base = GUEST_ADDR + page * PAGE;
+        self.vcpu.set_sregs(&sregs)?;
+        let mut regs = self.vcpu.get_regs()?;
+        regs.rax = regs.rax % 255 + 1;
+        self.vcpu.set_regs(&regs)?;
+        let exit = self.vcpu.run()?;
+        assert!(matches!(exit, VcpuExit::Hlt), "{exit:?}");
+        let mut byte = [0];
+        self.mapping.read((SLOT_AT + page) * PAGE, &mut byte);
+        if u64::from(byte[0]) == regs.rax { Ok(()) } else { Err(kvm_ioctls::Error::new(libc::EIO)) }
+    }
+
+    fn vm(&self) -> OwnedFd {
+        // SAFETY: the VM is open while it is borrowed.
+        let vm = unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) };
+        vm.try_clone_to_owned().unwrap()
+    }
+
+    fn slot(&self) -> KvmSlot {
+        let range = ByteRange::new(GUEST_ADDR, PAGES * PAGE).unwrap();
+        // SAFETY: the slot was set with these values and is never changed.
+        unsafe { KvmSlot::new(0, 0, range, self.mapping.addr() as u64 + SLOT_AT * PAGE) }
+    }
+
+    fn tracker(&self) -> KvmDirtyLog {
+        let slots = vec![(self.slot(), SLOT_AT * PAGE)];
+        KvmDirtyLog::new(self.vm(), BLOCK_PAGES * PAGE, slots).unwrap()
+    }
+}
+
+/// The pages of the slot that are reported.
+fn dirty_pages(tracker: &mut dyn DirtyTracker) -> Vec<u64> {
+    let mut dirty = PageBitmap::new(BLOCK_PAGES);
+    tracker.sync(&mut dirty).unwrap();
+    dirty.runs(0..BLOCK_PAGES).flatten().map(|page| page - SLOT_AT).collect()
+}
+
+fn pages(from: u64, to: u64) -> ByteRange {
+    bytes_of(SLOT_AT + from..SLOT_AT + to)
+}
+
+#[test]
+fn pages_that_a_guest_writes_are_reported_until_they_are_cleared() {
+    let Some(mut guest) = Guest::new() else { return };
+    let mut tracker = guest.tracker();
+    guest.write(4).unwrap();
+    assert_eq!(dirty_pages(&mut tracker), [0; 0], "nothing is reported before the start");
+    tracker.start(&[]).unwrap();
+    assert_eq!(dirty_pages(&mut tracker), [0; 0]);
+    for page in [5, 64, PAGES - 1] {
+        guest.write(page).unwrap();
+    }
+    assert_eq!(dirty_pages(&mut tracker), [5, 64, PAGES - 1]);
+    assert_eq!(dirty_pages(&mut tracker), [5, 64, PAGES - 1]);
+    // Written since the last sync: not to be forgotten along.
+    guest.write(6).unwrap();
+    tracker.clear(pages(5, 6)).unwrap();
+    assert!(dirty_pages(&mut tracker).contains(&6));
+    tracker.clear(pages(0, PAGES)).unwrap();
+    assert_eq!(dirty_pages(&mut tracker), [0; 0]);
+    guest.write(5).unwrap();
+    assert_eq!(dirty_pages(&mut tracker), [5]);
+    tracker.stop().unwrap();
+    tracker.start(&[]).unwrap();
+    assert_eq!(dirty_pages(&mut tracker), [0; 0]);
+    guest.write(5).unwrap();
+    assert_eq!(dirty_pages(&mut tracker), [5]);
+}
+
+/// The guest writes at random while pages are copied as the engine does it.
+#[test]
+fn no_write_of_a_guest_is_lost() {
+    let Some(mut guest) = Guest::new() else { return };
+    let mapping = Arc::clone(&guest.mapping);
+    let trackers: [Box<dyn DirtyTracker>; 2] = [
+        Box::new(guest.tracker()),
+        // What KVM writes for the guest, it writes through this process's page tables.
+        Box::new(Merged::new(vec![
+            Box::new(NeverWritten),
+            Box::new(WriteProtect::new(Arc::clone(&mapping), None).unwrap()),
+        ])),
+    ];
+    for mut tracker in trackers {
+        if let Err(error) = tracker.start(&[bytes_of(0..BLOCK_PAGES)]) {
+            eprintln!("skipped: {error}");
+            continue;
+        }
+        let mut copy = vec![0; (BLOCK_PAGES * PAGE) as usize];
+        mapping.read(0, &mut copy);
+        let mut dirty = PageBitmap::new(BLOCK_PAGES);
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        for round in 0..=400 {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            let last = round == 400;
+            if seed & 3 == 0 || last {
+                tracker.sync(&mut dirty).unwrap();
+            }
+            // A few pages at a time, so that syncs and writes fall between them.
+            let mut sent = 0;
+            while let Some(run) = dirty.next_run(0, BLOCK_PAGES, 2).filter(|_| sent < 3 || last) {
+                dirty.clear_range(run.clone());
+                tracker.clear(bytes_of(run.clone())).unwrap();
+                let bytes = (run.start * PAGE) as usize..(run.end * PAGE) as usize;
+                mapping.read(run.start * PAGE, &mut copy[bytes]);
+                sent += 1;
+            }
+            if !last {
+                guest.write(2 + (seed >> 8) % (PAGES - 2)).unwrap();
+            }
+        }
+        tracker.stop().unwrap();
+        let mut now = vec![0; copy.len()];
+        mapping.read(0, &mut now);
+        assert!(now == copy, "a write was missed");
+    }
+}
+
+#[test]
+fn slots_that_are_not_in_the_block_are_refused() {
+    let Some(guest) = Guest::new() else { return };
+    for (len, at) in [(PAGES * PAGE, PAGE), (BLOCK_PAGES * PAGE, 1), (u64::MAX, u64::MAX)] {
+        let slots = vec![(guest.slot(), at)];
+        assert!(KvmDirtyLog::new(guest.vm(), len, slots).is_err());
+    }
+}
+
+#[test]
+fn what_is_no_vm_is_an_error() {
+    let file = File::open("/dev/null").unwrap();
+    assert!(enable_manual_protect(&file).is_err());
+    let range = ByteRange::new(0, PAGE).unwrap();
+    // SAFETY: there is no VM that it could be used with.
+    let slot = unsafe { KvmSlot::new(0, 0, range, 0) };
+    let mut tracker = KvmDirtyLog::new(file.into(), PAGE, vec![(slot, 0)]).unwrap();
+    assert!(tracker.start(&[]).is_err());
+    tracker.sync(&mut PageBitmap::new(1)).unwrap();
+}
