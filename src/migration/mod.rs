@@ -2,12 +2,14 @@
 //!
 //! Data flows one way: [`wire`] and [`stream`] are the bytes, [`dirty`] finds written pages,
 //! [`ram`] turns pages into bytes and back, [`precopy`] decides what is sent when and who has the
-//! guest, and [`snapshot`] writes a stopped guest to a file and back.
+//! guest, and [`snapshot`] writes a stopped guest to a file and back. [`inspect`] tells what is in a
+//! file without loading it.
 
 pub mod channel;
 pub mod devices;
 pub mod dirty;
 pub mod handler;
+pub mod inspect;
 pub mod page_bitmap;
 pub mod precopy;
 pub mod progress;
