@@ -7,10 +7,10 @@ use clap::{Parser, Subcommand};
 
 use crate::size::{SizeError, parse_size};
 
-/// Resizes and observes a virtio-mem device.
+/// Resizes and observes a virtio-mem device, and inspects migration streams.
 ///
-/// Speaks to a running vhost-user-mem over its management socket. Sizes are plain numbers,
-/// 0x-hex, or have a suffix K, M, G or T (powers of 1024).
+/// Speaks to a running vhost-user-mem over its management socket; `inspect` reads a file and needs
+/// no daemon. Sizes are plain numbers, 0x-hex, or have a suffix K, M, G or T (powers of 1024).
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage, 3 `resize --wait` timed out.
 #[derive(Debug, Parser)]
@@ -59,6 +59,18 @@ pub enum Command {
     /// Print changes as they happen
     Watch,
 
+    /// Show what a migration stream in a file holds
+    ///
+    /// Reads what this project writes and what QEMU's `migrate file:...` does, with and without
+    /// mapped-ram: RAM blocks with their normal, zero and absent pages, the state of devices field
+    /// by field, and what is plugged of virtio-mem devices. Warns when pages lie in discarded
+    /// memory. A damaged file is shown up to where it ends, and then the exit status is 1.
+    Inspect {
+        /// The file
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+
     /// Print a completion script
     Completions {
         /// The shell to complete in
@@ -76,7 +88,7 @@ pub enum Command {
 impl Command {
     /// Whether the command is about a running daemon.
     pub fn needs_daemon(&self) -> bool {
-        !matches!(self, Self::Completions { .. } | Self::Man { .. })
+        !matches!(self, Self::Inspect { .. } | Self::Completions { .. } | Self::Man { .. })
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use thiserror::Error;
+use virtio_mem::migration::inspect::InspectError;
 
 use super::Console;
 use crate::management::Problem;
@@ -60,6 +61,22 @@ pub enum Failure {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// A file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is no migration stream, or a damaged one.
+    #[error("{}: {source}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<InspectError>,
     },
     /// Output cannot be written.
     #[error("cannot write the output: {0}")]

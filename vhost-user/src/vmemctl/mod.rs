@@ -9,6 +9,7 @@ mod client;
 mod clock;
 mod console;
 mod failure;
+mod inspect;
 mod man;
 mod map;
 mod progress;
@@ -95,6 +96,7 @@ pub fn execute(args: Args, console: &mut Console<'_>) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut Args::command(), "vmemctl", &mut script);
             return console.print(&String::from_utf8_lossy(&script));
         }
+        Command::Inspect { file } => return inspect::run(&file, console),
         Command::Man { dir } => return write_man_pages(dir, console),
         _ => {}
     }
@@ -136,7 +138,7 @@ async fn speak(
             console.show(&device, || status::sizes(&device))
         }
         Command::Watch => watch(client, console).await,
-        Command::Completions { .. } | Command::Man { .. } => Ok(()),
+        Command::Inspect { .. } | Command::Completions { .. } | Command::Man { .. } => Ok(()),
     }
 }
 

@@ -224,13 +224,14 @@ fn wrong_usage() {
 fn completions_and_manual() {
     let script = program(&["vmemctl".into(), "completions".into(), "bash".into()]);
     assert!(script.status == 0 && script.out.contains("system-reset"));
+    assert!(script.out.contains("inspect"));
     let manual = program(&["vmemctl".into(), "man".into()]);
     assert!(manual.status == 0 && manual.out.contains(".TH vmemctl"));
     let dir = tempfile::tempdir().unwrap();
     let pages = dir.path().join("man1");
     let words = ["vmemctl".into(), "man".into(), pages.clone().into_os_string()];
     assert_eq!(program(&words).status, 0);
-    for page in ["vmemctl.1", "vmemctl-resize.1", "vmemctl-system-reset.1"] {
+    for page in ["vmemctl.1", "vmemctl-inspect.1", "vmemctl-resize.1", "vmemctl-system-reset.1"] {
         assert!(pages.join(page).exists(), "{page}");
     }
 }

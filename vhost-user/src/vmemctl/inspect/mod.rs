@@ -1,0 +1,73 @@
+//! What a migration stream in a file holds.
+
+mod json;
+#[cfg(test)]
+mod tests;
+mod text;
+
+use std::fs::File;
+use std::path::Path;
+
+use virtio_mem::migration::inspect;
+use virtio_mem::migration::stream::Command;
+
+use super::{Console, Failure};
+
+/// Prints what is in a file. What could be read of a damaged one is printed before the error.
+pub(super) fn run(path: &Path, console: &mut Console<'_>) -> Result<(), Failure> {
+    let unreadable = |source| Failure::Unreadable { path: path.to_owned(), source };
+    let file = File::open(path).map_err(unreadable)?;
+    // Reading a directory would give an error without a reason; a pipe has no end to look at.
+    if !file.metadata().map_err(unreadable)?.is_file() {
+        return Err(unreadable(std::io::Error::other("not a file")));
+    }
+    let mut inspection = inspect::inspect(file);
+    let error = inspection.error.take();
+    let message = error.as_ref().map(ToString::to_string);
+    console.show(&json::inspection(path, &inspection, message.as_deref()), || {
+        text::inspection(path, &inspection)
+    })?;
+    match error {
+        Some(source) => Err(Failure::Damaged { path: path.to_owned(), source: Box::new(source) }),
+        None => Ok(()),
+    }
+}
+
+/// A command in QEMU's words, with what it says.
+fn command_words(command: &Command) -> (&'static str, String) {
+    let none = String::new();
+    match command {
+        Command::OpenReturnPath => ("OPEN_RETURN_PATH", none),
+        Command::Ping(value) => ("PING", value.to_string()),
+        Command::PostcopyAdvise(None) => ("POSTCOPY_ADVISE", none),
+        Command::PostcopyAdvise(Some(sizes)) => {
+            ("POSTCOPY_ADVISE", format!("{:#x} {}", sizes.page_sizes, sizes.target_page_size))
+        }
+        Command::PostcopyListen => ("POSTCOPY_LISTEN", none),
+        Command::PostcopyRun => ("POSTCOPY_RUN", none),
+        Command::PostcopyRamDiscard { block, ranges } => {
+            let ranges = ranges.iter().map(|(start, len)| format!(" {start:#x}+{len:#x}"));
+            ("POSTCOPY_RAM_DISCARD", format!("{block}{}", ranges.collect::<String>()))
+        }
+        Command::Packaged { len } => ("PACKAGED", format!("{len} bytes")),
+        Command::PostcopyResume => ("POSTCOPY_RESUME", none),
+        Command::RecvBitmap { block } => ("RECV_BITMAP", block.clone()),
+        Command::SwitchoverStart => ("SWITCHOVER_START", none),
+    }
+}
+
+/// The name of the way in which pages are laid out.
+fn layout(inspection: &inspect::Inspection) -> &'static str {
+    use virtio_mem::migration::stream::CAPABILITY_MAPPED_RAM;
+    let mapped = inspection.configuration.has(CAPABILITY_MAPPED_RAM);
+    if mapped { CAPABILITY_MAPPED_RAM } else { "plain" }
+}
+
+/// Bytes in hexadecimal.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
