@@ -4,10 +4,11 @@
 mod common;
 
 use common::{ADDR, BLOCK, REGION, RING, connect, gpa, options, ram, rig};
-use std::time::Duration;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::time::{Duration, Instant};
 use test_vmm::backend_channel::{BackendChannel, Behaviour};
 use test_vmm::config::MemConfig;
-use test_vmm::driver::{MemDriver, ResponseType};
+use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::protocol::{feature, protocol_feature};
 
@@ -120,11 +121,7 @@ fn d18_after_a_reset_nothing_moves_until_the_ring_runs_again() {
     let seen = rig.channel.as_ref().unwrap().config_changes();
     let used = rig.driver.ring().used_idx().unwrap();
     rig.driver
-        .submit(
-            &test_vmm::driver::MemRequest::new(test_vmm::driver::RequestType::Plug, gpa(1), 1)
-                .to_bytes(),
-            &test_vmm::driver::Shape::default(),
-        )
+        .submit(&MemRequest::new(RequestType::Plug, gpa(1), 1).to_bytes(), &Shape::default())
         .unwrap();
     rig.driver.ring().force_kick().unwrap();
     assert!(rig.daemon.api().resize(BLOCK).unwrap().is_success());
@@ -146,8 +143,8 @@ fn d19_a_ring_that_is_not_enabled_is_not_served() {
     frontend.set_mem_table(&ram).unwrap();
     let mut driver = MemDriver::at(&ram, RING, 8, true).unwrap();
     frontend.setup_ring(0, driver.ring()).unwrap();
-    let request = test_vmm::driver::MemRequest::new(test_vmm::driver::RequestType::Plug, gpa(0), 1);
-    driver.submit(&request.to_bytes(), &test_vmm::driver::Shape::default()).unwrap();
+    let request = MemRequest::new(RequestType::Plug, gpa(0), 1);
+    driver.submit(&request.to_bytes(), &Shape::default()).unwrap();
     driver.ring().force_kick().unwrap();
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(driver.ring().used_idx().unwrap(), 0);
@@ -179,12 +176,8 @@ fn get_vring_base_returns_what_was_answered_and_nothing_moves_after() {
     let mut rig = rig();
     for _ in 0..20 {
         for block in 0..50 {
-            let request = test_vmm::driver::MemRequest::new(
-                test_vmm::driver::RequestType::State,
-                gpa(block),
-                1,
-            );
-            rig.driver.submit(&request.to_bytes(), &test_vmm::driver::Shape::default()).unwrap();
+            let request = MemRequest::new(RequestType::State, gpa(block), 1);
+            rig.driver.submit(&request.to_bytes(), &Shape::default()).unwrap();
         }
         rig.driver.ring().force_kick().unwrap();
         let base = rig.frontend.get_vring_base(0).unwrap();
@@ -209,7 +202,7 @@ fn memory_is_let_go_when_the_front_end_leaves() {
     rig.stamp(0, 1);
     assert_eq!(rig.daemon.api().device().unwrap()["populated_size"], BLOCK);
     rig.frontend.disconnect();
-    let deadline = std::time::Instant::now() + common::PATIENCE;
+    let deadline = Instant::now() + common::PATIENCE;
     loop {
         let device = rig.daemon.api().device().unwrap();
         if device["connected"] == false {
@@ -217,7 +210,7 @@ fn memory_is_let_go_when_the_front_end_leaves() {
             assert_eq!(device["plugged_size"], BLOCK);
             break;
         }
-        assert!(std::time::Instant::now() < deadline);
+        assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(5));
     }
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", rig.daemon.pid())).unwrap();
@@ -282,4 +275,42 @@ fn a_closed_back_end_channel_does_no_harm() {
     let channel = BackendChannel::open(&rig.frontend, Behaviour::AckAtOnce).unwrap();
     assert!(rig.daemon.api().resize(3 * BLOCK).unwrap().is_success());
     assert!(channel.wait_beyond(0, common::PATIENCE));
+}
+
+#[test]
+fn without_event_idx_the_no_interrupt_flag_is_respected() {
+    let daemon = common::daemon(options());
+    let ram = ram();
+    for no_interrupt in [true, false] {
+        let frontend = Frontend::connect(&daemon.socket()).unwrap();
+        let features = feature::VERSION_1 | feature::PROTOCOL_FEATURES;
+        frontend.negotiate(features, USUAL_PROTOCOL_FEATURES).unwrap();
+        frontend.set_mem_table(&ram).unwrap();
+        let mut driver = MemDriver::at(&ram, RING, 128, false).unwrap();
+        frontend.start_ring(0, driver.ring()).unwrap();
+        driver.ring().set_no_interrupt(no_interrupt).unwrap();
+        let request = MemRequest::new(RequestType::State, gpa(0), 1).to_bytes();
+        driver.submit(&request, &Shape::default()).unwrap();
+        driver.ring().force_kick().unwrap();
+        let deadline = Instant::now() + common::PATIENCE;
+        while driver.ring().used_idx().unwrap() == 0 {
+            assert!(Instant::now() < deadline, "no answer");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // A stopped ring has nothing more to say: what was to be signalled has been.
+        frontend.get_vring_base(0).unwrap();
+        let call = driver.ring().call_fd();
+        let mut polled = [PollFd::from_borrowed_fd(call, PollFlags::IN)];
+        let signalled = poll(&mut polled, Some(&Timespec::default())).unwrap() == 1;
+        assert_eq!(signalled, !no_interrupt);
+    }
+}
+
+#[test]
+fn one_queue_and_the_slots_of_the_crate_are_told() {
+    let daemon = common::daemon(options());
+    let frontend = Frontend::connect(&daemon.socket()).unwrap();
+    frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
+    assert_eq!(frontend.get_queue_num().unwrap(), 1);
+    assert_eq!(frontend.get_max_mem_slots().unwrap(), 509);
 }
