@@ -322,7 +322,7 @@ impl StateFile {
         self.slot = slot;
         // Committed: should this fail, the next open does it again, or the next commit, before
         // its slot would hide this delta.
-        if self.write_words(range.clone()).is_err() {
+        if self.write_changed(range.clone(), &old).is_err() {
             self.unwritten = Some(range);
         }
         Ok(())
@@ -336,6 +336,17 @@ impl StateFile {
     pub fn mark_answered(&mut self) -> io::Result<()> {
         let bytes = layout::answered_bytes(self.slot.journal_seq);
         self.file.write_all_at(&bytes, layout::ANSWERED)
+    }
+
+    /// Writes those words of `range` that are no longer `old`, by pages: unplugging everything
+    /// names the whole bitmap, of which little may have been set.
+    fn write_changed(&self, range: std::ops::Range<usize>, old: &[u64]) -> io::Result<()> {
+        const PAGE: usize = 4096 / 8;
+        let pages = range.clone().step_by(PAGE).map(|start| start..range.end.min(start + PAGE));
+        pages
+            .zip(old.chunks(PAGE))
+            .filter(|(page, old)| self.words[page.clone()] != **old)
+            .try_for_each(|(page, _)| self.write_words(page))
     }
 
     fn write_words(&self, range: std::ops::Range<usize>) -> io::Result<()> {

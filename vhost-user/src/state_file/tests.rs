@@ -156,6 +156,27 @@ fn a_flipped_bit_is_refused_or_changes_nothing() {
 
 /// The device may refuse what was saved, and the file is to be left as it was then.
 #[test]
+fn unplugging_everything_writes_the_pages_of_the_bitmap_that_change() {
+    let rig = Rig::new();
+    let blocks_a_page = 4096 * 8;
+    let geometry = Geometry { region_size: 4 * blocks_a_page * BLOCK, ..geometry() };
+    let mut file = StateFile::create(&rig.path(), &geometry, 0, 0).unwrap();
+    for first_block in [5, blocks_a_page - 1, 3 * blocks_a_page] {
+        file.commit(&commit(Delta::Set { first_block, nr_blocks: 2 }, 0)).unwrap();
+    }
+    // A mark in the page that holds nothing, to be found again.
+    let third = BITMAP + 2 * 4096;
+    file.file.write_all_at(&[0xff], third).unwrap();
+    file.commit(&commit(Delta::ClearAll, 0)).unwrap();
+    let bytes = rig.bytes();
+    let set: Vec<usize> = (BITMAP as usize..bytes.len()).filter(|&at| bytes[at] != 0).collect();
+    assert_eq!(set, [third as usize]);
+    drop(file);
+    let (_, saved) = StateFile::open(&rig.path(), &geometry).unwrap();
+    assert!(saved.plugged_blocks == 0 && saved.plugged.iter().all(|&word| word == 0));
+}
+
+#[test]
 fn opening_a_file_that_a_kill_left_half_written_changes_nothing_of_it() {
     let rig = Rig::new();
     let mut file = rig.create();
