@@ -112,7 +112,7 @@ impl MigrationBlock {
     }
 
     /// The block's memory.
-    pub fn ram(&self) -> &RamBlock {
+    pub fn ram(&self) -> &Arc<RamBlock> {
         &self.ram
     }
 

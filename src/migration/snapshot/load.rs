@@ -118,9 +118,7 @@ impl MappedLoad<'_> {
         let list = BlockList::read(reader, total, limits, &mut |reader, entry| {
             // An unknown block is refused below; its length is not believed before.
             match (registry.get(&entry.id), &entry.mapped) {
-                (Some(_), Some(header)) => {
-                    pass_pages(reader, header, entry.used_length).map_err(FormatError::from)
-                }
+                (Some(_), Some(header)) => pass_pages(reader, header, entry.used_length),
                 _ => Ok(()),
             }
         })?;
