@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{BOOT, REGION, connect, gpa, options, ram};
 use test_vmm::daemon::Daemon;
-use test_vmm::driver::ResponseType;
+use test_vmm::driver::{MemRequest, RequestType, ResponseType, Shape};
 use test_vmm::memory::{GuestRam, memfd};
 use test_vmm::split_ring::Segment;
 
@@ -47,7 +47,9 @@ fn memory_that_the_front_end_takes_away_ends_its_connection_only() {
             let log = memfd("log", size, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
             frontend.set_log_base(&log, size, 0).unwrap();
             log.set_len(0).unwrap();
-            let _ = driver.state(gpa(0), 1);
+            let request = MemRequest::new(RequestType::State, gpa(0), 1).to_bytes();
+            driver.submit(&request, &Shape::default()).unwrap();
+            driver.ring().force_kick().unwrap();
             frontend.connection().wait_closed().unwrap();
         },
     ];
