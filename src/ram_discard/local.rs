@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 
+use super::listeners::{Listeners, Registered};
 use super::source::Combined;
 use super::{
     ListenerId, PopulateRefused, RamDiscardListener, RamDiscardManager, RamDiscardSource,
@@ -20,22 +21,21 @@ pub struct LocalRamDiscardManager {
 
 struct Inner {
     region_size: u64,
-    next_id: u64,
+    last_source_id: u64,
     sources: Vec<(SourceId, Arc<dyn RamDiscardSource>)>,
-    listeners: Vec<Registered>,
-}
-
-struct Registered {
-    id: ListenerId,
-    section: ByteRange,
-    listener: Box<dyn RamDiscardListener>,
+    listeners: Listeners,
 }
 
 impl LocalRamDiscardManager {
     /// A manager without sources (all is populated) and listeners, of a region of `region_size`
     /// bytes.
     pub fn new(region_size: u64) -> Self {
-        let inner = Inner { region_size, next_id: 0, sources: Vec::new(), listeners: Vec::new() };
+        let inner = Inner {
+            region_size,
+            last_source_id: 0,
+            sources: Vec::new(),
+            listeners: Listeners::default(),
+        };
         Self { region_size, inner: Mutex::new(inner) }
     }
 
@@ -90,35 +90,15 @@ impl LocalRamDiscardManager {
     pub fn register(
         &self,
         section: ByteRange,
-        mut listener: Box<dyn RamDiscardListener>,
+        listener: Box<dyn RamDiscardListener>,
     ) -> Result<ListenerId, RegisterError> {
         let mut inner = self.inner.lock();
         let region_size = inner.region_size;
         if section.end() > region_size {
             return Err(RegisterError::OutsideRegion { section, region_size });
         }
-        let mut told = Vec::new();
-        let mut refused = None;
-        let _ = inner.combined(None).replay(section, true, &mut |range| match listener
-            .notify_populate(range)
-        {
-            Ok(()) => {
-                told.push(range);
-                ControlFlow::Continue(())
-            }
-            Err(reason) => {
-                refused = Some((range, reason));
-                ControlFlow::Break(())
-            }
-        });
-        if let Some((section, reason)) = refused {
-            told.iter().rev().for_each(|&range| listener.notify_discard(range));
-            let listener = listener.name().to_owned();
-            return Err(PopulateRefused { listener, section, reason }.into());
-        }
-        let id = ListenerId(inner.fresh_id());
-        inner.listeners.push(Registered { id, section, listener });
-        Ok(id)
+        let populated = inner.populated_by_others(None, section);
+        Ok(inner.listeners.add(section, listener, &populated)?)
     }
 
     /// Removes a listener, after it was told to discard what is populated, each maximal range
@@ -129,12 +109,8 @@ impl LocalRamDiscardManager {
     /// When it is not registered.
     pub fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
         let mut inner = self.inner.lock();
-        let index = inner
-            .listeners
-            .iter()
-            .position(|registered| registered.id == id)
-            .ok_or(RegisterError::NotRegistered)?;
-        let Registered { section, mut listener, .. } = inner.listeners.remove(index);
+        let Registered { section, mut listener, .. } =
+            inner.listeners.remove(id).ok_or(RegisterError::NotRegistered)?;
         let _ = inner.combined(None).replay(section, true, &mut |range| {
             listener.notify_discard(range);
             ControlFlow::Continue(())
@@ -154,9 +130,10 @@ impl LocalRamDiscardManager {
             return Err(RegisterError::RegionSize { expected, found });
         }
         for range in inner.discarded_by_only(&*source, None) {
-            inner.discard(range);
+            inner.listeners.discard(range);
         }
-        let id = SourceId(inner.fresh_id());
+        inner.last_source_id += 1;
+        let id = SourceId(inner.last_source_id);
         inner.sources.push((id, source));
         Ok(id)
     }
@@ -177,8 +154,8 @@ impl LocalRamDiscardManager {
         let source = Arc::clone(&inner.sources[index].1);
         let ranges = inner.discarded_by_only(&*source, Some(id));
         for (done, &range) in ranges.iter().enumerate() {
-            if let Err(refused) = inner.populate(range) {
-                ranges[..done].iter().rev().for_each(|&range| inner.discard(range));
+            if let Err(refused) = inner.listeners.populate(range) {
+                ranges[..done].iter().rev().for_each(|&range| inner.listeners.discard(range));
                 return Err(refused.into());
             }
         }
@@ -204,10 +181,10 @@ impl Transaction<'_> {
         source: SourceId,
         section: ByteRange,
     ) -> Result<(), PopulateRefused> {
-        let ranges = self.inner.populated_by_others(source, section);
+        let ranges = self.inner.populated_by_others(Some(source), section);
         for (done, &range) in ranges.iter().enumerate() {
-            if let Err(refused) = self.inner.populate(range) {
-                ranges[..done].iter().rev().for_each(|&range| self.inner.discard(range));
+            if let Err(refused) = self.inner.listeners.populate(range) {
+                ranges[..done].iter().rev().for_each(|&range| self.inner.listeners.discard(range));
                 return Err(refused);
             }
         }
@@ -217,18 +194,13 @@ impl Transaction<'_> {
     /// Tells the listeners, last registered first, that `source` has discarded `section` (or that
     /// a populate announced before did not come about).
     pub fn notify_discard(&mut self, source: SourceId, section: ByteRange) {
-        for range in self.inner.populated_by_others(source, section) {
-            self.inner.discard(range);
+        for range in self.inner.populated_by_others(Some(source), section) {
+            self.inner.listeners.discard(range);
         }
     }
 }
 
 impl Inner {
-    fn fresh_id(&mut self) -> u64 {
-        self.next_id += 1;
-        self.next_id
-    }
-
     /// All sources but `except` as one.
     fn combined(&self, except: Option<SourceId>) -> Combined<'_> {
         let sources = self.sources.iter().filter(|(id, _)| Some(*id) != except);
@@ -239,9 +211,9 @@ impl Inner {
     }
 
     /// The ranges of `section` that every source but `except` calls populated.
-    fn populated_by_others(&self, except: SourceId, section: ByteRange) -> Vec<ByteRange> {
+    fn populated_by_others(&self, except: Option<SourceId>, section: ByteRange) -> Vec<ByteRange> {
         let mut ranges = Vec::new();
-        let _ = self.combined(Some(except)).replay(section, true, &mut |range| {
+        let _ = self.combined(except).replay(section, true, &mut |range| {
             ranges.push(range);
             ControlFlow::Continue(())
         });
@@ -265,35 +237,6 @@ impl Inner {
             });
         }
         ranges
-    }
-
-    fn populate(&mut self, section: ByteRange) -> Result<(), PopulateRefused> {
-        for index in 0..self.listeners.len() {
-            let registered = &mut self.listeners[index];
-            let Some(range) = registered.section.intersection(section) else { continue };
-            if let Err(reason) = registered.listener.notify_populate(range) {
-                let listener = registered.listener.name().to_owned();
-                for told in self.listeners[..index].iter_mut().rev() {
-                    told.discard(section);
-                }
-                return Err(PopulateRefused { listener, section: range, reason });
-            }
-        }
-        Ok(())
-    }
-
-    fn discard(&mut self, section: ByteRange) {
-        for registered in self.listeners.iter_mut().rev() {
-            registered.discard(section);
-        }
-    }
-}
-
-impl Registered {
-    fn discard(&mut self, section: ByteRange) {
-        if let Some(range) = self.section.intersection(section) {
-            self.listener.notify_discard(range);
-        }
     }
 }
 

@@ -9,9 +9,12 @@
 //! of the others or nothing of them.
 //!
 //! The manager is a trait, since those who ask need not be where the device is:
-//! [`LocalRamDiscardManager`] is the one in the device's own process.
+//! [`LocalRamDiscardManager`] is the one in the device's own process, and
+//! [`channel::RemoteRamDiscardManager`] reaches it from another.
 
+pub mod channel;
 mod listener;
+mod listeners;
 mod local;
 mod source;
 

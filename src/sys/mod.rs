@@ -10,6 +10,7 @@ pub mod gather;
 pub mod kvm;
 pub mod mapping;
 pub mod pagemap;
+pub mod shared_words;
 pub mod userfaultfd;
 
 use std::io;
@@ -19,6 +20,7 @@ use rustix::ioctl::Opcode;
 
 pub use gather::GatherWrite;
 pub use mapping::HostMapping;
+pub use shared_words::{ReadOnlyWords, SharedWords};
 
 /// An ioctl that takes a structure by address and may return a number.
 ///

@@ -1,0 +1,135 @@
+//! The client's thread: events to listeners, answers to those who asked.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::requests::Answer;
+use super::{DeviceSizes, Shared};
+use crate::ByteRange;
+use crate::ram_discard::channel::wire::{ClientMessage, ServerMessage};
+use crate::ram_discard::channel::{FrameReader, ReceiveError};
+use crate::ram_discard::listeners::Listeners;
+
+/// The most events that the bitmap may lag behind: with one source, a change of the device is one
+/// range; more are a state that is loaded.
+const UNSETTLED_MAX: usize = 1 << 20;
+
+/// What the listeners were told.
+pub(super) struct View {
+    pub(super) listeners: Listeners,
+    /// Number of the last event.
+    event: u64,
+    /// The events that the bitmap may not show yet, ascending.
+    unsettled: VecDeque<Event>,
+}
+
+#[derive(Clone, Copy)]
+struct Event {
+    number: u64,
+    section: ByteRange,
+    populated: bool,
+}
+
+impl View {
+    pub(super) fn new(event: u64) -> Self {
+        Self { listeners: Listeners::default(), event, unsettled: VecDeque::new() }
+    }
+
+    /// Calls `mark` with what the listeners were told after the event that a copy of the bitmap
+    /// shows. A discard that the bitmap shows early is only marked again.
+    pub(super) fn overlay(&self, shown: u64, mut mark: impl FnMut(ByteRange, bool)) {
+        let later = self.unsettled.iter().filter(|event| event.number > shown);
+        later.for_each(|event| mark(event.section, event.populated));
+    }
+
+    fn note(&mut self, event: Event, shown: u64) {
+        while self.unsettled.front().is_some_and(|first| first.number <= shown) {
+            self.unsettled.pop_front();
+        }
+        self.unsettled.push_back(event);
+    }
+}
+
+/// Without the thread there is no connection, also when a listener has panicked on it.
+struct EndOfReader<'a>(&'a Shared);
+
+impl Drop for EndOfReader<'_> {
+    fn drop(&mut self) {
+        self.0.lose("the thread that reads events has ended");
+    }
+}
+
+impl Shared {
+    /// Reads until the connection ends.
+    pub(super) fn run(self: Arc<Self>, mut frames: FrameReader) {
+        let _end = EndOfReader(&self);
+        let reason = loop {
+            let handled = match frames.next(&self.stream) {
+                Ok(message) => self.handle(message),
+                Err(error @ ReceiveError::Wire(_)) => {
+                    Err(format!("the server broke the protocol: {error}"))
+                }
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(reason) = handled {
+                break reason;
+            }
+        };
+        self.lose(&reason);
+    }
+
+    fn handle(&self, message: ServerMessage) -> Result<(), String> {
+        let answer = |id, answer| {
+            let wanted = self.requests.answer(id, answer);
+            if wanted { Ok(()) } else { Err(format!("an answer to request {id}, which is none")) }
+        };
+        match message {
+            ServerMessage::Populate { event, section } => self.event(event, section, true),
+            ServerMessage::Discard { event, section } => self.event(event, section, false),
+            ServerMessage::Done { id } => answer(id, Answer::Done),
+            ServerMessage::Failed { id, reason } => answer(id, Answer::Failed(reason)),
+            ServerMessage::Sizes { id, usable_region_size, plugged_size, requested_size } => {
+                let sizes = DeviceSizes { usable_region_size, plugged_size, requested_size };
+                answer(id, Answer::Sizes(sizes))
+            }
+            ServerMessage::Goodbye { reason, .. } => Err(format!("the server said: {reason}")),
+            ServerMessage::Welcome(_) => Err("a second welcome".to_owned()),
+        }
+    }
+
+    fn event(&self, number: u64, section: ByteRange, populated: bool) -> Result<(), String> {
+        let aligned = |at: u64| at.is_multiple_of(self.geometry.block_size());
+        if section.end() > self.geometry.region_size()
+            || !aligned(section.start())
+            || !aligned(section.len())
+        {
+            return Err(format!("event {number} is about {section}, which is no blocks"));
+        }
+        let mut view = self.view.lock();
+        // What was on its way when this side ended the connection is for nobody.
+        self.requests.check().map_err(|lost| lost.0)?;
+        if number <= view.event {
+            return Err(format!("event {number} after event {}", view.event));
+        }
+        if view.unsettled.len() >= UNSETTLED_MAX {
+            return Err("the bitmap lags behind too many events".to_owned());
+        }
+        view.event = number;
+        let refused = if populated {
+            view.listeners.populate(section).err()
+        } else {
+            view.listeners.discard(section);
+            None
+        };
+        let answer = match refused {
+            None => {
+                view.note(Event { number, section, populated }, self.bitmap.event());
+                ClientMessage::Ack { event: number }
+            }
+            // Whoever had populated it has discarded it again, and the server does not ask for it.
+            Some(refused) => ClientMessage::Refuse { event: number, reason: refused.to_string() },
+        };
+        // Sent with the view locked: what is done after it is after the event.
+        self.send(&answer).map_err(|lost| lost.0)
+    }
+}

@@ -1,0 +1,91 @@
+//! The listeners of a manager, in the order in which they registered.
+
+use super::{ListenerId, PopulateRefused, RamDiscardListener};
+use crate::ByteRange;
+
+/// Listeners, each with the section it registered for.
+#[derive(Default)]
+pub(super) struct Listeners {
+    last_id: u64,
+    registered: Vec<Registered>,
+}
+
+/// A listener and its section.
+pub(super) struct Registered {
+    id: ListenerId,
+    pub(super) section: ByteRange,
+    pub(super) listener: Box<dyn RamDiscardListener>,
+}
+
+impl Listeners {
+    /// Tells a new listener of `populated`, which lies in its section, and adds it.
+    ///
+    /// # Errors
+    ///
+    /// When it refuses; it is then told to discard what it had accepted, in reverse.
+    pub(super) fn add(
+        &mut self,
+        section: ByteRange,
+        mut listener: Box<dyn RamDiscardListener>,
+        populated: &[ByteRange],
+    ) -> Result<ListenerId, PopulateRefused> {
+        for (told, &range) in populated.iter().enumerate() {
+            if let Err(reason) = listener.notify_populate(range) {
+                populated[..told].iter().rev().for_each(|&range| listener.notify_discard(range));
+                let listener = listener.name().to_owned();
+                return Err(PopulateRefused { listener, section: range, reason });
+            }
+        }
+        self.last_id += 1;
+        let id = ListenerId(self.last_id);
+        self.registered.push(Registered { id, section, listener });
+        Ok(id)
+    }
+
+    /// Takes a listener out without telling it anything.
+    pub(super) fn remove(&mut self, id: ListenerId) -> Option<Registered> {
+        let index = self.registered.iter().position(|registered| registered.id == id)?;
+        Some(self.registered.remove(index))
+    }
+
+    /// The section of a listener.
+    pub(super) fn section(&self, id: ListenerId) -> Option<ByteRange> {
+        let registered = self.registered.iter().find(|registered| registered.id == id);
+        registered.map(|registered| registered.section)
+    }
+
+    /// Tells the listeners in order.
+    ///
+    /// # Errors
+    ///
+    /// When one refuses; those told before it are then told to discard, in reverse.
+    pub(super) fn populate(&mut self, section: ByteRange) -> Result<(), PopulateRefused> {
+        for index in 0..self.registered.len() {
+            let registered = &mut self.registered[index];
+            let Some(range) = registered.section.intersection(section) else { continue };
+            if let Err(reason) = registered.listener.notify_populate(range) {
+                let listener = registered.listener.name().to_owned();
+                for told in self.registered[..index].iter_mut().rev() {
+                    told.discard(section);
+                }
+                return Err(PopulateRefused { listener, section: range, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the listeners in reverse.
+    pub(super) fn discard(&mut self, section: ByteRange) {
+        for registered in self.registered.iter_mut().rev() {
+            registered.discard(section);
+        }
+    }
+}
+
+impl Registered {
+    fn discard(&mut self, section: ByteRange) {
+        if let Some(range) = self.section.intersection(section) {
+            self.listener.notify_discard(range);
+        }
+    }
+}
