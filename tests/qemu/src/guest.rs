@@ -81,8 +81,13 @@ impl Guest {
 
     /// The bytes that the guest's resource tree gives to virtio-mem.
     pub fn iomem(&mut self) -> Result<u64> {
+        Ok(self.iomem_ranges()?.into_iter().map(|(start, end)| end - start).sum())
+    }
+
+    /// Where the guest's resource tree has memory of virtio-mem: start and end, bytes.
+    pub fn iomem_ranges(&mut self) -> Result<Vec<(u64, u64)>> {
         let text = self.run("grep virtio_mem /proc/iomem || true")?;
-        text.lines().map(resource_size).sum()
+        text.lines().map(resource).collect()
     }
 
     /// Writes `mib` MiB of noise to memory, so that the host cannot share or skip it.
@@ -154,22 +159,22 @@ fn kilobytes(text: &str) -> Result<u64> {
     Ok(number.with_context(|| format!("no size in {text:?}"))? * KIB)
 }
 
-/// The size of a resource such as `140000000-1bfffffff : System RAM (virtio_mem)`.
-fn resource_size(line: &str) -> Result<u64> {
+/// The start and the end of a resource such as `140000000-1bfffffff : System RAM (virtio_mem)`.
+fn resource(line: &str) -> Result<(u64, u64)> {
     let range = line.split_whitespace().next().and_then(|range| range.split_once('-'));
     let (first, last) = range.with_context(|| format!("no range in {line:?}"))?;
-    Ok(u64::from_str_radix(last, 16)? - u64::from_str_radix(first, 16)? + 1)
+    Ok((u64::from_str_radix(first, 16)?, u64::from_str_radix(last, 16)? + 1))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{kilobytes, resource_size};
+    use super::{kilobytes, resource};
 
     #[test]
     fn sizes_are_read_from_kernel_files() {
         assert_eq!(kilobytes("MemTotal:         983040 kB").unwrap(), 983_040 << 10);
         assert_eq!(kilobytes("Node 1 MemTotal:   1024 kB").unwrap(), 1 << 20);
         let line = "  140000000-1bfffffff : System RAM (virtio_mem)";
-        assert_eq!(resource_size(line).unwrap(), 2 << 30);
+        assert_eq!(resource(line).unwrap(), (5 << 30, 7 << 30));
     }
 }

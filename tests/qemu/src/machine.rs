@@ -8,7 +8,7 @@ use crate::daemon::{self, Daemon};
 use crate::guest::Guest;
 use crate::process;
 use crate::provision::Kit;
-use crate::qemu::{Accelerator, Qemu};
+use crate::qemu::{Accelerator, Device, Qemu};
 use crate::relay;
 use crate::report::Observation;
 use crate::sizes::human;
@@ -49,6 +49,13 @@ pub struct Parts<'a> {
     pub daemon: &'a Path,
 }
 
+impl Parts<'_> {
+    /// The client's program, which is built and installed with the daemon's.
+    pub fn client(&self) -> PathBuf {
+        self.daemon.with_file_name("vmemctl")
+    }
+}
+
 /// A booted guest with a connected daemon.
 pub struct Machine {
     /// What it was made with.
@@ -71,7 +78,7 @@ impl Machine {
         if setup.relay {
             relay::start(&setup.front_end_socket(dir), &Setup::vhost_socket(dir))?;
         }
-        let qemu = Qemu::start(parts.kit, parts.accelerator, Some(setup), dir)?;
+        let qemu = Qemu::start(parts.kit, parts.accelerator, &Device::Daemon(setup), dir)?;
         let guest = Guest::connect(&dir.join("guest.sock"))?;
         let mut machine = Self { setup: *setup, guest, qemu, daemon, base: 0, dir: dir.to_owned() };
         machine.guest.wait_ready()?;

@@ -15,7 +15,7 @@ use crate::steps;
 /// Boots a real Linux guest on a stock QEMU against the daemon and proves each step.
 #[derive(Parser)]
 pub struct Options {
-    /// The daemon's program; built from this workspace when not given
+    /// The daemon's program, with vmemctl beside it; built from this workspace when not given
     #[arg(long, value_name = "PATH")]
     daemon: Option<PathBuf>,
     /// Folder for sockets and logs; a new one in the temporary folder when not given
@@ -103,7 +103,7 @@ fn built_daemon() -> Result<PathBuf> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
     build.current_dir(env!("CARGO_MANIFEST_DIR"));
-    build.args(["build", "--package", "vhost-user-mem", "--bin", "vhost-user-mem"]);
+    build.args(["build", "--package", "vhost-user-mem", "--bins"]);
     build.arg("--target-dir").arg(target);
     if profile == "release" {
         build.arg("--release");

@@ -1,4 +1,4 @@
-//! A running QEMU whose virtio-mem device is the daemon.
+//! A running QEMU whose virtio-mem device is the daemon, or its own.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
@@ -29,6 +29,35 @@ pub enum Accelerator {
     Kvm,
 }
 
+/// The virtio-mem device of a guest.
+pub enum Device<'a> {
+    /// There is none.
+    None,
+    /// The daemon.
+    Daemon(&'a Setup),
+    /// QEMU's own.
+    Own(&'a OwnDevice),
+}
+
+/// The geometry of QEMU's own virtio-mem-pci, all in bytes.
+pub struct OwnDevice {
+    /// Memory that the guest boots with.
+    pub ram: u64,
+    /// Size of the region.
+    pub region: u64,
+    /// Size of a block.
+    pub block: u64,
+    /// What the guest is asked to plug.
+    pub requested: u64,
+}
+
+impl OwnDevice {
+    /// Its id.
+    pub const ID: &'static str = "vm0";
+    /// Id of its memory.
+    pub const MEMORY: &'static str = "vmem";
+}
+
 /// The process, its control socket and the file behind the region.
 pub struct Qemu {
     child: Child,
@@ -38,13 +67,17 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts a guest; without a setup it has no virtio-mem device.
+    /// Starts a guest.
     pub fn start(
         kit: &Kit,
         accelerator: Accelerator,
-        setup: Option<&Setup>,
+        device: &Device<'_>,
         dir: &Path,
     ) -> Result<Self> {
+        let setup = match device {
+            Device::Daemon(setup) => Some(*setup),
+            Device::None | Device::Own(_) => None,
+        };
         let backing = setup.map(|_| Backing::create()).transpose()?;
         let mut command = kit.qemu.command();
         command.args(["-machine", "q35", "-smp", "2"]);
@@ -57,7 +90,10 @@ impl Qemu {
         if let (Some(setup), Some(backing)) = (setup, &backing) {
             command.args(region_options(setup, &backing.path, dir));
         }
-        command.args(memory_options(setup));
+        match device {
+            Device::Own(device) => command.args(own_options(device)),
+            Device::None | Device::Daemon(_) => command.args(memory_options(setup)),
+        };
         command.arg("-kernel").arg(&kit.kernel).arg("-initrd").arg(&kit.initramfs);
         // The DIMM below is only there to share the range: ACPI must not hand it to the guest.
         command.args(["-append", "console=ttyS0 acpi_no_memhotplug"]);
@@ -120,6 +156,26 @@ fn region_options(setup: &Setup, file: &Path, dir: &Path) -> Vec<String> {
         format!("socket,id=vmem,path={}", socket.display()),
         "-device".to_owned(),
         format!("{FRONT_END},chardev=vmem,virtio-id=24,num_vqs=1,config_size=56,vq_size=128"),
+    ]
+    .into()
+}
+
+fn own_options(device: &OwnDevice) -> Vec<String> {
+    let OwnDevice { ram, region, block, requested } = *device;
+    let (id, memory) = (OwnDevice::ID, OwnDevice::MEMORY);
+    [
+        "-object".to_owned(),
+        format!("memory-backend-memfd,id={memory},size={region},share=on"),
+        "-m".to_owned(),
+        format!("{}M,slots=2,maxmem={}M", ram / MIB, (ram + 2 * region) / MIB),
+        "-object".to_owned(),
+        format!("memory-backend-memfd,id=ram,size={ram},share=on"),
+        "-machine".to_owned(),
+        "memory-backend=ram".to_owned(),
+        "-device".to_owned(),
+        format!(
+            "virtio-mem-pci,id={id},memdev={memory},block-size={block},requested-size={requested}"
+        ),
     ]
     .into()
 }

@@ -48,6 +48,26 @@ impl Qmp {
         Ok(answer["status"].as_str().unwrap_or("unknown").to_owned())
     }
 
+    /// Stops the guest, saves it to a file as `migrate file:...` does, and lets it go on; what
+    /// `query-migrate` says in the end.
+    pub fn save(&mut self, file: &Path, mapped_ram: bool) -> Result<Value> {
+        self.execute("stop", &json!({}))?;
+        let mapped_ram = json!({ "capability": "mapped-ram", "state": mapped_ram });
+        self.execute("migrate-set-capabilities", &json!({ "capabilities": [mapped_ram] }))?;
+        self.execute("migrate-set-parameters", &json!({ "max-bandwidth": 0 }))?;
+        self.execute("migrate", &json!({ "uri": format!("file:{}", file.display()) }))?;
+        let outcome = wait::until("QEMU to save the guest", wait::LONG, || {
+            let outcome = self.execute("query-migrate", &json!({}))?;
+            match outcome["status"].as_str() {
+                Some("completed") => Ok(Some(outcome)),
+                Some("failed" | "cancelled") => bail!("QEMU did not save the guest: {outcome}"),
+                _ => Ok(None),
+            }
+        })?;
+        self.execute("cont", &json!({}))?;
+        Ok(outcome)
+    }
+
     /// Presses the reset button.
     pub fn system_reset(&mut self) -> Result<()> {
         self.execute("system_reset", &json!({})).map(drop)

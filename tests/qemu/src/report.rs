@@ -132,7 +132,8 @@ impl Report {
         self.rows.iter().filter(|row| !row.problems.is_empty()).count()
     }
 
-    fn add(
+    /// Adds a stage in words.
+    pub fn add(
         &mut self,
         stage: impl Display,
         guest: String,

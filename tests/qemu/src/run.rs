@@ -9,9 +9,9 @@ use crate::guest::Guest;
 use crate::machine::{self, Machine, Parts, Setup};
 use crate::options::Options;
 use crate::provision::Kit;
-use crate::qemu::{Accelerator, Qemu};
+use crate::qemu::{Accelerator, Device, Qemu};
 use crate::report::Report;
-use crate::steps::{self, Step};
+use crate::steps::{self, Proof, Step};
 use crate::wait;
 
 /// Runs the chosen steps.
@@ -33,7 +33,7 @@ pub fn all(kit: &Kit, daemon: &Path, options: &Options, dir: &Path) -> Result<Re
 fn probe_kvm(kit: &Kit, dir: &Path) -> Result<Accelerator> {
     let dir = dir.join("kvm-probe");
     fs::create_dir_all(&dir)?;
-    let boots = Qemu::start(kit, Accelerator::Kvm, None, &dir).and_then(|mut qemu| {
+    let boots = Qemu::start(kit, Accelerator::Kvm, &Device::None, &dir).and_then(|mut qemu| {
         let mut guest = Guest::connect(&dir.join("guest.sock"))?;
         let ready = guest.wait_ready_within(wait::SHORT);
         qemu.stop();
@@ -59,13 +59,42 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn run(&mut self, step: &Step) {
-        let mut machine = match self.machine_for(&step.setup) {
+        match &step.proof {
+            Proof::Machine(setup, run) => self.run_on_machine(step, setup, *run),
+            Proof::Own(run) => self.run_alone(step, *run),
+        }
+    }
+
+    fn run_alone(&mut self, step: &Step, run: fn(&Parts<'_>, &Path, &mut Report) -> Result<()>) {
+        self.stop();
+        self.report.begin(step.name);
+        let failures = self.report.failures();
+        let dir = self.next_dir();
+        let outcome = fs::create_dir_all(&dir)
+            .map_err(Into::into)
+            .and_then(|()| run(&self.parts, &dir, &mut self.report));
+        match outcome {
+            Err(error) => {
+                self.fail(step, "given up", &format!("{error:#}"), &machine::logs(&dir));
+            }
+            Ok(()) if self.report.failures() != failures => eprintln!("{}", machine::logs(&dir)),
+            Ok(()) => {}
+        }
+    }
+
+    fn run_on_machine(
+        &mut self,
+        step: &Step,
+        setup: &Setup,
+        run: fn(&mut Machine, &mut Report) -> Result<()>,
+    ) {
+        let mut machine = match self.machine_for(setup) {
             Ok(machine) => machine,
             Err((reason, words)) => return self.fail(step, "boot", &reason, &words),
         };
         self.report.begin(step.name);
         let failures = self.report.failures();
-        let outcome = (step.run)(&mut machine, &mut self.report);
+        let outcome = run(&mut machine, &mut self.report);
         match outcome {
             Ok(()) if self.report.failures() == failures => self.machine = Some(machine),
             // The next step deserves a machine without a past.
@@ -87,12 +116,16 @@ impl Bench<'_> {
             }
         }
         self.stop();
-        self.boots += 1;
-        let dir: PathBuf = self.dir.join(format!("boot-{}", self.boots));
+        let dir = self.next_dir();
         let boot = fs::create_dir_all(&dir)
             .map_err(Into::into)
             .and_then(|()| Machine::boot(&self.parts, setup, &dir));
         boot.map_err(|error| (format!("{error:#}"), machine::logs(&dir)))
+    }
+
+    fn next_dir(&mut self) -> PathBuf {
+        self.boots += 1;
+        self.dir.join(format!("boot-{}", self.boots))
     }
 
     fn stop(&mut self) {

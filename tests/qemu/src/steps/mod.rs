@@ -3,12 +3,15 @@
 mod crash;
 mod geometry;
 mod grow_shrink;
+mod inspect;
 mod migration;
 mod reboot;
 
+use std::path::Path;
+
 use anyhow::Result;
 
-use crate::machine::{Machine, Setup};
+use crate::machine::{Machine, Parts, Setup};
 use crate::report::Report;
 use crate::sizes::{GIB, MIB};
 
@@ -16,29 +19,35 @@ use crate::sizes::{GIB, MIB};
 pub struct Step {
     /// Its name on the command line.
     pub name: &'static str,
-    /// The machine that it wants, with nothing plugged.
-    pub setup: Setup,
-    /// Adds rows to the report; an error means that the machine is of no use any more.
-    pub run: fn(&mut Machine, &mut Report) -> Result<()>,
+    /// On what, and how. Adds rows to the report; an error means that the guest is of no use any
+    /// more.
+    pub proof: Proof,
+}
+
+/// On what a step runs.
+pub enum Proof {
+    /// A guest with a daemon, with nothing plugged; steps of the same setup share it.
+    Machine(Setup, fn(&mut Machine, &mut Report) -> Result<()>),
+    /// A guest of the step's own, without a daemon; logs and sockets go to the folder.
+    Own(fn(&Parts<'_>, &Path, &mut Report) -> Result<()>),
 }
 
 const COMMON: Setup = Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false };
 
 /// All steps.
-pub const ALL: [Step; 7] = [
-    Step { name: "grow-shrink", setup: COMMON, run: grow_shrink::run },
-    Step { name: "migration", setup: COMMON, run: migration::run },
-    Step { name: "reboot", setup: COMMON, run: reboot::run },
-    Step { name: "crash", setup: Setup { relay: true, ..COMMON }, run: crash::run },
+pub const ALL: [Step; 8] = [
+    Step { name: "grow-shrink", proof: Proof::Machine(COMMON, grow_shrink::run) },
+    Step { name: "migration", proof: Proof::Machine(COMMON, migration::run) },
+    Step { name: "reboot", proof: Proof::Machine(COMMON, reboot::run) },
+    Step { name: "crash", proof: Proof::Machine(Setup { relay: true, ..COMMON }, crash::run) },
     Step {
         name: "large-blocks",
-        setup: Setup { block: 128 * MIB, ..COMMON },
-        run: geometry::up_and_down,
+        proof: Proof::Machine(Setup { block: 128 * MIB, ..COMMON }, geometry::up_and_down),
     },
     Step {
         name: "large-region",
-        setup: Setup { region: 64 * GIB, ..COMMON },
-        run: geometry::up_and_down,
+        proof: Proof::Machine(Setup { region: 64 * GIB, ..COMMON }, geometry::up_and_down),
     },
-    Step { name: "numa", setup: Setup { node: Some(1), ..COMMON }, run: geometry::numa },
+    Step { name: "numa", proof: Proof::Machine(Setup { node: Some(1), ..COMMON }, geometry::numa) },
+    Step { name: "inspect", proof: Proof::Own(inspect::run) },
 ];
