@@ -87,54 +87,58 @@ impl PageBitmap {
 
     /// Sets the bits of `pages`; how many of them were zero.
     pub fn set_range(&mut self, pages: Range<u64>) -> u64 {
-        let Some(Split { head, body, tail }) = self.split(pages) else { return 0 };
+        let Split { parts, body } = self.split(pages);
         let mut set = 0;
-        for (word, mask) in [head, tail].into_iter().flatten() {
+        for (word, mask) in parts.into_iter().flatten() {
             set += self.or_word(word, mask);
         }
-        if !body.is_empty() {
-            let mut before = 0;
-            for word in &mut self.words[body.clone()] {
-                before += u64::from(word.count_ones());
-                *word = u64::MAX;
-            }
-            for (word, mask) in summary_masks(body.clone()) {
-                self.summary[word] |= mask;
-            }
-            let now = body.len() as u64 * WORD_BITS - before;
-            self.ones += now;
-            set += now;
+        let mut before = 0;
+        for word in &mut self.words[body.clone()] {
+            before += u64::from(word.count_ones());
+            *word = u64::MAX;
         }
-        set
+        let new = body.len() as u64 * WORD_BITS - before;
+        let mut at = body.start;
+        while at < body.end {
+            let end = body.end.min((at / 64 + 1) * 64);
+            self.summary[at / 64] |= summary_mask(at..end);
+            at = end;
+        }
+        self.ones += new;
+        set + new
     }
 
     /// Clears the bits of `pages`; how many of them were one. Only reads and writes where there
     /// are ones.
     pub fn clear_range(&mut self, pages: Range<u64>) -> u64 {
-        let Some(Split { head, body, tail }) = self.split(pages) else { return 0 };
+        let Split { parts: [first, last], body } = self.split(pages);
         let mut cleared = 0;
-        for (word, mask) in [head, tail].into_iter().flatten() {
+        if let Some((word, mask)) = first {
             cleared += self.clear_word(word, mask);
         }
-        for (word, mask) in summary_masks(body) {
+        if let Some((word, mask)) = last {
+            cleared += self.clear_word(word, mask);
+        }
+        let mut ones = 0;
+        let mut at = body.start;
+        while at < body.end {
+            let word = at / 64;
+            let end = body.end.min((word + 1) * 64);
+            let mask = summary_mask(at..end);
+            at = end;
             let busy = self.summary[word] & mask;
             if busy == 0 {
                 continue;
             }
+            self.summary[word] &= !mask;
             // From the first to the last busy word; single idle ones between cost less than
             // they would to skip.
             let first = word * 64 + busy.trailing_zeros() as usize;
             let last = word * 64 + 63 - busy.leading_zeros() as usize;
-            let mut ones = 0;
-            for word in &mut self.words[first..=last] {
-                ones += u64::from(word.count_ones());
-                *word = 0;
-            }
-            self.summary[word] &= !mask;
-            self.ones -= ones;
-            cleared += ones;
+            ones += take_ones(&mut self.words[first..=last]);
         }
-        cleared
+        self.ones -= ones;
+        cleared + ones
     }
 
     /// Clears all bits.
@@ -302,26 +306,22 @@ impl PageBitmap {
         }
     }
 
-    /// `pages` as words; `None` when empty.
-    fn split(&self, pages: Range<u64>) -> Option<Split> {
+    /// `pages` as words.
+    #[inline]
+    fn split(&self, pages: Range<u64>) -> Split {
         if pages.is_empty() {
-            return None;
+            return Split { parts: [None, None], body: 0..0 };
         }
         assert!(pages.end <= self.nr_pages, "pages {pages:?} of {}", self.nr_pages);
-        let (first, last) = (index(pages.start / WORD_BITS), index((pages.end - 1) / WORD_BITS));
-        let head_mask = u64::MAX << (pages.start % WORD_BITS);
-        let tail_mask = last_mask(pages.end);
-        if first == last {
-            return Some(Split {
-                head: Some((first, head_mask & tail_mask)),
-                body: 0..0,
-                tail: None,
-            });
+        let start = pages.start.next_multiple_of(WORD_BITS);
+        let end = pages.end / WORD_BITS * WORD_BITS;
+        if start > end {
+            return Split { parts: [part_of_word(pages), None], body: 0..0 };
         }
-        let head = (head_mask != u64::MAX).then_some((first, head_mask));
-        let tail = (tail_mask != u64::MAX).then_some((last, tail_mask));
-        let body = first + usize::from(head.is_some())..last + usize::from(tail.is_none());
-        Some(Split { head, body, tail })
+        Split {
+            parts: [part_of_word(pages.start..start), part_of_word(end..pages.end)],
+            body: index(start / WORD_BITS)..index(end / WORD_BITS),
+        }
     }
 }
 
@@ -337,24 +337,43 @@ impl Eq for PageBitmap {}
 
 /// A range of pages: whole words, and the words at its ends of which it covers a part.
 struct Split {
-    head: Option<(usize, u64)>,
+    parts: [Option<(usize, u64)>; 2],
     body: Range<usize>,
-    tail: Option<(usize, u64)>,
 }
 
-/// The summary's words for a range of words, each with the bits for that range.
-fn summary_masks(words: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
-    let mut at = words.start;
-    std::iter::from_fn(move || {
-        if at >= words.end {
-            return None;
+/// The word and its bits for pages that lie in one word; `None` when there are none.
+#[inline]
+fn part_of_word(pages: Range<u64>) -> Option<(usize, u64)> {
+    if pages.is_empty() {
+        return None;
+    }
+    let mask = (u64::MAX << (pages.start % WORD_BITS)) & last_mask(pages.end);
+    Some((index(pages.start / WORD_BITS), mask))
+}
+
+/// Clears words; how many ones they had. Where whole device blocks are set and cleared, nearly all
+/// lines of 8 words are all ones or all zeroes, and seeing that is quicker than counting.
+#[inline]
+fn take_ones(words: &mut [u64]) -> u64 {
+    let count = |words: &[u64]| words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+    let (lines, rest) = words.as_chunks_mut::<8>();
+    let mut ones = count(rest);
+    rest.fill(0);
+    for line in lines {
+        if line.iter().fold(u64::MAX, |all, word| all & word) == u64::MAX {
+            ones += 8 * WORD_BITS;
+        } else if line.iter().fold(0, |any, word| any | word) != 0 {
+            ones += count(line);
         }
-        let word = at / 64;
-        let end = words.end.min((word + 1) * 64);
-        let mask = (u64::MAX << (at % 64)) & (u64::MAX >> (63 - (end - 1) % 64));
-        at = end;
-        Some((word, mask))
-    })
+        *line = [0; 8];
+    }
+    ones
+}
+
+/// The bits of a range of words in the word of the summary that has them all.
+#[inline]
+fn summary_mask(words: Range<usize>) -> u64 {
+    (u64::MAX << (words.start % 64)) & (u64::MAX >> (63 - (words.end - 1) % 64))
 }
 
 /// The bits that `nr` bits use of the last of the words they fill; all when they fill it, or none
