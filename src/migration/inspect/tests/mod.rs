@@ -1,4 +1,5 @@
 mod hostile;
+mod ours;
 mod sample;
 
 use std::io::Cursor;
