@@ -49,6 +49,10 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
 
+    /// Tell VMMs in other processes what is populated and discarded on this Unix socket
+    #[arg(long, value_name = "PATH")]
+    pub discard_socket: Option<PathBuf>,
+
     /// Keep the device's state in this file, to survive a crash or restart of the daemon
     #[arg(long, value_name = "PATH")]
     pub state_file: Option<PathBuf>,
@@ -78,6 +82,8 @@ pub struct Config {
     pub requested_size: u64,
     /// Where the management API is served.
     pub api_socket: Option<PathBuf>,
+    /// Where the discard channel is served.
+    pub discard_socket: Option<PathBuf>,
     /// Where the state is kept.
     pub state_file: Option<PathBuf>,
 }
@@ -143,7 +149,7 @@ impl TryFrom<Args> for Config {
                 return Err(ArgsError::new("socket-path", "", "neither it nor --fd is given"));
             }
         };
-        let Args { api_socket, state_file, .. } = args;
+        let Args { api_socket, discard_socket, state_file, .. } = args;
         let socket_path = match &endpoint {
             Endpoint::Path(path) => Some(path),
             Endpoint::Fd(_) => None,
@@ -151,6 +157,7 @@ impl TryFrom<Args> for Config {
         let paths = [
             ("socket-path", socket_path),
             ("api-socket", api_socket.as_ref()),
+            ("discard-socket", discard_socket.as_ref()),
             ("state-file", state_file.as_ref()),
         ];
         for (index, (option, path)) in paths.into_iter().enumerate() {
@@ -161,7 +168,7 @@ impl TryFrom<Args> for Config {
                 return Err(ArgsError::new(option, &path.to_string_lossy(), rule));
             }
         }
-        Ok(Self { endpoint, geometry, requested_size, api_socket, state_file })
+        Ok(Self { endpoint, geometry, requested_size, api_socket, discard_socket, state_file })
     }
 }
 
@@ -225,6 +232,7 @@ mod tests {
             ("--node-id 65536", "--node-id 65536: "),
             ("--node-id -1", "--node-id -1: "),
             ("--api-socket s", "--api-socket s: "),
+            ("--api-socket a --discard-socket a", "--discard-socket a: "),
             ("--api-socket a --state-file a", "--state-file a: "),
         ] {
             let message = config(options).unwrap_err().to_string();

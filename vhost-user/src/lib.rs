@@ -5,12 +5,14 @@
 //! - [`connection`]: one front-end at a time, from its arrival until it has left.
 //! - [`backend`], [`queue`], [`gate`]: the vhost-user device and its queue.
 //! - [`service`]: what the management API sees of the device.
+//! - [`discard_channel`]: tells VMMs in other processes what is populated and discarded.
 //! - [`management`], [`vmemctl`]: the API's server and client; [`metrics`].
 //! - [`state_file`]: the device's state between two lives of the daemon.
 
 pub mod args;
 pub mod backend;
 pub mod connection;
+pub mod discard_channel;
 pub mod front_door;
 pub mod gate;
 mod listener;
@@ -31,6 +33,7 @@ use anyhow::Context;
 
 use args::{ArgsError, Config, Endpoint};
 use connection::Connections;
+use discard_channel::DiscardChannel;
 use front_door::Notifier;
 use management::Server;
 use service::Service;
@@ -61,7 +64,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         Endpoint::Path(path) => Some(path),
         Endpoint::Fd(_) => None,
     };
-    let sockets = sockets.into_iter().chain(&config.api_socket).cloned().collect();
+    let sockets = sockets.into_iter().chain(&config.api_socket).chain(&config.discard_socket);
+    let sockets = sockets.cloned().collect();
     let connections = Arc::new(Connections::new(Arc::clone(&service), notifier, sockets));
     // Before there is a socket that a signal would leave behind.
     let shutdown = Shutdown::on_signals(Arc::clone(&connections))?;
@@ -72,6 +76,15 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             Endpoint::Fd(fd) => FrontEnds::inherit(*fd)
                 .map_err(|error| ArgsError::new("fd", &fd.to_string(), error))?,
         };
+    let discard_channel = match &config.discard_socket {
+        None => None,
+        Some(path) => {
+            let (controller, metrics) = (service.controller(), service.metrics());
+            let channel = DiscardChannel::bind(path, Arc::clone(controller), Arc::clone(metrics))
+                .with_context(|| format!("--discard-socket {}", path.display()))?;
+            Some(channel)
+        }
+    };
     let api = match &config.api_socket {
         None => None,
         Some(path) => {
@@ -80,6 +93,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             Some(server)
         }
     };
+    if let Some(channel) = &discard_channel {
+        channel.start().context("cannot start the discard channel")?;
+    }
     if let Some(server) = &api {
         server.start().context("cannot start the management API")?;
     }
@@ -97,6 +113,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     }
     tracing::info!("ending");
     connections.end();
+    if let Some(channel) = &discard_channel {
+        channel.shutdown();
+    }
     if let Some(server) = &api {
         server.shutdown();
     }

@@ -39,6 +39,7 @@ pub struct Metrics {
     populated_bytes: Counter,
     discarded_bytes: Counter,
     discard_failures: Counter,
+    discard_clients_dropped: Counter,
     region: Gauge,
     usable: Gauge,
     plugged: Gauge,
@@ -78,6 +79,10 @@ impl Metrics {
         let connections = counter("connections", "Front-ends that connected");
         let discard_failures =
             counter("discard_failures", "Times that memory could not be given back");
+        let discard_clients_dropped = counter(
+            "discard_clients_dropped",
+            "Clients of the discard channel dropped for silence or for breaking the protocol",
+        );
         let mut bytes = |name, help| {
             let counter = Counter::default();
             registry.register_with_unit(name, help, Unit::Bytes, counter.clone());
@@ -111,6 +116,7 @@ impl Metrics {
             populated_bytes,
             discarded_bytes,
             discard_failures,
+            discard_clients_dropped,
             region,
             usable,
             plugged,
@@ -137,6 +143,11 @@ impl Metrics {
     /// Counts a front-end.
     pub fn connection(&self) {
         self.connections.inc();
+    }
+
+    /// Counts a client of the discard channel that was dropped.
+    pub fn discard_client_dropped(&self) {
+        self.discard_clients_dropped.inc();
     }
 
     /// The text of all metrics, with the sizes as they are now.

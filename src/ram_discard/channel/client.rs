@@ -108,9 +108,15 @@ impl RemoteRamDiscardManager {
     /// When the server refuses, is silent, or is none.
     pub fn attach(stream: UnixStream, timeout: Duration) -> Result<Self, AttachError> {
         stream.set_nonblocking(false)?;
-        send(&stream, &ClientMessage::Hello { min_version: VERSION, max_version: VERSION })?;
+        let hello = ClientMessage::Hello { min_version: VERSION, max_version: VERSION };
+        // A server that turned this client away may not be there any more, but has said why.
+        let sent = send(&stream, &hello);
         let mut frames = FrameReader::default();
-        let (message, file) = frames.next_with_fd(&stream, Instant::now() + timeout)?;
+        let received = frames.next_with_fd(&stream, Instant::now() + timeout);
+        let (message, file) = match (received, sent) {
+            (Err(ReceiveError::Closed), Err(error)) => return Err(error.into()),
+            (received, _) => received?,
+        };
         let welcome = match message {
             ServerMessage::Welcome(welcome) => welcome,
             ServerMessage::Goodbye { cause, min_version, max_version, reason } => {

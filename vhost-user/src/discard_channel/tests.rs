@@ -1,0 +1,246 @@
+//! The server against raw sockets: what a client may do wrong.
+
+use super::*;
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::fs::File;
+use std::io::Write;
+use std::time::Instant;
+use tempfile::TempDir;
+use virtio_mem::controller::Start;
+use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
+use virtio_mem::memory::RamBlock;
+use virtio_mem::ram_discard::channel::wire::{ClientMessage, Message};
+use virtio_mem::ram_discard::channel::{FrameReader, ReceiveError, RemoteRamDiscardManager};
+use virtio_mem::ram_discard::{FreezeBlockState, RamDiscardManager};
+
+const BLOCK: u64 = 1 << 20;
+const ADDR: u64 = 1 << 32;
+const NR: u64 = 64;
+/// For what happens at once unless it does not happen at all.
+const SOON: Duration = Duration::from_secs(10);
+
+struct Rig {
+    controller: Arc<MemController>,
+    metrics: Arc<Metrics>,
+    channel: DiscardChannel,
+    dir: TempDir,
+}
+
+fn rig() -> Rig {
+    let geometry = Geometry::new(ADDR, NR * BLOCK, BLOCK, None).unwrap();
+    let device = VirtioMem::new(geometry, NR * BLOCK).unwrap();
+    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(NR * BLOCK).unwrap();
+    let ram = RamBlock::new("mem".to_owned(), ADDR, NR * BLOCK, file, 0).unwrap();
+    controller.set_memory(vec![Arc::new(ram)]).unwrap();
+    let metrics = Arc::new(Metrics::new());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("discard");
+    let channel =
+        DiscardChannel::bind(&path, Arc::clone(&controller), Arc::clone(&metrics)).unwrap();
+    channel.start().unwrap();
+    Rig { controller, metrics, channel, dir }
+}
+
+fn span(first: u64, nb_blocks: u16) -> BlockSpan {
+    BlockSpan { addr: ADDR + first * BLOCK, nb_blocks }
+}
+
+impl Rig {
+    fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.dir.path().join("discard")).unwrap()
+    }
+
+    fn attach(&self) -> RemoteRamDiscardManager {
+        RemoteRamDiscardManager::attach(self.connect(), SOON).unwrap()
+    }
+
+    fn plug(&self, first: u64, nb_blocks: u16) -> Response {
+        self.controller.execute(Request::Plug(span(first, nb_blocks)))
+    }
+
+    fn dropped(&self) -> u64 {
+        let text = self.metrics.encode(&self.controller, false);
+        let line = text.lines().find(|line| line.starts_with("virtio_mem_discard_clients_dropped"));
+        line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+    }
+}
+
+/// A client that says only what the test says.
+struct Raw {
+    stream: UnixStream,
+    frames: FrameReader,
+}
+
+impl Raw {
+    fn new(rig: &Rig) -> Self {
+        let stream = rig.connect();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        Self { stream, frames: FrameReader::default() }
+    }
+
+    fn attached(rig: &Rig) -> Self {
+        let mut raw = Self::new(rig);
+        raw.say(&ClientMessage::Hello { min_version: 0, max_version: 7 });
+        let (welcome, fd) = raw.hear_with_fd();
+        assert!(matches!(welcome, ServerMessage::Welcome(_)) && fd, "{welcome:?}");
+        raw
+    }
+
+    fn say(&self, message: &ClientMessage) {
+        send(&self.stream, message).unwrap();
+    }
+
+    fn hear_with_fd(&mut self) -> (ServerMessage, bool) {
+        let (message, fd) = self.frames.next_with_fd(&self.stream, Instant::now() + SOON).unwrap();
+        (message, fd.is_some())
+    }
+
+    fn hear(&mut self) -> ServerMessage {
+        self.hear_with_fd().0
+    }
+
+    /// The connection ends, for this cause.
+    fn assert_left(mut self, expected: Farewell) {
+        loop {
+            match self.hear() {
+                ServerMessage::Goodbye { cause, .. } => break assert_eq!(cause, expected),
+                ServerMessage::Populate { .. } | ServerMessage::Discard { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        let end = self.frames.next::<ServerMessage>(&self.stream);
+        assert!(matches!(end, Err(ReceiveError::Closed | ReceiveError::Io(_))), "{end:?}");
+    }
+}
+
+#[test]
+fn versions_are_negotiated_and_others_refused() {
+    let rig = rig();
+    Raw::attached(&rig);
+    for (min_version, max_version) in [(0, 0), (2, 9), (2, 1)] {
+        let raw = Raw::new(&rig);
+        raw.say(&ClientMessage::Hello { min_version, max_version });
+        raw.assert_left(Farewell::Version);
+    }
+}
+
+#[test]
+fn what_breaks_the_protocol_ends_the_connection_and_nothing_else() {
+    let rig = rig();
+    let bystander = rig.attach();
+    let no_hello = Raw::new(&rig);
+    no_hello.say(&ClientMessage::Freeze { id: 1 });
+    no_hello.assert_left(Farewell::Protocol);
+    let mut garbage = Raw::new(&rig);
+    garbage.stream.write_all(&[0xff; 64]).unwrap();
+    garbage.assert_left(Farewell::Protocol);
+    for wrong in [
+        ClientMessage::Hello { min_version: 1, max_version: 1 },
+        ClientMessage::Ack { event: 0 },
+        ClientMessage::Ack { event: 1 },
+        ClientMessage::Refuse { event: 1, reason: "no".to_owned() },
+    ] {
+        let raw = Raw::attached(&rig);
+        raw.say(&wrong);
+        raw.assert_left(Farewell::Protocol);
+    }
+    let mut unknown = Raw::attached(&rig);
+    unknown.stream.write_all(&[0x63, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+    unknown.assert_left(Farewell::Protocol);
+    assert_eq!(rig.dropped(), 7);
+    bystander.freeze().unwrap();
+    bystander.thaw().unwrap();
+    assert_eq!(rig.plug(0, 1), Response::Ack);
+}
+
+#[test]
+fn a_discard_cannot_be_refused() {
+    let rig = rig();
+    assert_eq!(rig.plug(0, 1), Response::Ack);
+    let mut raw = Raw::attached(&rig);
+    thread::scope(|scope| {
+        let unplug = scope.spawn(|| rig.controller.execute(Request::Unplug(span(0, 1))));
+        let ServerMessage::Discard { event, .. } = raw.hear() else { panic!() };
+        raw.say(&ClientMessage::Refuse { event, reason: "mine".to_owned() });
+        raw.assert_left(Farewell::Protocol);
+        assert_eq!(unplug.join().unwrap(), Response::Ack);
+    });
+}
+
+#[test]
+fn clients_that_do_not_answer_are_dropped_all_within_one_bound() {
+    let rig = rig();
+    let silent: Vec<Raw> = (0..4).map(|_| Raw::attached(&rig)).collect();
+    // Half an answer is none.
+    let mut half = Raw::attached(&rig);
+    half.stream.write_all(&ClientMessage::Ack { event: 1 }.to_frame()[..11]).unwrap();
+    let start = Instant::now();
+    assert_eq!(rig.plug(0, 1), Response::Ack, "a client that is dropped has no say");
+    let took = start.elapsed();
+    assert!(took < 4 * PATIENCE, "one after the other they would have taken {took:?}");
+    silent.into_iter().for_each(|raw| raw.assert_left(Farewell::Silent));
+    half.assert_left(Farewell::Silent);
+    assert_eq!(rig.dropped(), 5);
+    assert_eq!(rig.plug(1, 1), Response::Ack);
+}
+
+#[test]
+fn a_client_that_asks_without_reading_is_dropped_without_a_wait() {
+    let rig = rig();
+    let raw = Raw::attached(&rig);
+    raw.stream.set_write_timeout(Some(SOON)).unwrap();
+    // Its answers fill the socket; then it is dropped, and what it says is for nobody.
+    let mut id = 0;
+    while send(&raw.stream, &ClientMessage::GetSizes { id }).is_ok() || rig.dropped() == 0 {
+        id += 1;
+        assert!(id < 100_000_000, "the answers go somewhere");
+    }
+    assert_eq!(rig.plug(0, 1), Response::Ack);
+}
+
+#[test]
+fn one_client_too_many_is_turned_away_until_another_leaves() {
+    let rig = rig();
+    // Also those that have not said anything take a place.
+    let mut clients: Vec<Raw> = (0..CLIENTS_MAX - 1).map(|_| Raw::attached(&rig)).collect();
+    let idle = rig.connect();
+    let mut turned_away = Raw::new(&rig);
+    assert!(matches!(turned_away.hear(), ServerMessage::Goodbye { cause: Farewell::TooMany, .. }));
+    clients.clear();
+    drop(idle);
+    let start = Instant::now();
+    while let Err(error) = RemoteRamDiscardManager::attach(rig.connect(), SOON) {
+        assert!(start.elapsed() < SOON, "{error}");
+    }
+}
+
+#[test]
+fn shutdown_ends_connections_freezes_and_the_socket() {
+    let rig = rig();
+    let client = rig.attach();
+    client.freeze().unwrap();
+    assert!(rig.controller.migration_active());
+    let idle = Raw::new(&rig);
+    let raw = Raw::attached(&rig);
+    rig.channel.shutdown();
+    assert!(!rig.controller.migration_active());
+    assert!(!rig.dir.path().join("discard").exists());
+    raw.assert_left(Farewell::Ending);
+    drop(idle);
+    assert!(client.freeze().is_err());
+    assert_eq!(rig.plug(0, 1), Response::Ack);
+}
+
+#[test]
+fn a_client_sees_what_was_plugged_before_it_came() {
+    let rig = rig();
+    assert_eq!(rig.plug(3, 2), Response::Ack);
+    let client = rig.attach();
+    assert_eq!(client.words().unwrap(), [0b11000]);
+    assert_eq!(client.geometry(), rig.controller.geometry());
+    assert_eq!(client.region_size(), NR * BLOCK);
+    let sizes = client.sizes().unwrap();
+    assert_eq!((sizes.plugged_size, sizes.requested_size), (2 * BLOCK, NR * BLOCK));
+}
