@@ -3,6 +3,7 @@
 //! It is found as QEMU's `scripts/analyze-migration.py` finds it, from the end of the file, since
 //! it is needed before the first section that it describes.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::Arc;
@@ -31,7 +32,7 @@ pub(super) struct Description {
     pub offset: u64,
     /// Bytes of its text.
     pub len: u64,
-    devices: Vec<Shape>,
+    devices: HashMap<(Arc<str>, u64), Shape>,
 }
 
 /// What is described: a device, a structure in it, or a field.
@@ -82,15 +83,16 @@ impl Description {
         let found = candidates(&tail).take(TRIES).find_map(|(at, text)| {
             let document = parse(text)?;
             let (offset, len) = (start + at as u64, text.len() as u64);
-            Some(Self { offset, len, devices: document.devices })
+            let key = |shape: &Shape| (shape.name.clone(), shape.instance_id);
+            let devices = document.devices.into_iter().map(|shape| (key(&shape), shape));
+            Some(Self { offset, len, devices: devices.collect() })
         });
         Ok(found)
     }
 
     /// What is in the section of a device.
     pub fn device(&self, name: &str, instance_id: u32) -> Option<&Shape> {
-        let id = u64::from(instance_id);
-        self.devices.iter().find(|shape| &*shape.name == name && shape.instance_id == id)
+        self.devices.get(&(name.into(), instance_id.into()))
     }
 }
 

@@ -93,7 +93,7 @@ pub enum Warning {
     /// Pages lie in memory that is discarded: they should not have been sent, and a destination
     /// that loads them has memory that nobody may use.
     DiscardedPages {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
         /// Id of its RAM block.
         block: String,
@@ -106,7 +106,7 @@ pub enum Warning {
     },
     /// The plugged size is not that of the plugged blocks.
     PluggedSize {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
         /// What the device says.
         size: u64,
@@ -115,14 +115,14 @@ pub enum Warning {
     },
     /// Blocks beyond the region are marked as plugged.
     BeyondRegion {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
         /// How many.
         blocks: u64,
     },
     /// Blocks beyond the usable region are plugged.
     BeyondUsable {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
         /// End of the last plugged block.
         end: u64,
@@ -131,7 +131,7 @@ pub enum Warning {
     },
     /// The bitmap has another size than the geometry asks for.
     BitmapSize {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
         /// Its size.
         found: u64,
@@ -140,7 +140,7 @@ pub enum Warning {
     },
     /// A size or address breaks a rule.
     Rule {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
         /// What.
         what: &'static str,
@@ -151,19 +151,19 @@ pub enum Warning {
     },
     /// No RAM block, or more than one, could be the device's.
     NoBlock {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
         /// What the size of its block should be.
         region_size: u64,
     },
     /// A virtio-mem device without an early section: its blocks are not read.
     NoEarlySection {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
     },
     /// The sizes that follow RAM could not be found in QEMU's state of the device.
     NoSizes {
-        /// Path of the device.
+        /// Path of the device, "virtio-mem" when it has none.
         device: String,
     },
     /// A package was passed over: without a description its sections cannot be told apart.

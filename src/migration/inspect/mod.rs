@@ -102,18 +102,24 @@ fn read(file: &mut (impl Read + Seek), out: &mut Inspection) -> Result<(), Inspe
     let read = walk.records();
     let Walk { ram, out, .. } = walk;
     out.blocks = ram.blocks;
+    let mut taken = vec![false; out.blocks.len()];
     for device in &mut out.virtio_mem {
         device.check(&mut out.warnings);
-        match device.find_block(&out.blocks) {
+        // A block is one device's at most, so that none is gone through more than once.
+        let index = device.find_block(&out.blocks).filter(|index| !taken[*index]);
+        match index {
             Some(index) => {
+                taken[index] = true;
+                device.ram_block = Some(out.blocks[index].id.clone());
                 let stray = device.check_pages(&out.blocks[index], &ram.pages[index]);
                 out.warnings.extend(stray);
             }
             // Of a stream that ends before its blocks nothing can be said.
             None if out.blocks.is_empty() => {}
             None => {
-                let (device, region_size) = (device.path.clone(), device.region_size);
-                out.warnings.push(Warning::NoBlock { device, region_size });
+                let device_name = virtio_mem::device_name(&device.path);
+                let region_size = device.region_size;
+                out.warnings.push(Warning::NoBlock { device: device_name, region_size });
             }
         }
     }
@@ -237,7 +243,7 @@ impl<R: Read + Seek> Walk<'_, R> {
             devices.extend(VirtioMem::from_early(path, id, &state.wire_bytes()));
         } else if let Some(path) = virtio_mem::split_id(&header.idstr, virtio_mem::NORMAL) {
             let of_path = |device: &&mut VirtioMem| device.path == path && device.instance_id == id;
-            let device = path.to_owned();
+            let device = virtio_mem::device_name(path);
             match devices.iter_mut().find(of_path) {
                 None => warnings.push(Warning::NoEarlySection { device }),
                 Some(found) => {

@@ -28,6 +28,11 @@ pub(super) fn split_id<'a>(idstr: &'a str, name: &str) -> Option<&'a str> {
     if path.is_empty() { Some(path) } else { path.strip_suffix('/') }
 }
 
+/// What a device is called in a warning: its path, if it has one.
+pub(super) fn device_name(path: &str) -> String {
+    if path.is_empty() { NORMAL.to_owned() } else { path.to_owned() }
+}
+
 /// A virtio-mem device, as a file has it. All sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -164,23 +169,22 @@ impl VirtioMem {
 
     /// Finds the device's RAM block: of the region's size, and named after the device if more than
     /// one is.
-    pub(super) fn find_block(&mut self, blocks: &[Block]) -> Option<usize> {
+    pub(super) fn find_block(&self, blocks: &[Block]) -> Option<usize> {
         let prefix = format!("{}/", self.path);
         let of_size =
             || blocks.iter().enumerate().filter(|(_, block)| block.used_length == self.region_size);
-        let named = || of_size().filter(|(_, block)| block.id.starts_with(&prefix));
+        let is_named = |block: &Block| !self.path.is_empty() && block.id.starts_with(&prefix);
+        let named = || of_size().filter(|(_, block)| is_named(block));
         let single = |mut found: Vec<(usize, &Block)>| match found.len() {
             1 => found.pop().map(|(index, _)| index),
             _ => None,
         };
-        let index = single(named().collect()).or_else(|| single(of_size().collect()))?;
-        self.ram_block = Some(blocks[index].id.clone());
-        Some(index)
+        single(named().collect()).or_else(|| single(of_size().collect()))
     }
 
     /// What is odd about the device itself.
     pub(super) fn check(&self, warnings: &mut Vec<Warning>) {
-        let device = || self.path.clone();
+        let device = || device_name(&self.path);
         let mut rule = |holds: bool, what, value, rule| {
             if !holds {
                 warnings.push(Warning::Rule { device: device(), what, value, rule });
@@ -257,7 +261,7 @@ impl VirtioMem {
                 first = Some(page * TARGET_PAGE_SIZE);
             }
         }
-        let (device, block) = (self.path.clone(), block.id.clone());
+        let (device, block) = (device_name(&self.path), block.id.clone());
         first.map(|first| Warning::DiscardedPages { device, block, normal, zero, first })
     }
 }

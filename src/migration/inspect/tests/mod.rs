@@ -149,6 +149,8 @@ fn a_device_that_contradicts_itself_is_told() {
 fn sizes_are_found_in_the_state_of_the_transport() {
     let mut sample = Sample::new(false);
     let sizes = sample.sizes();
+    // The only block of that size is the first device's.
+    let no_block = || Warning::NoBlock { device: "0000:00:02.0".into(), region_size: REGION };
     // What a guest may have written, which looks like the sizes and a subsection.
     let mut blob = b"\0\0\0\x02".to_vec();
     blob.extend([0xff; 16]);
@@ -169,7 +171,7 @@ fn sizes_are_found_in_the_state_of_the_transport() {
             (name.into(), opaque("virtio", "virtio", payload.len()), payload),
         ];
         let seen = sound(&sample);
-        assert_eq!(seen.warnings, []);
+        assert_eq!(seen.warnings, [no_block()]);
         let device = &seen.virtio_mem[1];
         assert_eq!(device.path, "0000:00:02.0");
         let sizes = (device.usable_region_size, device.requested_size);
@@ -178,10 +180,26 @@ fn sizes_are_found_in_the_state_of_the_transport() {
     }
     sample.devices[1].2.fill(0);
     let device = "0000:00:02.0".to_owned();
-    assert_eq!(sound(&sample).warnings, [Warning::NoSizes { device }]);
+    assert_eq!(sound(&sample).warnings, [Warning::NoSizes { device }, no_block()]);
     sample.devices.remove(0);
     let device = "0000:00:02.0".to_owned();
     assert_eq!(sound(&sample).warnings, [Warning::NoEarlySection { device }]);
+}
+
+#[test]
+fn devices_of_one_size_are_told_apart_by_their_names() {
+    let early = Sample::new(false).early();
+    let device = |path: &str| VirtioMem::from_early(path, 0, &early).unwrap();
+    let block = |id: &str, used_length| {
+        let (gpa, mapped, normal, zero, absent, sent) = (None, None, 0, 0, 0, 0);
+        Block { id: id.into(), used_length, gpa, mapped, normal, zero, absent, sent }
+    };
+    let blocks = [block("ram", REGION), block("b/vmem", REGION), block("a/vmem", REGION)];
+    assert_eq!(device("a").find_block(&blocks), Some(2));
+    assert_eq!(device("b").find_block(&blocks), Some(1));
+    assert_eq!(device("c").find_block(&blocks), None);
+    assert_eq!(device("").find_block(&blocks[..1]), Some(0));
+    assert_eq!(device("a").find_block(&[block("a/vmem", RAM)]), None);
 }
 
 #[test]

@@ -102,7 +102,7 @@ fn device(text: &mut String, device: &VirtioMem) {
         ("plugged", format!("{} in {ranges} range{plural}", size(device.plugged_size))),
         ("RAM block", device.ram_block.as_deref().map_or_else(|| "unknown".to_owned(), safe)),
     ];
-    let _ = writeln!(text, "\nvirtio-mem {}", safe(&device.path));
+    let _ = writeln!(text, "\n{}", safe(format!("virtio-mem {}", device.path).trim_end()));
     for (name, value) in rows {
         let _ = writeln!(text, "  {name:<11}{value}");
     }
