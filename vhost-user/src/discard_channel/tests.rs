@@ -4,11 +4,13 @@ use super::*;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 use tempfile::TempDir;
 use virtio_mem::controller::Start;
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
+use virtio_mem::ram_discard::channel::bitmap::BitmapReader;
 use virtio_mem::ram_discard::channel::wire::{ClientMessage, Message};
 use virtio_mem::ram_discard::channel::{FrameReader, ReceiveError, RemoteRamDiscardManager};
 use virtio_mem::ram_discard::{FreezeBlockState, RamDiscardManager};
@@ -81,20 +83,23 @@ impl Raw {
     }
 
     fn attached(rig: &Rig) -> Self {
+        Self::attached_with_bitmap(rig).0
+    }
+
+    fn attached_with_bitmap(rig: &Rig) -> (Self, OwnedFd) {
         let mut raw = Self::new(rig);
         raw.say(&ClientMessage::Hello { min_version: 0, max_version: 7 });
         let (welcome, fd) = raw.hear_with_fd();
-        assert!(matches!(welcome, ServerMessage::Welcome(_)) && fd, "{welcome:?}");
-        raw
+        assert!(matches!(welcome, ServerMessage::Welcome(_)), "{welcome:?}");
+        (raw, fd.expect("the bitmap comes with the welcome"))
     }
 
     fn say(&self, message: &ClientMessage) {
         send(&self.stream, message).unwrap();
     }
 
-    fn hear_with_fd(&mut self) -> (ServerMessage, bool) {
-        let (message, fd) = self.frames.next_with_fd(&self.stream, Instant::now() + SOON).unwrap();
-        (message, fd.is_some())
+    fn hear_with_fd(&mut self) -> (ServerMessage, Option<OwnedFd>) {
+        self.frames.next_with_fd(&self.stream, Instant::now() + SOON).unwrap()
     }
 
     fn hear(&mut self) -> ServerMessage {
@@ -231,6 +236,62 @@ fn shutdown_ends_connections_freezes_and_the_socket() {
     drop(idle);
     assert!(client.freeze().is_err());
     assert_eq!(rig.plug(0, 1), Response::Ack);
+}
+
+/// The order of the table in `hub.rs`, seen by a client that looks at each step.
+#[test]
+fn the_bitmap_shows_a_change_after_the_answers_and_before_the_guest_is_answered() {
+    let rig = rig();
+    let (mut raw, fd) = Raw::attached_with_bitmap(&rig);
+    let bitmap = BitmapReader::open(fd, rig.controller.geometry()).unwrap();
+    let shown = || {
+        let snapshot = bitmap.try_snapshot(0..NR as usize).unwrap();
+        (snapshot.blocks.nr_plugged(), snapshot.event)
+    };
+    let plugged = || rig.controller.config().plugged_size / BLOCK;
+    let act = |raw: &mut Raw, request: Request, before: u64| {
+        thread::scope(|scope| {
+            let guest = scope.spawn(|| {
+                let response = rig.controller.execute(request);
+                (response, shown())
+            });
+            let event = match raw.hear() {
+                ServerMessage::Populate { event, .. } | ServerMessage::Discard { event, .. } => {
+                    event
+                }
+                other => panic!("{other:?}"),
+            };
+            let seen = (shown(), plugged());
+            raw.say(&ClientMessage::Ack { event });
+            let (response, after) = guest.join().unwrap();
+            assert_eq!(response, Response::Ack);
+            assert_eq!(seen.1, before, "what is committed when the client is told");
+            (seen.0, after)
+        })
+    };
+    assert_eq!(act(&mut raw, Request::Plug(span(0, 3)), 0), ((0, 0), (3, 1)));
+    assert_eq!(act(&mut raw, Request::Unplug(span(1, 1)), 2), ((3, 1), (2, 2)));
+}
+
+#[test]
+fn a_populate_that_another_client_refuses_is_a_discard_and_never_in_the_bitmap() {
+    let rig = rig();
+    let (mut first, fd) = Raw::attached_with_bitmap(&rig);
+    let bitmap = BitmapReader::open(fd, rig.controller.geometry()).unwrap();
+    let mut second = Raw::attached(&rig);
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| rig.plug(0, 1));
+        let ServerMessage::Populate { event, section } = first.hear() else { panic!() };
+        first.say(&ClientMessage::Ack { event });
+        let ServerMessage::Populate { event, .. } = second.hear() else { panic!() };
+        second.say(&ClientMessage::Refuse { event, reason: "no".to_owned() });
+        let discard = ServerMessage::Discard { event: event + 1, section };
+        assert_eq!(first.hear(), discard);
+        first.say(&ClientMessage::Ack { event: event + 1 });
+        assert_eq!(guest.join().unwrap(), Response::Busy);
+        let snapshot = bitmap.try_snapshot(0..NR as usize).unwrap();
+        assert_eq!((snapshot.blocks.nr_plugged(), snapshot.event), (0, event + 1));
+    });
 }
 
 #[test]
