@@ -31,8 +31,9 @@ pub struct Block {
     pub id: String,
     /// Its used length, bytes.
     pub used_length: u64,
-    /// Its guest-physical address, where the file has it.
-    pub gpa: Option<u64>,
+    /// Its address, where the file has it (x-ignore-shared). QEMU's is that in the memory region
+    /// which contains the block: guest-physical for some, 0 for most.
+    pub addr: Option<u64>,
     /// Where its bitmap and its pages are in the file, where pages have fixed places.
     pub mapped: Option<MappedRamHeader>,
     /// Pages with content.
@@ -165,7 +166,7 @@ impl Ram {
     }
 
     fn add(&mut self, entry: &BlockEntry, at: u64) -> Result<(), FormatError> {
-        let BlockEntry { id, used_length, gpa, mapped, .. } = entry.clone();
+        let BlockEntry { id, used_length, gpa: addr, mapped, .. } = entry.clone();
         let impossible = |what, found| FormatError::Value { offset: at, what, found };
         if used_length > BLOCK_MAX {
             return Err(impossible("length of a RAM block", used_length));
@@ -176,7 +177,7 @@ impl Ram {
         }
         let absent = used_length / TARGET_PAGE_SIZE;
         let (normal, zero, sent) = (0, 0, 0);
-        self.blocks.push(Block { id, used_length, gpa, mapped, normal, zero, absent, sent });
+        self.blocks.push(Block { id, used_length, addr, mapped, normal, zero, absent, sent });
         self.pages.push(PageMap::default());
         Ok(())
     }

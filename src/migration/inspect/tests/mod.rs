@@ -191,8 +191,8 @@ fn devices_of_one_size_are_told_apart_by_their_names() {
     let early = Sample::new(false).early();
     let device = |path: &str| VirtioMem::from_early(path, 0, &early).unwrap();
     let block = |id: &str, used_length| {
-        let (gpa, mapped, normal, zero, absent, sent) = (None, None, 0, 0, 0, 0);
-        Block { id: id.into(), used_length, gpa, mapped, normal, zero, absent, sent }
+        let (addr, mapped, normal, zero, absent, sent) = (None, None, 0, 0, 0, 0);
+        Block { id: id.into(), used_length, addr, mapped, normal, zero, absent, sent }
     };
     let blocks = [block("ram", REGION), block("b/vmem", REGION), block("a/vmem", REGION)];
     assert_eq!(device("a").find_block(&blocks), Some(2));

@@ -44,7 +44,7 @@ fn block(block: &Block) -> Json {
     json!({
         "id": block.id,
         "size": block.used_length,
-        "gpa": block.gpa,
+        "addr": block.addr,
         "bitmap_offset": block.mapped.map(|mapped| mapped.bitmap_offset),
         "pages_offset": block.mapped.map(|mapped| mapped.pages_offset),
         "normal": block.normal,

@@ -80,8 +80,8 @@ fn blocks(text: &mut String, blocks: &[Block]) {
         let Block { used_length, normal, zero, absent, .. } = block;
         let size = format_size(*used_length);
         let _ = write!(text, "{id:<width$}  {size:>12}  {normal:>10}  {zero:>10}  {absent:>10}");
-        if let Some(gpa) = block.gpa {
-            let _ = write!(text, "  at {gpa:#x}");
+        if let Some(addr) = block.addr {
+            let _ = write!(text, "  at {addr:#x}");
         }
         text.push('\n');
     }
