@@ -27,7 +27,7 @@ pub const HEADER_LEN: usize = 8;
 pub const TEXT_MAX: usize = 256;
 
 /// The longest frame, bytes.
-pub const FRAME_MAX: usize = HEADER_LEN + 16 + TEXT_MAX;
+pub const FRAME_MAX: usize = HEADER_LEN + 8 + TEXT_MAX;
 
 /// Why bytes are no message.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
