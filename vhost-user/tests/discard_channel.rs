@@ -67,6 +67,15 @@ fn blocks(daemon: &Daemon, populated: bool) -> Vec<ByteRange> {
     ranges.iter().map(range).collect()
 }
 
+/// What the daemon logs comes through a pipe.
+fn wait_logged(daemon: &Daemon, text: &str) {
+    let start = Instant::now();
+    while !daemon.stderr().contains(text) {
+        assert!(start.elapsed() < PATIENCE, "not logged: {text}\n{}", daemon.stderr());
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
 type Calls = Arc<Mutex<Vec<(&'static str, bool, ByteRange)>>>;
 
 /// Writes down what it is told, and refuses what overlaps a range.
@@ -208,7 +217,7 @@ fn a_refusal_makes_the_guest_busy_and_is_taken_back_everywhere() {
     for client in &clients {
         assert_eq!(replay(client, true), [section(0, 1)]);
     }
-    assert!(rig.daemon.stderr().contains("no IOMMU entries left"));
+    wait_logged(&rig.daemon, "no IOMMU entries left");
     clients[1].unregister(refuser).unwrap();
     assert_eq!(rig.plug(2, 4), ResponseType::Ack);
     assert_eq!(replay(&clients[0], true), blocks(&rig.daemon, true));
@@ -363,7 +372,7 @@ fn a_silent_client_is_dropped_and_the_guest_answered() {
     let ServerMessage::Goodbye { cause: wire::Farewell::Silent, .. } = goodbye else {
         panic!("{goodbye:?}")
     };
-    assert!(rig.daemon.stderr().contains("it did not answer in time"));
+    wait_logged(&rig.daemon, "it did not answer in time");
     let metrics = rig.daemon.api().get("/metrics").unwrap().text;
     assert!(metrics.contains("virtio_mem_discard_clients_dropped_total 1"), "{metrics}");
     assert_eq!(other.lost(), None);

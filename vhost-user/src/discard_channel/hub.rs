@@ -96,6 +96,12 @@ impl Hub {
         welcomed
     }
 
+    /// Has the bitmap show all that is committed. Only while no change can be under way, as while
+    /// somebody holds block state frozen.
+    pub(super) fn settle(&self) {
+        self.inner.lock().settle();
+    }
+
     /// Forgets a client.
     pub(super) fn detach(&self, peer: &Peer) {
         self.inner.lock().peers.retain(|other| other.id() != peer.id());

@@ -103,7 +103,10 @@ impl Session<'_> {
             let answer = match request {
                 Request::Freeze(id) => {
                     match self.controller.freeze(FreezeHolder::Client(self.id)) {
-                        Ok(()) => ServerMessage::Done { id },
+                        Ok(()) => {
+                            self.hub.settle();
+                            ServerMessage::Done { id }
+                        }
                         Err(error) => ServerMessage::Failed { id, reason: error.to_string() },
                     }
                 }
