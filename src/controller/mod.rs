@@ -15,6 +15,7 @@
 //! that are committed as unplugged are swept when memory is mapped again, and a request that was
 //! committed but not answered is recognised when it comes again.
 
+mod load_state;
 mod store;
 
 use std::collections::BTreeSet;
@@ -25,7 +26,8 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 
-pub use store::{JournalUpdate, StateRecord, StateStore, Volatile};
+pub use load_state::LoadStateError;
+pub use store::{BlockUpdate, JournalUpdate, StateRecord, StateStore, Volatile};
 
 use crate::ByteRange;
 use crate::device::{
@@ -327,7 +329,7 @@ impl MemController {
         let record = StateRecord {
             requested_size,
             usable_region_size,
-            ..state.record(None, JournalUpdate::Keep)
+            ..state.record(BlockUpdate::Keep, JournalUpdate::Keep)
         };
         state.store.commit(&record)?;
         state.device.set_requested_size(requested_size)?;
@@ -518,7 +520,7 @@ impl MemController {
     /// Saves a change and then makes it.
     fn commit_or(&self, change: &Change, journal: JournalUpdate) -> io::Result<()> {
         let mut state = self.state();
-        let mut record = state.record(Some(change), journal);
+        let mut record = state.record(BlockUpdate::Change(change), journal);
         if *change == Change::UnplugAll {
             record.usable_region_size = state.device.usable_after_unplug_all();
         }
@@ -545,18 +547,18 @@ fn busy(request: Request, reason: &dyn std::fmt::Display) {
 
 impl State {
     /// The state as it is, with a change to come.
-    fn record<'a>(&self, change: Option<&'a Change>, journal: JournalUpdate) -> StateRecord<'a> {
+    fn record<'a>(&self, blocks: BlockUpdate<'a>, journal: JournalUpdate) -> StateRecord<'a> {
         StateRecord {
             requested_size: self.device.requested_size(),
             usable_region_size: self.device.usable_region_size(),
             api_migration: self.holders.contains(&FreezeHolder::Api),
-            change,
+            blocks,
             journal,
         }
     }
 
     fn save_holders(&mut self) -> io::Result<()> {
-        let record = self.record(None, JournalUpdate::Keep);
+        let record = self.record(BlockUpdate::Keep, JournalUpdate::Keep);
         self.store.commit(&record)
     }
 

@@ -15,6 +15,17 @@ pub enum JournalUpdate {
     Record(Request),
 }
 
+/// What happens to the block states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockUpdate<'a> {
+    /// They stay.
+    Keep,
+    /// A change that a request or a reset makes.
+    Change(&'a Change),
+    /// They become these, all at once: one bit a block, block 0 in the lowest bit of word 0.
+    Replace(&'a [u64]),
+}
+
 /// A change of state, to be made durable before anybody sees it. Sizes in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct StateRecord<'a> {
@@ -24,8 +35,8 @@ pub struct StateRecord<'a> {
     pub usable_region_size: u64,
     /// Whether the management API holds migration active after the change.
     pub api_migration: bool,
-    /// The change of block states, if any.
-    pub change: Option<&'a Change>,
+    /// What becomes of the block states.
+    pub blocks: BlockUpdate<'a>,
     /// What becomes of the journal.
     pub journal: JournalUpdate,
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::device::BlockSpan;
+use crate::device::{BlockSpan, DeviceState};
 use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -289,4 +289,91 @@ fn replays_of_many_runs_are_whole() {
     }
     let expected: Vec<_> = (0..NR).step_by(2).map(|block| section(block, block + 1)).collect();
     assert_eq!(rig.controller.ranges(true), expected);
+}
+
+fn loaded(requested: u64, plugged: u64) -> DeviceState {
+    let (requested_size, usable_region_size) = (requested * BLOCK, NR * BLOCK);
+    DeviceState { requested_size, usable_region_size, plugged: vec![plugged] }
+}
+
+/// Notes what it is told.
+struct Notes(Arc<Mutex<Vec<String>>>);
+
+impl RamDiscardListener for Notes {
+    fn name(&self) -> &str {
+        "notes"
+    }
+
+    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+        self.0.lock().push(format!("+{}", section.start() / BLOCK));
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, section: ByteRange) {
+        self.0.lock().push(format!("-{}", section.start() / BLOCK));
+    }
+}
+
+#[test]
+fn a_loaded_state_is_told_to_listeners_and_unplugged_memory_goes() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    rig.fill(0, 10);
+    let notes = Arc::new(Mutex::default());
+    rig.controller.listen(Box::new(Notes(Arc::clone(&notes)))).unwrap();
+    notes.lock().clear();
+    rig.controller.load_state(loaded(5, 0b11_0000_1001)).unwrap();
+    assert_eq!(*notes.lock(), ["+8", "-1"]);
+    assert_eq!(rig.controller.save_state(), loaded(5, 0b11_0000_1001));
+    assert_eq!(rig.held(), 4, "plugged blocks keep what they hold, strays of others go");
+    assert_eq!(rig.execute(plug(0, 1)), Response::Error);
+    assert_eq!(rig.execute(plug(4, 1)), Response::Ack);
+}
+
+#[test]
+fn memory_of_unplugged_blocks_goes_once_it_is_mapped() {
+    let file = memfd();
+    file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
+    let controller = MemController::new(Start::volatile(device(0)));
+    controller.load_state(loaded(2, 0b11)).unwrap();
+    controller.set_memory(ram(&file)).unwrap();
+    assert_eq!(file.metadata().unwrap().blocks() * 512, 2 * BLOCK);
+}
+
+#[test]
+fn a_state_that_a_listener_refuses_changes_nothing() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    rig.fill(0, 4);
+    let notes = Arc::new(Mutex::default());
+    rig.controller.listen(Box::new(Notes(Arc::clone(&notes)))).unwrap();
+    rig.controller.listen(Box::new(Refuser(section(12, 13)))).unwrap();
+    notes.lock().clear();
+    let before = rig.controller.save_state();
+    let refused = rig.controller.load_state(loaded(5, 0b1_0101_0000_0000));
+    assert!(matches!(refused, Err(LoadStateError::Refused(_))));
+    assert_eq!(*notes.lock(), ["+8", "+10", "+12", "-12", "-10", "-8"]);
+    assert_eq!(rig.controller.save_state(), before);
+    assert_eq!(rig.held(), 4);
+}
+
+#[test]
+fn a_state_that_cannot_be_saved_or_comes_during_migration_changes_nothing() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    rig.fill(0, 4);
+    let before = rig.controller.save_state();
+    rig.store.fails.store(true, Ordering::Relaxed);
+    let failed = rig.controller.load_state(loaded(5, 0b1000));
+    assert!(matches!(failed, Err(LoadStateError::Store(_))));
+    rig.store.fails.store(false, Ordering::Relaxed);
+    rig.controller.freeze(FreezeHolder::Log).unwrap();
+    let frozen = rig.controller.load_state(loaded(5, 0b1000));
+    assert!(matches!(frozen, Err(LoadStateError::Frozen)));
+    rig.controller.thaw(FreezeHolder::Log).unwrap();
+    rustix::fs::fcntl_add_seals(&rig.file, rustix::fs::SealFlags::FUTURE_WRITE).unwrap();
+    let sealed = rig.controller.load_state(loaded(5, 0b1000));
+    assert!(matches!(sealed, Err(LoadStateError::Memory(_))));
+    assert_eq!(rig.controller.save_state(), before);
+    assert_eq!(rig.held(), 4);
 }

@@ -2,8 +2,8 @@
 //!
 //! Data flows one way: [`wire`] and [`stream`] are the bytes, [`dirty`] finds written pages,
 //! [`ram`] turns pages into bytes and back, [`precopy`] decides what is sent when and who has the
-//! guest, and [`snapshot`] writes a stopped guest to a file and back. [`inspect`] tells what is in a
-//! file without loading it.
+//! guest, and [`snapshot`] writes a stopped guest to a file and back. [`vmstate`] is how devices are
+//! saved, [`virtio_mem`] among them. [`inspect`] tells what is in a file without loading it.
 
 pub mod channel;
 pub mod devices;
@@ -16,6 +16,8 @@ pub mod progress;
 pub mod ram;
 pub mod snapshot;
 pub mod stream;
+pub mod virtio_mem;
+pub mod vmstate;
 pub mod wire;
 
 mod error;

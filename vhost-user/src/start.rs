@@ -1,9 +1,10 @@
 //! What the device starts with: the state file, or the command line.
 
 use std::io;
+use std::ops::Range;
 
 use anyhow::Context;
-use virtio_mem::controller::{JournalUpdate, Start, StateRecord, StateStore};
+use virtio_mem::controller::{BlockUpdate, JournalUpdate, Start, StateRecord, StateStore};
 use virtio_mem::device::{Change, DeviceState, Request, VirtioMem};
 
 use crate::args::Config;
@@ -47,21 +48,32 @@ pub fn open(config: &Config) -> anyhow::Result<Start> {
     })
 }
 
+fn delta_of(change: &Change) -> Delta {
+    let span = |blocks: &Range<usize>| (blocks.start as u64, blocks.len() as u64);
+    match change {
+        Change::Plug(blocks) => {
+            let (first_block, nr_blocks) = span(blocks);
+            Delta::Set { first_block, nr_blocks }
+        }
+        Change::Unplug(blocks) => {
+            let (first_block, nr_blocks) = span(blocks);
+            Delta::Clear { first_block, nr_blocks }
+        }
+        Change::UnplugAll => Delta::ClearAll,
+    }
+}
+
 /// The state file as the controller's store.
 struct Store(StateFile);
 
 impl StateStore for Store {
     fn commit(&mut self, record: &StateRecord<'_>) -> io::Result<()> {
-        let delta = match record.change {
-            None => Delta::None,
-            Some(Change::Plug(blocks)) => {
-                Delta::Set { first_block: blocks.start as u64, nr_blocks: blocks.len() as u64 }
-            }
-            Some(Change::Unplug(blocks)) => {
-                Delta::Clear { first_block: blocks.start as u64, nr_blocks: blocks.len() as u64 }
-            }
-            Some(Change::UnplugAll) => Delta::ClearAll,
-        };
+        let (mut delta, mut replaced) = (Delta::None, None);
+        match record.blocks {
+            BlockUpdate::Keep => {}
+            BlockUpdate::Change(change) => delta = delta_of(change),
+            BlockUpdate::Replace(words) => replaced = Some(words),
+        }
         let request;
         let journal = match record.journal {
             JournalUpdate::Keep => SavedJournal::Keep,
@@ -78,7 +90,11 @@ impl StateStore for Store {
             delta,
             journal,
         };
-        self.0.commit(&commit).map_err(io::Error::other)
+        match replaced {
+            None => self.0.commit(&commit),
+            Some(words) => self.0.replace(&commit, words),
+        }
+        .map_err(io::Error::other)
     }
 
     fn mark_answered(&mut self) -> io::Result<()> {

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_mem::ByteRange;
 use virtio_mem::controller::{
-    FreezeHolder, JournalUpdate, MemController, Reset, Start, StateRecord, StateStore,
+    BlockUpdate, FreezeHolder, JournalUpdate, MemController, Reset, Start, StateRecord, StateStore,
 };
 use virtio_mem::device::{BlockSpan, Change, Geometry, REQUEST_LEN, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
@@ -59,11 +59,17 @@ impl StateStore for Watch {
         }
         seen.requested = record.requested_size;
         seen.usable = record.usable_region_size;
-        match record.change {
-            None => {}
-            Some(Change::Plug(blocks)) => seen.saved[blocks.clone()].fill(true),
-            Some(Change::Unplug(blocks)) => seen.saved[blocks.clone()].fill(false),
-            Some(Change::UnplugAll) => seen.saved.fill(false),
+        match record.blocks {
+            BlockUpdate::Keep => {}
+            BlockUpdate::Change(Change::Plug(blocks)) => seen.saved[blocks.clone()].fill(true),
+            BlockUpdate::Change(Change::Unplug(blocks)) => seen.saved[blocks.clone()].fill(false),
+            BlockUpdate::Change(Change::UnplugAll) => seen.saved.fill(false),
+            BlockUpdate::Replace(words) => {
+                let plugged = |(block, saved): (usize, &mut bool)| {
+                    *saved = words[block / 64] >> (block % 64) & 1 == 1;
+                };
+                seen.saved.iter_mut().enumerate().for_each(plugged);
+            }
         }
         match record.journal {
             JournalUpdate::Keep => {}

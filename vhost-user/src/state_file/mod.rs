@@ -9,7 +9,7 @@ mod layout;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -158,6 +158,7 @@ pub enum StateFileError {
 #[derive(Debug)]
 pub struct StateFile {
     path: PathBuf,
+    geometry: Geometry,
     file: File,
     words: Vec<u64>,
     slot: Slot,
@@ -178,36 +179,18 @@ impl StateFile {
         requested_size: u64,
         usable_region_size: u64,
     ) -> Result<Self, StateFileError> {
-        let io = |error| StateFileError::Io { path: path.to_owned(), error };
-        let mut name = path.as_os_str().to_owned();
-        name.push(format!(".new-{}", std::process::id()));
-        let temporary = PathBuf::from(name);
-        let make = || -> io::Result<File> {
-            let options = || OpenOptions::new().read(true).write(true).create_new(true).to_owned();
-            let file = options().open(&temporary)?;
-            let len = layout::file_len(geometry);
-            let flags = rustix::fs::FallocateFlags::empty();
-            match rustix::fs::fallocate(&file, flags, 0, len) {
-                // Without it, a commit may fail later; the guest is then told BUSY.
-                Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len)?,
-                other => other?,
-            }
+        let slot = Slot { seq: 1, requested_size, usable_region_size, ..Slot::default() };
+        let words = vec![0; layout::nr_words(geometry)];
+        let make = |temporary: &Path| {
+            let file = write_new(temporary, geometry, &slot, &words)?;
+            // A link fails where the name exists, unlike a rename.
+            std::fs::hard_link(temporary, path)?;
             Ok(file)
         };
-        let slot = Slot { seq: 1, requested_size, usable_region_size, ..Slot::default() };
-        let made = make().and_then(|file| {
-            file.write_all_at(&Header::new(geometry).to_bytes(), 0)?;
-            file.write_all_at(&slot.to_bytes(), SLOTS[1])?;
-            file.sync_all()?;
-            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-            // A link fails where the name exists, unlike a rename.
-            std::fs::hard_link(&temporary, path)?;
-            Ok(file)
-        });
-        let _ = std::fs::remove_file(&temporary);
-        let file = made.map_err(io)?;
-        let words = vec![0; layout::nr_words(geometry)];
-        Ok(Self { path: path.to_owned(), file, words, slot, unwritten: None })
+        let file = with_temporary(path, make)
+            .map_err(|error| StateFileError::Io { path: path.to_owned(), error })?;
+        let geometry = *geometry;
+        Ok(Self { path: path.to_owned(), geometry, file, words, slot, unwritten: None })
     }
 
     /// Opens a file and checks all of it. Nothing is written before the first commit.
@@ -224,6 +207,11 @@ impl StateFile {
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| StateFileError::InUse(path.to_owned()))?;
+        // Whoever had it locked until now may have put another in its place.
+        let (opened, named) = (file.metadata().map_err(io)?, std::fs::metadata(path).map_err(io)?);
+        if (opened.dev(), opened.ino()) != (named.dev(), named.ino()) {
+            return Err(StateFileError::InUse(path.to_owned()));
+        }
         let found_len = file.metadata().map_err(io)?.len();
         if found_len < FILE_HEAD {
             return Err(damaged(format!("{found_len} bytes are too few")));
@@ -275,7 +263,8 @@ impl StateFile {
             journal: slot.journal.map(|request| JournalEntry { request, answered }),
         };
         // Written with the next commit, and not yet: the device may still refuse what was saved.
-        let state = Self { path: path.to_owned(), file, words, slot, unwritten: Some(changed) };
+        let (path, geometry) = (path.to_owned(), *geometry);
+        let state = Self { path, geometry, file, words, slot, unwritten: Some(changed) };
         Ok((state, saved))
     }
 
@@ -328,6 +317,41 @@ impl StateFile {
         Ok(())
     }
 
+    /// Makes a change durable that gives every block a new state: `words` is the whole bitmap. The
+    /// commit's own delta is of no account, and the journal is forgotten. A new file takes the
+    /// place of this one, so that a killed daemon leaves the one or the other.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written; the file still holds the state before.
+    pub fn replace(&mut self, commit: &Commit<'_>, words: &[u64]) -> Result<(), StateFileError> {
+        let io = |error| StateFileError::Io { path: self.path.clone(), error };
+        if words.len() != self.words.len() {
+            return Err(io(io::Error::from(io::ErrorKind::InvalidInput)));
+        }
+        let sums = layout::sums(words, 0);
+        let slot = Slot {
+            seq: 1,
+            requested_size: commit.requested_size,
+            usable_region_size: commit.usable_region_size,
+            plugged_blocks: sums.ones,
+            checksum: sums.checksum,
+            api_migration: commit.api_migration,
+            ..Slot::default()
+        };
+        // A link stays one.
+        let path = std::fs::canonicalize(&self.path).map_err(io)?;
+        let make = |temporary: &Path| {
+            let file = write_new(temporary, &self.geometry, &slot, words)?;
+            file.set_permissions(self.file.metadata()?.permissions())?;
+            std::fs::rename(temporary, &path)?;
+            Ok(file)
+        };
+        let file = with_temporary(&path, make).map_err(io)?;
+        (self.file, self.slot, self.words, self.unwritten) = (file, slot, words.to_vec(), None);
+        Ok(())
+    }
+
     /// Notes that the guest has the answer to the journaled request.
     ///
     /// # Errors
@@ -350,14 +374,54 @@ impl StateFile {
     }
 
     fn write_words(&self, range: std::ops::Range<usize>) -> io::Result<()> {
-        const CHUNK: usize = 8192;
-        for start in range.clone().step_by(CHUNK) {
-            let words = &self.words[start..range.end.min(start + CHUNK)];
-            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-            self.file.write_all_at(&bytes, BITMAP + start as u64 * 8)?;
-        }
-        Ok(())
+        write_words(&self.file, &self.words[range.clone()], range.start)
     }
+}
+
+/// Words that are written at once.
+const CHUNK: usize = 8192;
+
+/// Writes words of the bitmap, the first of which has the index `first`.
+fn write_words(file: &File, words: &[u64], first: usize) -> io::Result<()> {
+    for (chunk, words) in words.chunks(CHUNK).enumerate() {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        file.write_all_at(&bytes, BITMAP + (first + chunk * CHUNK) as u64 * 8)?;
+    }
+    Ok(())
+}
+
+/// Calls `make` with a name beside `path` that nothing has, and leaves nothing under it.
+fn with_temporary(path: &Path, make: impl Fn(&Path) -> io::Result<File>) -> io::Result<File> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".new-{}", std::process::id()));
+    let temporary = PathBuf::from(name);
+    // One that was killed may have had the same id.
+    let _ = std::fs::remove_file(&temporary);
+    let made = make(&temporary);
+    let _ = std::fs::remove_file(&temporary);
+    made
+}
+
+/// Writes a whole file of one commit, at its full size, and locks it.
+fn write_new(path: &Path, geometry: &Geometry, slot: &Slot, words: &[u64]) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+    let len = layout::file_len(geometry);
+    match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len) {
+        // Without it, a commit may fail later; the guest is then told BUSY.
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len)?,
+        other => other?,
+    }
+    file.write_all_at(&Header::new(geometry).to_bytes(), 0)?;
+    file.write_all_at(&slot.to_bytes(), slot.place())?;
+    for (chunk, part) in words.chunks(CHUNK).enumerate() {
+        // The file is zeros so far.
+        if part.iter().any(|word| *word != 0) {
+            write_words(&file, part, chunk * CHUNK)?;
+        }
+    }
+    file.sync_all()?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -154,6 +154,42 @@ fn a_flipped_bit_is_refused_or_changes_nothing() {
     }
 }
 
+#[test]
+fn a_whole_new_state_takes_the_place_of_the_old() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    file.commit(&commit(SET, BLOCK)).unwrap();
+    let words = [1, 0, u64::MAX, 1 << 7];
+    let forget = Commit { journal: JournalUpdate::Forget, ..commit(Delta::None, 7 * BLOCK) };
+    // What a killed daemon of the same process id left behind.
+    std::fs::write(format!("{}.new-{}", rig.path().display(), std::process::id()), "x").unwrap();
+    file.replace(&forget, &words).unwrap();
+    assert!(matches!(rig.open(), Err(StateFileError::InUse(_))), "the new file is locked too");
+    assert_eq!(std::fs::read_dir(rig.dir.path()).unwrap().count(), 1);
+    file.commit(&commit(Delta::Set { first_block: 1, nr_blocks: 1 }, 8 * BLOCK)).unwrap();
+    drop(file);
+    let saved = rig.open().unwrap();
+    assert_eq!((saved.requested_size, saved.plugged_blocks), (8 * BLOCK, 67));
+    assert_eq!(saved.plugged, [3, 0, u64::MAX, 1 << 7]);
+}
+
+#[test]
+fn a_new_state_that_cannot_be_written_leaves_the_old() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    file.commit(&commit(SET, BLOCK)).unwrap();
+    let before = rig.bytes();
+    assert!(file.replace(&commit(Delta::None, 0), &[0; 3]).is_err(), "too few words");
+    let blocked = format!("{}.new-{}", rig.path().display(), std::process::id());
+    std::fs::create_dir(&blocked).unwrap();
+    assert!(file.replace(&commit(Delta::None, 0), &[0; 4]).is_err());
+    assert_eq!(rig.bytes(), before);
+    std::fs::remove_dir(&blocked).unwrap();
+    file.commit(&commit(Delta::ClearAll, 0)).unwrap();
+    drop(file);
+    assert_eq!(rig.open().unwrap().plugged_blocks, 0);
+}
+
 /// The device may refuse what was saved, and the file is to be left as it was then.
 #[test]
 fn unplugging_everything_writes_the_pages_of_the_bitmap_that_change() {

@@ -1,0 +1,44 @@
+//! Device state as it goes over the wire: QEMU's VMState.
+//!
+//! A [`VmState`] says once, for saving and for loading, what of a state is sent: its [`Field`]s in
+//! order, big-endian and without tags, then its subsections. A field has a role:
+//!
+//! | role | saved | on load |
+//! | --- | --- | --- |
+//! | mutable | yes | restored |
+//! | immutable | yes | compared; a difference is an error with both values |
+//! | derived | yes, or not at all | dropped or compared, and recomputed by `post_load` |
+//! | unused | zeros | passed over |
+//!
+//! State is loaded into a value of its own, made from what the device is now, and handed to the
+//! device when all of it was read and checked: a load that is refused changes nothing.
+//!
+//! A [`DeviceRegistry`] holds the sections of a VM's devices, in the order of their priorities.
+//! What a section has in it may hang on a property; a [`CompatLevel`] sets properties to what an
+//! older release had, so that it understands what a newer one sends.
+//!
+//! | element | bytes |
+//! | --- | --- |
+//! | field | its value; there only if its version is not above that of the section |
+//! | subsection | u8 5, u8 length of the name, name, be32 version, fields, subsections |
+
+mod access;
+mod describe;
+mod description;
+mod error;
+mod load;
+mod nested;
+mod properties;
+mod registry;
+mod save;
+#[cfg(test)]
+mod tests;
+mod validate;
+
+pub use access::{Access, Count, SliceAccess};
+pub use description::{Field, Hook, Priority, VersionHook, VmState};
+pub use error::{Place, Problem, Reason, VmStateError};
+pub use nested::{Nested, Struct, StructArray};
+pub use properties::{CompatLevel, Properties, Property, PropertyError};
+pub use registry::{Described, DeviceRegistry, Migratable, RegistryError, StateSection};
+pub use validate::Flaw;

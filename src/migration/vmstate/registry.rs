@@ -1,0 +1,408 @@
+//! The sections of a VM's devices, in the order in which they are saved and loaded.
+
+use serde_json::Value;
+use thiserror::Error;
+
+use super::describe;
+use super::description::{Priority, VmState};
+use super::error::{Problem, Reason, VmStateError};
+use super::properties::Properties;
+use super::validate::{Flaw, NAME_MAX};
+use crate::migration::devices::{DeviceSection, Devices};
+use crate::migration::error::MigrationError;
+use crate::migration::stream::SectionHeader;
+use crate::migration::wire::WireRead;
+
+/// A device whose state is described.
+pub trait Migratable: Send {
+    /// What is sent of it, and what for checks only.
+    type State: 'static;
+
+    /// The state as it is now, of one moment.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be told.
+    fn snapshot(&mut self) -> Result<Self::State, Reason>;
+
+    /// Becomes what was loaded into a [`snapshot`](Self::snapshot).
+    ///
+    /// # Errors
+    ///
+    /// When it cannot; nothing has changed then.
+    fn take_over(&mut self, state: Self::State) -> Result<(), Reason>;
+}
+
+/// A section of a device of whatever type.
+pub trait StateSection: Send {
+    /// The version that is saved.
+    fn version_id(&self) -> u32;
+
+    /// When it is saved and loaded.
+    fn priority(&self) -> Priority;
+
+    /// Whether that is before RAM.
+    fn is_early(&self) -> bool;
+
+    /// Whether it may come at all; not all that may come is needed.
+    fn is_expected(&self, properties: &Properties) -> bool;
+
+    /// Whether it must come if it is expected.
+    fn is_required(&self) -> bool;
+
+    /// What is wrong with its description.
+    fn validate(&self, properties: &Properties) -> Vec<Flaw>;
+
+    /// Appends the device's state, and describes it; nothing when it is not needed.
+    ///
+    /// # Errors
+    ///
+    /// When the device cannot tell it.
+    fn save(
+        &mut self,
+        properties: &Properties,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<Value>, VmStateError>;
+
+    /// Loads the device's state and has the device take it over.
+    ///
+    /// # Errors
+    ///
+    /// When it is refused; nothing has changed then.
+    fn load(
+        &mut self,
+        version_id: u32,
+        properties: &Properties,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), VmStateError>;
+}
+
+/// A device with the description of its state.
+pub struct Described<D: Migratable> {
+    /// What is sent.
+    pub vmstate: &'static VmState<D::State>,
+    /// What it is of.
+    pub device: D,
+}
+
+impl<D: Migratable> StateSection for Described<D> {
+    fn version_id(&self) -> u32 {
+        self.vmstate.version
+    }
+
+    fn priority(&self) -> Priority {
+        self.vmstate.priority
+    }
+
+    fn is_early(&self) -> bool {
+        self.vmstate.early
+    }
+
+    fn is_expected(&self, properties: &Properties) -> bool {
+        properties.allow(self.vmstate.condition)
+    }
+
+    fn is_required(&self) -> bool {
+        self.vmstate.needed.is_none()
+    }
+
+    fn validate(&self, properties: &Properties) -> Vec<Flaw> {
+        self.vmstate.validate(properties)
+    }
+
+    fn save(
+        &mut self,
+        properties: &Properties,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<Value>, VmStateError> {
+        let snapshot = self.device.snapshot();
+        let mut state =
+            snapshot.map_err(|reason| self.vmstate.error(None, 0, Problem::Device(reason)))?;
+        if !self.vmstate.is_sent(&state, properties) {
+            return Ok(None);
+        }
+        self.vmstate.save(&mut state, properties, out).map(Some)
+    }
+
+    fn load(
+        &mut self,
+        version_id: u32,
+        properties: &Properties,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), VmStateError> {
+        let start = reader.offset();
+        let snapshot = self.device.snapshot();
+        let mut state =
+            snapshot.map_err(|reason| self.vmstate.error(None, start, Problem::Device(reason)))?;
+        self.vmstate.load(&mut state, version_id, properties, reader)?;
+        let end = reader.offset();
+        let taken = self.device.take_over(state);
+        taken.map_err(|reason| self.vmstate.error(None, end, Problem::Device(reason)))
+    }
+}
+
+/// Why a section is not registered, or not loaded. Nothing has changed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RegistryError {
+    /// An id string that cannot be sent.
+    #[error("id string of {0} bytes, not 1 to 255")]
+    IdLength(usize),
+    /// Two sections of the same id string and instance.
+    #[error("{idstr}, instance {instance_id}, is registered already")]
+    Registered {
+        /// Its id string.
+        idstr: String,
+        /// Its instance.
+        instance_id: u32,
+    },
+    /// Its description is wrong.
+    #[error("the description of {idstr} is wrong: {}", .flaws[0])]
+    Flaws {
+        /// Its id string.
+        idstr: String,
+        /// What is wrong; at least one thing.
+        flaws: Vec<Flaw>,
+    },
+    /// No such section.
+    #[error("{idstr}, instance {instance_id}, is not known here")]
+    Unknown {
+        /// Its id string.
+        idstr: String,
+        /// Its instance.
+        instance_id: u32,
+    },
+    /// A property keeps this section from being sent here.
+    #[error("{0} is not sent with the properties of this side")]
+    Unexpected(String),
+    /// An early section after RAM, or another one before.
+    #[error("{idstr} belongs {} RAM", if *.early { "before" } else { "after" })]
+    Phase {
+        /// Its id string.
+        idstr: String,
+        /// Where it belongs.
+        early: bool,
+    },
+    /// The same section again.
+    #[error("{0} comes twice")]
+    Twice(String),
+    /// A section that was to come before another one.
+    #[error("{late} (priority {late_priority:?}) must be loaded before {loaded} ({priority:?})")]
+    Order {
+        /// The section that comes now.
+        late: String,
+        /// Its priority.
+        late_priority: Priority,
+        /// The section that was loaded already.
+        loaded: String,
+        /// Its priority.
+        priority: Priority,
+    },
+    /// A section that did not come.
+    #[error("{0} did not come")]
+    Missing(String),
+    /// The section itself is wrong.
+    #[error(transparent)]
+    State(#[from] VmStateError),
+}
+
+/// The sections of a VM's devices. Saved and loaded in the order of their priorities, those of
+/// the same priority as they were registered; early ones before RAM.
+pub struct DeviceRegistry {
+    properties: Properties,
+    /// In the order in which they go over the wire.
+    entries: Vec<Entry>,
+}
+
+struct Entry {
+    idstr: String,
+    instance_id: u32,
+    section: Box<dyn StateSection>,
+    loaded: bool,
+}
+
+impl Entry {
+    /// What the order follows: early ones first, then the highest priority.
+    fn rank(&self) -> (bool, Priority) {
+        (self.section.is_early(), self.section.priority())
+    }
+}
+
+impl DeviceRegistry {
+    /// No devices yet; their properties are those of both sides of a migration.
+    pub fn new(properties: Properties) -> Self {
+        Self { properties, entries: Vec::new() }
+    }
+
+    /// What decides on the parts of the state that are sent.
+    pub fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    /// Adds a section. Id strings are a device's path, a slash and the section's name.
+    ///
+    /// # Errors
+    ///
+    /// When the id string is not possible or taken, or the description has a flaw.
+    pub fn register(
+        &mut self,
+        idstr: &str,
+        instance_id: u32,
+        section: Box<dyn StateSection>,
+    ) -> Result<(), RegistryError> {
+        if idstr.is_empty() || idstr.len() > NAME_MAX {
+            return Err(RegistryError::IdLength(idstr.len()));
+        }
+        let idstr = idstr.to_owned();
+        if self.find(&idstr, instance_id).is_some() {
+            return Err(RegistryError::Registered { idstr, instance_id });
+        }
+        let flaws = section.validate(&self.properties);
+        if !flaws.is_empty() {
+            return Err(RegistryError::Flaws { idstr, flaws });
+        }
+        let entry = Entry { idstr, instance_id, section, loaded: false };
+        let place = self.entries.partition_point(|other| other.rank() >= entry.rank());
+        self.entries.insert(place, entry);
+        Ok(())
+    }
+
+    /// Saves the early sections or the others, in order; those that are not needed are left out.
+    ///
+    /// # Errors
+    ///
+    /// When a device cannot be saved.
+    pub fn save_phase(&mut self, early: bool) -> Result<Vec<DeviceSection>, VmStateError> {
+        let properties = &self.properties;
+        let entries = self.entries.iter_mut().filter(|entry| {
+            entry.section.is_early() == early && entry.section.is_expected(properties)
+        });
+        let mut sections = Vec::new();
+        for entry in entries {
+            let mut payload = Vec::new();
+            let saved = entry.section.save(properties, &mut payload);
+            let Some(contents) = saved.map_err(|error| named(error, &entry.idstr))? else {
+                continue;
+            };
+            sections.push(DeviceSection {
+                idstr: entry.idstr.clone(),
+                instance_id: entry.instance_id,
+                version_id: entry.section.version_id(),
+                payload,
+                description: describe::device(&entry.idstr, entry.instance_id, contents),
+            });
+        }
+        Ok(sections)
+    }
+
+    /// Loads a section whose header was read. `early` while no RAM came yet.
+    ///
+    /// # Errors
+    ///
+    /// When it is unknown, not its turn, or refused: nothing has changed then.
+    pub fn load_section(
+        &mut self,
+        header: &SectionHeader,
+        early: bool,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), RegistryError> {
+        let (idstr, instance_id) = (header.idstr.clone(), header.instance_id);
+        let Some(index) = self.find(&idstr, instance_id) else {
+            return Err(RegistryError::Unknown { idstr, instance_id });
+        };
+        let entry = &self.entries[index];
+        if !entry.section.is_expected(&self.properties) {
+            return Err(RegistryError::Unexpected(idstr));
+        }
+        if entry.section.is_early() != early {
+            return Err(RegistryError::Phase { idstr, early: !early });
+        }
+        if entry.loaded {
+            return Err(RegistryError::Twice(idstr));
+        }
+        if let Some(loaded) = self.entries[index + 1..].iter().find(|later| later.loaded) {
+            return Err(RegistryError::Order {
+                late: idstr,
+                late_priority: entry.section.priority(),
+                loaded: loaded.idstr.clone(),
+                priority: loaded.section.priority(),
+            });
+        }
+        let entry = &mut self.entries[index];
+        let loaded = entry.section.load(header.version_id, &self.properties, reader);
+        loaded.map_err(|error| named(error, &idstr))?;
+        entry.loaded = true;
+        Ok(())
+    }
+
+    /// Ends a load: every section must have come, except those that are not always needed. What
+    /// is loaded next is another stream.
+    ///
+    /// # Errors
+    ///
+    /// The first section that is missing.
+    pub fn finish_load(&mut self) -> Result<(), RegistryError> {
+        let properties = &self.properties;
+        let missing = self.entries.iter().find(|entry| {
+            let section = &entry.section;
+            !entry.loaded && section.is_required() && section.is_expected(properties)
+        });
+        let missing = missing.map(|entry| entry.idstr.clone());
+        self.abandon_load();
+        missing.map_or(Ok(()), |idstr| Err(RegistryError::Missing(idstr)))
+    }
+
+    /// Forgets what was loaded of a stream that goes on no further.
+    pub fn abandon_load(&mut self) {
+        self.entries.iter_mut().for_each(|entry| entry.loaded = false);
+    }
+
+    fn find(&self, idstr: &str, instance_id: u32) -> Option<usize> {
+        self.entries
+            .iter()
+            .position(|entry| entry.idstr == idstr && entry.instance_id == instance_id)
+    }
+}
+
+/// Says whose state it is.
+fn named(mut error: VmStateError, idstr: &str) -> VmStateError {
+    idstr.clone_into(&mut error.place.device);
+    error
+}
+
+impl Devices for DeviceRegistry {
+    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
+        self.save_phase(early).map_err(|error| {
+            let section = error.place.device.clone();
+            MigrationError::Device { section, reason: error.to_string() }
+        })
+    }
+
+    fn load(
+        &mut self,
+        header: &SectionHeader,
+        early: bool,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), MigrationError> {
+        let at = reader.offset();
+        self.load_section(header, early, reader).map_err(|error| {
+            let section = header.idstr.clone();
+            match error {
+                RegistryError::State(error) => {
+                    MigrationError::Device { section, reason: error.to_string() }
+                }
+                error => MigrationError::Section { section, at, what: error.to_string() },
+            }
+        })
+    }
+
+    fn loaded(&mut self) -> Result<(), MigrationError> {
+        self.finish_load().map_err(|error| MigrationError::Device {
+            section: match &error {
+                RegistryError::Missing(idstr) => idstr.clone(),
+                _ => String::new(),
+            },
+            reason: error.to_string(),
+        })
+    }
+}

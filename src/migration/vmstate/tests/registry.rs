@@ -1,0 +1,134 @@
+//! The order of sections, and what levels set.
+
+use super::super::*;
+use super::properties;
+use crate::migration::stream::{SectionHeader, SectionKind};
+use crate::migration::wire::WireReader;
+use parking_lot::Mutex;
+use std::sync::Arc;
+
+/// A device that notes what was done to it.
+struct Noted {
+    name: &'static str,
+    journal: Arc<Mutex<Vec<String>>>,
+}
+
+impl Migratable for Noted {
+    type State = u8;
+
+    fn snapshot(&mut self) -> Result<u8, Reason> {
+        Ok(7)
+    }
+
+    fn take_over(&mut self, state: u8) -> Result<(), Reason> {
+        self.journal.lock().push(format!("{} {state}", self.name));
+        Ok(())
+    }
+}
+
+const BYTE: Field<u8> = Field::u8("byte", Access::Mutable(|s| *s, |s, byte| *s = byte));
+static LOW: VmState<u8> = VmState::new("low", 1, &[BYTE]).priority(Priority::Low);
+static PLAIN: VmState<u8> = VmState::new("plain", 1, &[BYTE]);
+static BUS: VmState<u8> = VmState::new("bus", 1, &[BYTE]).priority(Priority::PciBus);
+static SOON: VmState<u8> = VmState::new("soon", 1, &[BYTE]).early();
+static RARE: VmState<u8> = VmState::new("rare", 1, &[BYTE]).needed(|_| false);
+
+fn registry() -> (DeviceRegistry, Arc<Mutex<Vec<String>>>) {
+    let journal = Arc::new(Mutex::default());
+    let mut registry = DeviceRegistry::new(properties());
+    for (name, vmstate) in
+        [("a", &LOW), ("b", &PLAIN), ("c", &BUS), ("d", &PLAIN), ("e", &SOON), ("f", &RARE)]
+    {
+        let device = Noted { name, journal: Arc::clone(&journal) };
+        registry.register(name, 0, Box::new(Described { vmstate, device })).unwrap();
+    }
+    (registry, journal)
+}
+
+fn header(idstr: &str) -> SectionHeader {
+    let idstr = idstr.to_owned();
+    SectionHeader { kind: SectionKind::Full, section_id: 0, idstr, instance_id: 0, version_id: 1 }
+}
+
+fn load_all(registry: &mut DeviceRegistry, sections: &[(&str, bool)]) -> Result<(), RegistryError> {
+    for (name, early) in sections {
+        registry.load_section(&header(name), *early, &mut WireReader::new(&[9][..]))?;
+    }
+    registry.finish_load()
+}
+
+#[test]
+fn sections_are_saved_by_priority_and_then_as_registered() {
+    let (mut registry, _) = registry();
+    let mut names = |early| -> Vec<String> {
+        registry.save_phase(early).unwrap().into_iter().map(|section| section.idstr).collect()
+    };
+    assert_eq!(names(true), ["e"]);
+    assert_eq!(names(false), ["c", "b", "d", "a"], "what is not needed is left out");
+}
+
+#[test]
+fn sections_are_loaded_in_their_order_only() {
+    let good = [("e", true), ("c", false), ("b", false), ("d", false), ("a", false)];
+    let (mut registry, journal) = registry();
+    load_all(&mut registry, &good).unwrap();
+    load_all(&mut registry, &good).unwrap();
+    assert_eq!(journal.lock().len(), 10);
+    journal.lock().clear();
+    let mut refused = |sections: &[(&str, bool)]| {
+        let error = load_all(&mut registry, sections).unwrap_err().to_string();
+        registry.abandon_load();
+        error
+    };
+    let order = refused(&[("e", true), ("b", false), ("c", false)]);
+    assert_eq!(order, "c (priority PciBus) must be loaded before b (Default)");
+    let registered = refused(&[("d", false), ("b", false)]);
+    assert_eq!(registered, "b (priority Default) must be loaded before d (Default)");
+    assert_eq!(refused(&[("e", false)]), "e belongs before RAM");
+    assert_eq!(refused(&[("b", true)]), "b belongs after RAM");
+    assert_eq!(refused(&[("c", false), ("c", false)]), "c comes twice");
+    assert_eq!(refused(&good[..4]), "a did not come");
+    assert_eq!(refused(&[("z", false)]), "z, instance 0, is not known here");
+}
+
+#[test]
+fn what_cannot_be_registered_is_refused() {
+    let (mut registry, journal) = registry();
+    let mut add = |idstr: &str, instance, vmstate: &'static VmState<u8>| {
+        let device = Noted { name: "x", journal: Arc::clone(&journal) };
+        registry.register(idstr, instance, Box::new(Described { vmstate, device }))
+    };
+    assert!(matches!(add("a", 0, &PLAIN), Err(RegistryError::Registered { .. })));
+    add("a", 1, &PLAIN).unwrap();
+    assert!(matches!(add("", 0, &PLAIN), Err(RegistryError::IdLength(0))));
+    add(&"x".repeat(255), 0, &PLAIN).unwrap();
+    assert!(matches!(add(&"x".repeat(256), 0, &PLAIN), Err(RegistryError::IdLength(256))));
+    static WRONG: VmState<u8> = VmState::new("wrong", 1, &[BYTE, BYTE]);
+    let error = add("w", 0, &WRONG).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the description of w is wrong: wrong: field byte is there twice"
+    );
+}
+
+#[test]
+fn levels_add_up_from_the_newest() {
+    const KNOWN: &[Property] =
+        &[Property { name: "a.x", default: true }, Property { name: "b.y", default: false }];
+    const LEVELS: &[CompatLevel] = &[
+        CompatLevel { name: "3", sets: &[] },
+        CompatLevel { name: "2", sets: &[("a.x", false)] },
+        CompatLevel { name: "1", sets: &[("b.y", true), ("a.x", true)] },
+    ];
+    let at = |level: &str| {
+        let mut properties = Properties::new(KNOWN);
+        properties.apply_level(LEVELS, level)?;
+        Ok::<_, PropertyError>((properties.is_on("a.x"), properties.is_on("b.y")))
+    };
+    assert_eq!(at("3"), Ok((true, false)));
+    assert_eq!(at("2"), Ok((false, false)));
+    assert_eq!(at("1"), Ok((true, true)));
+    let error = at("0").unwrap_err().to_string();
+    assert_eq!(error, "unknown compatibility level \"0\"; known are 3, 2, 1");
+    assert_eq!(properties().set("c", true), Err(PropertyError::Unknown("c".to_owned())));
+}
