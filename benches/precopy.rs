@@ -185,6 +185,7 @@ fn migrate(from: &Side, to: &Side, kind: Kind, tracked: bool) -> (Duration, Snap
             guest: &Idle,
             handlers: vec![Box::new(ram)],
             devices: &mut NoDevices,
+            postcopy: None,
             progress: Arc::clone(&progress),
         }
         .run(Channel::new(far, progress).unwrap())
@@ -208,6 +209,7 @@ fn migrate(from: &Side, to: &Side, kind: Kind, tracked: bool) -> (Duration, Snap
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
         frozen: Vec::new(),
+        postcopy: None,
         progress: Arc::clone(&progress),
     }
     .run(Channel::new(near, Arc::clone(&progress)).unwrap())

@@ -34,6 +34,29 @@ pub trait Sink {
     fn written(&self) -> u64;
 }
 
+/// A stream that is kept, to be sent as a whole.
+#[derive(Debug, Default)]
+pub struct BufferSink {
+    /// What was written.
+    pub bytes: Vec<u8>,
+}
+
+impl Sink for BufferSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Guest memory is not for keeping.
+    fn write_gathered(&mut self, _gathered: &mut GatherWrite) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn written(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+}
+
 /// A connected channel. Reads and writes wait, but never longer than somebody wants to: a
 /// migration that is cancelled ends them.
 #[derive(Debug)]

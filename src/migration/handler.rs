@@ -5,8 +5,11 @@
 
 use super::channel::Sink;
 use super::error::MigrationError;
+use super::page_bitmap::PageBitmap;
 use super::stream::SectionKind;
 use super::wire::WireRead;
+use crate::ByteRange;
+use crate::sys::GatherWrite;
 
 /// The source's side.
 pub trait SaveHandler {
@@ -50,6 +53,58 @@ pub trait SaveHandler {
 
     /// Ends, whether all went well or not.
     fn cleanup(&mut self);
+
+    /// Its side of postcopy, where it can go on after the guest has left.
+    fn postcopy(&mut self) -> Option<&mut dyn PostcopySave> {
+        None
+    }
+}
+
+/// What the source of postcopy asks of the handler that has the memory. The guest has left, so
+/// nothing changes any more.
+pub trait PostcopySave: Send {
+    /// All page sizes of the blocks, or'ed together, bytes.
+    fn page_sizes(&self) -> u64;
+
+    /// Makes what is left whole host pages, and tells it: for each block the ranges of pages that
+    /// have not been sent, or were written since. The guest is stopped.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be found out.
+    fn outstanding(&mut self) -> Result<Vec<(String, Vec<ByteRange>)>, MigrationError>;
+
+    /// Gathers the next pages to send in the background, about `bytes` of them; false when there
+    /// are none.
+    ///
+    /// # Errors
+    ///
+    /// When a page cannot be read.
+    fn next(&mut self, bytes: u64, out: &mut GatherWrite) -> Result<bool, MigrationError>;
+
+    /// Gathers the pages of `range` that somebody waits for, as far as they have not been sent;
+    /// the background goes on behind them. False when all were sent.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such block or range, or a page cannot be read.
+    fn requested(
+        &mut self,
+        block: &str,
+        range: ByteRange,
+        out: &mut GatherWrite,
+    ) -> Result<bool, MigrationError>;
+
+    /// The blocks, and how many pages they have.
+    fn blocks(&self) -> Vec<(String, u64)>;
+
+    /// After a break: these pages of a block have not been received. What is discarded among them
+    /// is left out.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such block.
+    fn not_received(&mut self, block: &str, pages: PageBitmap) -> Result<(), MigrationError>;
 }
 
 /// The destination's side.

@@ -120,6 +120,14 @@ impl<'a> Loader<'a> {
     }
 }
 
+impl Loader<'_> {
+    /// The section id of the handler of that id string, once it has started.
+    pub(super) fn section_id(&self, idstr: &str) -> Option<u32> {
+        let index = self.handlers.iter().position(|handler| handler.idstr() == idstr)?;
+        self.section_ids[index]
+    }
+}
+
 impl Drop for Loader<'_> {
     fn drop(&mut self) {
         self.handlers.iter_mut().for_each(|handler| handler.cleanup());

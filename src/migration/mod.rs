@@ -2,7 +2,8 @@
 //!
 //! Data flows one way: [`wire`] and [`stream`] are the bytes, [`dirty`] finds written pages,
 //! [`ram`] turns pages into bytes and back, [`precopy`] decides what is sent when and who has the
-//! guest, and [`snapshot`] writes a stopped guest to a file and back. [`vmstate`] is how devices are
+//! guest, [`postcopy`] sends the rest after it has left, on memory that arrives on demand
+//! ([`lazy`]), and [`snapshot`] writes a guest to a file and back. [`vmstate`] is how devices are
 //! saved, [`virtio_mem`] among them. [`inspect`] tells what is in a file without loading it.
 
 pub mod channel;
@@ -10,7 +11,9 @@ pub mod devices;
 pub mod dirty;
 pub mod handler;
 pub mod inspect;
+pub mod lazy;
 pub mod page_bitmap;
+pub mod postcopy;
 pub mod precopy;
 pub mod progress;
 pub mod ram;

@@ -69,6 +69,8 @@ pub struct Counters {
     pub discarded: AtomicU64,
     /// Pages that were never touched, and so are not sent.
     pub holes: AtomicU64,
+    /// Pages that the destination asked for (QEMU's postcopy-requests).
+    pub postcopy_requests: AtomicU64,
     /// Pages that were written although they are discarded: a fault of the guest. Not sent.
     pub dirty_while_discarded: AtomicU64,
     /// How often dirty pages were collected.
@@ -105,6 +107,7 @@ pub struct Progress {
     /// The figures.
     pub counters: Counters,
     cancelled: AtomicBool,
+    postcopy: AtomicBool,
     times: Mutex<Times>,
 }
 
@@ -136,6 +139,15 @@ impl Progress {
         }
     }
 
+    /// Has the source switch to postcopy as soon as it can, if that was provided for.
+    pub fn start_postcopy(&self) {
+        self.postcopy.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn wants_postcopy(&self) -> bool {
+        self.postcopy.load(Ordering::Relaxed)
+    }
+
     /// Whether somebody cancelled it.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
@@ -162,6 +174,7 @@ impl Progress {
             discarded: get(&counters.discarded),
             holes: get(&counters.holes),
             dirty_while_discarded: get(&counters.dirty_while_discarded),
+            postcopy_requests: get(&counters.postcopy_requests),
             dirty_sync_count: get(&counters.dirty_sync_count),
             dirty_pages_rate: get(&counters.dirty_pages_rate),
             cpu_throttle_percentage: get(&counters.throttle),
@@ -233,6 +246,8 @@ pub struct Snapshot {
     pub holes: u64,
     /// Pages written although discarded, not sent.
     pub dirty_while_discarded: u64,
+    /// Pages that the destination asked for.
+    pub postcopy_requests: u64,
     /// How often dirty pages were collected.
     pub dirty_sync_count: u64,
     /// Pages written by the guest per second.

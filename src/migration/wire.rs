@@ -240,6 +240,12 @@ impl<R: Read> WireReader<R> {
         &mut self.inner
     }
 
+    /// The same stream from here on by way of another handle; what was read ahead stays.
+    pub fn map<S>(self, other: impl FnOnce(R) -> S) -> WireReader<S> {
+        let Self { inner, buffer, start, end, offset } = self;
+        WireReader { inner: other(inner), buffer, start, end, offset }
+    }
+
     /// Whether the stream has ended here.
     ///
     /// # Errors

@@ -9,6 +9,7 @@
 pub mod gather;
 pub mod kvm;
 pub mod mapping;
+pub mod page_faults;
 pub mod pagemap;
 pub mod shared_words;
 pub mod userfaultfd;

@@ -21,15 +21,16 @@ const NEEDED: [(u64, &str); 4] = [
     (1 << 15, "WP_ASYNC (Linux 6.7)"),
 ];
 
-const GROUP: u8 = 0xaa;
-const API: u64 = 0xaa;
-const REGISTER_MODE_WP: u64 = 1 << 1;
-const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+pub(super) const GROUP: u8 = 0xaa;
+pub(super) const API: u64 = 0xaa;
+const USER_MODE_ONLY: u32 = 1;
+pub(super) const REGISTER_MODE_WP: u64 = 1 << 1;
+pub(super) const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 
 const IOC_NEW: Opcode = opcode::none(GROUP, 0x00);
-const IOC_REGISTER: Opcode = opcode::read_write::<UffdioRegister>(GROUP, 0x00);
-const IOC_WRITEPROTECT: Opcode = opcode::read_write::<UffdioWriteprotect>(GROUP, 0x06);
-const IOC_API: Opcode = opcode::read_write::<UffdioApi>(GROUP, 0x3f);
+pub(super) const IOC_REGISTER: Opcode = opcode::read_write::<UffdioRegister>(GROUP, 0x00);
+pub(super) const IOC_WRITEPROTECT: Opcode = opcode::read_write::<UffdioWriteprotect>(GROUP, 0x06);
+pub(super) const IOC_API: Opcode = opcode::read_write::<UffdioApi>(GROUP, 0x3f);
 
 /// The most that is protected in one call, so that a thread that maps memory meanwhile waits for
 /// milliseconds, not for seconds.
@@ -37,29 +38,29 @@ const PROTECT_CHUNK: u64 = 1 << 30;
 
 #[repr(C)]
 #[derive(Default)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
+pub(super) struct UffdioApi {
+    pub(super) api: u64,
+    pub(super) features: u64,
+    pub(super) ioctls: u64,
 }
 
 #[repr(C)]
-struct UffdioRange {
-    start: u64,
-    len: u64,
+pub(super) struct UffdioRange {
+    pub(super) start: u64,
+    pub(super) len: u64,
 }
 
 #[repr(C)]
-struct UffdioRegister {
-    range: UffdioRange,
-    mode: u64,
-    ioctls: u64,
+pub(super) struct UffdioRegister {
+    pub(super) range: UffdioRange,
+    pub(super) mode: u64,
+    pub(super) ioctls: u64,
 }
 
 #[repr(C)]
-struct UffdioWriteprotect {
-    range: UffdioRange,
-    mode: u64,
+pub(super) struct UffdioWriteprotect {
+    pub(super) range: UffdioRange,
+    pub(super) mode: u64,
 }
 
 /// Write-protection in asynchronous mode: the first write to a protected page lifts the protection
@@ -86,7 +87,7 @@ impl AsyncWriteProtect {
         // What is not there cannot be asked for, and a descriptor can be asked only once.
         let mut api = UffdioApi { api: API, ..UffdioApi::default() };
         // SAFETY: UFFDIO_API takes this structure, which has no addresses.
-        unsafe { super::ioctl(open()?, IOC_API, &mut api) }?;
+        unsafe { super::ioctl(open(false)?, IOC_API, &mut api) }?;
         let missing: Vec<_> = NEEDED
             .iter()
             .filter(|(bit, _)| api.features & bit == 0)
@@ -96,7 +97,7 @@ impl AsyncWriteProtect {
             let what = format!("userfaultfd of this kernel lacks {}", missing.join(", "));
             return Err(io::Error::new(io::ErrorKind::Unsupported, what));
         }
-        let fd = open()?;
+        let fd = open(false)?;
         let features = NEEDED.iter().fold(0, |all, (bit, _)| all | bit);
         let mut api = UffdioApi { api: API, features, ioctls: 0 };
         // SAFETY: as above.
@@ -148,9 +149,13 @@ impl AsyncWriteProtect {
     }
 }
 
-fn open() -> io::Result<OwnedFd> {
-    let user_mode_only = UserfaultfdFlags::from_bits_retain(1);
-    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK | user_mode_only;
+/// A descriptor that gets the faults of user mode, and with `kernel_faults` also those of system
+/// calls and of KVM, for which userfaultfd(2) wants CAP_SYS_PTRACE.
+pub(super) fn open(kernel_faults: bool) -> io::Result<OwnedFd> {
+    let mut flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    if !kernel_faults {
+        flags |= UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
+    }
     // SAFETY: the descriptor does nothing by itself.
     let forbidden = match unsafe { rustix::mm::userfaultfd(flags) } {
         Err(errno @ (Errno::PERM | Errno::NOSYS | Errno::ACCESS)) => errno,

@@ -9,14 +9,18 @@ use crate::migration::devices::Devices;
 use crate::migration::error::MigrationError;
 use crate::migration::handler::LoadHandler;
 use crate::migration::loader::{Loader, out_of_place};
+use crate::migration::postcopy::{Arriving, PING_PACKAGE_LOADED, PostcopyIncoming};
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::stream::{
-    Command, Configuration, Record, ReturnMessage, read_header, read_record,
+    Command, Configuration, RAM_SECTION, Record, ReturnMessage, read_header, read_record,
 };
 use crate::migration::wire::{WireRead, WireReader};
 
 /// How much is read ahead of what is handled, bytes.
 const READ_AHEAD: usize = 4 << 20;
+
+/// The most bytes of device state that come in a package.
+const PACKAGE_MAX: u64 = 1 << 30;
 
 /// How long the source may take from the end of the sections to the end of its description.
 const DESCRIPTION_TIMEOUT: Duration = Duration::from_secs(30);
@@ -31,6 +35,8 @@ pub struct Incoming<'a> {
     pub handlers: Vec<Box<dyn LoadHandler + 'a>>,
     /// Everything else.
     pub devices: &'a mut dyn Devices,
+    /// Postcopy, if it may come to that.
+    pub postcopy: Option<PostcopyIncoming<'a>>,
     /// What can be seen of it, and how it is cancelled.
     pub progress: Arc<Progress>,
 }
@@ -38,6 +44,7 @@ pub struct Incoming<'a> {
 /// The stream as it comes.
 struct Session<'a> {
     loader: Loader<'a>,
+    postcopy: Option<Arriving<'a>>,
     channel: Channel,
     /// Where the source listens, once it said so.
     back: Option<Channel>,
@@ -52,12 +59,16 @@ impl Incoming<'_> {
     ///
     /// Why the guest could not be taken over.
     pub fn run(self, channel: Channel) -> Result<(), MigrationError> {
-        let Self { configuration, guest, handlers, devices, progress } = self;
+        let Self { configuration, guest, handlers, devices, postcopy, progress } = self;
         progress.set_status(Status::Setup);
         let result = Loader::new(handlers, devices).and_then(|loader| {
             let progress = Arc::clone(&progress);
-            let mut session = Session { loader, channel, back: None, progress };
-            let result = session.load(&configuration).and_then(|()| session.take_over(guest));
+            let postcopy = postcopy.map(|postcopy| Arriving::new(postcopy, Arc::clone(&progress)));
+            let mut session = Session { loader, postcopy, channel, back: None, progress };
+            let result = session.load(&configuration).and_then(|rest| match rest {
+                Rest::Nothing => session.take_over(guest),
+                Rest::Memory(reader) => session.run_and_receive(guest, reader),
+            });
             if let Err(error) = &result {
                 if let Some(back) = &mut session.back {
                     let _ = send(back, &ReturnMessage::Shut(error.code()));
@@ -74,6 +85,12 @@ impl Incoming<'_> {
     }
 }
 
+/// What follows on the channel when the guest can run.
+enum Rest {
+    Nothing,
+    Memory(WireReader<Channel>),
+}
+
 impl Session<'_> {
     /// Tells the source that the guest is taken, and only then lets it run: a source that was not
     /// told has it still.
@@ -84,35 +101,74 @@ impl Session<'_> {
         guest.run().map_err(|reason| MigrationError::Vmm { what: "let the guest run", reason })
     }
 
-    fn load(&mut self, local: &Configuration) -> Result<(), MigrationError> {
+    /// As [`take_over`](Self::take_over), with memory that follows.
+    fn run_and_receive(
+        &mut self,
+        guest: &dyn Guest,
+        reader: WireReader<Channel>,
+    ) -> Result<(), MigrationError> {
+        let at = reader.offset();
+        let (Some(postcopy), Some(section_id), Some(back)) =
+            (&mut self.postcopy, self.loader.section_id(RAM_SECTION), &self.back)
+        else {
+            return Err(out_of_place("RUN", at, "no memory was announced"));
+        };
+        send(&mut back.uncancellable(), &ReturnMessage::SwitchoverAck)?;
+        guest.run().map_err(|reason| MigrationError::Vmm { what: "let the guest run", reason })?;
+        postcopy.run(
+            self.channel.uncancellable(),
+            reader.map(|channel| channel.uncancellable()),
+            section_id,
+        )
+    }
+
+    fn load(&mut self, local: &Configuration) -> Result<Rest, MigrationError> {
         let mut reader = WireReader::with_capacity(self.channel.clone_handle(), READ_AHEAD);
         Loader::check(local, &read_header(&mut reader)?)?;
         self.progress.set_status(Status::Active);
-        loop {
-            let at = reader.offset();
-            let record = read_record(&mut reader)?;
-            match record {
-                Record::Section(header) => self.loader.section(&header, &mut reader)?,
-                Record::Continued { kind, section_id } => {
-                    self.loader.continued(kind, section_id, at, &mut reader)?;
-                }
-                Record::Command(command) => self.command(command, at)?,
-                Record::Eof => break,
-                Record::Description(_) => {
-                    return Err(out_of_place("description", at, "before the end of the sections"));
-                }
-            }
+        while self.record(&mut reader)? {
             Counters::set(&self.progress.counters.transferred, reader.offset());
+            if self.postcopy.as_ref().is_some_and(Arriving::is_running) {
+                return Ok(Rest::Memory(reader));
+            }
         }
         self.loader.all_loaded()?;
-        self.skip_description(reader)
+        self.skip_description(reader)?;
+        Ok(Rest::Nothing)
+    }
+
+    /// Handles the next thing on the stream; false at its end.
+    fn record(&mut self, reader: &mut dyn WireRead) -> Result<bool, MigrationError> {
+        let at = reader.offset();
+        match read_record(reader)? {
+            Record::Section(header) => self.loader.section(&header, reader)?,
+            Record::Continued { kind, section_id } => {
+                self.loader.continued(kind, section_id, at, reader)?;
+            }
+            Record::Command(Command::Packaged { len }) => {
+                // Whole, since what is in it may need memory that comes behind it.
+                let package = reader.bytes(u64::from(len), PACKAGE_MAX, "a package")?;
+                let mut inner = WireReader::new(&package[..]);
+                while inner.offset() < package.len() as u64 {
+                    if !self.record(&mut inner)? {
+                        return Err(out_of_place("package", at, "the stream ends in it"));
+                    }
+                }
+            }
+            Record::Command(command) => self.command(command, at)?,
+            Record::Eof => return Ok(false),
+            Record::Description(_) => {
+                return Err(out_of_place("description", at, "before the end of the sections"));
+            }
+        }
+        Ok(true)
     }
 
     fn command(&mut self, command: Command, at: u64) -> Result<(), MigrationError> {
         match command {
             Command::OpenReturnPath => self.back = Some(self.channel.clone_handle()),
             Command::Ping(value) => {
-                if value == PING_LOADED {
+                if value == PING_LOADED || value == PING_PACKAGE_LOADED {
                     // The answer is the verdict.
                     self.loader.all_loaded()?;
                 }
@@ -121,9 +177,13 @@ impl Session<'_> {
                 }
             }
             Command::SwitchoverStart => self.progress.set_status(Status::Device),
-            other => {
-                return Err(out_of_place(&format!("{other:?}"), at, "not possible in precopy"));
-            }
+            other => match &mut self.postcopy {
+                Some(postcopy) => postcopy.command(other, at)?,
+                None => {
+                    let what = "postcopy was not provided for";
+                    return Err(out_of_place(&format!("{other:?}"), at, what));
+                }
+            },
         }
         Ok(())
     }

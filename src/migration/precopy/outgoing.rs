@@ -6,15 +6,18 @@ use std::time::Duration;
 use super::convergence::{Bandwidth, Throttle, ThrottleParameters};
 use super::return_path::ReturnPath;
 use super::{Guest, PING_LOADED};
-use crate::migration::channel::{Channel, Sink};
+use crate::migration::channel::{BufferSink, Channel, Sink};
 use crate::migration::devices::Devices;
 use crate::migration::error::MigrationError;
 use crate::migration::framing::{Framing, write};
 use crate::migration::handler::SaveHandler;
+use crate::migration::postcopy::{
+    Channels, PING_PACKAGE_LOADED, PostcopyOutgoing, PostcopySource, SwitchWhen,
+};
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::stream::{
-    Command, Configuration, SectionKind, TARGET_PAGE_SIZE, put_command, put_description, put_eof,
-    put_header,
+    AdvisedSizes, Command, Configuration, DISCARD_RANGES_MAX, SectionKind, TARGET_PAGE_SIZE,
+    put_command, put_description, put_eof, put_header,
 };
 use crate::ram_discard::FreezeBlockState;
 
@@ -58,8 +61,19 @@ pub struct Outgoing<'a> {
     pub devices: &'a mut dyn Devices,
     /// Whose block state is frozen meanwhile.
     pub frozen: Vec<Arc<dyn FreezeBlockState>>,
+    /// Postcopy, if it may come to that.
+    pub postcopy: Option<PostcopyOutgoing<'a>>,
     /// What can be seen of it, and how it is cancelled.
     pub progress: Arc<Progress>,
+}
+
+/// What comes after precopy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// The rest fits the downtime.
+    Complete,
+    /// The guest goes first.
+    Postcopy,
 }
 
 /// Where the guest is, while things can still go wrong.
@@ -69,6 +83,8 @@ enum Owner {
     Running,
     /// It is stopped here.
     Stopped,
+    /// It runs on the destination, and cannot come back.
+    Gone,
 }
 
 impl Outgoing<'_> {
@@ -105,7 +121,7 @@ impl Outgoing<'_> {
 
     /// The guest runs on here.
     fn give_back(&self, owner: Owner, error: MigrationError) -> MigrationError {
-        let cancelled = self.progress.is_cancelled();
+        let cancelled = self.progress.is_cancelled() && owner != Owner::Gone;
         if owner == Owner::Stopped
             && let Err(reason) = self.guest.run()
         {
@@ -132,6 +148,9 @@ impl Outgoing<'_> {
         put_header(&mut bytes, &self.parameters.configuration);
         put_command(&mut bytes, &Command::OpenReturnPath);
         put_command(&mut bytes, &Command::Ping(1));
+        if self.postcopy.is_some() {
+            put_command(&mut bytes, &Command::PostcopyAdvise(Some(self.page_sizes())));
+        }
         write(out, &bytes)?;
         let back = ReturnPath::listen(out)?;
         for section in self.devices.save(true)? {
@@ -141,7 +160,7 @@ impl Outgoing<'_> {
             framing.start(out, &mut **handler)?;
         }
         self.progress.set_status(Status::Active);
-        self.iterate(out, &back)?;
+        let next = self.iterate(out, &back)?;
         // From here on the guest stands still.
         self.progress.set_status(Status::Device);
         self.progress.guest_stopped();
@@ -149,6 +168,19 @@ impl Outgoing<'_> {
             .stop()
             .map_err(|reason| MigrationError::Vmm { what: "stop the guest", reason })?;
         *owner = Owner::Stopped;
+        match next {
+            Next::Complete => self.complete(out, &back, framing),
+            Next::Postcopy => self.postcopy(channel, back, framing, owner),
+        }
+    }
+
+    /// Sends the rest while the guest stands still, and hands it over.
+    fn complete(
+        &mut self,
+        out: &mut Channel,
+        back: &ReturnPath,
+        mut framing: Framing,
+    ) -> Result<(), MigrationError> {
         let mut bytes = Vec::new();
         put_command(&mut bytes, &Command::SwitchoverStart);
         write(out, &bytes)?;
@@ -174,18 +206,114 @@ impl Outgoing<'_> {
         Ok(())
     }
 
-    /// Sends memory until the rest can be sent within the downtime that is allowed.
-    fn iterate(&mut self, out: &mut Channel, back: &ReturnPath) -> Result<(), MigrationError> {
+    /// Hands the guest over with its devices, and sends the memory after it.
+    fn postcopy(
+        &mut self,
+        mut channel: Channel,
+        back: ReturnPath,
+        mut framing: Framing,
+        owner: &mut Owner,
+    ) -> Result<(), MigrationError> {
+        let out = &mut channel;
+        let index = self.postcopy_handler()?;
+        let mut bytes = Vec::new();
+        if let Some(memory) = self.handlers[index].postcopy() {
+            for (block, ranges) in memory.outstanding()? {
+                for ranges in ranges.chunks(DISCARD_RANGES_MAX) {
+                    let ranges = ranges.iter().map(|range| (range.start(), range.len()));
+                    let (block, ranges) = (block.clone(), ranges.collect());
+                    put_command(&mut bytes, &Command::PostcopyRamDiscard { block, ranges });
+                }
+            }
+        }
+        // Read whole by the destination before any of it is handled, since loading a device may
+        // touch memory, which then has to come behind the package.
+        let mut package = BufferSink::default();
+        let mut listen = Vec::new();
+        put_command(&mut listen, &Command::PostcopyListen);
+        write(&mut package, &listen)?;
+        for section in self.devices.save(false)? {
+            framing.full(&mut package, section)?;
+        }
+        let mut loaded = Vec::new();
+        put_command(&mut loaded, &Command::Ping(PING_PACKAGE_LOADED));
+        write(&mut package, &loaded)?;
+        let len = u32::try_from(package.bytes.len()).map_err(|_| MigrationError::Io {
+            what: "package the device state",
+            source: std::io::ErrorKind::FileTooLarge.into(),
+        })?;
+        put_command(&mut bytes, &Command::Packaged { len });
+        bytes.extend_from_slice(&package.bytes);
+        write(out, &bytes)?;
+        back.wait_for_pong(PING_PACKAGE_LOADED, self.parameters.verdict_timeout, &self.progress)?;
+        // The verdict. With what follows the destination gets the guest.
+        let mut bytes = Vec::new();
+        put_command(&mut bytes, &Command::PostcopyRun);
+        write(&mut out.uncancellable(), &bytes)?;
+        back.wait_for_taken(self.parameters.verdict_timeout)?;
+        *owner = Owner::Gone;
+        self.progress.guest_runs_elsewhere();
+        let back = back.end()?;
+        let Some(PostcopyOutgoing { urgent, reconnect, .. }) = self.postcopy.take() else {
+            return Err(MigrationError::Unexpected("postcopy was not provided for".to_owned()));
+        };
+        let Some(memory) = self.handlers[index].postcopy() else {
+            return Err(MigrationError::Unexpected("no handler has memory".to_owned()));
+        };
+        let section_id = u32::try_from(index).unwrap_or(u32::MAX);
+        let progress = Arc::clone(&self.progress);
+        let main = channel.uncancellable();
+        let urgent = urgent.map(|urgent| urgent.uncancellable());
+        let source = PostcopySource { memory, section_id, reconnect, progress };
+        source.run(Channels { main, urgent }, back)
+    }
+
+    fn page_sizes(&mut self) -> AdvisedSizes {
+        let handlers = self.handlers.iter_mut().filter_map(|handler| handler.postcopy());
+        let page_sizes = handlers.fold(0, |all, memory| all | memory.page_sizes());
+        AdvisedSizes { page_sizes, target_page_size: TARGET_PAGE_SIZE }
+    }
+
+    /// The one handler that can go on after the guest has left. With several with memory, or one
+    /// that cannot, there is no postcopy.
+    fn postcopy_handler(&mut self) -> Result<usize, MigrationError> {
+        let mut able = (0..self.handlers.len())
+            .filter(|&index| self.handlers[index].postcopy().is_some())
+            .collect::<Vec<_>>();
+        match (able.pop(), able.is_empty() && self.handlers.len() == 1) {
+            (Some(index), true) => Ok(index),
+            _ => Err(MigrationError::Unexpected(
+                "postcopy needs RAM to be the only iterative handler".to_owned(),
+            )),
+        }
+    }
+
+    /// Whether it is time for postcopy.
+    fn switches(&self) -> bool {
+        let rounds = Counters::get(&self.progress.counters.dirty_sync_count);
+        self.postcopy.as_ref().is_some_and(|postcopy| match postcopy.when {
+            SwitchWhen::Told => self.progress.wants_postcopy(),
+            SwitchWhen::AtOnce => true,
+            SwitchWhen::Rounds(limit) => self.progress.wants_postcopy() || rounds > limit,
+        })
+    }
+
+    /// Sends memory until the rest can be sent within the downtime that is allowed, or the guest
+    /// is to go first.
+    fn iterate(&mut self, out: &mut Channel, back: &ReturnPath) -> Result<Next, MigrationError> {
         let mut framing = Framing::of(&self.handlers);
         let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
         let mut throttle = Throttle::new(self.parameters.throttle);
         let limit = self.parameters.downtime_limit;
-        let counters = &self.progress.counters;
         loop {
             if self.progress.is_cancelled() {
                 return Err(MigrationError::Cancelled);
             }
             back.check()?;
+            if self.switches() {
+                return Ok(Next::Postcopy);
+            }
+            let counters = &self.progress.counters;
             let fits =
                 |bytes| bytes == 0 || bandwidth.time_for(bytes).is_some_and(|time| time <= limit);
             let estimate: u64 =
@@ -205,7 +333,7 @@ impl Outgoing<'_> {
                     self.guest.throttle(percent);
                 }
                 if fits(exact) {
-                    return Ok(());
+                    return Ok(Next::Complete);
                 }
             }
             let budget = bandwidth.budget(out.written());

@@ -17,7 +17,8 @@ type Heard = Result<ReturnMessage, MigrationError>;
 pub(super) struct ReturnPath {
     heard: Receiver<Heard>,
     channel: Channel,
-    thread: Option<JoinHandle<()>>,
+    keep_channel: bool,
+    thread: Option<JoinHandle<WireReader<Channel>>>,
 }
 
 impl ReturnPath {
@@ -30,25 +31,30 @@ impl ReturnPath {
             let mut reader = WireReader::new(reading);
             loop {
                 let message = match reader.is_at_end() {
-                    Ok(true) => return,
+                    Ok(true) => return reader,
                     Ok(false) => ReturnMessage::read(&mut reader).map_err(MigrationError::from),
                     Err(error) => Err(MigrationError::io("hear the destination")(error)),
                 };
                 let last = !matches!(message, Ok(ref message) if !is_last(message));
                 if tell.send(message).is_err() || last {
-                    return;
+                    return reader;
                 }
             }
         });
         let thread = thread.map_err(MigrationError::io("start a thread"))?;
-        Ok(Self { heard, channel: channel.clone_handle(), thread: Some(thread) })
+        Ok(Self {
+            heard,
+            channel: channel.clone_handle(),
+            keep_channel: false,
+            thread: Some(thread),
+        })
     }
 
     /// What came and is not expected: an error of the destination, most likely.
     pub(super) fn check(&self) -> Result<(), MigrationError> {
         loop {
             match self.heard.try_recv() {
-                Ok(Ok(ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck)) => {}
+                Ok(Ok(ReturnMessage::Pong(_))) => {}
                 Ok(heard) => return Err(unexpected(heard)),
                 Err(TryRecvError::Empty) => return Ok(()),
                 Err(TryRecvError::Disconnected) => {
@@ -72,7 +78,7 @@ impl ReturnPath {
             }
             match self.wait(deadline, "the destination was loading")? {
                 Some(ReturnMessage::Pong(pong)) if pong == value => return Ok(()),
-                Some(ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck) | None => {}
+                Some(ReturnMessage::Pong(_)) | None => {}
                 Some(other) => return Err(unexpected(Ok(other))),
             }
         }
@@ -82,11 +88,19 @@ impl ReturnPath {
     /// When patience ends, the channel is closed, and what had come by then decides: a
     /// destination that could not say it does not start the guest.
     pub(super) fn wait_for_shut(&self, patience: Duration) -> Result<(), MigrationError> {
+        self.wait_for_last(patience, &ReturnMessage::Shut(0))
+    }
+
+    fn wait_for_last(
+        &self,
+        patience: Duration,
+        last: &ReturnMessage,
+    ) -> Result<(), MigrationError> {
         let mut deadline = Instant::now() + patience;
         let mut closed = false;
         loop {
             match self.wait(deadline, "it was about to take the guest") {
-                Ok(Some(ReturnMessage::Shut(0))) => return Ok(()),
+                Ok(Some(message)) if message == *last => return Ok(()),
                 Ok(Some(ReturnMessage::Pong(_)) | None) => {}
                 Ok(Some(other)) => return Err(unexpected(Ok(other))),
                 Err(MigrationError::Io { source, .. })
@@ -99,6 +113,20 @@ impl ReturnPath {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Waits for the destination to say that it is about to run the guest in postcopy; as
+    /// [`wait_for_shut`](Self::wait_for_shut).
+    pub(super) fn wait_for_taken(&self, patience: Duration) -> Result<(), MigrationError> {
+        self.wait_for_last(patience, &ReturnMessage::SwitchoverAck)
+    }
+
+    /// Ends the thread, after the destination has said its last word for now. What it says from
+    /// now on is for somebody else to read.
+    pub(super) fn end(mut self) -> Result<WireReader<Channel>, MigrationError> {
+        self.keep_channel = true;
+        let reader = self.thread.take().and_then(|thread| thread.join().ok());
+        reader.ok_or(MigrationError::ChannelClosed("the guest was being handed over"))
     }
 
     fn wait(
@@ -124,9 +152,9 @@ fn channel_of() -> (std::sync::mpsc::Sender<Heard>, Receiver<Heard>) {
     channel()
 }
 
-/// Nothing follows a SHUT.
+/// Nothing follows a SHUT. What follows the acknowledgement of a switchover is for postcopy.
 fn is_last(message: &ReturnMessage) -> bool {
-    matches!(message, ReturnMessage::Shut(_))
+    matches!(message, ReturnMessage::Shut(_) | ReturnMessage::SwitchoverAck)
 }
 
 fn unexpected(heard: Heard) -> MigrationError {
@@ -139,8 +167,10 @@ fn unexpected(heard: Heard) -> MigrationError {
 
 impl Drop for ReturnPath {
     fn drop(&mut self) {
-        // Nothing is sent any more, and the thread must not wait for more to come.
-        self.channel.shutdown();
+        if !self.keep_channel {
+            // Nothing is sent any more, and the thread must not wait for more to come.
+            self.channel.shutdown();
+        }
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

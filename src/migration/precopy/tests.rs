@@ -145,6 +145,7 @@ fn migrate_over(
             guest: &*receiver,
             handlers: vec![Box::new(ram)],
             devices: &mut NoDevices,
+            postcopy: None,
             progress: Arc::clone(&progress),
         };
         incoming.run(Channel::new(channels.1, progress).unwrap())
@@ -161,6 +162,7 @@ fn migrate_over(
                     handlers: vec![Box::new(ram)],
                     devices: &mut NoDevices,
                     frozen: vec![Arc::clone(&source) as Arc<dyn FreezeBlockState>],
+                    postcopy: None,
                     progress: Arc::clone(&progress),
                 };
                 outgoing.run(Channel::new(channels.0, Arc::clone(&progress)).unwrap())
@@ -402,6 +404,7 @@ fn cancelled_while_the_destination_is_stuck_the_guest_runs_on() {
         handlers: vec![Box::new(ram.unwrap())],
         devices: &mut NoDevices,
         frozen: vec![Arc::clone(&guest) as Arc<dyn FreezeBlockState>],
+        postcopy: None,
         progress: Arc::clone(&progress),
     };
     let done = AtomicBool::new(false);

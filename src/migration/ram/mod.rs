@@ -2,12 +2,14 @@
 
 mod block;
 mod load;
+mod records;
 mod registry;
 mod save;
 mod zero_runs;
 
 pub use block::{BlockOptions, Migratable, MigrationBlock};
 pub use load::RamLoad;
+pub(crate) use records::RamRecords;
 pub use registry::{BlockError, ListOptions, RamBlocks};
 pub use save::{RamSave, SaveBlock};
 

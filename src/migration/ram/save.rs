@@ -11,10 +11,11 @@ use std::time::Instant;
 
 use super::MigrationBlock;
 use super::registry::{ListOptions, RamBlocks};
+use crate::ByteRange;
 use crate::migration::channel::Sink;
 use crate::migration::dirty::DirtyTracker;
 use crate::migration::error::MigrationError;
-use crate::migration::handler::SaveHandler;
+use crate::migration::handler::{PostcopySave, SaveHandler};
 use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::migration::progress::{Counters, Progress};
 use crate::migration::stream::{
@@ -146,6 +147,19 @@ impl SaveBlock {
         Ok(faults)
     }
 
+    /// Makes every host page of which something is dirty dirty as a whole: it is placed at once.
+    fn make_whole(&mut self) {
+        let per_page = self.block.page_size() / TARGET_PAGE_SIZE;
+        if per_page > 1 {
+            let nr_pages = self.dirty.nr_pages();
+            let runs: Vec<_> = self.dirty.runs(0..nr_pages).collect();
+            for run in runs {
+                let start = run.start / per_page * per_page;
+                self.dirty.set_range(start..run.end.next_multiple_of(per_page).min(nr_pages));
+            }
+        }
+    }
+
     /// Makes sure that writes to `pages` from now on are found, before they are read.
     fn clear_before_read(&mut self, pages: &Range<u64>) -> Result<(), MigrationError> {
         let chunks = pages.start / CLEAR_CHUNK_PAGES..pages.end.div_ceil(CLEAR_CHUNK_PAGES);
@@ -239,7 +253,10 @@ impl RamSave {
         self.continued = None;
         let mut spent = 0;
         while spent < budget {
-            let Some((index, pages)) = self.next_run() else { break };
+            let gathered = std::mem::take(&mut self.gathered);
+            let next = self.next_run(&gathered);
+            self.gathered = gathered;
+            let Some((index, pages)) = next else { break };
             spent += self.gather(index, pages)?;
             if self.gathered.segments() + 2 > GATHER_PIECES {
                 self.flush(out)?;
@@ -254,14 +271,17 @@ impl RamSave {
     }
 
     /// The next dirty pages, in the order of the blocks and around: no more than can be gathered.
-    fn next_run(&mut self) -> Option<(usize, Range<u64>)> {
-        let room = ((GATHER_PIECES - self.gathered.segments()) / 2).max(1) as u64;
+    fn next_run(&mut self, out: &GatherWrite) -> Option<(usize, Range<u64>)> {
+        let room = (GATHER_PIECES.saturating_sub(out.segments()) / 2).max(1) as u64;
         let (first, page) = self.cursor;
         let nr_blocks = self.blocks.len();
         for step in 0..=nr_blocks {
             let index = (first + step) % nr_blocks.max(1);
             let block = self.blocks.get(index)?;
             let from = if step == 0 { page } else { 0 };
+            // Host pages stay whole, since postcopy places them at once.
+            let per_page = block.block.page_size() / TARGET_PAGE_SIZE;
+            let room = room.next_multiple_of(per_page.max(1));
             if let Some(pages) = block.dirty.next_run(from, block.dirty.nr_pages(), room) {
                 self.cursor = (index, pages.end);
                 return Some((index, pages));
@@ -272,11 +292,18 @@ impl RamSave {
 
     /// Gathers a run of dirty pages of a block; how many bytes that makes on the wire.
     fn gather(&mut self, index: usize, pages: Range<u64>) -> Result<u64, MigrationError> {
+        self.blocks[index].clear_before_read(&pages)?;
+        let mut gathered = std::mem::take(&mut self.gathered);
+        let bytes = self.gather_into(&mut gathered, index, pages);
+        self.gathered = gathered;
+        Ok(bytes)
+    }
+
+    fn gather_into(&mut self, out: &mut GatherWrite, index: usize, pages: Range<u64>) -> u64 {
         let block = &mut self.blocks[index];
-        block.clear_before_read(&pages)?;
         block.dirty.clear_range(pages.clone());
         let mapping = block.block.mapping();
-        let before = self.gathered.len_bytes();
+        let before = out.len_bytes();
         let (mut normal, mut zero) = (0, 0);
         for page in pages {
             let offset = page * TARGET_PAGE_SIZE;
@@ -284,24 +311,24 @@ impl RamSave {
             let kind = if is_zero { PageKind::Zero } else { PageKind::Normal };
             let continued = self.continued == Some(index);
             let word = PageHeader::page_word(kind, offset, continued);
-            self.gathered.push_bytes(&word.to_be_bytes());
+            out.push_bytes(&word.to_be_bytes());
             if !continued {
                 let mut name = Vec::new();
                 name.put_name(block.block.id());
-                self.gathered.push_bytes(&name);
+                out.push_bytes(&name);
                 self.continued = Some(index);
             }
             if is_zero {
-                self.gathered.push_bytes(&[0]);
+                out.push_bytes(&[0]);
                 zero += 1;
             } else {
-                self.gathered.push_memory(mapping, offset, TARGET_PAGE_SIZE);
+                out.push_memory(mapping, offset, TARGET_PAGE_SIZE);
                 normal += 1;
             }
         }
         Counters::add(&self.progress.counters.normal, normal);
         Counters::add(&self.progress.counters.duplicate, zero);
-        Ok(self.gathered.len_bytes() - before)
+        out.len_bytes() - before
     }
 
     fn flush(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
@@ -349,6 +376,10 @@ impl SaveHandler for RamSave {
         self.send(out, u64::MAX)
     }
 
+    fn postcopy(&mut self) -> Option<&mut dyn PostcopySave> {
+        Some(self)
+    }
+
     fn cleanup(&mut self) {
         for block in &mut self.blocks {
             if std::mem::take(&mut block.started)
@@ -357,6 +388,85 @@ impl SaveHandler for RamSave {
                 tracing::warn!(block = block.block.id(), %error, "cannot stop tracking writes");
             }
         }
+    }
+}
+
+impl PostcopySave for RamSave {
+    fn page_sizes(&self) -> u64 {
+        self.blocks.iter().fold(0, |all, block| all | block.block.page_size())
+    }
+
+    fn outstanding(&mut self) -> Result<Vec<(String, Vec<ByteRange>)>, MigrationError> {
+        self.sync()?;
+        let outstanding = self.blocks.iter_mut().map(|block| {
+            block.make_whole();
+            let runs = block.dirty.runs(0..block.dirty.nr_pages());
+            (block.block.id().to_owned(), runs.map(bytes_of).collect())
+        });
+        let outstanding = outstanding.collect();
+        self.note_remaining();
+        Ok(outstanding)
+    }
+
+    fn next(&mut self, bytes: u64, out: &mut GatherWrite) -> Result<bool, MigrationError> {
+        self.continued = None;
+        let mut spent = 0;
+        while spent < bytes
+            && let Some((index, pages)) = self.next_run(out)
+        {
+            spent += self.gather_into(out, index, pages);
+        }
+        self.note_remaining();
+        Ok(spent != 0)
+    }
+
+    fn requested(
+        &mut self,
+        block: &str,
+        range: ByteRange,
+        out: &mut GatherWrite,
+    ) -> Result<bool, MigrationError> {
+        let found = self.blocks.iter().position(|other| other.block.id() == block);
+        let fits = |index: &usize| {
+            let block = &self.blocks[*index].block;
+            let page_size = block.page_size();
+            range.end() <= block.used_length()
+                && range.start().is_multiple_of(page_size)
+                && range.len().is_multiple_of(page_size)
+        };
+        let Some(index) = found.filter(fits) else {
+            let what = format!("a request for {range} of block {block:?}");
+            return Err(MigrationError::Unexpected(what));
+        };
+        Counters::add(&self.progress.counters.postcopy_requests, 1);
+        self.continued = None;
+        let runs: Vec<_> = self.blocks[index].dirty.runs(pages_touched(range)).collect();
+        for pages in &runs {
+            self.gather_into(out, index, pages.clone());
+            // What is near is wanted next.
+            self.cursor = (index, pages.end);
+        }
+        self.continued = None;
+        Ok(!runs.is_empty())
+    }
+
+    fn blocks(&self) -> Vec<(String, u64)> {
+        let blocks = self.blocks.iter();
+        blocks.map(|block| (block.block.id().to_owned(), block.dirty.nr_pages())).collect()
+    }
+
+    fn not_received(&mut self, block: &str, pages: PageBitmap) -> Result<(), MigrationError> {
+        let found = self.blocks.iter_mut().find(|other| other.block.id() == block);
+        let Some(found) = found.filter(|found| found.dirty.nr_pages() == pages.nr_pages()) else {
+            return Err(MigrationError::Unexpected(format!("a bitmap of block {block:?}")));
+        };
+        found.dirty = pages;
+        for discarded in &found.discarded {
+            found.dirty.clear_range(discarded.clone());
+        }
+        self.cursor = (0, 0);
+        self.note_remaining();
+        Ok(())
     }
 }
 

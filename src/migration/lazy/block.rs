@@ -1,0 +1,343 @@
+//! One block whose pages arrive on demand.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::ByteRange;
+use crate::migration::error::MigrationError;
+use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::migration::ram::MigrationBlock;
+use crate::migration::stream::TARGET_PAGE_SIZE;
+use crate::sys::page_faults::{PageFaults, Placed};
+
+/// The most ranges that are registered for one block: each splits the process's mapping of it,
+/// of which the kernel allows some ten thousands. The largest gaps are left out.
+const RANGES_MAX: usize = 1024;
+
+/// Gaps smaller than this are registered with what is around them, bytes.
+const GAP_MIN: u64 = 2 << 20;
+
+/// A block, and which of its pages have not arrived.
+pub(super) struct LazyBlock {
+    block: Arc<MigrationBlock>,
+    /// Its number among the mappings that are registered.
+    pub(super) mapping: usize,
+    /// Bytes of a page on the host: the unit in which pages are placed.
+    page_size: u64,
+    registered: Vec<ByteRange>,
+    state: Mutex<State>,
+}
+
+struct State {
+    outstanding: PageBitmap,
+    /// First target page of each host page that was asked for, since when, and which thread
+    /// waited first.
+    requested: BTreeMap<u64, (Instant, u32)>,
+}
+
+/// What arrived with a call.
+#[derive(Default)]
+pub(super) struct Arrived {
+    /// Target pages that were outstanding.
+    pub(super) pages: u64,
+    /// How long each page that was asked for was waited for, and by whom first.
+    pub(super) waited: Vec<(Duration, u32)>,
+}
+
+/// What is to be done about a fault.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Resolution {
+    /// Nothing comes from elsewhere for it: it was filled with zeros here.
+    Zero,
+    /// It has arrived meanwhile, and whoever waits was woken.
+    Arrived,
+    /// It must be asked for: this range, whole host pages.
+    Request(ByteRange),
+    /// It was asked for already.
+    Requested,
+}
+
+impl LazyBlock {
+    pub(super) fn new(
+        block: Arc<MigrationBlock>,
+        mapping: usize,
+        mut outstanding: PageBitmap,
+    ) -> Result<Self, MigrationError> {
+        // Host pages arrive whole.
+        let page_size = block.page_size().max(TARGET_PAGE_SIZE);
+        let per_page = page_size / TARGET_PAGE_SIZE;
+        if per_page > 1 {
+            let runs: Vec<_> = outstanding.runs(0..outstanding.nr_pages()).collect();
+            for run in runs {
+                let end = run.end.next_multiple_of(per_page).min(outstanding.nr_pages());
+                outstanding.set_range(run.start / per_page * per_page..end);
+            }
+        }
+        for range in block.discarded()? {
+            outstanding.clear_range(pages_touched(range));
+        }
+        let registered = ranges_to_register(&outstanding, page_size);
+        let state = Mutex::new(State { outstanding, requested: BTreeMap::new() });
+        Ok(Self { block, mapping, page_size, registered, state })
+    }
+
+    pub(super) fn id(&self) -> &str {
+        self.block.id()
+    }
+
+    pub(super) fn block(&self) -> &Arc<MigrationBlock> {
+        &self.block
+    }
+
+    pub(super) fn outstanding(&self) -> u64 {
+        self.state.lock().outstanding.count()
+    }
+
+    pub(super) fn outstanding_bitmap(&self) -> PageBitmap {
+        self.state.lock().outstanding.clone()
+    }
+
+    pub(super) fn next_outstanding(&self, page: u64, max: u64) -> Option<Range<u64>> {
+        let state = self.state.lock();
+        state.outstanding.next_run(page, state.outstanding.nr_pages(), max)
+    }
+
+    pub(super) fn register(&self, faults: &PageFaults) -> Result<(), MigrationError> {
+        for &range in &self.registered {
+            let registered = faults.register(self.mapping, range);
+            registered.map_err(self.failed("register it for faults"))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn unregister(&self, faults: &PageFaults) -> Result<(), MigrationError> {
+        for &range in &self.registered {
+            let unregistered = faults.unregister(self.mapping, range);
+            unregistered.map_err(self.failed("end waiting for its pages"))?;
+        }
+        Ok(())
+    }
+
+    /// Refuses when a page that is outstanding has data: no fault would be seen there.
+    pub(super) fn refuse_present(&self) -> Result<(), MigrationError> {
+        if !self.block.tells_holes() {
+            return Ok(());
+        }
+        let state = self.state.lock();
+        let mut present = None;
+        for &range in &self.registered {
+            let looked = self.block.for_each_data(range, |data| {
+                let pages = pages_touched(data);
+                present = present.or(state.outstanding.next_set(pages.start, pages.end));
+            });
+            looked.map_err(self.failed("look for holes"))?;
+        }
+        match present {
+            None => Ok(()),
+            Some(page) => {
+                let what = format!(
+                    "the page at {:#x} of block {:?} is still there and could not be waited for",
+                    page * TARGET_PAGE_SIZE,
+                    self.id()
+                );
+                Err(MigrationError::Page { at: 0, what })
+            }
+        }
+    }
+
+    /// Gives back what was put into discarded ranges meanwhile.
+    pub(super) fn sweep_discarded(&self) -> Result<(), MigrationError> {
+        for range in self.block.discarded()? {
+            self.block.sweep(range).map_err(self.failed("give memory back"))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn place(
+        &self,
+        faults: &PageFaults,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<Arrived, MigrationError> {
+        let Some(range) = ByteRange::new(offset, bytes.len() as u64) else {
+            return Ok(Arrived::default());
+        };
+        self.check(range)?;
+        let mut arrived = Arrived::default();
+        let mut state = self.state.lock();
+        let runs: Vec<_> = state.outstanding.runs(pages_touched(range)).collect();
+        for run in runs {
+            let part = bytes_of(run.clone());
+            let first = (part.start() - offset) as usize;
+            let bytes = &bytes[first..first + part.len() as usize];
+            let placed = faults.place(self.mapping, part.start(), bytes);
+            match placed.map_err(self.failed("place a page"))? {
+                Placed::Done => {}
+                Placed::Exists(done) => {
+                    return Err(self.failed("place a page where there is one")(
+                        std::io::Error::other(format!("at {:#x}", part.start() + done)),
+                    ));
+                }
+            }
+            state.arrive(run, &mut arrived);
+        }
+        Ok(arrived)
+    }
+
+    pub(super) fn place_zeros(
+        &self,
+        faults: &PageFaults,
+        range: ByteRange,
+    ) -> Result<Arrived, MigrationError> {
+        self.check(range)?;
+        let mut arrived = Arrived::default();
+        let mut state = self.state.lock();
+        let runs: Vec<_> = state.outstanding.runs(pages_touched(range)).collect();
+        for run in runs {
+            state.arrive(run.clone(), &mut arrived);
+            if !arrived.waited.is_empty() {
+                // They fault again, and then nothing is outstanding there.
+                let woken = faults.wake(self.mapping, bytes_of(run));
+                woken.map_err(self.failed("wake who waits for a page"))?;
+            }
+        }
+        Ok(arrived)
+    }
+
+    /// What is to be done about a fault at `offset`.
+    pub(super) fn fault(
+        &self,
+        faults: &PageFaults,
+        offset: u64,
+        thread: u32,
+    ) -> Result<Resolution, MigrationError> {
+        let start = offset / self.page_size * self.page_size;
+        let end = (start + self.page_size).min(self.block.mapping().len());
+        let Some(page) = ByteRange::from_bounds(start, end) else {
+            return Ok(Resolution::Arrived);
+        };
+        let pages = pages_touched(page);
+        let mut state = self.state.lock();
+        if state.outstanding.next_set(pages.start, pages.end).is_none() {
+            // The lock is held meanwhile, so that nothing arrives in between; and nothing will.
+            let placed = if self.block.tells_holes() {
+                faults.place_zeros(self.mapping, page)
+            } else {
+                faults.place(self.mapping, page.start(), &vec![0; page.len() as usize])
+            };
+            return match placed.map_err(self.failed("fill a page with zeros"))? {
+                Placed::Done => Ok(Resolution::Zero),
+                Placed::Exists(_) => {
+                    let woken = faults.wake(self.mapping, page);
+                    woken.map_err(self.failed("wake who waits for a page"))?;
+                    Ok(Resolution::Arrived)
+                }
+            };
+        }
+        if state.requested.contains_key(&pages.start) {
+            return Ok(Resolution::Requested);
+        }
+        state.requested.insert(pages.start, (Instant::now(), thread));
+        Ok(Resolution::Request(page))
+    }
+
+    /// What was asked for and has not arrived.
+    pub(super) fn requested(&self) -> Vec<ByteRange> {
+        let per_page = self.page_size / TARGET_PAGE_SIZE;
+        let state = self.state.lock();
+        state.requested.keys().map(|&page| bytes_of(page..page + per_page)).collect()
+    }
+
+    fn check(&self, range: ByteRange) -> Result<(), MigrationError> {
+        let whole = range.start().is_multiple_of(self.page_size)
+            && range.len().is_multiple_of(self.page_size)
+            && range.end() <= self.block.used_length();
+        if whole {
+            return Ok(());
+        }
+        let what = format!(
+            "{range} of block {:?}, which has {:#x} bytes in pages of {:#x}",
+            self.id(),
+            self.block.used_length(),
+            self.page_size
+        );
+        Err(MigrationError::Page { at: 0, what })
+    }
+
+    fn failed(&self, what: &'static str) -> impl FnOnce(std::io::Error) -> MigrationError {
+        MigrationError::memory(self.id(), what)
+    }
+}
+
+impl State {
+    fn arrive(&mut self, run: Range<u64>, arrived: &mut Arrived) {
+        arrived.pages += self.outstanding.clear_range(run.clone());
+        let waited: Vec<u64> = self.requested.range(run).map(|(&page, _)| page).collect();
+        for page in waited {
+            if let Some((since, thread)) = self.requested.remove(&page) {
+                arrived.waited.push((since.elapsed(), thread));
+            }
+        }
+    }
+}
+
+/// The ranges to register so that every outstanding page is in one: as few as the largest gaps
+/// allow.
+fn ranges_to_register(outstanding: &PageBitmap, page_size: u64) -> Vec<ByteRange> {
+    let mut gap_min = GAP_MIN.max(page_size);
+    loop {
+        let ranges = merged_runs(outstanding, page_size, gap_min);
+        if ranges.len() <= RANGES_MAX {
+            return ranges;
+        }
+        gap_min *= 4;
+    }
+}
+
+/// The runs of outstanding pages with gaps below `gap_min` closed, and whole host pages.
+fn merged_runs(outstanding: &PageBitmap, page_size: u64, gap_min: u64) -> Vec<ByteRange> {
+    let mut ranges: Vec<ByteRange> = Vec::new();
+    for run in outstanding.runs(0..outstanding.nr_pages()) {
+        let run = bytes_of(run);
+        let start = run.start() / page_size * page_size;
+        let end = run.end().next_multiple_of(page_size);
+        let merged = match ranges.last() {
+            Some(last) if start < last.end() + gap_min => {
+                let start = last.start();
+                ranges.pop();
+                start
+            }
+            _ => start,
+        };
+        ranges.extend(ByteRange::from_bounds(merged, end));
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_gaps_are_not_registered_and_ranges_stay_few() {
+        let mut outstanding = PageBitmap::new(1 << 24);
+        outstanding.set_range(10..20);
+        outstanding.set_range(30..40);
+        outstanding.set_range(100_000..100_001);
+        let ranges = ranges_to_register(&outstanding, 4096);
+        assert_eq!(ranges, [bytes_of(10..40), bytes_of(100_000..100_001)]);
+        let ranges = ranges_to_register(&outstanding, 2 << 20);
+        assert_eq!(ranges, [bytes_of(0..512), bytes_of(99_840..100_352)]);
+        for page in (0..1 << 24).step_by(1024) {
+            outstanding.set(page);
+        }
+        let ranges = ranges_to_register(&outstanding, 4096);
+        assert!(ranges.len() <= RANGES_MAX);
+        let covered = |page| ranges.iter().any(|range| range.contains(bytes_of(page..page + 1)));
+        assert!((0..1 << 24).step_by(1024).all(covered));
+    }
+}

@@ -1,0 +1,111 @@
+//! The thread that answers faults.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+use super::LazyRam;
+use super::block::Resolution;
+use crate::migration::error::MigrationError;
+use crate::sys::page_faults::Fault;
+
+/// Is told when faults cannot be answered any more: whoever needs a page waits for ever, so the
+/// guest must be stopped. Its memory is not lost.
+pub trait HandlerFailed: Send + Sync {
+    /// Why.
+    fn handler_failed(&self, error: &MigrationError);
+}
+
+/// A thread that answers the faults of a [`LazyRam`]. It touches none of the memory itself.
+///
+/// Whatever ends it, those who wait keep waiting as long as the [`LazyRam`] lives: a missing page
+/// never becomes zeros.
+pub struct FaultHandler {
+    stop: Arc<Stop>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Stop {
+    stopped: AtomicBool,
+    wake: OwnedFd,
+}
+
+impl FaultHandler {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub fn start(
+        lazy: Arc<LazyRam>,
+        failed: Arc<dyn HandlerFailed>,
+    ) -> Result<Self, MigrationError> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| MigrationError::io("make an eventfd")(errno.into()))?;
+        let stop = Arc::new(Stop { stopped: AtomicBool::new(false), wake });
+        let seen = Arc::clone(&stop);
+        let thread = std::thread::Builder::new().name("faults".to_owned()).spawn(move || {
+            if let Err(error) = serve(&lazy, &seen) {
+                tracing::error!(%error, "faults are not answered any more");
+                failed.handler_failed(&error);
+            }
+        });
+        let thread = thread.map_err(MigrationError::io("start a thread"))?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for FaultHandler {
+    fn drop(&mut self) {
+        self.stop.stopped.store(true, Ordering::Release);
+        // Any number but 0 wakes.
+        let _ = rustix::io::write(&self.stop.wake, &1u64.to_le_bytes());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(lazy: &LazyRam, stop: &Stop) -> Result<(), MigrationError> {
+    let mut found = Vec::new();
+    while !stop.stopped.load(Ordering::Acquire) {
+        let mut fds =
+            [PollFd::new(&lazy.faults, PollFlags::IN), PollFd::new(&stop.wake, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(MigrationError::io("wait for faults")(errno.into())),
+        }
+        lazy.faults.read(&mut found).map_err(MigrationError::io("read faults"))?;
+        let since = Instant::now();
+        for fault in found.drain(..) {
+            lazy.answer(&fault, since)?;
+        }
+    }
+    Ok(())
+}
+
+impl LazyRam {
+    fn answer(&self, fault: &Fault, since: Instant) -> Result<(), MigrationError> {
+        let Some(index) = self.blocks.iter().position(|block| block.mapping == fault.mapping)
+        else {
+            return Ok(());
+        };
+        match self.blocks[index].fault(&self.faults, fault.offset, fault.thread)? {
+            Resolution::Zero => self.statistics.lock().zero.add(since.elapsed()),
+            Resolution::Arrived => self.statistics.lock().arrived += 1,
+            Resolution::Requested => {}
+            Resolution::Request(range) => {
+                if let Err(error) = self.request(index, range) {
+                    // It is asked for again once there is somebody to ask.
+                    tracing::debug!(%error, %range, "cannot ask for a page now");
+                }
+            }
+        }
+        Ok(())
+    }
+}

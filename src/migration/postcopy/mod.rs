@@ -1,0 +1,72 @@
+//! Postcopy: the guest runs on the destination, and its memory follows.
+//!
+//! The source first tells which pages are still to come (QEMU's discard commands); the destination
+//! gives those back, registers them for faults, and starts the guest. Faults ask for pages on the
+//! return path; the answers overtake everything else on a channel of their own where there is one.
+//! A broken channel loses nothing: both sides pause, and go on over a new one.
+
+mod destination;
+mod received;
+mod requests;
+mod source;
+
+pub(super) use destination::Arriving;
+pub use destination::PostcopyIncoming;
+pub(super) use source::PostcopySource;
+
+use super::channel::Channel;
+use super::error::MigrationError;
+
+/// Everything is loaded and the guest can run (QEMU's QEMU_VM_PING_PACKAGED_LOADED).
+pub(super) const PING_PACKAGE_LOADED: u32 = 0x42;
+
+/// The channels of a migration in postcopy.
+#[derive(Debug)]
+pub struct Channels {
+    /// The stream, and back the return path.
+    pub main: Channel,
+    /// Pages that somebody waits for (QEMU's postcopy-preempt). Without it they go on the main
+    /// channel, behind what is already under way there.
+    pub urgent: Option<Channel>,
+}
+
+/// Makes new channels after the old ones broke.
+pub trait Reconnect: Send {
+    /// Waits for new channels. `None` gives up: the guest is lost, unless the other side still has
+    /// all of it.
+    fn reconnect(&mut self, error: &MigrationError) -> Option<Channels>;
+}
+
+/// Gives up at once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GiveUp;
+
+impl Reconnect for GiveUp {
+    fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
+        None
+    }
+}
+
+/// When the source switches from precopy to postcopy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SwitchWhen {
+    /// When [`Progress::start_postcopy`](super::progress::Progress::start_postcopy) is called.
+    Told,
+    /// Before any page is sent.
+    AtOnce,
+    /// When dirty pages were collected so many times and precopy has not converged.
+    Rounds(u64),
+}
+
+/// Postcopy on the source.
+pub struct PostcopyOutgoing<'a> {
+    /// When to switch.
+    pub when: SwitchWhen,
+    /// The channel for pages that somebody waits for.
+    pub urgent: Option<Channel>,
+    /// Where new channels come from when they break.
+    pub reconnect: Box<dyn Reconnect + 'a>,
+}
+
+#[cfg(test)]
+mod tests;

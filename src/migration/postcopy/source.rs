@@ -1,0 +1,252 @@
+//! The source: sends what is left, and what is asked for first.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::requests::{Requests, Told};
+use super::{Channels, Reconnect, received};
+use crate::migration::channel::{Channel, Sink};
+use crate::migration::error::MigrationError;
+use crate::migration::framing::write;
+use crate::migration::handler::PostcopySave;
+use crate::migration::progress::{Counters, Progress, Status};
+use crate::migration::stream::{
+    Command, ReturnMessage, SectionKind, put_command, put_continued, put_end_of_section, put_eof,
+    put_footer,
+};
+use crate::migration::wire::WireReader;
+use crate::sys::GatherWrite;
+
+/// What is sent in the background between two looks at what is asked for, bytes: little enough
+/// that an urgent page on the same channel waits for it only shortly.
+const BATCH: u64 = 256 << 10;
+
+/// How long the other side may take to answer in the handshake of a recovery.
+const HANDSHAKE: Duration = Duration::from_secs(30);
+
+/// The source after the guest has left.
+pub(crate) struct PostcopySource<'a> {
+    /// The handler that has the memory.
+    pub(crate) memory: &'a mut dyn PostcopySave,
+    /// The id of its sections.
+    pub(crate) section_id: u32,
+    pub(crate) reconnect: Box<dyn Reconnect + 'a>,
+    pub(crate) progress: Arc<Progress>,
+}
+
+/// The memory, for the thread that sends in the background and the one that answers requests.
+type Memory<'a> = Mutex<&'a mut dyn PostcopySave>;
+
+impl PostcopySource<'_> {
+    /// Sends everything, over as many channels as it takes. When this returns `Ok`, the destination
+    /// has all of it.
+    /// What the destination says on the first channel is read from `back`.
+    pub(crate) fn run(
+        self,
+        channels: Channels,
+        back: WireReader<Channel>,
+    ) -> Result<(), MigrationError> {
+        let Self { memory, section_id, mut reconnect, progress } = self;
+        let memory = Mutex::new(memory);
+        let mut channels = channels;
+        let mut back = Some(back);
+        loop {
+            let stream = Stream { memory: &memory, section_id, progress: &progress };
+            let error = match stream.send_all(channels, back.take()) {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            progress.set_status(Status::PostcopyPaused);
+            tracing::warn!(%error, "the channel is broken; the rest of memory waits");
+            match reconnect.reconnect(&error) {
+                Some(new) => channels = new,
+                None => return Err(error),
+            }
+            progress.set_status(Status::PostcopyRecover);
+        }
+    }
+}
+
+struct Stream<'a, 'm> {
+    memory: &'a Memory<'m>,
+    section_id: u32,
+    progress: &'a Progress,
+}
+
+impl Stream<'_, '_> {
+    fn send_all(
+        &self,
+        channels: Channels,
+        back: Option<WireReader<Channel>>,
+    ) -> Result<(), MigrationError> {
+        let Channels { mut main, urgent } = channels;
+        let back = match back {
+            Some(back) => back,
+            None => {
+                let mut back = WireReader::new(main.uncancellable());
+                self.resume(&mut main, &mut back)?;
+                back
+            }
+        };
+        self.progress.set_status(Status::PostcopyActive);
+        let requests = Requests::default();
+        let urgent = urgent.map(Mutex::new);
+        std::thread::scope(|scope| {
+            let broken = main.clone_handle();
+            let (requests, urgent) = (&requests, urgent.as_ref());
+            let answering = scope.spawn(move || {
+                let result = self.answer(back, requests, urgent);
+                requests.close();
+                if result.is_err() {
+                    // Whoever writes to it must not wait for a reader that is gone.
+                    broken.shutdown();
+                }
+                result
+            });
+            let result = self.background(&mut main, requests);
+            if result.is_err() {
+                main.shutdown();
+            }
+            let answered = answering.join().unwrap_or_else(|panic| {
+                std::panic::resume_unwind(panic);
+            });
+            match (result, answered) {
+                (Ok(()), Ok(())) => Ok(()),
+                // What broke first is more telling than what broke because of it.
+                (_, Err(error)) | (Err(error), Ok(())) => Err(error),
+            }
+        })
+    }
+
+    /// Asks for what has been received of each block, and sends only the rest.
+    fn resume(
+        &self,
+        main: &mut Channel,
+        back: &mut WireReader<Channel>,
+    ) -> Result<(), MigrationError> {
+        back.get_mut().set_patience(Some(HANDSHAKE));
+        let blocks = self.memory.lock().blocks();
+        for (block, nr_pages) in blocks {
+            let mut bytes = Vec::new();
+            put_command(&mut bytes, &Command::RecvBitmap { block: block.clone() });
+            write(main, &bytes)?;
+            match ReturnMessage::read(back)? {
+                ReturnMessage::RecvBitmap { block: told } if told == block => {
+                    let outstanding = received::read(back, &block, nr_pages)?;
+                    self.memory.lock().not_received(&block, outstanding)?;
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        let mut bytes = Vec::new();
+        put_command(&mut bytes, &Command::PostcopyResume);
+        write(main, &bytes)?;
+        match ReturnMessage::read(back)? {
+            ReturnMessage::ResumeAck => {}
+            other => return Err(unexpected(&other)),
+        }
+        back.get_mut().set_patience(None);
+        Ok(())
+    }
+
+    /// Sends page by page, and what was asked for between, until nothing is left; then ends the
+    /// stream and waits for the destination to say that it has everything.
+    fn background(&self, main: &mut Channel, requests: &Requests) -> Result<(), MigrationError> {
+        let mut gathered = GatherWrite::new();
+        loop {
+            let told = requests.take();
+            if told.closed {
+                return Err(MigrationError::ChannelClosed("memory was being sent"));
+            }
+            let mut any = false;
+            self.start(&mut gathered, SectionKind::Part);
+            {
+                let mut memory = self.memory.lock();
+                for (block, range) in told.pages {
+                    any |= memory.requested(&block, range, &mut gathered)?;
+                }
+                any |= memory.next(BATCH, &mut gathered)?;
+            }
+            self.end(&mut gathered);
+            if !any {
+                gathered.clear();
+                break;
+            }
+            Counters::add(&self.progress.counters.transferred, gathered.len_bytes());
+            main.write_gathered(&mut gathered).map_err(MigrationError::io("send pages"))?;
+        }
+        self.start(&mut gathered, SectionKind::End);
+        self.end(&mut gathered);
+        let mut eof = Vec::new();
+        put_eof(&mut eof);
+        gathered.push_bytes(&eof);
+        main.write_gathered(&mut gathered).map_err(MigrationError::io("end the stream"))?;
+        match requests.wait_for_end() {
+            Told { done: true, .. } => Ok(()),
+            _ => Err(MigrationError::ChannelClosed("it had everything but did not say so")),
+        }
+    }
+
+    fn start(&self, gathered: &mut GatherWrite, kind: SectionKind) {
+        let mut bytes = Vec::new();
+        put_continued(&mut bytes, kind, self.section_id);
+        gathered.push_bytes(&bytes);
+    }
+
+    fn end(&self, gathered: &mut GatherWrite) {
+        let mut bytes = Vec::new();
+        put_end_of_section(&mut bytes);
+        put_footer(&mut bytes, self.section_id);
+        gathered.push_bytes(&bytes);
+    }
+
+    /// Reads what the destination asks for; answers at once where there is a channel for it.
+    fn answer(
+        &self,
+        mut back: WireReader<Channel>,
+        requests: &Requests,
+        urgent: Option<&Mutex<Channel>>,
+    ) -> Result<(), MigrationError> {
+        let mut last_block = None;
+        let mut gathered = GatherWrite::new();
+        loop {
+            let ended = back.is_at_end().map_err(MigrationError::io("hear the destination"))?;
+            if ended {
+                return Err(MigrationError::ChannelClosed("memory was being sent"));
+            }
+            match ReturnMessage::read(&mut back)? {
+                ReturnMessage::RequestPages { block, start, len } => {
+                    if let Some(block) = block {
+                        last_block = Some(block);
+                    }
+                    let range = crate::ByteRange::new(start, u64::from(len));
+                    let (Some(block), Some(range)) = (&last_block, range) else {
+                        let what = format!("a request for {len} bytes at {start:#x} of no block");
+                        return Err(MigrationError::Unexpected(what));
+                    };
+                    match urgent {
+                        None => requests.push(block.clone(), range),
+                        Some(urgent) => {
+                            self.memory.lock().requested(block, range, &mut gathered)?;
+                            let written = urgent.lock().write_gathered(&mut gathered);
+                            written.map_err(MigrationError::io("send a page asked for"))?;
+                        }
+                    }
+                }
+                ReturnMessage::Shut(0) => {
+                    requests.done();
+                    return Ok(());
+                }
+                ReturnMessage::Shut(code) => return Err(MigrationError::Refused(code)),
+                ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck => {}
+                other => return Err(unexpected(&other)),
+            }
+        }
+    }
+}
+
+fn unexpected(message: &ReturnMessage) -> MigrationError {
+    MigrationError::Unexpected(format!("{message:?}"))
+}

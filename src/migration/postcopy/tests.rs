@@ -1,0 +1,264 @@
+//! Whole migrations whose guest reads its memory on the destination while that arrives.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::*;
+use crate::migration::devices::NoDevices;
+use crate::migration::dirty::{DirtyTracker, NeverWritten};
+use crate::migration::lazy::HandlerFailed;
+use crate::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use crate::migration::progress::{Progress, Snapshot, Status};
+use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+use crate::migration::stream::Configuration;
+use crate::migration::test_support::{PAGE, Side, fill};
+use crate::sys::HostMapping;
+
+const OPTIONS: ListOptions = ListOptions { ignore_shared: false, postcopy: true };
+
+/// A guest that does not run on the source, and reads its memory in odd order on the destination.
+struct Reader {
+    region: Arc<HostMapping>,
+    /// What each page is to hold.
+    expected: Vec<u8>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    wrong: Arc<AtomicUsize>,
+}
+
+impl Reader {
+    fn new(side: &Side, expected: Vec<u8>) -> Self {
+        let region = Arc::clone(side.blocks.get("vmem0").unwrap().mapping());
+        Self { region, expected, threads: Mutex::default(), wrong: Arc::default() }
+    }
+
+    fn wait(&self) -> usize {
+        for thread in self.threads.lock().unwrap().drain(..) {
+            thread.join().unwrap();
+        }
+        self.wrong.load(Ordering::Relaxed)
+    }
+}
+
+impl Guest for Reader {
+    fn stop(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        for first in 0..3 {
+            let (region, expected) = (Arc::clone(&self.region), self.expected.clone());
+            let wrong = Arc::clone(&self.wrong);
+            let thread = thread::spawn(move || {
+                let mut bytes = vec![0; PAGE as usize];
+                for step in 0..expected.len() {
+                    // Each page once, far from the one before.
+                    let page = (first * 331 + step * 397) % expected.len();
+                    region.read(page as u64 * PAGE, &mut bytes);
+                    if bytes.iter().any(|&byte| byte != expected[page]) {
+                        wrong.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+            self.threads.lock().unwrap().push(thread);
+        }
+        Ok(())
+    }
+}
+
+impl HandlerFailed for Reader {
+    fn handler_failed(&self, error: &MigrationError) {
+        panic!("{error}");
+    }
+}
+
+/// Hands out channels that were made before.
+struct Prepared(mpsc::Receiver<(UnixStream, Option<UnixStream>)>, Arc<Progress>);
+
+impl Reconnect for Prepared {
+    fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
+        let (main, urgent) = self.0.recv_timeout(Duration::from_secs(20)).ok()?;
+        let channel = |stream| Channel::new(stream, Arc::clone(&self.1)).unwrap();
+        Some(Channels { main: channel(main), urgent: urgent.map(channel) })
+    }
+}
+
+/// Passes bytes on until `limit` of them went to the destination, then breaks the channel.
+fn relay(limit: usize) -> (UnixStream, UnixStream) {
+    use std::io::{Read, Write};
+    let (source, mut near) = UnixStream::pair().unwrap();
+    let (mut far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    thread::spawn(move || {
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(std::net::Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let (mut buffer, mut left) = (vec![0; 4096], limit);
+        while left != 0 {
+            let read = near.read(&mut buffer).unwrap_or(0);
+            let pass = read.min(left);
+            if read == 0 || far.write_all(&buffer[..pass]).is_err() {
+                break;
+            }
+            left -= pass;
+        }
+        let _ = far.shutdown(std::net::Shutdown::Both);
+        let _ = near.shutdown(std::net::Shutdown::Both);
+    });
+    (source, destination)
+}
+
+struct Run {
+    outgoing: Result<(), MigrationError>,
+    incoming: Result<(), MigrationError>,
+    wrong: usize,
+    sent: Snapshot,
+}
+
+/// Migrates over the first pair of channels, and after each break over the next.
+fn migrate(
+    from: &Side,
+    to: &Side,
+    expected: Vec<u8>,
+    when: SwitchWhen,
+    urgent: bool,
+    mut channels: Vec<(UnixStream, UnixStream)>,
+) -> Run {
+    let reader = Arc::new(Reader::new(to, expected));
+    let (tell_source, source_hears) = mpsc::channel();
+    let (tell_destination, destination_hears) = mpsc::channel();
+    let first = channels.remove(0);
+    let pair = || urgent.then(|| UnixStream::pair().unwrap()).unzip();
+    for (near, far) in channels {
+        let (near_urgent, far_urgent) = pair();
+        tell_source.send((near, near_urgent)).unwrap();
+        tell_destination.send((far, far_urgent)).unwrap();
+    }
+    drop((tell_source, tell_destination));
+    let (near_urgent, far_urgent) = pair();
+    let channel =
+        |progress: &Arc<Progress>, stream| Channel::new(stream, Arc::clone(progress)).unwrap();
+
+    let (guest, blocks) = (Arc::clone(&reader), Arc::clone(&to.blocks));
+    let there = thread::spawn(move || {
+        let progress = Arc::new(Progress::new());
+        let ram = RamLoad::new(Arc::clone(&blocks), OPTIONS, Arc::clone(&progress));
+        let postcopy = PostcopyIncoming {
+            blocks,
+            urgent: far_urgent.map(|urgent| channel(&progress, urgent)),
+            reconnect: Box::new(Prepared(destination_hears, Arc::clone(&progress))),
+            failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
+        };
+        let incoming = Incoming {
+            configuration: Configuration::new("test"),
+            guest: &*guest,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy: Some(postcopy),
+            progress: Arc::clone(&progress),
+        };
+        incoming.run(channel(&progress, first.1))
+    });
+    let progress = Arc::new(Progress::new());
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
+    let ram = RamSave::new(&from.blocks, OPTIONS, Arc::clone(&progress), tracker).unwrap();
+    let source = Reader::new(from, Vec::new());
+    let postcopy = PostcopyOutgoing {
+        when,
+        urgent: near_urgent.map(|urgent| channel(&progress, urgent)),
+        reconnect: Box::new(Prepared(source_hears, Arc::clone(&progress))),
+    };
+    let outgoing = Outgoing {
+        parameters: Parameters::new(Configuration::new("test")),
+        guest: &source,
+        handlers: vec![Box::new(ram)],
+        devices: &mut NoDevices,
+        frozen: Vec::new(),
+        postcopy: Some(postcopy),
+        progress: Arc::clone(&progress),
+    };
+    let outgoing = outgoing.run(channel(&progress, first.0));
+    let incoming = there.join().unwrap();
+    Run { outgoing, incoming, wrong: reader.wait(), sent: progress.snapshot() }
+}
+
+/// A source with pages of all kinds, and what the guest is to see of each.
+fn filled() -> (Side, Vec<u8>) {
+    let from = Side::new(&[1, 4, 5, 9]);
+    fill(&from.region, 64..128, 7);
+    fill(&from.region, 260..310, 8);
+    fill(&from.region, 310..314, 0);
+    fill(&from.region, 600..620, 9);
+    // Written although discarded: the guest sees zeros.
+    fill(&from.region, 700..703, 0xdd);
+    fill(&from.boot, 3..5, 5);
+    let mut expected = vec![0; 1024];
+    expected[64..128].fill(7);
+    expected[260..310].fill(8);
+    expected[600..620].fill(9);
+    (from, expected)
+}
+
+fn blocks_of(side: &Side) -> &RamBlocks {
+    &side.blocks
+}
+
+#[test]
+fn the_guest_sees_its_memory_while_it_arrives_and_holes_stay_cheap() {
+    for urgent in [false, true] {
+        let (from, expected) = filled();
+        let to = Side::new(&[1, 4, 5, 9]);
+        // What was there before must not be seen.
+        fill(&to.region, 64..70, 0xee);
+        let channels = vec![UnixStream::pair().unwrap()];
+        let held = from.held();
+        let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, urgent, channels);
+        run.outgoing.unwrap();
+        run.incoming.unwrap();
+        assert_eq!(run.wrong, 0);
+        assert_eq!(run.sent.status, Status::Completed);
+        assert_eq!(from.held(), held);
+        assert!(run.sent.normal >= 64 + 50 + 20 + 2);
+        // The guest has read every page once: those of discarded memory are given back at the end
+        // unless it reads them later still.
+        let vmem = blocks_of(&to).get("vmem0").unwrap();
+        assert!(vmem.discarded().unwrap().len() > 2);
+    }
+}
+
+#[test]
+fn precopy_then_postcopy_drops_what_is_stale() {
+    let (from, expected) = filled();
+    let to = Side::new(&[1, 4, 5, 9]);
+    let channels = vec![UnixStream::pair().unwrap()];
+    let run = migrate(&from, &to, expected, SwitchWhen::Rounds(0), true, channels);
+    run.outgoing.unwrap();
+    run.incoming.unwrap();
+    assert_eq!(run.wrong, 0);
+}
+
+#[test]
+fn a_channel_broken_anywhere_is_recovered_any_number_of_times() {
+    let mut limit = 1500;
+    let mut recovered = 0;
+    while limit < 700_000 {
+        let (from, expected) = filled();
+        let to = Side::new(&[1, 4, 5, 9]);
+        // Broken three times, the last time in the handshake of a recovery.
+        let channels = vec![relay(limit), relay(limit / 3 + 100), relay(9), relay(usize::MAX)];
+        let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, limit % 2 == 0, channels);
+        match (&run.outgoing, &run.incoming) {
+            (Ok(()), Ok(())) => recovered += 1,
+            // Before the guest was handed over, it stays where it is.
+            (Err(_), Err(_)) if limit < 10_000 => {}
+            other => panic!("after {limit} bytes: {other:?}"),
+        }
+        assert_eq!(run.wrong, 0, "after {limit} bytes");
+        limit += limit / 3;
+    }
+    assert!(recovered > 10, "{recovered}");
+}

@@ -1,0 +1,159 @@
+//! Page records of a stream, placed where the guest already waits for them.
+
+use super::MigrationBlock;
+use crate::ByteRange;
+use crate::migration::error::MigrationError;
+use crate::migration::lazy::LazyRam;
+use crate::migration::stream::{PageHeader, PageKind, TARGET_PAGE_SIZE};
+use crate::migration::wire::WireRead;
+
+/// Pages are placed in runs of at most so many bytes, or of one host page.
+const RUN_MAX: usize = 256 << 10;
+
+/// Reads the records of one channel.
+pub(crate) struct RamRecords {
+    /// The block of the record before.
+    current: Option<usize>,
+    /// Where what is collected belongs: bytes from the start of the current block.
+    start: u64,
+    /// Pages that follow each other and are not placed yet.
+    bytes: Vec<u8>,
+    /// Whether any of them is not zero.
+    any: bool,
+}
+
+impl RamRecords {
+    /// Of a channel on which nothing was read.
+    pub(crate) fn new() -> Self {
+        Self { current: None, start: 0, bytes: Vec::new(), any: false }
+    }
+
+    /// Places the pages of a section, up to its end.
+    pub(crate) fn place_section(
+        &mut self,
+        lazy: &LazyRam,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), MigrationError> {
+        self.current = None;
+        while !self.record(lazy, reader)? {}
+        self.flush(lazy)
+    }
+
+    /// Places the next page as soon as it is whole; true at an end of section.
+    pub(crate) fn place_page(
+        &mut self,
+        lazy: &LazyRam,
+        reader: &mut dyn WireRead,
+    ) -> Result<bool, MigrationError> {
+        let ended = self.record(lazy, reader)?;
+        let page_size = self.current.map_or(0, |index| host_page(lazy.block(index)));
+        if ended || self.bytes.len() as u64 == page_size {
+            self.flush(lazy)?;
+        }
+        Ok(ended)
+    }
+
+    /// Reads a record; true at the end of a section.
+    fn record(
+        &mut self,
+        lazy: &LazyRam,
+        reader: &mut dyn WireRead,
+    ) -> Result<bool, MigrationError> {
+        let at = reader.offset();
+        let header = PageHeader::parse(reader.be64("a page")?, at)?;
+        let (kind, offset, continued) = match header {
+            PageHeader::Page { kind, offset, continued } => (kind, offset, continued),
+            PageHeader::EndOfSection => return Ok(true),
+            PageHeader::Flush => return Ok(false),
+            PageHeader::List { .. } => return Err(bad(at, "a list of RAM blocks in postcopy")),
+        };
+        if !continued {
+            let name = reader.name("the id of a block")?;
+            let found = lazy.find(&name);
+            if found.is_none() {
+                return Err(bad(
+                    at,
+                    &format!("a page of block {name:?}, of which none is to come"),
+                ));
+            }
+            if found != self.current {
+                self.flush(lazy)?;
+            }
+            self.current = found;
+        }
+        let Some(index) = self.current else {
+            return Err(bad(at, "a page continues a block that was never named"));
+        };
+        let block = lazy.block(index);
+        let page_size = host_page(block);
+        self.make_room(lazy, page_size, offset)?;
+        if self.bytes.is_empty() {
+            if !offset.is_multiple_of(page_size) {
+                return Err(bad(at, "a page starts within a host page"));
+            }
+            self.start = offset;
+        }
+        let len = self.bytes.len();
+        self.bytes.resize(len + TARGET_PAGE_SIZE as usize, 0);
+        match kind {
+            PageKind::Normal => {
+                reader.read_exact(&mut self.bytes[len..], "a page")?;
+                self.any = true;
+            }
+            PageKind::Zero => {
+                if reader.u8("the fill of a page")? != 0 {
+                    return Err(bad(at, "a page is filled with another byte than 0"));
+                }
+                if page_size == TARGET_PAGE_SIZE {
+                    // By itself, since it needs no memory.
+                    self.bytes.truncate(len);
+                    self.flush(lazy)?;
+                    if let Some(range) = ByteRange::new(offset, TARGET_PAGE_SIZE) {
+                        lazy.place_zeros(index, range)?;
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Places what is collected when the page at `offset` does not follow it, or it is enough.
+    fn make_room(
+        &mut self,
+        lazy: &LazyRam,
+        page_size: u64,
+        offset: u64,
+    ) -> Result<(), MigrationError> {
+        let len = self.bytes.len() as u64;
+        if len == 0 {
+            return Ok(());
+        }
+        let whole = len.is_multiple_of(page_size);
+        let full = whole && len >= page_size.max(RUN_MAX as u64);
+        if full || offset != self.start + len {
+            self.flush(lazy)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self, lazy: &LazyRam) -> Result<(), MigrationError> {
+        let Some(index) = self.current.filter(|_| !self.bytes.is_empty()) else { return Ok(()) };
+        let range = ByteRange::new(self.start, self.bytes.len() as u64);
+        if self.any {
+            lazy.place(index, self.start, &self.bytes)?;
+        } else if let Some(range) = range {
+            lazy.place_zeros(index, range)?;
+        }
+        self.bytes.clear();
+        self.any = false;
+        Ok(())
+    }
+}
+
+fn host_page(block: &MigrationBlock) -> u64 {
+    block.page_size().max(TARGET_PAGE_SIZE)
+}
+
+fn bad(at: u64, what: &str) -> MigrationError {
+    MigrationError::Page { at, what: what.to_owned() }
+}
