@@ -17,7 +17,9 @@ use common::{BLOCK, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
 use test_vmm::daemon::Daemon;
 use test_vmm::driver::{RequestType, ResponseType};
 use virtio_mem::ByteRange;
-use virtio_mem::ram_discard::channel::{FrameReader, RemoteRamDiscardManager, send, wire};
+use virtio_mem::ram_discard::channel::{
+    AttachError, FrameReader, RemoteRamDiscardManager, send, wire,
+};
 use virtio_mem::ram_discard::{
     FreezeBlockState, RamDiscardListener, RamDiscardManager, RegisterError,
 };
@@ -32,8 +34,17 @@ fn attach(daemon: &Daemon) -> RemoteRamDiscardManager {
 }
 
 fn attach_at(socket: &Path) -> RemoteRamDiscardManager {
-    let stream = UnixStream::connect(socket).unwrap();
-    RemoteRamDiscardManager::attach(stream, PATIENCE).unwrap()
+    let start = Instant::now();
+    loop {
+        let stream = UnixStream::connect(socket).unwrap();
+        match RemoteRamDiscardManager::attach(stream, PATIENCE) {
+            Ok(manager) => return manager,
+            // Clients that have left keep their place until the change under way has ended.
+            Err(AttachError::Refused { cause: wire::Farewell::TooMany, .. })
+                if start.elapsed() < PATIENCE => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
 
 fn section(first: u64, end: u64) -> ByteRange {

@@ -305,3 +305,18 @@ fn a_client_sees_what_was_plugged_before_it_came() {
     let sizes = client.sizes().unwrap();
     assert_eq!((sizes.plugged_size, sizes.requested_size), (2 * BLOCK, NR * BLOCK));
 }
+
+/// As many blocks as before, so that no size tells of the change.
+#[test]
+fn a_state_that_is_loaded_reaches_clients_and_the_bitmap() {
+    let rig = rig();
+    assert_eq!(rig.plug(0, 4), Response::Ack);
+    let client = rig.attach();
+    let mut state = rig.controller.save_state();
+    state.plugged = vec![0b1010_0101];
+    rig.controller.load_state(state).unwrap();
+    assert_eq!(client.words().unwrap(), [0b1010_0101]);
+    assert_eq!(rig.attach().words().unwrap(), [0b1010_0101]);
+    assert_eq!(rig.controller.execute(Request::UnplugAll), Response::Ack);
+    assert_eq!(client.words().unwrap(), [0]);
+}
