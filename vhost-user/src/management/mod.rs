@@ -2,7 +2,7 @@
 //!
 //! - [`Management`] is what the API needs of the device; the server knows nothing else of it.
 //! - [`Server`] has the socket; `router` the resources; [`Problem`] every error.
-//! - [`openapi`] describes all of it, and is served at `/openapi.json`.
+//! - [`openapi()`] describes all of it, and is served at `/openapi.json`.
 
 mod body;
 mod device;
