@@ -102,7 +102,7 @@ impl MemController {
             usable_region_size: device.usable_region_size(),
             ..state.record(blocks, JournalUpdate::Forget)
         };
-        state.store.commit(&record)?;
+        state.save(&record)?;
         let before = std::mem::replace(&mut state.device, device);
         state.journal = None;
         let (requested, plugged) = (state.device.requested_size(), state.device.plugged_size());

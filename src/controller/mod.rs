@@ -115,6 +115,8 @@ struct State {
     store: Box<dyn StateStore>,
     journal: Option<Request>,
     holders: BTreeSet<FreezeHolder>,
+    /// A freeze has ended, but the store could not take that: what it has still names the holder.
+    thaw_unsaved: bool,
     reset_pending: bool,
     sweep_pending: bool,
     observers: Vec<Arc<dyn DeviceObserver>>,
@@ -160,6 +162,7 @@ impl MemController {
             store,
             journal,
             holders,
+            thaw_unsaved: false,
             reset_pending: false,
             sweep_pending: sweep,
             observers: Vec::new(),
@@ -331,7 +334,7 @@ impl MemController {
             usable_region_size,
             ..state.record(BlockUpdate::Keep, JournalUpdate::Keep)
         };
-        state.store.commit(&record)?;
+        state.save(&record)?;
         state.device.set_requested_size(requested_size)?;
         state.tell(|observer| {
             observer.requested_size(requested_size);
@@ -386,14 +389,16 @@ impl MemController {
     ///
     /// # Errors
     ///
-    /// When the state could not be saved; the freeze then still ends.
+    /// When the state could not be saved; the freeze then still ends. Called again, it is tried
+    /// again to save that.
     pub fn thaw(&self, holder: FreezeHolder) -> io::Result<()> {
         let mut transaction = self.manager.begin();
         let mut state = self.state();
         if !state.holders.remove(&holder) {
-            return Ok(());
+            return if state.thaw_unsaved { state.save_holders() } else { Ok(()) };
         }
         let saved = state.save_holders();
+        state.thaw_unsaved = saved.is_err();
         if state.holders.is_empty() {
             let reset = std::mem::take(&mut state.reset_pending);
             drop(state);
@@ -524,7 +529,7 @@ impl MemController {
         if *change == Change::UnplugAll {
             record.usable_region_size = state.device.usable_after_unplug_all();
         }
-        state.store.commit(&record)?;
+        state.save(&record)?;
         let before = state.device.plugged_size();
         state.device.apply(change);
         state.journal = match journal {
@@ -559,7 +564,14 @@ impl State {
 
     fn save_holders(&mut self) -> io::Result<()> {
         let record = self.record(BlockUpdate::Keep, JournalUpdate::Keep);
-        self.store.commit(&record)
+        self.save(&record)
+    }
+
+    fn save(&mut self, record: &StateRecord<'_>) -> io::Result<()> {
+        self.store.commit(record)?;
+        // Every record has all that is known of holders.
+        self.thaw_unsaved = false;
+        Ok(())
     }
 
     fn tell(&self, event: impl Fn(&dyn DeviceObserver)) {

@@ -267,6 +267,23 @@ fn system_reset_during_migration_is_done_when_it_ends() {
 }
 
 #[test]
+fn a_thaw_that_was_not_saved_is_saved_by_the_next() {
+    let rig = rig();
+    rig.controller.freeze(FreezeHolder::Api).unwrap();
+    rig.store.fails.store(true, Ordering::Relaxed);
+    for _ in 0..2 {
+        rig.controller.thaw(FreezeHolder::Api).unwrap_err();
+        assert!(!rig.controller.migration_active());
+    }
+    rig.store.fails.store(false, Ordering::Relaxed);
+    let before = rig.store.commits.load(Ordering::Relaxed);
+    for _ in 0..2 {
+        rig.controller.thaw(FreezeHolder::Api).unwrap();
+        assert_eq!(rig.store.commits.load(Ordering::Relaxed), before + 1);
+    }
+}
+
+#[test]
 fn buffers_in_unplugged_memory_are_not_usable() {
     let rig = rig();
     rig.execute(plug(1, 1));

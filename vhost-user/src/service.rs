@@ -158,16 +158,27 @@ impl Management for Service {
         }
     }
 
-    fn set_migration(&self, active: bool) -> DeviceInfo {
-        let done = if active {
-            self.controller.freeze(FreezeHolder::Api)
+    fn set_migration(&self, active: bool) -> Result<DeviceInfo, Refusal> {
+        let (done, title, outcome) = if active {
+            let done = self.controller.freeze(FreezeHolder::Api);
+            (done, "Migration not started", "nothing was changed")
         } else {
-            self.controller.thaw(FreezeHolder::Api)
+            let done = self.controller.thaw(FreezeHolder::Api);
+            let outcome = "block state is no longer frozen by the API, but a daemon that is \
+                           started again may take migration for active";
+            (done, "Migration ended, but not saved", outcome)
         };
-        if let Err(error) = done {
-            tracing::error!(%error, active, "cannot save that migration changed");
+        match done {
+            Ok(()) => Ok(self.device()),
+            Err(error) => {
+                tracing::error!(%error, active, "cannot save that migration changed");
+                Err(Refusal {
+                    status: 500,
+                    title: title.to_owned(),
+                    detail: format!("cannot save the device state: {error}; {outcome}"),
+                })
+            }
         }
-        self.device()
     }
 
     fn metrics(&self) -> String {

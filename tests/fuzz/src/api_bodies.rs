@@ -110,7 +110,7 @@ fn only_field(body: &[u8], name: &str) -> Option<Value> {
 /// Sends one request, with the state set beforehand, and checks the answer.
 fn exchange(api: &Api, migration: bool, content_type: Option<&str>, body: &[u8]) {
     api.service.resize(BLOCK).unwrap_or_else(|refusal| panic!("{refusal:?}"));
-    api.service.set_migration(false);
+    api.service.set_migration(false).unwrap_or_else(|refusal| panic!("{refusal:?}"));
     let before = api.state();
     let resource = if migration { "/v1/migration" } else { "/v1/device/requested-size" };
     let answer = api.send(&head("PUT", resource, content_type, body.len()), body);

@@ -50,7 +50,12 @@ pub trait Management: Send + Sync + 'static {
     fn system_reset(&self) -> Result<DeviceInfo, Refusal>;
 
     /// Starts or ends migration.
-    fn set_migration(&self, active: bool) -> DeviceInfo;
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be saved. Nothing has changed then if it was to start; if it was to end, it
+    /// has ended nevertheless.
+    fn set_migration(&self, active: bool) -> Result<DeviceInfo, Refusal>;
 
     /// All metrics in the OpenMetrics text format.
     fn metrics(&self) -> String;

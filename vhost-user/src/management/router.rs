@@ -137,6 +137,10 @@ pub(super) async fn system_reset(
 }
 
 /// Starts or ends migration: block state is frozen while it is active.
+///
+/// 500 when that cannot be saved. Nothing has changed then if it was to start; if it was to end, it
+/// has ended, but a daemon that is started again may take it for active: the same request again
+/// tries again to save it.
 #[utoipa::path(put, path = "/v1/migration", operation_id = "setMigration",
     request_body = MigrationSetting, responses(
     (status = 200, description = "The device after the change", body = DeviceInfo),
@@ -155,7 +159,7 @@ pub(super) async fn set_migration(
 ) -> Result<Json<DeviceInfo>, Problem> {
     let expected = r#"{"active": true} or {"active": false}"#;
     let MigrationSetting { active } = body::json(&headers, body, expected).await?;
-    api.change(move |management| Ok(management.set_migration(active))).await
+    api.change(move |management| management.set_migration(active)).await
 }
 
 /// Changes as they happen, as server-sent events.

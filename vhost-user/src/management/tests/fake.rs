@@ -99,11 +99,11 @@ impl Management for Fake {
         Ok(self.device())
     }
 
-    fn set_migration(&self, active: bool) -> DeviceInfo {
+    fn set_migration(&self, active: bool) -> Result<DeviceInfo, Refusal> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         self.device.lock().migration_active = active;
         let _ = self.events.send(Event::Migration(active));
-        self.device()
+        Ok(self.device())
     }
 
     fn metrics(&self) -> String {

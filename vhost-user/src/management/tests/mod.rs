@@ -6,5 +6,6 @@ mod refusals;
 mod resources;
 mod strain;
 mod stream;
+mod unsaved;
 
 pub(crate) use fake::{Fake, device};
