@@ -254,6 +254,23 @@ impl MemController {
         })
     }
 
+    /// Where the host really holds memory for the region: maximal ascending ranges, bytes from its
+    /// start. `None` while nothing is mapped.
+    ///
+    /// `granularity` (bytes, rounded up to a multiple of the block size) is the resolution: ranges
+    /// consist of whole units of that size, counted from the start of the region and cut off at
+    /// its end, of which the host holds any byte. So their sum may be more than
+    /// [`populated_size`](Self::populated_size), and memory that is populated page by page costs
+    /// no more than a few searches a unit. In hugetlb memory, plugged blocks count, as they do
+    /// there.
+    pub fn populated_ranges(&self, granularity: u64) -> Option<Vec<ByteRange>> {
+        let section = self.geometry.section()?;
+        let granularity = granularity.clamp(1, self.geometry.region_size());
+        let unit = granularity.next_multiple_of(self.geometry.block_size());
+        let plugged = if self.memory.has_hugetlb() { self.served.ranges(true) } else { Vec::new() };
+        self.memory.populated_units(section, unit, &plugged)
+    }
+
     /// Whether all of a guest-physical range may be used by the guest: what lies in the region is
     /// plugged. Looked up before the device reads or writes a guest buffer, since touching
     /// unplugged memory would allocate it.

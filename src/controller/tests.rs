@@ -1,5 +1,6 @@
 use super::*;
 use crate::device::{BlockSpan, DeviceState};
+use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -264,6 +265,87 @@ fn system_reset_during_migration_is_done_when_it_ends() {
     assert_eq!(rig.controller.config().plugged_size, 4 * BLOCK);
     rig.controller.thaw(FreezeHolder::Log).unwrap();
     assert_eq!(rig.controller.config().plugged_size, 0);
+}
+
+#[test]
+fn populated_ranges_are_whole_units_with_anything_in_them() {
+    let rig = rig();
+    let ranges = |granularity| rig.controller.populated_ranges(granularity).unwrap();
+    assert_eq!(ranges(1), []);
+    // Populated counts, plugged or not, down to a byte.
+    rig.execute(plug(0, 8));
+    rig.fill(1, 3);
+    rig.file.write_all_at(&[1], 3 * BLOCK).unwrap();
+    rig.file.write_all_at(&[1], 6 * BLOCK - 1).unwrap();
+    rig.fill(NR - 1, NR);
+    let last = section(NR - 1, NR);
+    for granularity in [0, 1, BLOCK] {
+        assert_eq!(ranges(granularity), [section(1, 4), section(5, 6), last], "{granularity}");
+    }
+    assert_eq!(ranges(BLOCK + 1), [section(0, 6), section(NR - 2, NR)]);
+    assert_eq!(ranges(4 * BLOCK), [section(0, 8), section(NR - 4, NR)]);
+    assert_eq!(ranges(3 * BLOCK), [section(0, 6), last], "cut off at the end of the region");
+    assert_eq!(ranges(u64::MAX), [section(0, NR)]);
+    assert_eq!(rig.controller.populated_size(), Some(3 * BLOCK + 2 * 4096));
+}
+
+#[test]
+fn populated_ranges_of_memory_in_pieces() {
+    let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
+    assert_eq!(controller.populated_ranges(BLOCK), None);
+    let (low, high) = (memfd(), memfd());
+    let piece = |first: u64, end: u64, file: &File, fd_offset| {
+        let (gpa, size) = (ADDR + first * BLOCK, (end - first) * BLOCK);
+        let file = file.try_clone().unwrap();
+        Arc::new(RamBlock::new(format!("mem@{gpa:#x}"), gpa, size, file, fd_offset).unwrap())
+    };
+    // The second of two neighbours starts at another place of its file; a gap lies before a third.
+    let blocks =
+        vec![piece(0, 5, &low, 0), piece(5, 10, &high, 7 * BLOCK), piece(20, 24, &low, 9 * BLOCK)];
+    controller.set_memory(blocks).unwrap();
+    let write = |file: &File, block: u64| file.write_all_at(&[1], block * BLOCK).unwrap();
+    (3..9).for_each(|block| write(&low, block));
+    [6, 7, 9, 12].into_iter().for_each(|block| write(&high, block));
+    write(&low, 12);
+    let ranges = |granularity| controller.populated_ranges(granularity).unwrap();
+    assert_eq!(ranges(BLOCK), [section(3, 6), section(7, 8), section(23, 24)]);
+    assert_eq!(ranges(2 * BLOCK), [section(2, 8), section(22, 24)]);
+    assert_eq!(ranges(4 * BLOCK), [section(0, 8), section(20, 24)]);
+}
+
+proptest! {
+    #[test]
+    fn populated_ranges_agree_with_each_page(
+        pages in prop::collection::btree_set(0u64..256, 0..60),
+        blocks_per_unit in 1u64..9,
+    ) {
+        const PAGE: u64 = 4096;
+        let block = 4 * PAGE;
+        let geometry = Geometry::new(ADDR, 256 * PAGE, block, None).unwrap();
+        let device = VirtioMem::new(geometry, 0).unwrap();
+        let controller = MemController::new(Start::volatile(device));
+        let file = memfd();
+        pages.iter().for_each(|page| file.write_all_at(&[1], page * PAGE).unwrap());
+        let ram_block = RamBlock::new("mem".to_owned(), ADDR, 256 * PAGE, file, 0).unwrap();
+        controller.set_memory(vec![Arc::new(ram_block)]).unwrap();
+        let unit = blocks_per_unit * block;
+        let units: BTreeSet<u64> = pages.iter().map(|page| page * PAGE / unit).collect();
+        let mut expected: Vec<(u64, u64)> = Vec::new();
+        for unit_index in units {
+            let end = ((unit_index + 1) * unit).min(256 * PAGE);
+            match expected.last_mut() {
+                Some(last) if last.1 == unit_index * unit => last.1 = end,
+                _ => expected.push((unit_index * unit, end)),
+            }
+        }
+        let found: Vec<_> = controller
+            .populated_ranges(unit)
+            .unwrap()
+            .into_iter()
+            .map(|range| (range.start(), range.end()))
+            .collect();
+        prop_assert_eq!(found, expected);
+    }
 }
 
 #[test]

@@ -216,25 +216,38 @@ impl Backing {
         range: ByteRange,
         mut visit: impl FnMut(ByteRange) -> io::Result<()>,
     ) -> io::Result<()> {
+        let mut rest = Some(range);
+        while let Some(range) = rest
+            && let Some(data) = self.first_data(range)?
+        {
+            visit(data)?;
+            rest = ByteRange::from_bounds(data.end(), range.end());
+        }
+        Ok(())
+    }
+
+    /// The first maximal part of `range` (bytes of the file) that holds data. Nothing is touched;
+    /// hugetlb files do not tell their holes.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be searched.
+    pub(crate) fn first_data(&self, range: ByteRange) -> io::Result<Option<ByteRange>> {
         let mut at = range.start();
-        while at < range.end() {
-            let start = match seek(&self.file, SeekFrom::Data(at)) {
-                // No data up to the end of the file.
-                Err(Errno::NXIO) => break,
-                other => other?,
-            };
+        while let Some(start) = self.next_data(at)?.filter(|start| *start < range.end()) {
             let end = match seek(&self.file, SeekFrom::Hole(start)) {
-                // Punched or truncated meanwhile.
+                // Truncated meanwhile.
                 Err(Errno::NXIO) => range.end(),
                 other => other?,
             };
             let data = ByteRange::from_bounds(start, end).and_then(|d| d.intersection(range));
-            if let Some(data) = data {
-                visit(data)?;
+            if data.is_some() {
+                return Ok(data);
             }
-            at = end.max(start + 1);
+            // Punched meanwhile.
+            at = start + 1;
         }
-        Ok(())
+        Ok(None)
     }
 
     /// The first byte from `from` (of the file) on that holds data. Nothing is touched; hugetlb

@@ -123,6 +123,50 @@ impl RegionMemory {
         })
     }
 
+    /// Where the host holds something of `section`: maximal ascending ranges of whole units of
+    /// `unit` bytes, counted from the start of the region. Of hugetlb memory, that is where
+    /// `plugged` (ascending) is. `None` when nothing is mapped or the backing does not tell.
+    ///
+    /// What lies within a unit is not looked at, so that the cost is bounded by the number of
+    /// units, however finely the memory is populated.
+    ///
+    /// # Panics
+    ///
+    /// When `unit` is 0.
+    pub(crate) fn populated_units(
+        &self,
+        section: ByteRange,
+        unit: u64,
+        plugged: &[ByteRange],
+    ) -> Option<Vec<ByteRange>> {
+        let (pieces, _) = self.pieces(section);
+        if pieces.is_empty() {
+            return None;
+        }
+        let mut found = Units { unit, region_size: self.geometry.region_size(), ranges: vec![] };
+        for (block, file_range) in pieces {
+            let part = block.range().intersection(section.shifted_up(self.geometry.addr())?)?;
+            let part = part.shifted_down(self.geometry.addr())?;
+            if block.backing().kind() == BackingKind::Hugetlb {
+                plugged.iter().filter_map(|range| range.intersection(part)).for_each(|range| {
+                    found.add(range);
+                });
+                continue;
+            }
+            let mut rest = Some(file_range);
+            while let Some(range) = rest
+                && let Some(data) = block.backing().first_data(range).ok()?
+            {
+                let offset = data.start() - file_range.start();
+                let end = found.add(ByteRange::new(part.start() + offset, data.len())?);
+                // Nothing more is to be learned of the last unit.
+                let next = file_range.start().saturating_add(end - part.start());
+                rest = ByteRange::from_bounds(next, file_range.end());
+            }
+        }
+        Some(found.ranges)
+    }
+
     /// Whether any of the memory is hugetlb, which does not tell its holes.
     pub fn has_hugetlb(&self) -> bool {
         let table = self.table.lock();
@@ -180,6 +224,30 @@ impl RegionMemory {
         }
         let missing = missing.or(ByteRange::from_bounds(at, wanted.end()));
         (pieces, missing)
+    }
+}
+
+/// Ranges of the region, collected as whole units.
+struct Units {
+    unit: u64,
+    region_size: u64,
+    /// Ascending and apart.
+    ranges: Vec<ByteRange>,
+}
+
+impl Units {
+    /// Adds the units that `range` touches, which starts no lower than those before. Returns the
+    /// end of the last one.
+    fn add(&mut self, range: ByteRange) -> u64 {
+        let start = range.start() / self.unit * self.unit;
+        // The region may end within a unit.
+        let end = range.end().checked_next_multiple_of(self.unit);
+        let end = end.map_or(self.region_size, |end| end.min(self.region_size));
+        // Two pieces of memory may meet within a unit.
+        let joined = self.ranges.pop_if(|last| last.end() >= start);
+        let start = joined.map_or(start, |last| last.start());
+        self.ranges.extend(ByteRange::from_bounds(start, end));
+        end
     }
 }
 

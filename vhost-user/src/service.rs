@@ -11,11 +11,15 @@ use virtio_mem::controller::{
 
 use crate::front_door::Notifier;
 use crate::gate::Gate;
-use crate::management::{Blocks, DeviceInfo, Event, Management, Range, Refusal};
+use crate::management::{Blocks, DeviceInfo, Event, Management, Populated, Range, Refusal};
 use crate::metrics::{Metrics, MetricsListener};
 
 /// Events that a slow reader may lag behind before it is told that it missed some.
 const EVENT_BACKLOG: usize = 256;
+
+/// Parts of the region of which it is told whether they are populated, at most: finer than a map
+/// on any screen, and few enough to be searched at each request.
+const POPULATED_PARTS: u64 = 1 << 16;
 
 /// The device with everything that watches it.
 pub struct Service {
@@ -100,9 +104,13 @@ impl Service {
     }
 
     fn ranges(&self, plugged: bool) -> Vec<Range> {
-        let range = |range: ByteRange| Range { offset: range.start(), size: range.len() };
-        self.controller.ranges(plugged).into_iter().map(range).collect()
+        to_api(self.controller.ranges(plugged))
     }
+}
+
+fn to_api(ranges: Vec<ByteRange>) -> Vec<Range> {
+    let range = |range: ByteRange| Range { offset: range.start(), size: range.len() };
+    ranges.into_iter().map(range).collect()
 }
 
 impl Management for Service {
@@ -138,6 +146,14 @@ impl Management for Service {
 
     fn blocks(&self) -> Blocks {
         Blocks { plugged: self.ranges(true), discarded: self.ranges(false) }
+    }
+
+    fn populated(&self) -> Populated {
+        let geometry = self.controller.geometry();
+        let blocks = geometry.region_size() / geometry.block_size();
+        // A power of two, so that whole parts make the characters of a map.
+        let part = blocks.div_ceil(POPULATED_PARTS).next_power_of_two() * geometry.block_size();
+        Populated { populated: self.controller.populated_ranges(part).map(to_api) }
     }
 
     fn system_reset(&self) -> Result<DeviceInfo, Refusal> {

@@ -87,6 +87,9 @@ fn plug_takes_pages_from_the_pool_and_unplug_gives_them_back() {
     rig.assert_stamped(0, 1);
     assert_eq!(rig.plug(100, 2), ResponseType::Ack);
     assert_eq!(rig.daemon.api().device().unwrap()["populated_size"], 4 * BLOCK);
+    let populated = rig.daemon.api().get("/v1/device/populated").unwrap().json();
+    let plugged = rig.daemon.api().get("/v1/device/blocks").unwrap().json();
+    assert_eq!(populated["populated"], plugged["plugged"]);
     assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Ack);
     assert_eq!(pool.free(), 4);
 }

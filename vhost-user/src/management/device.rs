@@ -51,6 +51,16 @@ pub struct Blocks {
     pub discarded: Vec<Range>,
 }
 
+/// Where the host holds memory for the region.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Populated {
+    /// Maximal ascending ranges; null when guest memory is not mapped. A range consists of whole
+    /// blocks, or of a power of two of them in a region of very many, each with memory in it: their
+    /// sum may be more than populated_size.
+    #[schema(required)]
+    pub populated: Option<Vec<Range>>,
+}
+
 /// Body of `PUT /v1/device/requested-size`.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

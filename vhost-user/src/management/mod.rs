@@ -16,7 +16,7 @@ mod stream;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use device::{Blocks, DeviceInfo, MigrationSetting, Range, RequestedSize};
+pub use device::{Blocks, DeviceInfo, MigrationSetting, Populated, Range, RequestedSize};
 pub use event::Event;
 pub use openapi::openapi;
 pub use problem::{Problem, Refusal};
@@ -41,6 +41,9 @@ pub trait Management: Send + Sync + 'static {
 
     /// What is plugged, and what is not.
     fn blocks(&self) -> Blocks;
+
+    /// Where the host holds memory.
+    fn populated(&self) -> Populated;
 
     /// Unplugs and discards everything.
     ///

@@ -2,7 +2,9 @@
 
 use utoipa::{OpenApi, ToResponse};
 
-use super::{Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, router};
+use super::{
+    Blocks, DeviceInfo, MigrationSetting, Populated, Problem, Range, RequestedSize, router,
+};
 
 /// The API described in OpenAPI.
 pub fn openapi() -> utoipa::openapi::OpenApi {
@@ -19,6 +21,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         router::device,
         router::set_requested_size,
         router::blocks,
+        router::populated,
         router::system_reset,
         router::set_migration,
         router::events,
@@ -26,7 +29,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         router::document,
     ),
     components(
-        schemas(Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize),
+        schemas(Blocks, DeviceInfo, MigrationSetting, Populated, Problem, Range, RequestedSize),
         responses(Busy, Failure, Malformed, TooLarge, TooSlow, Wrong, WrongType),
     )
 )]

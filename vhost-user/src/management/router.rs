@@ -12,8 +12,8 @@ use axum::{Json, Router};
 use tokio::sync::{Semaphore, watch};
 
 use super::{
-    Blocks, DeviceInfo, Management, MigrationSetting, Problem, Refusal, RequestedSize, body,
-    event_stream, openapi,
+    Blocks, DeviceInfo, Management, MigrationSetting, Populated, Problem, Refusal, RequestedSize,
+    body, event_stream, openapi,
 };
 
 /// Content type of the metrics.
@@ -62,6 +62,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/device", get(device))
         .route("/v1/device/requested-size", put(set_requested_size))
         .route("/v1/device/blocks", get(blocks))
+        .route("/v1/device/populated", get(populated))
         .route("/v1/device/system-reset", post(system_reset))
         .route("/v1/migration", put(set_migration))
         .route("/v1/events", get(events))
@@ -112,6 +113,19 @@ pub(super) async fn set_requested_size(
 ))]
 pub(super) async fn blocks(State(api): State<Api>) -> Result<Json<Blocks>, Problem> {
     Ok(Json(api.call(|management| management.blocks()).await?))
+}
+
+/// In which parts of the region the host holds memory.
+///
+/// Of memory of huge pages, that is what is plugged: it is taken as a whole. Elsewhere a block that
+/// is discarded may hold memory, too, where the guest touched what it may not use.
+#[utoipa::path(get, path = "/v1/device/populated", operation_id = "getPopulated", responses(
+    (status = 200, description = "What the host holds", body = Populated),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
+))]
+pub(super) async fn populated(State(api): State<Api>) -> Result<Json<Populated>, Problem> {
+    Ok(Json(api.call(|management| management.populated()).await?))
 }
 
 /// Unplugs and discards everything, as a reset of the virtual machine does.

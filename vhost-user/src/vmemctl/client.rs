@@ -6,7 +6,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
-use hyper::{Method, Request, Response, header};
+use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 
 use super::Failure;
 use super::sse::SseParser;
-use crate::management::{Blocks, DeviceInfo, Event, Problem};
+use crate::management::{Blocks, DeviceInfo, Event, Populated, Problem};
 
 /// For what answers at once unless something is stuck.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -63,6 +63,21 @@ impl Client {
     /// When the daemon cannot be reached or does not answer.
     pub async fn blocks(&self) -> Result<Blocks, Failure> {
         in_time(self.call(Method::GET, "/v1/device/blocks", None)).await
+    }
+
+    /// Where the host holds memory. Daemons before this resource do not tell, as if guest memory
+    /// were not mapped.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon cannot be reached or does not answer.
+    pub async fn populated(&self) -> Result<Populated, Failure> {
+        match in_time(self.call(Method::GET, "/v1/device/populated", None)).await {
+            Err(Failure::Refused(problem)) if problem.status == StatusCode::NOT_FOUND => {
+                Ok(Populated::default())
+            }
+            told => told,
+        }
     }
 
     /// Unplugs and discards everything, however long that takes.

@@ -126,12 +126,15 @@ async fn speak(
             console.show(&device, || status::sizes(&device))
         }
         Command::Blocks => {
-            let blocks = client.blocks().await?;
+            let region = map::Region {
+                blocks: client.blocks().await?,
+                populated: client.populated().await?,
+            };
             if console.json {
-                return console.show(&blocks, String::new);
+                return console.show(&region, String::new);
             }
             let device = client.device().await?;
-            console.print(&map::draw(&blocks, &device, console.width))
+            console.print(&region.draw(&device, console.width))
         }
         Command::SystemReset => {
             let device = client.system_reset().await?;

@@ -1,16 +1,19 @@
 //! The client against a server with a fake device.
 
 use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hyper::StatusCode;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{Console, run};
-use crate::management::Server;
 use crate::management::tests::Fake;
+use crate::management::{Management, Populated, Problem, Range, Server};
 
 struct Outcome {
     status: u8,
@@ -156,10 +159,61 @@ fn blocks_and_reset() {
     let (_server, dir) = fake.serve();
     let map = vmemctl(&dir, &["blocks"]);
     assert!(map.out.contains("plugged    512 MiB in 1 range\n"), "{}", map.out);
-    let blocks: Value = serde_json::from_str(&vmemctl(&dir, &["blocks", "--json"]).out).unwrap();
-    assert_eq!(blocks["discarded"], json!([{ "offset": 512 << 20, "size": 512 << 20 }]));
+    let json = || serde_json::from_str::<Value>(&vmemctl(&dir, &["blocks", "--json"]).out).unwrap();
+    let discarded = json!([{ "offset": 512 << 20, "size": 512 << 20 }]);
+    assert_eq!((&json()["discarded"], &json()["populated"]), (&discarded, &Value::Null));
+    let range = Range { offset: 2 << 20, size: 4 << 20 };
+    *fake.populated.lock() = Populated { populated: Some(vec![range]) };
+    assert_eq!(json()["populated"], json!([{ "offset": 2 << 20, "size": 4 << 20 }]));
+    assert_eq!(json().as_object().unwrap().len(), 3);
+    let map = vmemctl(&dir, &["blocks"]);
+    assert!(map.out.starts_with("0x0000000100000000  +##+++"), "{}", map.out);
     let reset = vmemctl(&dir, &["system-reset"]);
     assert_eq!((reset.status, reset.out.as_str()), (0, "requested 0 B, plugged 0 B\n"));
+}
+
+/// Serves what a daemon served before it told where memory is populated.
+fn serve_older(dir: &TempDir, requests: usize) -> thread::JoinHandle<()> {
+    let listener = UnixListener::bind(dir.path().join("api")).unwrap();
+    let fake = Fake::new();
+    fake.plug(2 << 20);
+    fake.device.lock().populated_size = Some(4096);
+    thread::spawn(move || {
+        for _ in 0..requests {
+            let mut reader = BufReader::new(listener.accept().unwrap().0);
+            let head: Vec<String> = (&mut reader)
+                .lines()
+                .map(Result::unwrap)
+                .take_while(|line| !line.is_empty())
+                .collect();
+            let (status, body) = match head[0].split(' ').nth(1).unwrap() {
+                "/v1/device" => ("200 OK", json!(fake.device())),
+                "/v1/device/blocks" => ("200 OK", json!(fake.blocks())),
+                path => {
+                    let problem =
+                        Problem::new(StatusCode::NOT_FOUND, format!("There is no {path}"));
+                    ("404 Not Found", json!(problem))
+                }
+            };
+            let body = body.to_string();
+            let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n", body.len());
+            reader.get_mut().write_all((head + &body).as_bytes()).unwrap();
+        }
+    })
+}
+
+#[test]
+fn the_map_of_a_daemon_that_does_not_tell_what_is_populated() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = serve_older(&dir, 5);
+    let map = vmemctl(&dir, &["blocks"]);
+    assert_eq!((map.status, map.err.as_str()), (0, ""));
+    assert!(map.out.starts_with("0x0000000100000000  +....."), "{}", map.out);
+    assert!(map.out.contains("populated  4 KiB (the daemon does not tell where)"), "{}", map.out);
+    let blocks: Value = serde_json::from_str(&vmemctl(&dir, &["blocks", "--json"]).out).unwrap();
+    assert_eq!(blocks["plugged"], json!([{ "offset": 0, "size": 2 << 20 }]));
+    assert_eq!(blocks["populated"], Value::Null);
+    daemon.join().unwrap();
 }
 
 #[test]
@@ -239,7 +293,7 @@ fn completions_and_manual() {
 #[test]
 fn a_closed_pipe_is_no_error() {
     struct Closed;
-    impl std::io::Write for Closed {
+    impl Write for Closed {
         fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
             Err(std::io::ErrorKind::BrokenPipe.into())
         }

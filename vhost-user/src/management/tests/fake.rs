@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::broadcast;
 
-use crate::management::{Blocks, DeviceInfo, Event, Management, Range, Refusal, Server};
+use crate::management::{Blocks, DeviceInfo, Event, Management, Populated, Range, Refusal, Server};
 
 /// Events that a reader may lag behind.
 const BACKLOG: usize = 64;
@@ -34,6 +34,7 @@ pub(crate) struct Fake {
     pub(crate) events: broadcast::Sender<Event>,
     pub(crate) calls: AtomicUsize,
     pub(crate) reset_takes: Mutex<Duration>,
+    pub(crate) populated: Mutex<Populated>,
 }
 
 impl Fake {
@@ -43,6 +44,7 @@ impl Fake {
             events: broadcast::channel(BACKLOG).0,
             calls: AtomicUsize::new(0),
             reset_takes: Mutex::default(),
+            populated: Mutex::default(),
         })
     }
 
@@ -89,6 +91,10 @@ impl Management for Fake {
             plugged: range(0, plugged_size).into_iter().collect(),
             discarded: range(plugged_size, region_size - plugged_size).into_iter().collect(),
         }
+    }
+
+    fn populated(&self) -> Populated {
+        self.populated.lock().clone()
     }
 
     fn system_reset(&self) -> Result<DeviceInfo, Refusal> {

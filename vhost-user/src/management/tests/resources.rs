@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::http::{get, put, send};
 use super::{Fake, device};
+use crate::management::{Populated, Range};
 
 #[test]
 fn the_device() {
@@ -62,6 +63,19 @@ fn blocks() {
 }
 
 #[test]
+fn populated() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let get = || get(dir.path(), "/v1/device/populated").json();
+    assert_eq!(get(), json!({ "populated": null }));
+    *fake.populated.lock() = Populated { populated: Some(Vec::new()) };
+    assert_eq!(get(), json!({ "populated": [] }));
+    let range = Range { offset: 2 << 20, size: 4 << 20 };
+    *fake.populated.lock() = Populated { populated: Some(vec![range]) };
+    assert_eq!(get(), json!({ "populated": [{ "offset": 2 << 20, "size": 4 << 20 }] }));
+}
+
+#[test]
 fn system_reset() {
     let fake = Fake::new();
     let (_server, dir) = fake.serve();
@@ -103,6 +117,7 @@ fn the_document_describes_every_resource() {
         ("/v1/device", "get", false),
         ("/v1/device/requested-size", "put", true),
         ("/v1/device/blocks", "get", false),
+        ("/v1/device/populated", "get", false),
         ("/v1/device/system-reset", "post", true),
         ("/v1/migration", "put", true),
         ("/v1/events", "get", false),
@@ -113,7 +128,7 @@ fn the_document_describes_every_resource() {
         assert!(responses["200"].is_object(), "{path}");
         assert_eq!(responses["422"].is_object(), refused, "{path}");
     }
-    assert_eq!(document["paths"].as_object().unwrap().len(), 8);
+    assert_eq!(document["paths"].as_object().unwrap().len(), 9);
     let problem = &document["components"]["schemas"]["Problem"];
     assert_eq!(problem["required"], json!(["type", "title", "status", "detail"]));
     let device = &document["components"]["schemas"]["DeviceInfo"];
