@@ -5,15 +5,20 @@
 //! are written and read in large pieces and by several threads, and only what the guest holds
 //! takes room.
 
+mod lazy;
 mod load;
 mod save;
 mod sink;
+mod stream;
 
+pub use lazy::{LazyRestore, restore_lazily};
 pub use load::{Restore, restore};
 pub use save::{Snapshot, save};
 
 use super::stream::TARGET_PAGE_SIZE;
-use super::stream::{CAPABILITY_MAPPED_RAM, Configuration, MAPPED_RAM_ALIGNMENT, MappedRamHeader};
+use crate::migration::stream::{
+    CAPABILITY_MAPPED_RAM, Configuration, MAPPED_RAM_ALIGNMENT, MappedRamHeader,
+};
 
 /// Memory is moved in pieces of this many bytes at most: few system calls, and still in the cache
 /// between being read and being written.

@@ -6,8 +6,10 @@ use proptest::prelude::*;
 use super::*;
 use crate::migration::MigrationError;
 use crate::migration::devices::NoDevices;
+use crate::migration::lazy::HandlerFailed;
 use crate::migration::progress::{self, Progress, Status};
 use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd};
+use crate::sys::HostMapping;
 use std::sync::Arc;
 
 fn save_to(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::Snapshot) {
@@ -125,4 +127,71 @@ proptest! {
         // Whatever it says, nothing gets where memory is discarded.
         prop_assert_eq!(to.page(640), vec![0; PAGE as usize]);
     }
+}
+
+/// Panics: in these tests every fault can be answered.
+struct NoFailure;
+
+impl HandlerFailed for NoFailure {
+    fn handler_failed(&self, error: &MigrationError) {
+        panic!("{error}");
+    }
+}
+
+#[test]
+fn a_guest_runs_at_once_while_its_memory_is_read() {
+    let from = filled();
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    save_to(&from, &file).0.unwrap();
+    let to = Side::new(&[1, 4, 5]);
+    fill(&to.region, 64..500, 0xee);
+    let what = Restore {
+        configuration: Configuration::new("test"),
+        blocks: Arc::clone(&to.blocks),
+        devices: &mut NoDevices,
+        threads: 1,
+        progress: Arc::new(Progress::new()),
+    };
+    let restored = restore_lazily(what, Arc::clone(&file), Arc::new(NoFailure)).unwrap();
+    let region = Arc::clone(to.blocks.get("vmem0").unwrap().mapping());
+    let guest = std::thread::spawn(move || {
+        // Backwards, so that the prefetch comes from the other side.
+        (0..1024u64).rev().map(|page| region_byte(&region, page)).collect::<Vec<_>>()
+    });
+    let mut seen = guest.join().unwrap();
+    seen.reverse();
+    restored.wait().unwrap();
+    let expected = |page| match page {
+        64..96 => 7,
+        300..310 => 8,
+        _ => 0,
+    };
+    for (page, byte) in seen.into_iter().enumerate() {
+        assert_eq!(byte, expected(page), "page {page}");
+    }
+}
+
+fn region_byte(region: &HostMapping, page: u64) -> u8 {
+    let mut bytes = [0];
+    region.read(page * PAGE + 4095, &mut bytes);
+    bytes[0]
+}
+
+#[test]
+fn memory_that_nobody_touches_is_not_allocated_by_a_lazy_restore() {
+    let from = filled();
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    save_to(&from, &file).0.unwrap();
+    let to = Side::new(&[1, 4, 5]);
+    let progress = Arc::new(Progress::new());
+    let what = Restore {
+        configuration: Configuration::new("test"),
+        blocks: Arc::clone(&to.blocks),
+        devices: &mut NoDevices,
+        threads: 1,
+        progress: Arc::clone(&progress),
+    };
+    restore_lazily(what, file, Arc::new(NoFailure)).unwrap().wait().unwrap();
+    assert_eq!(to.held(), (42, 2));
+    assert_eq!(progress.snapshot().normal, 44);
 }
