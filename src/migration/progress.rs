@@ -71,6 +71,8 @@ pub struct Counters {
     pub holes: AtomicU64,
     /// Pages that the destination asked for (QEMU's postcopy-requests).
     pub postcopy_requests: AtomicU64,
+    /// Writes that waited for their page to be in a background snapshot.
+    pub write_faults: AtomicU64,
     /// Pages that were written although they are discarded: a fault of the guest. Not sent.
     pub dirty_while_discarded: AtomicU64,
     /// How often dirty pages were collected.
@@ -175,6 +177,7 @@ impl Progress {
             holes: get(&counters.holes),
             dirty_while_discarded: get(&counters.dirty_while_discarded),
             postcopy_requests: get(&counters.postcopy_requests),
+            write_faults: get(&counters.write_faults),
             dirty_sync_count: get(&counters.dirty_sync_count),
             dirty_pages_rate: get(&counters.dirty_pages_rate),
             cpu_throttle_percentage: get(&counters.throttle),
@@ -248,6 +251,8 @@ pub struct Snapshot {
     pub dirty_while_discarded: u64,
     /// Pages that the destination asked for.
     pub postcopy_requests: u64,
+    /// Writes that waited for their page to be in a background snapshot.
+    pub write_faults: u64,
     /// How often dirty pages were collected.
     pub dirty_sync_count: u64,
     /// Pages written by the guest per second.

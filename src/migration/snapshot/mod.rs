@@ -1,16 +1,18 @@
-//! A stopped guest in a file, and back.
+//! A guest in a file, and back.
 //!
 //! The file has QEMU's mapped-ram layout: every page has a fixed place, a bitmap per block says
 //! which are there, and what is absent is a hole in the file. So a page costs no header, blocks
 //! are written and read in large pieces and by several threads, and only what the guest holds
 //! takes room.
 
+mod background;
 mod lazy;
 mod load;
 mod save;
 mod sink;
 mod stream;
 
+pub use background::{BackgroundSnapshot, save_in_background};
 pub use lazy::{LazyRestore, restore_lazily};
 pub use load::{Restore, restore};
 pub use save::{Snapshot, save};

@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::sink::FileSink;
 use super::{PIECE, place, with_mapped_ram};
-use crate::migration::devices::Devices;
+use crate::migration::devices::{DeviceSection, Devices};
 use crate::migration::error::MigrationError;
 use crate::migration::framing::{Framing, write};
 use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
@@ -44,45 +45,49 @@ pub struct Snapshot<'a> {
 ///
 /// Why it could not be written; the file is of no use then.
 pub fn save(snapshot: Snapshot<'_>, file: &File) -> Result<(), MigrationError> {
-    let Snapshot { configuration, blocks, devices, frozen, progress } = snapshot;
+    let progress = Arc::clone(&snapshot.progress);
     progress.set_status(Status::Setup);
-    let mut held: Vec<&Arc<dyn FreezeBlockState>> = Vec::new();
-    let mut result = Ok(());
-    for freeze in &frozen {
-        match freeze.freeze() {
-            Ok(()) => held.push(freeze),
-            Err(source) => {
-                result = Err(MigrationError::Io { what: "freeze block state", source });
-                break;
-            }
-        }
-    }
-    let result = result.and_then(|()| save_frozen(configuration, blocks, devices, &progress, file));
-    for frozen in held {
-        if let Err(error) = frozen.thaw() {
-            tracing::warn!(%error, "cannot thaw block state; the device is gone");
-        }
-    }
-    match &result {
-        Ok(()) => progress.set_status(Status::Completed),
-        Err(error) => progress.fail(error),
-    }
+    let result = save_stopped(snapshot, file);
+    ended(&progress, &result);
     result
 }
 
-fn save_frozen(
-    configuration: Configuration,
-    blocks: &RamBlocks,
-    devices: &mut dyn Devices,
-    progress: &Arc<Progress>,
-    file: &File,
-) -> Result<(), MigrationError> {
-    let length = file.metadata().map_err(MigrationError::io("look at the file"))?.len();
-    if length != 0 {
-        let source = io::ErrorKind::AlreadyExists.into();
-        return Err(MigrationError::Io { what: "write a snapshot to a file with content", source });
+/// Tells how it ended.
+pub(super) fn ended(progress: &Progress, result: &Result<(), MigrationError>) {
+    match result {
+        Ok(()) => progress.set_status(Status::Completed),
+        Err(error) => progress.fail(error),
     }
-    let mut out = FileSink { file, position: 0 };
+}
+
+/// Block state that is frozen until this is dropped.
+pub(super) struct Frozen<'a>(Vec<&'a Arc<dyn FreezeBlockState>>);
+
+impl<'a> Frozen<'a> {
+    pub(super) fn new(freeze: &'a [Arc<dyn FreezeBlockState>]) -> Result<Self, MigrationError> {
+        let mut held = Self(Vec::new());
+        for state in freeze {
+            state.freeze().map_err(MigrationError::io("freeze block state"))?;
+            held.0.push(state);
+        }
+        Ok(held)
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        for state in &self.0 {
+            if let Err(error) = state.thaw() {
+                tracing::warn!(%error, "cannot thaw block state; the device is gone");
+            }
+        }
+    }
+}
+
+fn save_stopped(snapshot: Snapshot<'_>, file: &File) -> Result<(), MigrationError> {
+    let Snapshot { configuration, blocks, devices, frozen, progress } = snapshot;
+    let mut out = FileSink::of_empty(file)?;
+    let _frozen = Frozen::new(&frozen)?;
     let mut framing = Framing::default();
     let mut bytes = Vec::new();
     put_header(&mut bytes, &with_mapped_ram(&configuration));
@@ -92,27 +97,37 @@ fn save_frozen(
     }
     progress.set_status(Status::Active);
     for (block, header) in put_ram_start(&mut out, blocks)? {
-        let pages = find_pages(&block, progress)?;
-        let written = write_pages(&block, pages, header, file, progress)?;
+        let pages = find_pages(&block, &progress)?;
+        let written = write_pages(&block, &pages, header, file, &progress)?;
         write_bitmap(&written, header, file).map_err(MigrationError::io("write a bitmap"))?;
     }
-    framing.continued(&mut out, RAM_SECTION_ID as usize, SectionKind::End, |out| {
+    let rest = devices.save(false)?;
+    put_end(&mut out, framing, rest)
+}
+
+/// Writes what follows the pages: the END section of RAM, devices, end and description.
+pub(super) fn put_end(
+    out: &mut FileSink<'_>,
+    mut framing: Framing,
+    devices: Vec<DeviceSection>,
+) -> Result<(), MigrationError> {
+    framing.continued(out, RAM_SECTION_ID as usize, SectionKind::End, |out| {
         let mut bytes = Vec::new();
         put_end_of_section(&mut bytes);
         write(out, &bytes)
     })?;
-    for section in devices.save(false)? {
-        framing.full(&mut out, section)?;
+    for section in devices {
+        framing.full(out, section)?;
     }
     let mut bytes = Vec::new();
     put_eof(&mut bytes);
     put_description(&mut bytes, &framing.description());
-    write(&mut out, &bytes)
+    write(out, &bytes)
 }
 
 /// Writes the START section of RAM: after each entry of the list the stream leaves room for the
 /// bitmap and the pages.
-fn put_ram_start(
+pub(super) fn put_ram_start(
     out: &mut FileSink<'_>,
     blocks: &RamBlocks,
 ) -> Result<Vec<(Arc<MigrationBlock>, MappedRamHeader)>, MigrationError> {
@@ -149,7 +164,10 @@ fn put_ram_start(
 }
 
 /// The pages that exist and are not discarded.
-fn find_pages(block: &MigrationBlock, progress: &Progress) -> Result<PageBitmap, MigrationError> {
+pub(super) fn find_pages(
+    block: &MigrationBlock,
+    progress: &Progress,
+) -> Result<PageBitmap, MigrationError> {
     let mut pages = PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE);
     if let Some(used) = block.used() {
         block
@@ -171,15 +189,15 @@ fn find_pages(block: &MigrationBlock, progress: &Progress) -> Result<PageBitmap,
     Ok(pages)
 }
 
-/// Writes the pages that are not zero to their places; which those were.
+/// Writes all of `pages` that are not zero; which those were.
 fn write_pages(
     block: &MigrationBlock,
-    mut pages: PageBitmap,
+    pages: &PageBitmap,
     header: MappedRamHeader,
     file: &File,
     progress: &Progress,
 ) -> Result<PageBitmap, MigrationError> {
-    let mapping = block.mapping();
+    let mut written = PageBitmap::new(pages.nr_pages());
     let mut gathered = GatherWrite::new();
     let (mut from, nr_pages) = (0, pages.nr_pages());
     while let Some(run) = pages.next_run(from, nr_pages, PIECE / TARGET_PAGE_SIZE) {
@@ -187,32 +205,55 @@ fn write_pages(
             return Err(MigrationError::Cancelled);
         }
         from = run.end;
-        let mut zeros = 0;
-        for page in run.clone() {
-            if mapping.page_is_zero(page * TARGET_PAGE_SIZE, TARGET_PAGE_SIZE) {
-                pages.clear(page);
-                zeros += 1;
-            }
+        for run in write_run(block, run, header, file, &mut gathered, progress)? {
+            written.set_range(run);
         }
-        for part in pages.runs(run.clone()) {
-            let range = bytes_of(part);
-            gathered.push_memory(mapping, range.start(), range.len());
-            let written = gathered.write_at(file, header.pages_offset + range.start());
-            written.map_err(MigrationError::io("write pages"))?;
-            gathered.clear();
-        }
-        let counters = &progress.counters;
-        let all = run.end - run.start;
-        Counters::add(&counters.duplicate, zeros);
-        Counters::add(&counters.normal, all - zeros);
-        Counters::add(&counters.transferred, (all - zeros) * TARGET_PAGE_SIZE);
-        Counters::subtract(&counters.remaining, all * TARGET_PAGE_SIZE);
     }
-    Ok(pages)
+    Ok(written)
+}
+
+/// Writes the pages of a run that are not zero to their places; which those were.
+pub(super) fn write_run(
+    block: &MigrationBlock,
+    run: Range<u64>,
+    header: MappedRamHeader,
+    file: &File,
+    gathered: &mut GatherWrite,
+    progress: &Progress,
+) -> Result<Vec<Range<u64>>, MigrationError> {
+    let mapping = block.mapping();
+    let mut kept: Vec<Range<u64>> = Vec::new();
+    for page in run.clone() {
+        if mapping.page_is_zero(page * TARGET_PAGE_SIZE, TARGET_PAGE_SIZE) {
+            continue;
+        }
+        match kept.last_mut() {
+            Some(last) if last.end == page => last.end += 1,
+            _ => kept.push(page..page + 1),
+        }
+    }
+    for part in &kept {
+        let range = bytes_of(part.clone());
+        gathered.push_memory(mapping, range.start(), range.len());
+        let written = gathered.write_at(file, header.pages_offset + range.start());
+        gathered.clear();
+        written.map_err(MigrationError::io("write pages"))?;
+    }
+    let counters = &progress.counters;
+    let (all, normal) = (run.end - run.start, kept.iter().map(|part| part.end - part.start).sum());
+    Counters::add(&counters.normal, normal);
+    Counters::add(&counters.duplicate, all - normal);
+    Counters::add(&counters.transferred, normal * TARGET_PAGE_SIZE);
+    Counters::subtract(&counters.remaining, all * TARGET_PAGE_SIZE);
+    Ok(kept)
 }
 
 /// Writes a bitmap; what is all zeros stays a hole.
-fn write_bitmap(pages: &PageBitmap, header: MappedRamHeader, file: &File) -> io::Result<()> {
+pub(super) fn write_bitmap(
+    pages: &PageBitmap,
+    header: MappedRamHeader,
+    file: &File,
+) -> io::Result<()> {
     let words = pages.words();
     let chunk_words = (PIECE / 8) as usize;
     let mut bytes = Vec::new();

@@ -7,6 +7,7 @@ use super::*;
 use crate::migration::MigrationError;
 use crate::migration::devices::NoDevices;
 use crate::migration::lazy::HandlerFailed;
+use crate::migration::precopy::Guest;
 use crate::migration::progress::{self, Progress, Status};
 use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd};
 use crate::sys::HostMapping;
@@ -194,4 +195,86 @@ fn memory_that_nobody_touches_is_not_allocated_by_a_lazy_restore() {
     restore_lazily(what, file, Arc::new(NoFailure)).unwrap().wait().unwrap();
     assert_eq!(to.held(), (42, 2));
     assert_eq!(progress.snapshot().normal, 44);
+}
+
+/// A guest that writes everything it has as soon as it runs on.
+struct Writer {
+    region: Arc<HostMapping>,
+    threads: std::sync::Mutex<Vec<std::thread::JoinHandle<()>>>,
+    stops: std::sync::atomic::AtomicUsize,
+}
+
+impl Guest for Writer {
+    fn stop(&self) -> Result<(), String> {
+        self.stops.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        for first in 0..2 {
+            let region = Arc::clone(&self.region);
+            let thread = std::thread::spawn(move || {
+                for page in (0..1024u64).rev().filter(|page| page % 2 == first) {
+                    region.write(page * PAGE, &[0xbb; PAGE as usize]);
+                }
+            });
+            self.threads.lock().unwrap().push(thread);
+        }
+        Ok(())
+    }
+}
+
+fn save_running(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::Snapshot) {
+    let progress = Arc::new(Progress::new());
+    let guest = Writer {
+        region: Arc::clone(side.blocks.get("vmem0").unwrap().mapping()),
+        threads: std::sync::Mutex::default(),
+        stops: std::sync::atomic::AtomicUsize::new(0),
+    };
+    let snapshot = BackgroundSnapshot {
+        configuration: Configuration::new("test"),
+        blocks: &side.blocks,
+        devices: &mut NoDevices,
+        guest: &guest,
+        frozen: Vec::new(),
+        progress: Arc::clone(&progress),
+    };
+    let result = save_in_background(snapshot, file);
+    for thread in guest.threads.into_inner().unwrap() {
+        thread.join().unwrap();
+    }
+    (result, progress.snapshot())
+}
+
+#[test]
+fn a_background_snapshot_is_the_guest_at_one_instant() {
+    let from = filled();
+    let before: Vec<Vec<u8>> = (0..1024).map(|page| from.page(page)).collect();
+    let file = tempfile::tempfile().unwrap();
+    let (saved, seen) = save_running(&from, &file);
+    saved.unwrap();
+    // The guest wrote everything meanwhile, discarded memory too.
+    assert!((0..1024).all(|page| from.page(page) == [0xbb; 4096]));
+    assert_eq!(seen.status, Status::Completed);
+    assert_eq!((seen.normal, seen.duplicate), (32 + 10 + 2, 4));
+    let to = Side::new(&[1, 4, 5]);
+    restore_from(&to, &file).unwrap();
+    for (page, before) in before.iter().enumerate() {
+        let page = page as u64;
+        let expected = if (640..643).contains(&page) { vec![0; 4096] } else { before.clone() };
+        assert_eq!(to.page(page), expected, "page {page}");
+    }
+    assert_eq!(to.held(), (42, 2));
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_written_lets_the_guest_go_on() {
+    let from = filled();
+    // Read-only: the first write fails, with the guest stopped or not.
+    let path = tempfile::NamedTempFile::new().unwrap();
+    let file = File::open(path.path()).unwrap();
+    let (saved, seen) = save_running(&from, &file);
+    assert!(saved.is_err());
+    assert_eq!(seen.status, Status::Failed);
+    assert!((0..1024).all(|page| from.page(page) == [0xbb; 4096]));
 }
