@@ -1,11 +1,15 @@
 //! The vhost-user side of the device: features, configuration space, memory table, queue.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
+};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -18,6 +22,8 @@ use vm_memory::{
 };
 use vmm_sys_util::epoll::EventSet;
 
+use crate::device_state::blob;
+use crate::device_state::transfer::{Channel, SILENCE_MAX, Transfers};
 use crate::gate::Gate;
 use crate::metrics::Metrics;
 use crate::queue::{self, Memory};
@@ -57,20 +63,39 @@ struct Shared {
     memory: AtomicMemory,
     config_write_logged: AtomicBool,
     ended: AtomicBool,
+    /// Guest requests that were taken off the ring.
+    served: AtomicU64,
+    transfers: Arc<Transfers>,
 }
 
 impl MemBackend {
     /// A back-end for a new connection; `memory` is empty and becomes the front-end's.
+    ///
+    /// # Errors
+    ///
+    /// When there is no descriptor to be had.
     pub fn new(
         controller: Arc<MemController>,
         metrics: Arc<Metrics>,
         gate: Arc<Gate>,
         memory: AtomicMemory,
-    ) -> Self {
-        let config_write_logged = AtomicBool::new(false);
-        let ended = AtomicBool::new(false);
-        let shared = Shared { controller, metrics, gate, memory, config_write_logged, ended };
-        Self { shared: Arc::new(shared) }
+    ) -> io::Result<Self> {
+        let shared = Shared {
+            controller,
+            metrics,
+            gate,
+            memory,
+            config_write_logged: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            served: AtomicU64::new(0),
+            transfers: Transfers::new(SILENCE_MAX)?,
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The connection has ended: a transfer of device state that goes on fails.
+    pub fn end_transfers(&self) {
+        self.shared.transfers.end();
     }
 
     /// The connection has ended: no request is served any more. A guest that makes requests
@@ -120,6 +145,7 @@ impl MemBackend {
         let Some(chain) = vring.get_mut().get_queue_mut().pop_descriptor_chain(&*memory) else {
             return false;
         };
+        self.shared.served.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let head = chain.head_index();
         let framed = queue::parse(chain, &memory, controller);
@@ -206,6 +232,25 @@ impl MemBackend {
     }
 }
 
+impl Shared {
+    /// Loads device state. `served` requests had been made when the front-end asked for it: a
+    /// guest that has made one since does not know of what comes.
+    fn load(&self, channel: &mut Channel, served: u64) -> anyhow::Result<()> {
+        let bytes = channel.read_to_end(blob::limit(self.controller.geometry()))?;
+        let state = blob::decode(&self.controller, &bytes)?;
+        self.gate.close();
+        let loaded = if !channel.is_wanted() {
+            Err(anyhow::anyhow!("the connection ended"))
+        } else if self.served.load(Ordering::Relaxed) != served {
+            Err(anyhow::anyhow!("the guest made requests meanwhile"))
+        } else {
+            self.controller.load_state(state).map_err(Into::into)
+        };
+        self.gate.open();
+        loaded
+    }
+}
+
 impl VhostUserBackend for MemBackend {
     type Bitmap = BitmapMmapRegion;
     type Vring = Vring;
@@ -238,6 +283,7 @@ impl VhostUserBackend for MemBackend {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::DEVICE_STATE
     }
 
     /// A device reset changes no block and no byte (5.15.5.2).
@@ -276,6 +322,37 @@ impl VhostUserBackend for MemBackend {
     fn stop_vring(&self, _queue_index: u32) -> io::Result<()> {
         self.shared.gate.drain();
         Ok(())
+    }
+
+    /// The relay has seen to it that all rings are stopped.
+    fn set_device_state_fd(
+        &self,
+        direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        file: File,
+    ) -> io::Result<Option<File>> {
+        let shared = Arc::clone(&self.shared);
+        let transfers = &self.shared.transfers;
+        let started = match direction {
+            VhostTransferStateDirection::SAVE => transfers.start("saving", file, move |channel| {
+                Ok(channel.write_all(&blob::encode(&shared.controller)?)?)
+            }),
+            VhostTransferStateDirection::LOAD => {
+                let served = shared.served.load(Ordering::Relaxed);
+                transfers.start("loading", file, move |channel| shared.load(channel, served))
+            }
+        };
+        started
+            .inspect_err(|error| tracing::error!(%error, "refusing to transfer device state"))?;
+        Ok(None)
+    }
+
+    fn check_device_state(&self) -> io::Result<()> {
+        if self.shared.transfers.check() {
+            Ok(())
+        } else {
+            Err(io::Error::other("the device state was not transferred"))
+        }
     }
 
     /// Never an error for what a guest or front-end does, since an error ends the worker.

@@ -90,7 +90,8 @@ impl Connections {
             Arc::clone(self.service.metrics()),
             Arc::clone(self.service.gate()),
             memory.clone(),
-        );
+        )
+        .context("cannot make a back-end")?;
         let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend.clone(), memory)
             .map_err(|error| anyhow::anyhow!("cannot set up the back-end: {error}"))?;
         let end = EventFd::new(EFD_CLOEXEC)?;
@@ -102,6 +103,8 @@ impl Connections {
             Relay::run(front, crate_side, events, Arc::clone(&self.notifier))
                 .context("front-end connection")
         });
+        // Whoever waits for a transfer would wait in the crate's thread.
+        backend.end_transfers();
         // The crate's own error is the relay's, told less precisely.
         daemon.request_shutdown();
         let _ = daemon.wait();

@@ -4,6 +4,7 @@
 //! - [`front_door`]: the connection to the front-end, and config-change messages to it.
 //! - [`connection`]: one front-end at a time, from its arrival until it has left.
 //! - [`backend`], [`queue`], [`gate`]: the vhost-user device and its queue.
+//! - [`device_state`]: the device's state on its way to or from another daemon.
 //! - [`service`]: what the management API sees of the device.
 //! - [`discard_channel`]: tells VMMs in other processes what is populated and discarded.
 //! - [`management`], [`vmemctl`]: the API's server and client; [`metrics`].
@@ -12,6 +13,7 @@
 pub mod args;
 pub mod backend;
 pub mod connection;
+pub mod device_state;
 pub mod discard_channel;
 pub mod front_door;
 pub mod gate;

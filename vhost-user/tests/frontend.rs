@@ -31,7 +31,8 @@ fn d21_features_offered_are_those_of_the_contract() {
         | protocol_feature::REPLY_ACK
         | protocol_feature::CONFIGURE_MEM_SLOTS
         | protocol_feature::LOG_SHMFD
-        | protocol_feature::RESET_DEVICE;
+        | protocol_feature::RESET_DEVICE
+        | protocol_feature::DEVICE_STATE;
     assert_eq!(negotiated.offered_protocol, protocol);
     let daemon = common::daemon(options().arg("--node-id").arg("3"));
     let frontend = Frontend::connect(&daemon.socket()).unwrap();

@@ -181,7 +181,8 @@ impl Guest {
         ]);
         let memory = AtomicMemory::new(mapped.unwrap());
         let (metrics, gate) = (Arc::new(Metrics::new()), Arc::new(Gate::default()));
-        let backend = MemBackend::new(Arc::clone(&controller), metrics, gate, memory.clone());
+        let backend =
+            MemBackend::new(Arc::clone(&controller), metrics, gate, memory.clone()).unwrap();
         backend.update_memory(memory.clone()).unwrap();
         for block in [0, 1, 2, 5] {
             let span = BlockSpan { addr: ADDR + block * BLOCK, nb_blocks: 1 };

@@ -1,7 +1,7 @@
 //! A small VMM, for tests and for a demonstration: the front-end of a vhost-user memory device.
 //!
 //! It owns guest memory ([`memory`]), speaks vhost-user ([`connection`], [`frontend`],
-//! [`backend_channel`]), and has a guest inside that drives the device's queue ([`split_ring`],
+//! [`backend_channel`], [`device_state`]), and has a guest inside that drives the device's queue ([`split_ring`],
 //! [`driver`], [`guest_driver`]) and uses the memory it gets ([`vcpu`]). The daemon is a separate
 //! process ([`daemon`]), managed through its API ([`api`]). The codecs are our own, so that wrong
 //! messages can be sent and replies be seen as they are.
@@ -12,6 +12,7 @@ pub mod config;
 pub mod connection;
 pub mod daemon;
 pub mod demo;
+pub mod device_state;
 pub mod driver;
 pub mod frontend;
 pub mod guest;

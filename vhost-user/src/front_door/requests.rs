@@ -22,6 +22,10 @@ const CONFIG_SIZE: u64 = 4096;
 const CONFIG_FLAGS: u32 = 3;
 /// In SET_VRING_KICK: there is no descriptor.
 const NO_FD: u64 = 1 << 8;
+/// The other direction of SET_DEVICE_STATE_FD is 0, to save.
+const LOAD: u32 = 1;
+/// The only phase of SET_DEVICE_STATE_FD.
+const STOPPED: u32 = 0;
 /// Answer to SET_DEVICE_STATE_FD: an error, and no descriptor.
 const NO_TRANSFER: u64 = 0x101;
 
@@ -327,8 +331,8 @@ impl Session<'_> {
         self.answer(message.header, &body, &[])
     }
 
-    /// The crate asks neither for the feature nor for stopped rings; both have an answer that
-    /// spares the connection.
+    /// The crate asks neither for the feature nor for stopped rings, and ends the connection at
+    /// directions and phases that it does not know; all of it has an answer that spares it.
     fn device_state(&mut self, request: FrontendRequest, message: Message) -> Result<(), Stop> {
         let negotiated = self.negotiated(protocol::DEVICE_STATE);
         if request == FrontendRequest::CHECK_DEVICE_STATE && !negotiated {
@@ -339,6 +343,13 @@ impl Session<'_> {
         {
             warn!(negotiated, "device state can only be transferred while all rings are stopped");
             return self.answer(message.header, &NO_TRANSFER.to_le_bytes(), &[]);
+        }
+        if request == FrontendRequest::SET_DEVICE_STATE_FD {
+            let (direction, phase) = (message.u32_at(0), message.u32_at(4));
+            if direction > LOAD || phase != STOPPED {
+                warn!(direction, phase, "unknown direction or phase of device state");
+                return self.answer(message.header, &NO_TRANSFER.to_le_bytes(), &[]);
+            }
         }
         self.pass(request, message)
     }

@@ -111,6 +111,20 @@ fn device_state_needs_stopped_rings() {
 }
 
 #[test]
+fn directions_and_phases_that_are_not_known_are_answered() {
+    let bench = Bench::negotiated();
+    bench.take_journal();
+    for (direction, phase) in [(2u32, 0u32), (u32::MAX, 0), (0, 1), (1, u32::MAX)] {
+        let (_kept, pipe) = witness();
+        let header = Header::request(R::SET_DEVICE_STATE_FD as u32, 8);
+        let body = [direction.to_le_bytes(), phase.to_le_bytes()].concat();
+        assert!(bench.front.send(header, &body, &[pipe.as_fd()]));
+        assert_eq!(bench.reply(R::SET_DEVICE_STATE_FD), 0x101u64.to_le_bytes());
+    }
+    assert_eq!(bench.take_journal(), [""; 0]);
+}
+
+#[test]
 fn log_events_are_taken_and_not_used() {
     let bench = Bench::negotiated();
     let (_kept, pipe) = witness();
