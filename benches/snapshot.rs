@@ -1,0 +1,271 @@
+//! Snapshots against a bare write of the same bytes; what a running guest feels of one; and how
+//! soon a restored guest can go on.
+
+#[expect(dead_code, reason = "each bench uses its part")]
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{compare, head, report};
+use rustix::fs::MemfdFlags;
+use virtio_mem::memory::RamBlock;
+use virtio_mem::migration::MigrationError;
+use virtio_mem::migration::devices::NoDevices;
+use virtio_mem::migration::lazy::HandlerFailed;
+use virtio_mem::migration::precopy::Guest;
+use virtio_mem::migration::progress::Progress;
+use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
+use virtio_mem::migration::snapshot::{
+    BackgroundSnapshot, Restore, Snapshot, restore, restore_lazily, save, save_in_background,
+};
+use virtio_mem::migration::stream::Configuration;
+use virtio_mem::sys::HostMapping;
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+/// The guest has this much and touched the first part of it.
+const SIZE: u64 = 8 << 30;
+const TOUCHED: u64 = 512 * MIB;
+const RUNS: usize = 5;
+
+struct Stop;
+
+impl HandlerFailed for Stop {
+    fn handler_failed(&self, error: &MigrationError) {
+        panic!("{error}");
+    }
+}
+
+struct Side {
+    block: Arc<MigrationBlock>,
+    blocks: Arc<RamBlocks>,
+}
+
+fn side() -> Side {
+    let file = File::from(rustix::fs::memfd_create("bench", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(SIZE).unwrap();
+    let ram = RamBlock::new("ram".into(), 0, SIZE, file, 0).unwrap();
+    let block = MigrationBlock::map(Arc::new(ram), BlockOptions::migratable()).unwrap();
+    let block = Arc::new(block);
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::clone(&block)).unwrap();
+    Side { block, blocks: Arc::new(blocks) }
+}
+
+fn fill(mapping: &HostMapping) {
+    let bytes: Vec<u8> = (0..MIB).map(|i| (i % 251) as u8 | 1).collect();
+    (0..TOUCHED).step_by(MIB as usize).for_each(|at| mapping.write(at, &bytes));
+}
+
+/// Touches and frees as much memory as a run takes, so that the host has it at hand.
+fn warm() {
+    fill(side().block.mapping());
+}
+
+fn save_stopped(side: &Side, file: &File) -> Duration {
+    let snapshot = Snapshot {
+        configuration: Configuration::new("bench"),
+        blocks: &side.blocks,
+        devices: &mut NoDevices,
+        frozen: Vec::new(),
+        progress: Arc::new(Progress::new()),
+    };
+    let start = Instant::now();
+    save(snapshot, file).unwrap();
+    start.elapsed()
+}
+
+fn bare_write(side: &Side, file: &File) -> Duration {
+    let start = Instant::now();
+    let mut bytes = vec![0; MIB as usize];
+    for at in (0..TOUCHED).step_by(MIB as usize) {
+        side.block.mapping().read(at, &mut bytes);
+        file.write_all_at(&bytes, at).unwrap();
+    }
+    start.elapsed()
+}
+
+/// A guest that writes all that it has, over and over, with stops.
+struct Writing {
+    mapping: Arc<HostMapping>,
+    stopped: AtomicBool,
+    idle: AtomicBool,
+    end: AtomicBool,
+    written: AtomicU64,
+}
+
+impl Writing {
+    fn run_vcpu(&self) {
+        let mut page = 0;
+        while !self.end.load(Ordering::Relaxed) {
+            if self.stopped.load(Ordering::Acquire) {
+                self.idle.store(true, Ordering::Release);
+                thread::sleep(Duration::from_micros(100));
+                continue;
+            }
+            self.idle.store(false, Ordering::Release);
+            for _ in 0..64 {
+                self.mapping.write(page * PAGE, &page.to_le_bytes());
+                page = (page + 7919) % (TOUCHED / PAGE);
+            }
+            self.written.fetch_add(64, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Guest for Writing {
+    fn stop(&self) -> Result<(), String> {
+        self.stopped.store(true, Ordering::Release);
+        while !self.idle.load(Ordering::Acquire) {
+            thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        self.idle.store(false, Ordering::Release);
+        self.stopped.store(false, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// Pages written by a guest while `during` happens, each second.
+fn throughput(side: &Side, during: impl FnOnce(&Writing)) -> (f64, Duration) {
+    let guest = Writing {
+        mapping: Arc::clone(side.block.mapping()),
+        stopped: AtomicBool::new(false),
+        idle: AtomicBool::new(false),
+        end: AtomicBool::new(false),
+        written: AtomicU64::new(0),
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| guest.run_vcpu());
+        thread::sleep(Duration::from_millis(20));
+        let (before, start) = (guest.written.load(Ordering::Relaxed), Instant::now());
+        during(&guest);
+        let took = start.elapsed();
+        let pages = guest.written.load(Ordering::Relaxed) - before;
+        guest.end.store(true, Ordering::Relaxed);
+        (pages as f64 / took.as_secs_f64(), took)
+    })
+}
+
+fn temporary() -> File {
+    tempfile::tempfile_in(std::env::temp_dir()).unwrap()
+}
+
+fn saving() {
+    let guest = side();
+    fill(guest.block.mapping());
+    head("A stopped guest: 8 GiB, 512 MiB touched, to a file", "bare write");
+    compare(
+        "snapshot",
+        RUNS,
+        || save_stopped(&guest, &temporary()),
+        || bare_write(&guest, &temporary()),
+    );
+    println!("\nA running guest that writes all its memory over and over: pages a second");
+    let (mut none, mut background, mut stopped, mut downtime) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..RUNS {
+        none.push(throughput(&guest, |_| thread::sleep(Duration::from_millis(500))).0);
+        let progress = Arc::new(Progress::new());
+        background.push(
+            throughput(&guest, |running| {
+                let snapshot = BackgroundSnapshot {
+                    configuration: Configuration::new("bench"),
+                    blocks: &guest.blocks,
+                    devices: &mut NoDevices,
+                    guest: running,
+                    frozen: Vec::new(),
+                    progress: Arc::clone(&progress),
+                };
+                save_in_background(snapshot, &temporary()).unwrap();
+            })
+            .0,
+        );
+        downtime.push(progress.snapshot().downtime.unwrap_or_default());
+        stopped.push(throughput(&guest, |running| {
+            running.stop().unwrap();
+            save_stopped(&guest, &temporary());
+            running.run().unwrap();
+        }));
+    }
+    let middle = |values: &mut Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let whole = middle(&mut none);
+    downtime.sort();
+    let pause: &mut Vec<f64> = &mut stopped.iter().map(|run| run.1.as_secs_f64() * 1e3).collect();
+    println!("{:<58} {whole:>12.0}", "no snapshot");
+    println!(
+        "{:<58} {:>12.0} {:>7.2}x   stopped for {:.1} ms",
+        "background snapshot",
+        middle(&mut background),
+        middle(&mut background) / whole,
+        downtime[downtime.len() / 2].as_secs_f64() * 1e3,
+    );
+    println!(
+        "{:<58} {:>12.0} {:>7.2}x   stopped for {:.1} ms",
+        "stopped and copied",
+        0,
+        0.0,
+        middle(pause),
+    );
+}
+
+fn restoring() {
+    let guest = side();
+    fill(guest.block.mapping());
+    let file = Arc::new(temporary());
+    save_stopped(&guest, &file);
+    drop(guest);
+    let what = |to: &Side| -> (Arc<RamBlocks>, Arc<Progress>) {
+        (Arc::clone(&to.blocks), Arc::new(Progress::new()))
+    };
+    head(
+        "Restore of 512 MiB: until the guest reads its first byte, and until all is there",
+        "eager",
+    );
+    let (mut first, mut all) = (Vec::new(), Vec::new());
+    for _ in 0..=RUNS {
+        warm();
+        let to = side();
+        let (blocks, progress) = what(&to);
+        let start = Instant::now();
+        let configuration = Configuration::new("bench");
+        let devices = &mut NoDevices;
+        let lazy = Restore { configuration, blocks, devices, threads: 1, progress };
+        let lazy = restore_lazily(lazy, Arc::clone(&file), Arc::new(Stop)).unwrap();
+        let mut byte = [0];
+        to.block.mapping().read(TOUCHED / 2, &mut byte);
+        let lazy_first = start.elapsed();
+        lazy.wait().unwrap();
+        let lazy_all = start.elapsed();
+        assert_eq!(byte, [1]);
+        drop(to);
+        warm();
+        let to = side();
+        let (blocks, progress) = what(&to);
+        let start = Instant::now();
+        let configuration = Configuration::new("bench");
+        let devices = &mut NoDevices;
+        restore(Restore { configuration, blocks, devices, threads: 2, progress }, &file).unwrap();
+        let eager = start.elapsed();
+        first.push((lazy_first, eager));
+        all.push((lazy_all, eager));
+        assert_eq!(to.block.ram().backing().file().metadata().unwrap().blocks() * 512, TOUCHED);
+    }
+    report("lazy: first access", &first[1..]);
+    report("lazy: all", &all[1..]);
+}
+
+fn main() {
+    saving();
+    restoring();
+}
