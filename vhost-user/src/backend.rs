@@ -26,7 +26,7 @@ use crate::device_state::blob;
 use crate::device_state::transfer::{Channel, SILENCE_MAX, Transfers};
 use crate::gate::Gate;
 use crate::metrics::Metrics;
-use crate::queue::{self, Memory};
+use crate::queue::{self, Memory, UsableMemory};
 
 /// VIRTIO_MEM_F_ACPI_PXM: node_id is valid (5.15.3).
 const VIRTIO_MEM_F_ACPI_PXM: u32 = 0;
@@ -142,13 +142,14 @@ impl MemBackend {
             return false;
         }
         let memory = memory.memory();
-        let Some(chain) = vring.get_mut().get_queue_mut().pop_descriptor_chain(&*memory) else {
+        let usable = UsableMemory::new(&memory, controller);
+        let Some(chain) = vring.get_mut().get_queue_mut().pop_descriptor_chain(&usable) else {
             return false;
         };
         self.shared.served.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let head = chain.head_index();
-        let framed = queue::parse(chain, &memory, controller);
+        let framed = queue::parse(chain, controller);
         let len = match &framed {
             None => {
                 metrics.malformed();

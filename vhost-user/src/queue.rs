@@ -8,13 +8,61 @@ use virtio_mem::ByteRange;
 use virtio_mem::controller::MemController;
 use virtio_mem::device::{REQUEST_LEN, RESPONSE_LEN, Request, Response};
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::bitmap::BS;
+use vm_memory::guest_memory::{self, GuestMemorySliceIterator};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 /// Guest memory with the front-end's dirty log.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
 
 /// Part of a guest buffer: address and length, bytes; never of length 0.
 type Part = (GuestAddress, usize);
+
+/// Guest memory without what is unplugged now: any access to that fails, and the host gets to
+/// hold nothing for it.
+///
+/// A chain may name tables of descriptors anywhere, which are read while it is walked, before
+/// anybody has seen where they are; and a guest may change a descriptor after somebody has. So
+/// each access is checked where it is made.
+#[derive(Clone, Copy)]
+pub struct UsableMemory<'a> {
+    memory: &'a Memory,
+    controller: &'a MemController,
+}
+
+impl<'a> UsableMemory<'a> {
+    /// The part of `memory` that the guest may use now, as `controller` has it.
+    pub fn new(memory: &'a Memory, controller: &'a MemController) -> Self {
+        Self { memory, controller }
+    }
+
+    fn is_usable(&self, addr: GuestAddress, count: usize) -> bool {
+        // Whether addresses wrap is for the memory to judge.
+        let range = ByteRange::new(addr.0, count as u64);
+        range.is_none_or(|range| self.controller.is_usable(range))
+    }
+}
+
+impl GuestMemory for UsableMemory<'_> {
+    type PhysicalMemory = Memory;
+    type Bitmap = BitmapMmapRegion;
+
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        self.is_usable(addr, count) && GuestMemory::check_range(self.memory, addr, count, access)
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> guest_memory::Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>> {
+        if !self.is_usable(addr, count) {
+            return Err(guest_memory::Error::InvalidGuestAddress(addr));
+        }
+        GuestMemory::get_slices(self.memory, addr, count, access)
+    }
+}
 
 /// A request whose framing was found good.
 pub struct Framed {
@@ -27,12 +75,13 @@ pub struct Framed {
 /// device-writable ones, of which 10 bytes are the response. More of either is ignored.
 ///
 /// Returns `None` for any chain that breaks the framing, or whose buffers lie in memory the guest
-/// may not use now, or would not after the request.
+/// may not use now, or would not after the request. A table of descriptors there ends the chain, as
+/// one that is not in memory at all does.
 pub fn parse(
-    chain: DescriptorChain<&Memory>,
-    memory: &Memory,
+    chain: DescriptorChain<&UsableMemory<'_>>,
     controller: &MemController,
 ) -> Option<Framed> {
+    let memory = *chain.memory();
     let mut bytes = [0; REQUEST_LEN];
     let mut filled = 0;
     let mut room = 0;
@@ -52,11 +101,11 @@ pub fn parse(
             continue;
         }
         let addr = descriptor.addr();
-        let range = ByteRange::new(addr.0, used as u64)?;
-        if !GuestMemoryBackend::check_range(memory, addr, used) || !controller.is_usable(range) {
+        let access = if writable { Permissions::Write } else { Permissions::Read };
+        if !memory.check_range(addr, used, access) {
             return None;
         }
-        buffers.push(range);
+        buffers.push(ByteRange::new(addr.0, used as u64)?);
         if writable {
             response.push((addr, used));
             room += used;

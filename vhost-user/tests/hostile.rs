@@ -14,7 +14,7 @@ use test_vmm::daemon::Daemon;
 use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::protocol::{self, Request, VERSION};
-use test_vmm::split_ring::{DESC_SIZE, Next, Segment};
+use test_vmm::split_ring::{DESC_F_WRITE, DESC_SIZE, Next, Segment};
 
 /// Descriptors and threads of the daemon; waits until it serves nobody.
 fn resources(daemon: &Daemon) -> (usize, usize) {
@@ -177,6 +177,42 @@ fn random_chains_change_nothing_they_should_not_and_the_queue_goes_on() {
         })
         .unwrap();
     assert!(daemon.is_running());
+}
+
+/// What unplugged memory reads as there is no table that means anything; reading it would make the
+/// host hold it.
+#[test]
+fn tables_of_descriptors_in_unplugged_memory_are_not_read_and_the_queue_goes_on() {
+    let mut rig = common::rig();
+    assert_eq!(rig.plug(0, 1), ResponseType::Ack);
+    let (request, response) = (0x20_0000, 0x20_0100);
+    let bytes = MemRequest::new(RequestType::Plug, gpa(5), 1).to_bytes();
+    rig.ram.write(request, &bytes).unwrap();
+    let request = Segment::readable(request, 24);
+    // The last entry of a plugged block, which goes on in the next, unplugged one.
+    let entry = request.with_next(Next::Entry(1));
+    rig.driver.ring().write_indirect(gpa(1) - DESC_SIZE, &[entry]).unwrap();
+    for chain in [
+        vec![Segment::indirect(gpa(3), 4)],
+        vec![Segment::indirect(gpa(3), 4).with_flags(DESC_F_WRITE)],
+        vec![request, Segment::indirect(gpa(3) + 8, 4)],
+        vec![Segment::indirect(gpa(1) - DESC_SIZE, 2)],
+        vec![Segment::indirect(gpa(1) - 8, 2)],
+    ] {
+        rig.driver.ring_mut().add(&chain).unwrap();
+        rig.driver.ring_mut().kick().unwrap();
+        assert_eq!(rig.driver.complete().unwrap().len, 0, "{chain:?}");
+        assert_eq!(rig.held(1, REGION / BLOCK), 0, "{chain:?}");
+        assert_eq!(rig.plugged_size(), BLOCK, "{chain:?}");
+    }
+    // Where the memory is plugged, the same table makes a request.
+    assert_eq!(rig.plug(1, 1), ResponseType::Ack);
+    let chain = [request, Segment::writable(response, 10)];
+    let table = rig.driver.ring().write_indirect(gpa(1) - DESC_SIZE, &chain).unwrap();
+    rig.driver.ring_mut().add(&[table]).unwrap();
+    rig.driver.ring_mut().kick().unwrap();
+    assert_eq!(rig.driver.complete().unwrap().len, 10);
+    assert_eq!(rig.plugged_size(), 3 * BLOCK);
 }
 
 #[test]

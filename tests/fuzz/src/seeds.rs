@@ -43,6 +43,17 @@ fn guest_chains() -> Vec<Vec<u8>> {
             kick.clone(),
         ]
         .concat(),
+        // Indirect tables in unplugged memory, first and after a good part.
+        [
+            vec![7],
+            vec![0, 0, 1, 0x00, 0x30, 2, 4, 4, 0],
+            vec![1, 0],
+            vec![0, 1, 5, 0, 0x20, 3, 1, 2],
+            vec![0, 2, 1, 0x08, 0x70, 2, 4, 4, 0],
+            vec![1, 1],
+            kick.clone(),
+        ]
+        .concat(),
         // A loop, a head that does not exist, an index far ahead.
         [
             vec![3],
