@@ -2,11 +2,15 @@ use super::*;
 use crate::controller::{Start, StateRecord, StateStore};
 use crate::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use crate::migration::devices::DeviceSection;
-use crate::migration::stream::{SectionHeader, SectionKind};
+use crate::migration::inspect::inspect;
+use crate::migration::stream::{
+    Configuration, SectionHeader, SectionKind, put_description, put_eof, put_footer, put_header,
+    put_section,
+};
 use crate::migration::vmstate::{Problem, VmStateError};
 use crate::migration::wire::WireReader;
 use proptest::prelude::*;
-use std::io;
+use std::io::{self, Cursor};
 
 const BLOCK: u64 = 0x20_0000;
 const REGION_AT: u64 = 0x1_4000_0000;
@@ -125,6 +129,31 @@ fn the_sections_have_qemus_bytes() {
         ],
     });
     assert_eq!(early[0].description, expected);
+}
+
+#[test]
+fn a_stream_of_them_is_understood_by_the_inspector() {
+    let phases = save(&controller(sample()), &properties());
+    let mut stream = Vec::new();
+    put_header(&mut stream, &Configuration::new("small"));
+    for (section_id, section) in (0..).zip(phases.iter().flatten()) {
+        put_section(&mut stream, &SectionHeader { section_id, ..header(section) });
+        stream.extend(&section.payload);
+        put_footer(&mut stream, section_id);
+    }
+    put_eof(&mut stream);
+    let devices: Vec<_> = phases.iter().flatten().map(|s| s.description.clone()).collect();
+    let json = serde_json::json!({ "page_size": 4096, "devices": devices }).to_string();
+    put_description(&mut stream, json.as_bytes());
+    let inspection = inspect(Cursor::new(stream));
+    assert!(inspection.error.is_none() && inspection.warnings.is_empty(), "{inspection:?}");
+    let [device] = &inspection.virtio_mem[..] else { panic!("{inspection:?}") };
+    assert_eq!((&device.path[..], device.addr, device.node), (PATH, REGION_AT, 3));
+    assert_eq!(device.plugged_size, 3 * BLOCK);
+    assert_eq!(device.usable_region_size, Some(NR * BLOCK));
+    assert_eq!(device.requested_size, Some(4 * BLOCK));
+    let plugged: Vec<_> = device.plugged().map(|range| range.start() / BLOCK).collect();
+    assert_eq!(plugged, [0, 2, 69]);
 }
 
 #[test]

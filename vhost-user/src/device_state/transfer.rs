@@ -91,8 +91,10 @@ impl Transfers {
             state.phase = Phase::Running;
         }
         let mut channel = Channel { file, waits, transfers: Arc::clone(self) };
-        let transfers = Arc::clone(self);
+        let finish = Finish { transfers: Arc::clone(self), well: false };
         let run = move || {
+            // Taken in whole: a closure takes the fields that it uses.
+            let mut finish = finish;
             let outcome = transfer(&mut channel);
             // The front-end may wait for its end before it asks how it went.
             drop(channel);
@@ -100,10 +102,9 @@ impl Transfers {
                 Ok(()) => tracing::info!("device state: {name} done"),
                 Err(error) => tracing::error!("device state: {name} failed: {error:#}"),
             }
-            transfers.finish(outcome.is_ok());
+            finish.well = outcome.is_ok();
         };
-        let spawned = thread::Builder::new().name("device-state".to_owned()).spawn(run);
-        spawned.map(drop).inspect_err(|_| self.finish(false))
+        thread::Builder::new().name("device-state".to_owned()).spawn(run).map(drop)
     }
 
     /// Whether the last transfer went well. Waits for its end; false without one.
@@ -119,10 +120,18 @@ impl Transfers {
         state.connection = None;
         self.changed.wait_while(&mut state, |state| state.phase == Phase::Running);
     }
+}
 
-    fn finish(&self, well: bool) {
-        self.state.lock().phase = Phase::Done { well };
-        self.changed.notify_all();
+/// Ends a transfer when dropped, on every way out: others wait for it.
+struct Finish {
+    transfers: Arc<Transfers>,
+    well: bool,
+}
+
+impl Drop for Finish {
+    fn drop(&mut self) {
+        self.transfers.state.lock().phase = Phase::Done { well: self.well };
+        self.transfers.changed.notify_all();
     }
 }
 
@@ -308,6 +317,16 @@ mod tests {
         let body = |channel: &mut Channel| Ok(channel.write_all(&[0; 1 << 20])?);
         transfers.start("save", file(OwnedFd::from(writer)), body).unwrap();
         assert!(!transfers.check());
+    }
+
+    #[test]
+    fn a_transfer_that_panics_has_failed() {
+        let transfers = Transfers::new(SILENCE_MAX).unwrap();
+        let (_reader, writer) = pipe().unwrap();
+        let panics = |_: &mut Channel| panic!("as expected");
+        transfers.start("save", file(OwnedFd::from(writer)), panics).unwrap();
+        assert!(!transfers.check());
+        transfers.end();
     }
 
     #[test]
