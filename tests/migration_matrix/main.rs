@@ -1,0 +1,322 @@
+//! Every way of moving a guest, on every kind of memory, with every pattern of discarded blocks,
+//! while its vCPUs keep writing and look at every page they had written.
+//!
+//! Small sizes run with the tests. The same at large sizes, for as long as wanted:
+//!
+//! `MATRIX_BLOCKS=512 MATRIX_TIMES=20 cargo test --release --test migration_matrix -- --ignored`
+
+mod guest;
+mod memory;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use guest::{Vm, no_work};
+use memory::{BLOCK, Kind, Pattern, Pool, Side, say};
+use virtio_mem::migration::MigrationError;
+use virtio_mem::migration::channel::Channel;
+use virtio_mem::migration::devices::NoDevices;
+use virtio_mem::migration::dirty::{DirtyTracker, WriteProtect};
+use virtio_mem::migration::lazy::HandlerFailed;
+use virtio_mem::migration::postcopy::{
+    Channels, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen,
+};
+use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use virtio_mem::migration::progress::Progress;
+use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
+use virtio_mem::migration::snapshot::{
+    BackgroundSnapshot, Restore, Snapshot, restore, restore_lazily, save, save_in_background,
+};
+use virtio_mem::migration::stream::Configuration;
+
+/// One at a time: the machine's pool of huge pages is shared, and so are its cores.
+static ALONE: Mutex<()> = Mutex::new(());
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Precopy,
+    Hybrid,
+    Postcopy,
+    Recovered,
+    BackgroundSnapshot,
+    LazyRestore,
+}
+
+/// Runs `way` on all kinds of memory and patterns that this machine has.
+fn all(way: Way, nr_blocks: usize) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    for kind in Kind::ALL {
+        let pool = match kind {
+            Kind::Hugetlb => match Pool::with_free(2 * nr_blocks as u64 + 4) {
+                Ok(pool) => Some(pool),
+                Err(error) => {
+                    say(&format!("skipped: {way:?} on {kind:?}: {error}"));
+                    continue;
+                }
+            },
+            _ => None,
+        };
+        for pattern in Pattern::ALL {
+            let plugged = pattern.plugged(nr_blocks);
+            let sides = Side::new(kind, &plugged).and_then(|a| Ok((a, Side::new(kind, &plugged)?)));
+            let (from, to) = match sides {
+                Ok(sides) => sides,
+                Err(error) => {
+                    say(&format!("skipped: {way:?} on {kind:?}: {error}"));
+                    break;
+                }
+            };
+            one(way, &from, &to, &format!("{way:?} on {kind:?}, {pattern:?} discarded"));
+        }
+        drop(pool);
+    }
+}
+
+fn one(way: Way, from: &Side, to: &Side, what: &str) {
+    let work = no_work(from.block.used_length());
+    let (here, there) = (Vm::new(from, &work), Vm::new(to, &work));
+    here.start();
+    here.run().unwrap();
+    here.wait_rounds(3);
+    match way {
+        Way::Precopy => migrate(from, to, &here, &there, None, 1),
+        Way::Hybrid => migrate(from, to, &here, &there, Some(SwitchWhen::Rounds(1)), 1),
+        Way::Postcopy => migrate(from, to, &here, &there, Some(SwitchWhen::AtOnce), 1),
+        Way::Recovered => migrate(from, to, &here, &there, Some(SwitchWhen::AtOnce), 3),
+        Way::BackgroundSnapshot => {
+            background(from, to, &here);
+            assert_eq!(here.differ_at_stop(to), 0, "{what}");
+        }
+        Way::LazyRestore => lazily(from, to, &here, &there),
+    }
+    assert_eq!(here.end(), 0, "{what}: pages wrong on the source");
+    assert_eq!(there.end(), 0, "{what}: pages wrong on the destination");
+    assert_eq!((from.leaked(), to.leaked()), (0, 0), "{what}: discarded memory is held");
+}
+
+/// Migrates over `attempts` pairs of channels, all but the last of which break.
+fn migrate(
+    from: &Side,
+    to: &Side,
+    here: &Arc<Vm>,
+    there: &Arc<Vm>,
+    when: Option<SwitchWhen>,
+    attempts: usize,
+) {
+    let options = ListOptions { postcopy: when.is_some(), ..ListOptions::default() };
+    let ((tell_here, here_hears), (tell_there, there_hears)) = (channel(), channel());
+    let mut first = None;
+    for attempt in 1..=attempts {
+        let main = if attempt == attempts {
+            UnixStream::pair().unwrap()
+        } else {
+            // Enough for the guest to be handed over, and for some of its memory.
+            breaking(from.block.used_length() as usize / 8 * attempt + 20_000)
+        };
+        let urgent = UnixStream::pair().unwrap();
+        if attempt == 1 {
+            first = Some((main, urgent));
+        } else {
+            tell_here.send((main.0, urgent.0)).unwrap();
+            tell_there.send((main.1, urgent.1)).unwrap();
+        }
+    }
+    let (main, urgent) = first.unwrap();
+    let incoming = Arc::new(Progress::new());
+    let (vm, blocks, progress) = (Arc::clone(there), Arc::clone(&to.blocks), Arc::clone(&incoming));
+    let receiving = thread::spawn(move || {
+        vm.start();
+        let ram = RamLoad::new(Arc::clone(&blocks), options, Arc::clone(&progress));
+        let postcopy = when.map(|_| PostcopyIncoming {
+            blocks,
+            urgent: Some(Channel::new(urgent.1, Arc::clone(&progress)).unwrap()),
+            reconnect: Box::new(Next(there_hears, Arc::clone(&progress))),
+            failed: Arc::clone(&vm) as Arc<dyn HandlerFailed>,
+        });
+        Incoming {
+            configuration: Configuration::new("matrix"),
+            guest: &*vm,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy,
+            progress: Arc::clone(&progress),
+        }
+        .run(Channel::new(main.1, progress).unwrap())
+    });
+    let progress = Arc::new(Progress::new());
+    let tracker = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
+        let (mapping, ram) = (Arc::clone(block.mapping()), Arc::clone(block.ram()));
+        Box::new(WriteProtect::new(mapping, Some(ram)).unwrap())
+    };
+    let ram = RamSave::new(&from.blocks, options, Arc::clone(&progress), tracker).unwrap();
+    let postcopy = when.map(|when| PostcopyOutgoing {
+        when,
+        urgent: Some(Channel::new(urgent.0, Arc::clone(&progress)).unwrap()),
+        reconnect: Box::new(Next(here_hears, Arc::clone(&progress))),
+    });
+    let mut parameters = Parameters::new(Configuration::new("matrix"));
+    // The vCPUs never rest, so that precopy has to stop them with something left.
+    parameters.downtime_limit = Duration::from_secs(2);
+    let outgoing = Outgoing {
+        parameters,
+        guest: &**here,
+        handlers: vec![Box::new(ram)],
+        devices: &mut NoDevices,
+        frozen: Vec::new(),
+        postcopy,
+        progress: Arc::clone(&progress),
+    };
+    let sent = outgoing.run(Channel::new(main.0, progress).unwrap());
+    let received = receiving.join().unwrap();
+    sent.unwrap();
+    received.unwrap();
+    there.wait_rounds(3);
+}
+
+/// Channels that were made before.
+struct Next(Receiver<(UnixStream, UnixStream)>, Arc<Progress>);
+
+impl Reconnect for Next {
+    fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
+        let (main, urgent) = self.0.recv().ok()?;
+        let channel = |stream| Channel::new(stream, Arc::clone(&self.1)).unwrap();
+        Some(Channels { main: channel(main), urgent: Some(channel(urgent)) })
+    }
+}
+
+/// A channel that breaks after `limit` bytes went to the destination.
+fn breaking(limit: usize) -> (UnixStream, UnixStream) {
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    let (source, mut near) = UnixStream::pair().unwrap();
+    let (mut far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    thread::spawn(move || {
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let (mut buffer, mut left) = (vec![0; 64 << 10], limit);
+        while left != 0 {
+            let read = near.read(&mut buffer).unwrap_or(0);
+            let pass = read.min(left);
+            if read == 0 || far.write_all(&buffer[..pass]).is_err() {
+                break;
+            }
+            left -= pass;
+        }
+        let _ = far.shutdown(Shutdown::Both);
+        let _ = near.shutdown(Shutdown::Both);
+    });
+    (source, destination)
+}
+
+/// Saves a running guest, and restores the file into other memory.
+fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
+    let file = tempfile::tempfile().unwrap();
+    let snapshot = BackgroundSnapshot {
+        configuration: Configuration::new("matrix"),
+        blocks: &from.blocks,
+        devices: &mut NoDevices,
+        guest: &**here,
+        frozen: Vec::new(),
+        progress: Arc::new(Progress::new()),
+    };
+    save_in_background(snapshot, &file).unwrap();
+    here.wait_rounds(2);
+    let what = Restore {
+        configuration: Configuration::new("matrix"),
+        blocks: Arc::clone(&to.blocks),
+        devices: &mut NoDevices,
+        threads: 2,
+        progress: Arc::new(Progress::new()),
+    };
+    restore(what, &file).unwrap();
+}
+
+/// Saves a stopped guest, and lets it go on from the file at once.
+fn lazily(from: &Side, to: &Side, here: &Arc<Vm>, there: &Arc<Vm>) {
+    here.stop().unwrap();
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    let snapshot = Snapshot {
+        configuration: Configuration::new("matrix"),
+        blocks: &from.blocks,
+        devices: &mut NoDevices,
+        frozen: Vec::new(),
+        progress: Arc::new(Progress::new()),
+    };
+    save(snapshot, &file).unwrap();
+    let what = Restore {
+        configuration: Configuration::new("matrix"),
+        blocks: Arc::clone(&to.blocks),
+        devices: &mut NoDevices,
+        threads: 1,
+        progress: Arc::new(Progress::new()),
+    };
+    let failed = Arc::clone(there) as Arc<dyn HandlerFailed>;
+    let restored = restore_lazily(what, file, failed).unwrap();
+    there.start();
+    there.run().unwrap();
+    there.wait_rounds(2);
+    restored.wait().unwrap();
+    there.wait_rounds(2);
+}
+
+const SMALL: usize = 6;
+
+#[test]
+fn precopy() {
+    all(Way::Precopy, SMALL);
+}
+
+#[test]
+fn hybrid() {
+    all(Way::Hybrid, SMALL);
+}
+
+#[test]
+fn postcopy() {
+    all(Way::Postcopy, SMALL);
+}
+
+#[test]
+fn recovered_postcopy() {
+    all(Way::Recovered, SMALL);
+}
+
+#[test]
+fn background_snapshot() {
+    all(Way::BackgroundSnapshot, SMALL);
+}
+
+#[test]
+fn lazy_restore() {
+    all(Way::LazyRestore, SMALL);
+}
+
+/// Everything again, large and often.
+#[test]
+#[ignore = "a soak: takes as long as it is told to"]
+fn soak() {
+    let number = |name, default| {
+        std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    };
+    let (nr_blocks, times) = (number("MATRIX_BLOCKS", 128), number("MATRIX_TIMES", 3));
+    for time in 1..=times {
+        say(&format!("soak: {time} of {times}, {} MiB", nr_blocks as u64 * BLOCK >> 20));
+        for way in [
+            Way::Precopy,
+            Way::Hybrid,
+            Way::Postcopy,
+            Way::Recovered,
+            Way::BackgroundSnapshot,
+            Way::LazyRestore,
+        ] {
+            all(way, nr_blocks);
+        }
+    }
+}
