@@ -307,7 +307,7 @@ fn soak() {
     };
     let (nr_blocks, times) = (number("MATRIX_BLOCKS", 128), number("MATRIX_TIMES", 3));
     for time in 1..=times {
-        say(&format!("soak: {time} of {times}, {} MiB", nr_blocks as u64 * BLOCK >> 20));
+        say(&format!("soak: {time} of {times}, {} MiB", (nr_blocks as u64 * BLOCK) >> 20));
         for way in [
             Way::Precopy,
             Way::Hybrid,

@@ -122,7 +122,7 @@ impl Pattern {
             random ^= random << 17;
             let plugged = match self {
                 Self::Alternating => block % 2 == 0,
-                Self::Random => random % 3 != 0,
+                Self::Random => !random.is_multiple_of(3),
                 Self::All => false,
                 Self::None => true,
             };
