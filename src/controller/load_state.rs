@@ -103,14 +103,17 @@ impl MemController {
             ..state.record(blocks, JournalUpdate::Forget)
         };
         state.save(&record)?;
-        let before = std::mem::replace(&mut state.device, device);
+        let requested_before = state.device.requested_size();
+        state.device = device;
         state.journal = None;
         let (requested, plugged) = (state.device.requested_size(), state.device.plugged_size());
         state.tell(|observer| {
-            if requested != before.requested_size() {
+            if requested != requested_before {
                 observer.requested_size(requested);
             }
-            if plugged != before.plugged_size() {
+            // Also when as many blocks are plugged, but others: it is the blocks that observers
+            // look up then.
+            if changed {
                 observer.plugged_size(plugged);
             }
         });

@@ -6,7 +6,7 @@ mod common;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{ADDR, BLOCK, REGION, Rig, gpa, options, ram, rig, rig_with};
 use rustix::process::Signal;
@@ -50,11 +50,8 @@ fn blocks(daemon: &Daemon) -> serde_json::Value {
 }
 
 fn wait_for_log(daemon: &Daemon, text: &str) {
-    let deadline = Instant::now() + common::PATIENCE;
-    while !daemon.stderr().contains(text) {
-        assert!(Instant::now() < deadline, "{text:?} is not in {}", daemon.stderr());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let logged = daemon.wait_logged(text, common::PATIENCE);
+    assert!(logged, "{text:?} is not in {}", daemon.stderr());
 }
 
 /// Puts the right checksum behind a state that was changed.

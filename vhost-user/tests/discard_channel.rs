@@ -78,13 +78,8 @@ fn blocks(daemon: &Daemon, populated: bool) -> Vec<ByteRange> {
     ranges.iter().map(range).collect()
 }
 
-/// What the daemon logs comes through a pipe.
 fn wait_logged(daemon: &Daemon, text: &str) {
-    let start = Instant::now();
-    while !daemon.stderr().contains(text) {
-        assert!(start.elapsed() < PATIENCE, "not logged: {text}\n{}", daemon.stderr());
-        thread::sleep(Duration::from_millis(2));
-    }
+    assert!(daemon.wait_logged(text, PATIENCE), "not logged: {text}\n{}", daemon.stderr());
 }
 
 type Calls = Arc<Mutex<Vec<(&'static str, bool, ByteRange)>>>;

@@ -125,7 +125,7 @@ fn blocks_smaller_than_the_page_are_refused_with_the_reason() {
     frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
     assert!(frontend.set_mem_table(&ram).is_err());
     let reason = "block size 0x100000 is not a multiple of the page size 0x200000";
-    assert!(daemon.stderr().contains(reason), "{}", daemon.stderr());
+    assert!(daemon.wait_logged(reason, common::PATIENCE), "{}", daemon.stderr());
 }
 
 #[test]

@@ -176,6 +176,19 @@ impl Daemon {
         self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Waits until `text` is in what it logged, which comes through a pipe and so a little later
+    /// than whatever was logged about. False when it is not there within `bound`.
+    pub fn wait_logged(&self, text: &str, bound: Duration) -> bool {
+        let start = Instant::now();
+        while !self.stderr().contains(text) {
+            if start.elapsed() > bound {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        true
+    }
+
     /// Whether it still runs.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
