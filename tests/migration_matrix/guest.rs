@@ -29,6 +29,7 @@ pub struct Vm {
     end: AtomicBool,
     wrong: AtomicU64,
     rounds: AtomicU64,
+    visited: AtomicU64,
     vcpus: Mutex<Vec<JoinHandle<()>>>,
     /// What was written by the time that it was stopped.
     at_stop: Mutex<Vec<u64>>,
@@ -57,6 +58,7 @@ impl Vm {
             end: AtomicBool::new(false),
             wrong: AtomicU64::new(0),
             rounds: AtomicU64::new(0),
+            visited: AtomicU64::new(0),
             vcpus: Mutex::default(),
             at_stop: Mutex::default(),
         })
@@ -77,6 +79,11 @@ impl Vm {
         while self.rounds.load(Ordering::Relaxed) < before + rounds {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
+    }
+
+    /// How many pages were looked at.
+    pub fn visited(&self) -> u64 {
+        self.visited.load(Ordering::Relaxed)
     }
 
     /// Ends the vCPUs; how many pages were not as they had been written.
@@ -115,6 +122,7 @@ impl Vm {
     }
 
     fn visit(&self, page: u64) {
+        self.visited.fetch_add(1, Ordering::Relaxed);
         let generation = self.work[page as usize].load(Ordering::Relaxed);
         let found = read_stamps(&self.mapping, page);
         if found != [stamp(page, generation); 2] {

@@ -5,6 +5,7 @@
 //!
 //! `MATRIX_BLOCKS=512 MATRIX_TIMES=20 cargo test --release --test migration_matrix -- --ignored`
 
+mod faults;
 mod guest;
 mod memory;
 
@@ -107,34 +108,52 @@ fn migrate(
     when: Option<SwitchWhen>,
     attempts: usize,
 ) {
+    // Enough for the guest to be handed over, and for some of its memory.
+    let breaks = |attempt| breaking(from.block.used_length() as usize / 8 * attempt + 20_000);
+    let mut links: Vec<_> = (1..attempts).map(breaks).collect();
+    links.push(UnixStream::pair().unwrap());
+    let (sent, received) = run(from, to, here, there, when, links, || {});
+    sent.unwrap();
+    received.unwrap();
+    there.wait_rounds(3);
+}
+
+type Outcome = Result<(), MigrationError>;
+
+/// Migrates over the first of `links`, and after each break over the next, before which the
+/// destination calls `between`; how it ended on both sides.
+fn run(
+    from: &Side,
+    to: &Side,
+    here: &Arc<Vm>,
+    there: &Arc<Vm>,
+    when: Option<SwitchWhen>,
+    links: Vec<(UnixStream, UnixStream)>,
+    between: impl FnMut() + Send + 'static,
+) -> (Outcome, Outcome) {
     let options = ListOptions { postcopy: when.is_some(), ..ListOptions::default() };
     let ((tell_here, here_hears), (tell_there, there_hears)) = (channel(), channel());
     let mut first = None;
-    for attempt in 1..=attempts {
-        let main = if attempt == attempts {
-            UnixStream::pair().unwrap()
-        } else {
-            // Enough for the guest to be handed over, and for some of its memory.
-            breaking(from.block.used_length() as usize / 8 * attempt + 20_000)
-        };
+    for main in links {
         let urgent = UnixStream::pair().unwrap();
-        if attempt == 1 {
+        if first.is_none() {
             first = Some((main, urgent));
         } else {
             tell_here.send((main.0, urgent.0)).unwrap();
             tell_there.send((main.1, urgent.1)).unwrap();
         }
     }
-    let (main, urgent) = first.unwrap();
-    let incoming = Arc::new(Progress::new());
-    let (vm, blocks, progress) = (Arc::clone(there), Arc::clone(&to.blocks), Arc::clone(&incoming));
+    drop((tell_here, tell_there));
+    let (main, urgent) = first.expect("a link to begin with");
+    let (vm, blocks) = (Arc::clone(there), Arc::clone(&to.blocks));
     let receiving = thread::spawn(move || {
         vm.start();
+        let progress = Arc::new(Progress::new());
         let ram = RamLoad::new(Arc::clone(&blocks), options, Arc::clone(&progress));
         let postcopy = when.map(|_| PostcopyIncoming {
             blocks,
             urgent: Some(Channel::new(urgent.1, Arc::clone(&progress)).unwrap()),
-            reconnect: Box::new(Next(there_hears, Arc::clone(&progress))),
+            reconnect: Box::new(Next(there_hears, Arc::clone(&progress), Box::new(between))),
             failed: Arc::clone(&vm) as Arc<dyn HandlerFailed>,
         });
         Incoming {
@@ -156,7 +175,7 @@ fn migrate(
     let postcopy = when.map(|when| PostcopyOutgoing {
         when,
         urgent: Some(Channel::new(urgent.0, Arc::clone(&progress)).unwrap()),
-        reconnect: Box::new(Next(here_hears, Arc::clone(&progress))),
+        reconnect: Box::new(Next(here_hears, Arc::clone(&progress), Box::new(|| {}))),
     });
     let mut parameters = Parameters::new(Configuration::new("matrix"));
     // The vCPUs never rest, so that precopy has to stop them with something left.
@@ -171,18 +190,21 @@ fn migrate(
         progress: Arc::clone(&progress),
     };
     let sent = outgoing.run(Channel::new(main.0, progress).unwrap());
-    let received = receiving.join().unwrap();
-    sent.unwrap();
-    received.unwrap();
-    there.wait_rounds(3);
+    (sent, receiving.join().unwrap())
 }
 
 /// Channels that were made before.
-struct Next(Receiver<(UnixStream, UnixStream)>, Arc<Progress>);
+struct Next(
+    Receiver<(UnixStream, UnixStream)>,
+    Arc<Progress>,
+    /// Called before each is used.
+    Box<dyn FnMut() + Send>,
+);
 
 impl Reconnect for Next {
     fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
         let (main, urgent) = self.0.recv().ok()?;
+        (self.2)();
         let channel = |stream| Channel::new(stream, Arc::clone(&self.1)).unwrap();
         Some(Channels { main: channel(main), urgent: Some(channel(urgent)) })
     }

@@ -47,14 +47,24 @@ impl Kind {
     }
 }
 
-/// A file on a tmpfs of its own, mounted nowhere.
+/// A file on a tmpfs of its own with huge pages.
 fn huge_shmem() -> io::Result<File> {
+    own_tmpfs("huge", "always")
+}
+
+/// A file on a tmpfs of its own that has room for `bytes`.
+fn small_tmpfs(bytes: u64) -> io::Result<File> {
+    own_tmpfs("size", &bytes.to_string())
+}
+
+/// A file on a tmpfs of its own, mounted nowhere.
+fn own_tmpfs(option: &str, value: &str) -> io::Result<File> {
     use rustix::mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
         fsopen,
     };
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&context, "huge", "always")?;
+    fsconfig_set_string(&context, option, value)?;
     fsconfig_create(&context)?;
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
@@ -77,9 +87,15 @@ impl Pool {
         rustix::fs::flock(&setting, rustix::fs::FlockOperation::LockExclusive)?;
         let before = Self::read("nr_hugepages")?;
         let pool = Self { setting, before };
-        pool.set(before - Self::read("free_hugepages")? + pages)?;
+        pool.make_free(pages)?;
+        Ok(pool)
+    }
+
+    /// Changes how many pages are free.
+    pub fn make_free(&self, pages: u64) -> io::Result<()> {
+        self.set(Self::read("nr_hugepages")? - Self::read("free_hugepages")? + pages)?;
         match Self::read("free_hugepages")? {
-            free if free >= pages => Ok(pool),
+            free if free >= pages => Ok(()),
             free => Err(io::Error::other(format!("{free} of {pages} huge pages are to be had"))),
         }
     }
@@ -163,9 +179,20 @@ pub struct Side {
 
 impl Side {
     pub fn new(kind: Kind, plugged: &BlockBitmap) -> io::Result<Self> {
+        Self::on(kind.file(plugged.nr_blocks() as u64 * BLOCK)?, plugged)
+    }
+
+    /// With memory of which there is only so much.
+    pub fn with_room(bytes: u64, plugged: &BlockBitmap) -> io::Result<Self> {
+        let file = small_tmpfs(bytes)?;
+        file.set_len(plugged.nr_blocks() as u64 * BLOCK)?;
+        Self::on(file, plugged)
+    }
+
+    fn on(file: File, plugged: &BlockBitmap) -> io::Result<Self> {
         let size = plugged.nr_blocks() as u64 * BLOCK;
-        let ram = RamBlock::new("vmem0".into(), 4 << 30, size, kind.file(size)?, 0)
-            .map_err(io::Error::other)?;
+        let ram =
+            RamBlock::new("vmem0".into(), 4 << 30, size, file, 0).map_err(io::Error::other)?;
         let block = MigrationBlock::map(Arc::new(ram), BlockOptions::migratable())?;
         let manager = LocalRamDiscardManager::new(size);
         manager.add_source(Arc::new(Frozen(plugged.clone()))).map_err(io::Error::other)?;

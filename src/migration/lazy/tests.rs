@@ -1,1 +1,108 @@
+use std::sync::atomic::AtomicUsize;
+use std::thread;
+use std::time::Duration;
 
+use super::*;
+use crate::migration::test_support::{PAGE, Side, fill};
+
+struct NoFailure;
+
+impl HandlerFailed for NoFailure {
+    fn handler_failed(&self, error: &MigrationError) {
+        panic!("{error}");
+    }
+}
+
+/// Answers with pages of sevens, as soon as it may.
+#[derive(Default)]
+struct Sevens {
+    asked: AtomicUsize,
+}
+
+impl PageSource for Sevens {
+    fn request(&self, lazy: &LazyRam, block: usize, range: ByteRange) -> io::Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        lazy.place(block, range.start(), &vec![7; range.len() as usize]).map_err(io::Error::other)
+    }
+}
+
+fn lazy(side: &Side, pages: std::ops::Range<u64>) -> (Arc<LazyRam>, FaultHandler) {
+    let block = Arc::clone(side.blocks.get("vmem0").unwrap());
+    let mut outstanding = PageBitmap::new(block.used_length() / PAGE);
+    outstanding.set_range(pages);
+    let lazy = Arc::new(LazyRam::new(vec![(block, outstanding)]).unwrap());
+    let handler = FaultHandler::start(Arc::clone(&lazy), Arc::new(NoFailure)).unwrap();
+    (lazy, handler)
+}
+
+fn read(side: &Side, page: u64) -> u8 {
+    let mut byte = [0];
+    side.blocks.get("vmem0").unwrap().mapping().read(page * PAGE + 5, &mut byte);
+    byte[0]
+}
+
+#[test]
+fn whoever_waits_with_nobody_to_ask_goes_on_when_there_is_somebody() {
+    let side = Arc::new(Side::new(&[0, 1]));
+    let (lazy, _handler) = lazy(&side, 0..100);
+    let reading = Arc::clone(&side);
+    let readers: Vec<_> = (0..4)
+        .map(|n| {
+            let reading = Arc::clone(&reading);
+            // Two of them wait for the same page.
+            thread::spawn(move || read(&reading, 10 + n / 2))
+        })
+        .collect();
+    while lazy.blocks[0].requested().len() < 2 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(lazy.outstanding(), 100);
+    let sevens = Arc::new(Sevens::default());
+    lazy.set_source(Some(Arc::clone(&sevens) as Arc<dyn PageSource>));
+    lazy.request_again().unwrap();
+    for reader in readers {
+        assert_eq!(reader.join().unwrap(), 7);
+    }
+    assert_eq!((sevens.asked.load(Ordering::Relaxed), lazy.outstanding()), (2, 98));
+    assert_eq!(lazy.statistics().remote.count, 2);
+    assert!(lazy.finish().is_err(), "98 pages are outstanding");
+}
+
+#[test]
+fn what_nothing_comes_for_is_zero_and_never_asked_for() {
+    let side = Side::new(&[0, 1]);
+    // Blocks 2 and up are discarded; page 50 is a hole between pages to come.
+    let (lazy, _handler) = lazy(&side, 0..50);
+    let sevens = Arc::new(Sevens::default());
+    lazy.set_source(Some(Arc::clone(&sevens) as Arc<dyn PageSource>));
+    assert_eq!(read(&side, 900), 0);
+    assert_eq!(read(&side, 60), 0);
+    assert_eq!(sevens.asked.load(Ordering::Relaxed), 0);
+    assert_eq!(read(&side, 49), 7);
+    // Zeros that arrive take no memory, and are there when touched.
+    let held = side.held().0;
+    lazy.place_zeros(0, ByteRange::new(0, 40 * PAGE).unwrap()).unwrap();
+    assert_eq!((side.held().0, lazy.outstanding()), (held, 9));
+    assert_eq!(read(&side, 3), 0);
+    // A page that was written meanwhile is not replaced by one that comes late.
+    side.blocks.get("vmem0").unwrap().mapping().write(3 * PAGE, &[9; 16]);
+    lazy.place(0, 3 * PAGE, &[1; PAGE as usize]).unwrap();
+    assert_eq!(read(&side, 3), 9);
+    lazy.place(0, 40 * PAGE, &[7; 9 * PAGE as usize]).unwrap();
+    lazy.finish().unwrap();
+    // What was read of discarded memory has been given back.
+    assert_eq!(side.held().0, 10 + 1 + 1);
+}
+
+#[test]
+fn memory_that_is_still_there_is_refused() {
+    let side = Side::new(&[0, 1]);
+    fill(&side.region, 20..21, 1);
+    let block = Arc::clone(side.blocks.get("vmem0").unwrap());
+    let mut outstanding = PageBitmap::new(block.used_length() / PAGE);
+    outstanding.set_range(0..50);
+    let Err(error) = LazyRam::new(vec![(block, outstanding)]) else { panic!("not refused") };
+    assert!(error.to_string().contains("0x14000 of block \"vmem0\" is still there"), "{error}");
+    // And nobody waits for anything.
+    assert_eq!(read(&side, 5), 0);
+}

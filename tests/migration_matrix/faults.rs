@@ -1,0 +1,95 @@
+//! What goes wrong besides channels: memory that is not there, pages that do not fit.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use virtio_mem::migration::postcopy::SwitchWhen;
+use virtio_mem::migration::precopy::Guest;
+
+use crate::guest::{Vm, no_work};
+use crate::memory::{Kind, Pattern, Pool, Side, say};
+use crate::{ALONE, SMALL, run};
+
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// The two guests, of which the first one runs.
+fn guests(from: &Side, to: &Side) -> (Arc<Vm>, Arc<Vm>) {
+    let work = no_work(from.block.used_length());
+    let (here, there) = (Vm::new(from, &work), Vm::new(to, &work));
+    here.start();
+    here.run().unwrap();
+    here.wait_rounds(2);
+    (here, there)
+}
+
+/// The first guest goes on as if nothing had been, and the second never ran.
+fn assert_stayed(here: &Arc<Vm>, there: &Arc<Vm>) {
+    here.wait_rounds(2);
+    assert_eq!((here.end(), there.end()), (0, 0));
+    assert_eq!(there.visited(), 0);
+}
+
+#[test]
+fn a_destination_without_room_refuses_and_the_guest_stays() {
+    let _alone = alone();
+    let plugged = Pattern::Alternating.plugged(SMALL);
+    let from = Side::new(Kind::Memfd, &plugged).unwrap();
+    let to = match Side::with_room(1 << 20, &plugged) {
+        Ok(to) => to,
+        Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
+    };
+    let (here, there) = guests(&from, &to);
+    let links = vec![UnixStream::pair().unwrap()];
+    let (sent, received) = run(&from, &to, &here, &there, None, links, || {});
+    let error = received.unwrap_err().to_string();
+    assert!(error.contains("\"vmem0\": cannot write a page"), "{error}");
+    assert!(sent.is_err());
+    assert_stayed(&here, &there);
+}
+
+#[test]
+fn page_sizes_that_differ_are_named_and_the_guest_stays() {
+    let _alone = alone();
+    let plugged = Pattern::Alternating.plugged(SMALL);
+    let from = Side::new(Kind::Memfd, &plugged).unwrap();
+    let to = match Side::new(Kind::Hugetlb, &plugged) {
+        Ok(to) => to,
+        Err(error) => return say(&format!("skipped: hugetlb: {error}")),
+    };
+    let (here, there) = guests(&from, &to);
+    let links = vec![UnixStream::pair().unwrap()];
+    let when = Some(SwitchWhen::AtOnce);
+    let (sent, received) = run(&from, &to, &here, &there, when, links, || {});
+    let error = received.unwrap_err().to_string();
+    assert!(error.contains("page sizes of RAM: \"0x1000"), "{error}");
+    assert!(error.contains("\"0x200000"), "{error}");
+    assert!(sent.is_err());
+    assert_stayed(&here, &there);
+}
+
+#[test]
+fn an_empty_pool_of_huge_pages_pauses_postcopy_until_there_are_some() {
+    let _alone = alone();
+    let plugged = Pattern::None.plugged(SMALL);
+    let nr_pages = SMALL as u64;
+    let pool = match Pool::with_free(nr_pages + 2) {
+        Ok(pool) => Arc::new(pool),
+        Err(error) => return say(&format!("skipped: hugetlb: {error}")),
+    };
+    let from = Side::new(Kind::Hugetlb, &plugged).unwrap();
+    let to = Side::new(Kind::Hugetlb, &plugged).unwrap();
+    // The source's pages are taken; two are left for a destination that needs six.
+    let (here, there) = guests(&from, &to);
+    let links = vec![UnixStream::pair().unwrap(), UnixStream::pair().unwrap()];
+    let more = Arc::clone(&pool);
+    let (sent, received) =
+        run(&from, &to, &here, &there, Some(SwitchWhen::AtOnce), links, move || {
+            more.make_free(nr_pages).unwrap();
+        });
+    sent.unwrap();
+    received.unwrap();
+    there.wait_rounds(2);
+    assert_eq!((here.end(), there.end()), (0, 0));
+}
