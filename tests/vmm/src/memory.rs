@@ -18,8 +18,10 @@ use std::sync::atomic::Ordering;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom, fallocate, memfd_create, seek};
 use rustix::io::Errno;
+use virtio_mem::sys::HostMapping;
 use vm_memory::{
     AtomicAccess, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
+    GuestRegionMmap,
 };
 
 /// The page size of the guest, and the step of stamps.
@@ -150,6 +152,8 @@ pub fn memfd(name: &str, size: u64, flags: MemfdFlags) -> Result<File> {
 #[derive(Debug)]
 pub struct GuestRam {
     regions: Vec<Region>,
+    /// In the same order.
+    mapped: Vec<Arc<GuestRegionMmap>>,
     memory: GuestMemoryMmap,
 }
 
@@ -158,16 +162,16 @@ impl GuestRam {
     pub fn new(layout: Layout) -> Result<Self> {
         let mut regions = layout.regions;
         regions.sort_by_key(|region| region.gpa);
-        let ranges: Vec<_> = regions
-            .iter()
-            .map(|region| {
-                let file = FileOffset::from_arc(region.file.clone(), region.offset);
-                (GuestAddress(region.gpa), region.size as usize, Some(file))
-            })
-            .collect();
-        let memory = GuestMemoryMmap::from_ranges_with_files(&ranges)
+        let map = |region: &Region| {
+            let file = FileOffset::from_arc(region.file.clone(), region.offset);
+            GuestRegionMmap::from_range(GuestAddress(region.gpa), region.size as usize, Some(file))
+                .map(Arc::new)
+                .map_err(|error| Error::Map(error.to_string()))
+        };
+        let mapped = regions.iter().map(map).collect::<Result<Vec<_>>>()?;
+        let memory = GuestMemoryMmap::from_arc_regions(mapped.clone())
             .map_err(|error| Error::Map(error.to_string()))?;
-        Ok(Self { regions, memory })
+        Ok(Self { regions, mapped, memory })
     }
 
     /// The regions, ascending.
@@ -178,6 +182,14 @@ impl GuestRam {
     /// The region that starts at `gpa`.
     pub fn region(&self, gpa: u64) -> Result<&Region> {
         self.regions.iter().find(|region| region.gpa == gpa).ok_or(Error::NoRegion(gpa))
+    }
+
+    /// Where the region that starts at `gpa` is mapped in this process: where vCPUs write it, so
+    /// that is where writes are to be tracked.
+    pub fn mapping(&self, gpa: u64) -> Result<Arc<HostMapping>> {
+        let at = self.regions.iter().position(|region| region.gpa == gpa);
+        let region = at.and_then(|at| self.mapped.get(at)).ok_or(Error::NoRegion(gpa))?;
+        Ok(Arc::new(HostMapping::from_region(region.clone())))
     }
 
     /// Where `gpa` is mapped in this process: what vhost-user calls a user address.
