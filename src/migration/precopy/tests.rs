@@ -12,9 +12,10 @@ use std::time::Duration;
 use super::*;
 use crate::ByteRange;
 use crate::migration::MigrationError;
-use crate::migration::channel::Channel;
+use crate::migration::channel::{Channel, Sink};
 use crate::migration::devices::NoDevices;
 use crate::migration::dirty::DirtyTracker;
+use crate::migration::handler::SaveHandler;
 use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::progress::{Progress, Snapshot, Status};
 use crate::migration::ram::{
@@ -23,6 +24,7 @@ use crate::migration::ram::{
 use crate::migration::stream::Configuration;
 use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd, migration_block};
 use crate::ram_discard::FreezeBlockState;
+use crate::sys::GatherWrite;
 
 /// A guest that notes what is asked of it.
 #[derive(Default)]
@@ -223,6 +225,68 @@ fn only_pages_that_exist_are_sent_and_nothing_is_allocated_for_the_rest() {
     assert_eq!(run.sent.dirty_while_discarded, 1);
     assert_eq!(run.sent.remaining, 0);
     assert!(run.sent.transferred < (46 + 2 + 3) * (PAGE + 16) + 1000);
+}
+
+#[test]
+fn a_vmm_that_does_not_look_for_holes_reads_allocates_and_sends_the_whole_region() {
+    let side = || {
+        let mut side = Side::new(&[]);
+        let options = BlockOptions { send_holes: true, ..BlockOptions::migratable() };
+        let mut blocks = RamBlocks::new();
+        let region = migration_block("vmem0", &side.region, 16 * BLOCK, options);
+        blocks.register(Arc::new(region)).unwrap();
+        side.blocks = Arc::new(blocks);
+        side
+    };
+    let (from, to) = (side(), side());
+    fill(&from.region, 64..96, 7);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    run.incoming.unwrap();
+    let pages = 16 * BLOCK / PAGE;
+    assert_eq!((run.sent.normal, run.sent.duplicate), (32, pages - 32));
+    assert_eq!((run.sent.discarded, run.sent.holes), (0, 0));
+    assert_eq!((from.held().0, to.held().0), (pages, 32));
+}
+
+/// Counts what is written to it.
+struct Counting(u64);
+
+impl Sink for Counting {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0 += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
+        self.0 += gathered.len_bytes();
+        gathered.clear();
+        Ok(())
+    }
+
+    fn written(&self) -> u64 {
+        self.0
+    }
+}
+
+#[test]
+fn a_section_of_zeros_ends_though_it_has_hardly_any_bytes() {
+    let size = 128 << 20;
+    let options = BlockOptions { send_holes: true, ..BlockOptions::migratable() };
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::new(migration_block("vmem0", &memfd(size), size, options))).unwrap();
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let progress = Arc::new(Progress::new());
+    let mut ram =
+        RamSave::new(&blocks, ListOptions::default(), Arc::clone(&progress), tracker).unwrap();
+    let mut sink = Counting(0);
+    ram.setup(&mut sink).unwrap();
+    assert_eq!(ram.pending_estimate(), size);
+    ram.iterate(&mut sink, 64 << 20).unwrap();
+    let left = ram.pending_estimate();
+    assert!(0 < left && left < size, "{left:#x}");
+    assert_eq!(progress.snapshot().remaining, left);
+    ram.complete(&mut sink).unwrap();
+    assert_eq!(ram.pending_estimate(), 0);
 }
 
 #[test]

@@ -38,6 +38,9 @@ pub struct BlockOptions {
     /// Its used length, bytes, where that may change up to the length of the block, as firmware's
     /// does. The destination then follows the source.
     pub resizable: Option<u64>,
+    /// Whether what the host holds nothing for is read, which allocates it, and sent as zeros: what
+    /// a VMM does that does not look for holes.
+    pub send_holes: bool,
 }
 
 impl BlockOptions {
@@ -204,7 +207,8 @@ impl MigrationBlock {
     }
 
     /// Calls `visit` with each maximal part of `range` that the host holds data for, ascending;
-    /// all of it where the backing does not tell its holes. Nothing is touched.
+    /// all of it where the backing does not tell its holes, or they are to be sent. Nothing is
+    /// touched.
     ///
     /// # Errors
     ///
@@ -214,7 +218,7 @@ impl MigrationBlock {
         range: ByteRange,
         mut visit: impl FnMut(ByteRange),
     ) -> io::Result<()> {
-        if !self.tells_holes() {
+        if !self.tells_holes() || self.options.send_holes {
             visit(range);
             return Ok(());
         }
