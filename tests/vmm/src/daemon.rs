@@ -136,6 +136,11 @@ impl Daemon {
         self.wait_listening()
     }
 
+    /// The arguments.
+    pub fn options(&self) -> &DaemonOptions {
+        &self.options
+    }
+
     /// The arguments, to be changed before a restart.
     pub fn options_mut(&mut self) -> &mut DaemonOptions {
         &mut self.options

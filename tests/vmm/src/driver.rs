@@ -273,6 +273,22 @@ impl MemDriver {
         &mut self.ring
     }
 
+    /// Whether no request is on its way.
+    pub fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.ring.is_idle()
+    }
+
+    /// Goes on with a ring that another driver has left idle at `index`.
+    ///
+    /// # Errors
+    ///
+    /// When memory says otherwise.
+    pub fn resume_at(&mut self, index: u16) -> Result<()> {
+        self.ring.resume_at(index)?;
+        self.pending.clear();
+        Ok(())
+    }
+
     /// Forgets all that is on its way and empties the ring, as after a reset.
     pub fn reset(&mut self) -> Result<()> {
         self.pending.clear();

@@ -5,6 +5,9 @@
 //! [`driver`], [`guest_driver`]) and uses the memory it gets ([`vcpu`]). The daemon is a separate
 //! process ([`daemon`]), managed through its API ([`api`]). The codecs are our own, so that wrong
 //! messages can be sent and replies be seen as they are.
+//!
+//! [`machine`] puts these together; [`migration`] moves a machine's guest to another one, and
+//! [`guest`] is the process that does what it is told.
 
 pub mod api;
 pub mod backend_channel;
@@ -17,7 +20,10 @@ pub mod driver;
 pub mod frontend;
 pub mod guest;
 pub mod guest_driver;
+pub mod machine;
 pub mod memory;
+pub mod migration;
+pub mod process;
 pub mod protocol;
 pub mod split_ring;
 pub mod vcpu;

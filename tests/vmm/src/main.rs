@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use test_vmm::demo::{self, parse_size};
-use test_vmm::guest;
+use test_vmm::demo::{self, DemoOptions, parse_size};
+use test_vmm::guest::{self, GuestOptions};
+use test_vmm::machine::MachineOptions;
 
 /// A small VMM for a vhost-user memory device.
 #[derive(Parser)]
@@ -17,7 +18,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Show how a guest grows and shrinks, and what the host holds for it.
+    /// Show how a guest grows, shrinks and moves, and what the host holds for it.
     Demo {
         /// The daemon; beside this program unless given.
         #[arg(long, value_name = "PATH")]
@@ -25,24 +26,47 @@ enum Command {
         /// How much the guest may grow by.
         #[arg(long, value_name = "SIZE", default_value = "8G", value_parser = parse_size)]
         region_size: u64,
+        /// Migrate over TCP instead of a Unix socket.
+        #[arg(long)]
+        tcp: bool,
     },
     /// Run a guest that takes its commands from the standard input.
     #[command(hide = true)]
     Guest {
         #[arg(long)]
         socket: PathBuf,
+        #[arg(long)]
+        discard_socket: Option<PathBuf>,
         #[arg(long, value_parser = parse_size)]
         addr: u64,
         #[arg(long, value_parser = parse_size)]
         region_size: u64,
+        /// Wait for a guest: unix:PATH, tcp:HOST:PORT, or defer until a command says where.
+        #[arg(long, value_name = "ADDRESS")]
+        incoming: Option<String>,
+        /// Do not let a guest run that came from elsewhere before it is told to.
+        #[arg(long)]
+        paused: bool,
     },
 }
 
 fn main() -> ExitCode {
     let right = match Args::parse().command {
-        Command::Demo { daemon, region_size } => demo::run(daemon, region_size),
-        Command::Guest { socket, addr, region_size } => {
-            guest::run(&socket, addr, region_size, stdin().lock(), stdout().lock()).map(|()| true)
+        Command::Demo { daemon, region_size, tcp } => {
+            demo::run(&DemoOptions { daemon, region_size, tcp })
+        }
+        Command::Guest { socket, discard_socket, addr, region_size, incoming, paused } => {
+            let machine = MachineOptions {
+                socket,
+                discard_socket,
+                addr,
+                region_size,
+                incoming: incoming.is_some(),
+                paused,
+            };
+            let incoming = incoming.filter(|from| from != "defer");
+            guest::run(GuestOptions { machine, incoming }, stdin().lock(), stdout().lock())
+                .map(|()| true)
         }
     };
     match right {

@@ -49,7 +49,8 @@ pub enum Error {
     NoRegion(u64),
 }
 
-type Result<T> = std::result::Result<T, Error>;
+/// What becomes of something done with guest memory.
+pub type Result<T> = std::result::Result<T, Error>;
 
 /// One range of guest-physical addresses and the part of a file behind it.
 #[derive(Clone, Debug)]
@@ -324,7 +325,8 @@ pub fn stamp(page: u64, generation: u64) -> u64 {
     (page ^ generation.rotate_left(48)) | 1
 }
 
-fn data_ranges(file: &File, range: Range<u64>) -> Result<Vec<Range<u64>>> {
+/// The parts of a range of a file that the host holds memory for, ascending.
+pub fn data_ranges(file: &File, range: Range<u64>) -> Result<Vec<Range<u64>>> {
     let mut found = Vec::new();
     let mut at = range.start;
     while at < range.end {

@@ -6,8 +6,11 @@
 //! block; NACK means to read the configuration and to try again at once, BUSY to wait for a change
 //! or a while, ERROR never to talk to the device again.
 
+mod state;
+
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::backend_channel::BackendChannel;
@@ -16,6 +19,7 @@ use crate::driver::{MemDriver, RequestType, Response, ResponseType};
 use crate::frontend::Frontend;
 use crate::vcpu::Vcpus;
 use crate::{connection, split_ring};
+pub use state::DriverState;
 
 /// The unit in which Linux adds memory.
 pub const LINUX_MEMORY_BLOCK: u64 = 128 << 20;
@@ -78,7 +82,7 @@ pub struct Answers {
 #[derive(Debug)]
 pub struct GuestDriver {
     frontend: Frontend,
-    channel: BackendChannel,
+    channel: Arc<BackendChannel>,
     driver: MemDriver,
     vcpus: Option<Vcpus>,
     /// Indices of the plugged blocks.
@@ -89,9 +93,20 @@ pub struct GuestDriver {
     answers: Answers,
 }
 
+/// How things stand after one step of the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// As much is plugged as requested.
+    Settled(MemConfig),
+    /// There may be more to do at once.
+    GoOn,
+    /// The device is busy: there is more to do after a change, or a while.
+    Busy(MemConfig),
+}
+
 impl GuestDriver {
     /// A guest whose ring is running.
-    pub fn new(frontend: Frontend, channel: BackendChannel, driver: MemDriver) -> Self {
+    pub fn new(frontend: Frontend, channel: Arc<BackendChannel>, driver: MemDriver) -> Self {
         Self {
             frontend,
             channel,
@@ -122,7 +137,7 @@ impl GuestDriver {
     }
 
     /// The channel on which changes are announced.
-    pub fn channel(&self) -> &BackendChannel {
+    pub fn channel(&self) -> &Arc<BackendChannel> {
         &self.channel
     }
 
@@ -134,6 +149,11 @@ impl GuestDriver {
     /// The driver, for single requests.
     pub fn driver_mut(&mut self) -> &mut MemDriver {
         &mut self.driver
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &MemDriver {
+        &self.driver
     }
 
     /// How the requests were answered so far.
@@ -160,49 +180,53 @@ impl GuestDriver {
         Ok(ranges)
     }
 
-    /// Ends the guest and hands its parts back.
-    pub fn into_parts(self) -> (Frontend, BackendChannel, MemDriver, Option<Vcpus>) {
-        (self.frontend, self.channel, self.driver, self.vcpus)
+    /// How many changes were announced when the driver looked last.
+    pub fn seen_changes(&self) -> usize {
+        self.seen_changes
+    }
+
+    /// How long to wait after BUSY when nothing changes.
+    pub fn retry_after(&self) -> Duration {
+        self.retry_after
     }
 
     /// Works until as much is plugged as requested.
     pub fn run_to_requested(&mut self, timeout: Duration) -> Result<MemConfig> {
-        self.run(None, timeout)
-    }
-
-    /// Waits for the device to want `requested`, and works until that is plugged.
-    pub fn run_to(&mut self, requested: u64, timeout: Duration) -> Result<MemConfig> {
-        self.run(Some(requested), timeout)
-    }
-
-    fn run(&mut self, wanted: Option<u64>, timeout: Duration) -> Result<MemConfig> {
         let start = Instant::now();
         loop {
-            self.seen_changes = self.channel.config_changes();
-            let config = self.config()?;
-            if !self.probed {
-                // Whoever had these blocks is gone, and nobody knows what they were used for.
-                if config.plugged_size == 0 || self.unplug_all(config)? {
-                    self.probed = true;
-                    continue;
-                }
-            } else if config.plugged_size != self.plugged.len() as u64 * config.block_size {
-                let driver = self.plugged.len() as u64 * config.block_size;
-                return Err(Error::Count { device: config.plugged_size, driver });
-            } else if config.plugged_size == config.requested_size {
-                if wanted.is_none_or(|wanted| wanted == config.requested_size) {
-                    return Ok(config);
-                }
-            } else if self.step(config)? {
-                continue;
-            }
-            let (requested, plugged) =
-                (wanted.unwrap_or(config.requested_size), config.plugged_size);
+            let config = match self.turn()? {
+                Turn::Settled(config) => return Ok(config),
+                Turn::GoOn => continue,
+                Turn::Busy(config) => config,
+            };
+            let (requested, plugged) = (config.requested_size, config.plugged_size);
             let after = start.elapsed();
             let rest =
                 timeout.checked_sub(after).ok_or(Error::Timeout { requested, plugged, after })?;
             self.channel.wait_beyond(self.seen_changes, rest.min(self.retry_after));
         }
+    }
+
+    /// One step: looks at the configuration and makes one request, if there is one to make.
+    pub fn turn(&mut self) -> Result<Turn> {
+        self.seen_changes = self.channel.config_changes();
+        let config = self.config()?;
+        if !self.probed {
+            // Whoever had these blocks is gone, and nobody knows what they were used for.
+            if config.plugged_size == 0 || self.unplug_all(config)? {
+                self.probed = true;
+                return Ok(Turn::GoOn);
+            }
+            return Ok(Turn::Busy(config));
+        }
+        let driver = self.plugged.len() as u64 * config.block_size;
+        if config.plugged_size != driver {
+            return Err(Error::Count { device: config.plugged_size, driver });
+        }
+        if config.plugged_size == config.requested_size {
+            return Ok(Turn::Settled(config));
+        }
+        Ok(if self.step(config)? { Turn::GoOn } else { Turn::Busy(config) })
     }
 
     /// One request towards the requested size; false when the device is busy.

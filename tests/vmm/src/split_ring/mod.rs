@@ -4,6 +4,8 @@
 //! back-end must also survive a driver that is not correct, every link of a chain and every ring
 //! entry can be set to anything.
 
+mod resume;
+
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -46,6 +48,16 @@ pub enum Error {
     /// Nothing was used in time.
     #[error("no buffer was used within {0:?}")]
     Timeout(Duration),
+    /// The indices in memory are not those of an idle ring.
+    #[error("the ring in memory stands at {avail} (available) and {used} (used), not at {index}")]
+    NotIdle {
+        /// Where the driver stands.
+        index: u16,
+        /// Index of the available ring.
+        avail: u16,
+        /// Index of the used ring.
+        used: u16,
+    },
 }
 
 type Result<T> = std::result::Result<T, Error>;

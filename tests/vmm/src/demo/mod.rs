@@ -1,0 +1,58 @@
+//! The demonstration: daemons, small VMMs and an administrator, all processes of their own over
+//! real sockets.
+//!
+//! The administrator is this process. Every number that it prints is checked; one that is off makes
+//! the run fail at its end.
+
+mod compare;
+mod grow_shrink;
+mod migration;
+mod progress;
+mod show;
+
+use std::env;
+use std::path::PathBuf;
+
+use anyhow::ensure;
+
+use crate::process::find_daemon;
+pub use show::parse_size;
+
+const ADDR: u64 = 4 << 30;
+const CELLS: u64 = 64;
+const MIB: u64 = 1 << 20;
+
+/// What the demonstration is asked for.
+#[derive(Clone, Debug)]
+pub struct DemoOptions {
+    /// The daemon; beside this program unless given.
+    pub daemon: Option<PathBuf>,
+    /// How much the guest may grow by, bytes.
+    pub region_size: u64,
+    /// Whether the guest migrates over TCP instead of a Unix socket.
+    pub tcp: bool,
+}
+
+/// Runs the demonstration; true when every number was right.
+///
+/// # Errors
+///
+/// When it cannot go on.
+pub fn run(options: &DemoOptions) -> anyhow::Result<bool> {
+    let region_size = options.region_size;
+    ensure!(
+        region_size >= 64 * MIB && region_size.is_multiple_of(64 * MIB),
+        "--region-size {region_size}: not a multiple of 64M"
+    );
+    let daemon = match &options.daemon {
+        Some(path) => path.clone(),
+        None => find_daemon(&env::current_exe()?)?,
+    };
+    let mut wrong = grow_shrink::run(&daemon, region_size)?;
+    println!();
+    wrong.extend(migration::run(&daemon, region_size, options.tcp)?);
+    for line in &wrong {
+        eprintln!("wrong: {line}");
+    }
+    Ok(wrong.is_empty())
+}

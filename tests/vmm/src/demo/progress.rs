@@ -1,0 +1,56 @@
+//! A migration as it goes on: a bar on a terminal, lines elsewhere.
+
+use std::io::{IsTerminal, stderr};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::MIB;
+use super::show::human;
+use crate::migration::MigrationReport;
+use crate::process::Vmm;
+
+const TIMEOUT: Duration = Duration::from_secs(120);
+const STEP: Duration = Duration::from_millis(50);
+/// Between two lines where there is no terminal.
+const LINES: Duration = Duration::from_millis(1000);
+
+/// Shows the migration that a VMM has begun until it has ended.
+pub(super) fn follow(vmm: &mut Vmm, discard_aware: bool) -> anyhow::Result<MigrationReport> {
+    let name = if discard_aware { "discard-aware" } else { "not aware" };
+    let bar = if stderr().is_terminal() { ProgressBar::new(1) } else { ProgressBar::hidden() };
+    let template = format!("{name:<14} {{bar:40}} {{msg}}");
+    bar.set_style(ProgressStyle::with_template(&template)?.progress_chars("█▌·"));
+    let start = Instant::now();
+    let mut next_line = start;
+    let report = loop {
+        let report = vmm.migration()?;
+        let ram = report.ram;
+        bar.set_length(ram.total.max(1));
+        bar.set_position(ram.total.saturating_sub(ram.remaining));
+        let message = format!(
+            "{}, round {}: {} sent, {} left, {} written a second",
+            report.status,
+            ram.dirty_sync_count,
+            human(ram.transferred / MIB * MIB),
+            human(ram.remaining / MIB * MIB),
+            human(ram.dirty_pages_rate * 4096 / MIB * MIB),
+        );
+        let began = report.status != "none";
+        if bar.is_hidden() && (report.over || began && Instant::now() >= next_line) {
+            println!("{name:<14} {message}");
+            next_line = Instant::now() + LINES;
+        }
+        bar.set_message(message);
+        if report.over {
+            break report;
+        }
+        ensure!(start.elapsed() < TIMEOUT, "the migration still runs after {TIMEOUT:?}");
+        thread::sleep(STEP);
+    };
+    bar.abandon();
+    println!();
+    Ok(report)
+}

@@ -1,0 +1,299 @@
+//! The machine: guest memory, the connection to the daemon, the guest's driver and its vCPUs, and
+//! what it takes to stop all of them for a moment.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use virtio_mem::migration::precopy::Guest;
+
+use crate::backend_channel::{BackendChannel, Behaviour};
+use crate::config::MemConfig;
+use crate::driver::MemDriver;
+use crate::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
+use crate::guest_driver::{GuestDriver, Turn};
+use crate::memory::{GuestRam, Layout};
+use crate::protocol::feature;
+use crate::vcpu::Vcpus;
+
+/// Size of boot memory, which starts at 0.
+pub const BOOT_SIZE: u64 = 16 << 20;
+const RING_BASE: u64 = 0x1000;
+const RING_SIZE: u16 = 64;
+const VCPUS: u64 = 2;
+/// How long a device may take to do what it is asked for.
+pub const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What a machine is made of.
+#[derive(Clone, Debug)]
+pub struct MachineOptions {
+    /// The daemon's vhost-user socket.
+    pub socket: PathBuf,
+    /// The daemon's discard channel. Without it nobody knows what is discarded, and migration
+    /// takes the whole region for populated.
+    pub discard_socket: Option<PathBuf>,
+    /// Guest-physical address of the region.
+    pub addr: u64,
+    /// Its size, bytes.
+    pub region_size: u64,
+    /// Whether the guest comes from elsewhere: nothing runs before it is there.
+    pub incoming: bool,
+    /// Whether a guest that came from elsewhere waits for [`Machine::cont`].
+    pub paused: bool,
+}
+
+/// A machine with its guest.
+#[derive(Debug)]
+pub struct Machine {
+    options: MachineOptions,
+    ram: Arc<GuestRam>,
+    frontend: Frontend,
+    channel: Arc<BackendChannel>,
+    vcpus: Vcpus,
+    /// Locked while the driver makes a request, so that whoever has it finds the ring idle.
+    guest: Mutex<GuestState>,
+}
+
+#[derive(Debug)]
+struct GuestState {
+    driver: GuestDriver,
+    ring: Ring,
+    running: bool,
+    /// Whether the guest is to wait when it could run.
+    hold: bool,
+    /// Why the device is of no use any more.
+    lost: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ring {
+    Stopped,
+    /// The daemon knows where it is, and does not look at it yet.
+    SetUp,
+    Running,
+}
+
+impl Machine {
+    /// Connects to the daemon and shares memory with it. The guest runs, unless it is to come from
+    /// elsewhere.
+    pub fn start(options: MachineOptions) -> anyhow::Result<Arc<Self>> {
+        let layout = Layout::boot_and_device(BOOT_SIZE, options.addr, options.region_size)?;
+        let ram = Arc::new(GuestRam::new(layout)?);
+        let frontend = Frontend::connect(&options.socket)?;
+        let agreed = frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES)?;
+        let channel = Arc::new(BackendChannel::open(&frontend, Behaviour::AckAfterGetConfig)?);
+        frontend.set_mem_table(&ram)?;
+        let event_idx = agreed.features & feature::RING_EVENT_IDX != 0;
+        let driver = MemDriver::at(&ram, RING_BASE, RING_SIZE, event_idx)?;
+        let vcpus = Vcpus::start(ram.clone(), VCPUS);
+        vcpus.pause();
+        let driver =
+            GuestDriver::new(frontend.clone(), channel.clone(), driver).with_vcpus(vcpus.clone());
+        let (incoming, hold) = (options.incoming, options.paused);
+        let guest = GuestState { driver, ring: Ring::Stopped, running: false, hold, lost: None };
+        let guest = Mutex::new(guest);
+        let machine = Arc::new(Self { options, ram, frontend, channel, vcpus, guest });
+        let weak = Arc::downgrade(&machine);
+        thread::Builder::new().name("guest-driver".to_owned()).spawn(move || drive(&weak))?;
+        if !incoming {
+            machine.set_up_ring()?;
+            machine.cont();
+        }
+        Ok(machine)
+    }
+
+    /// What it is made of.
+    pub fn options(&self) -> &MachineOptions {
+        &self.options
+    }
+
+    /// The guest's memory.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The connection to the daemon.
+    pub fn frontend(&self) -> &Frontend {
+        &self.frontend
+    }
+
+    /// The vCPUs.
+    pub fn vcpus(&self) -> &Vcpus {
+        &self.vcpus
+    }
+
+    /// Whether the guest runs here.
+    pub fn is_running(&self) -> bool {
+        self.guest().running
+    }
+
+    /// Why the device is of no use any more.
+    pub fn lost(&self) -> Option<String> {
+        self.guest().lost.clone()
+    }
+
+    /// Does something with the driver between two requests.
+    pub fn with_driver<T>(&self, action: impl FnOnce(&mut GuestDriver) -> T) -> T {
+        action(&mut self.guest().driver)
+    }
+
+    /// Waits until `requested` is asked for and plugged.
+    pub fn settle(&self, requested: u64) -> anyhow::Result<MemConfig> {
+        let start = Instant::now();
+        loop {
+            if let Some(lost) = self.lost() {
+                bail!("the device is lost: {lost}");
+            }
+            let config = self.frontend.config()?;
+            let plugged = config.plugged_size;
+            if config.requested_size == requested && plugged == requested {
+                // The driver has the answer to its last request when it is settled as well.
+                drop(self.guest());
+                return Ok(config);
+            }
+            ensure!(
+                start.elapsed() < TIMEOUT,
+                "{requested:#x} wanted, {:#x} requested and {plugged:#x} plugged after {TIMEOUT:?}",
+                config.requested_size
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Lets the guest run, also one that was to wait.
+    pub fn cont(&self) {
+        let mut guest = self.guest();
+        guest.hold = false;
+        self.start_guest(&mut guest);
+    }
+
+    /// Tells the daemon where the ring is, so that it only has to be enabled.
+    pub fn set_up_ring(&self) -> anyhow::Result<()> {
+        let mut guest = self.guest();
+        if guest.ring == Ring::Stopped {
+            self.frontend.setup_ring(0, guest.driver.driver().ring())?;
+            guest.ring = Ring::SetUp;
+        }
+        Ok(())
+    }
+
+    /// Takes back a ring that was only set up.
+    pub fn tear_down_ring(&self) -> anyhow::Result<()> {
+        let mut guest = self.guest();
+        ensure!(!guest.running, "the guest runs");
+        if guest.ring == Ring::SetUp {
+            self.frontend.get_vring_base(0)?;
+            guest.ring = Ring::Stopped;
+        }
+        Ok(())
+    }
+
+    /// Has the daemon log what it writes to guest memory (`log_all`), or no more. While it does,
+    /// block state is frozen.
+    pub fn log_writes(&self, log_all: bool) -> anyhow::Result<()> {
+        let guest = self.guest();
+        let features = self.frontend.features() & !feature::LOG_ALL;
+        let features = features | if log_all { feature::LOG_ALL } else { 0 };
+        self.frontend.set_features(features)?;
+        if guest.ring == Ring::Running {
+            // The used ring is logged by an address of its own.
+            let ring = guest.driver.driver().ring();
+            self.frontend.set_vring_addr(0, ring, log_all.then(|| ring.used_addr()))?;
+        }
+        Ok(())
+    }
+
+    fn guest(&self) -> MutexGuard<'_, GuestState> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A guest goes on without its device when the daemon is gone, as it would on real hardware.
+    fn start_guest(&self, guest: &mut GuestState) {
+        if guest.running {
+            return;
+        }
+        if let Err(error) = self.start_ring(guest) {
+            lose(guest, &error.to_string());
+        }
+        guest.running = true;
+        self.vcpus.resume();
+    }
+
+    fn start_ring(&self, guest: &mut GuestState) -> anyhow::Result<()> {
+        let ring = guest.driver.driver().ring();
+        if guest.ring == Ring::Stopped {
+            self.frontend.setup_ring(0, ring).context("set the ring up")?;
+        }
+        self.frontend.enable(0, true).context("enable the ring")?;
+        ring.force_kick()?;
+        guest.ring = Ring::Running;
+        Ok(())
+    }
+}
+
+impl Guest for Machine {
+    fn stop(&self) -> Result<(), String> {
+        let mut guest = self.guest();
+        if !guest.running {
+            return Err("it does not run here".to_owned());
+        }
+        self.vcpus.pause();
+        let index = guest.driver.driver().ring().next_avail();
+        let stopped = match self.frontend.get_vring_base(0) {
+            Ok(base) if base == index => Ok(()),
+            Ok(base) => Err(format!("the ring stopped at {base}, the driver is at {index}")),
+            Err(error) => Err(format!("the daemon does not stop the ring: {error}")),
+        };
+        guest.ring = Ring::Stopped;
+        guest.running = false;
+        if stopped.is_err() {
+            self.start_guest(&mut guest);
+        }
+        stopped
+    }
+
+    fn run(&self) -> Result<(), String> {
+        let mut guest = self.guest();
+        if !guest.hold {
+            self.start_guest(&mut guest);
+        }
+        Ok(())
+    }
+
+    fn throttle(&self, percent: u8) {
+        self.vcpus.throttle(percent);
+    }
+}
+
+fn lose(guest: &mut GuestState, reason: &str) {
+    if guest.lost.is_none() {
+        eprintln!("small-vmm: the guest goes on without its device: {reason}");
+        guest.lost = Some(reason.to_owned());
+    }
+}
+
+/// The driver's thread: one step at a time while the guest runs, as Linux's workqueue does.
+fn drive(machine: &Weak<Machine>) {
+    while let Some(machine) = machine.upgrade() {
+        let mut guest = machine.guest();
+        if guest.lost.is_some() {
+            return;
+        }
+        if !guest.running {
+            drop(guest);
+            thread::sleep(Duration::from_millis(2));
+            continue;
+        }
+        match guest.driver.turn() {
+            Ok(Turn::GoOn) => {}
+            Ok(Turn::Settled(_) | Turn::Busy(_)) => {
+                let (seen, rest) = (guest.driver.seen_changes(), guest.driver.retry_after());
+                drop(guest);
+                machine.channel.wait_beyond(seen, rest);
+            }
+            Err(error) => lose(&mut guest, &error.to_string()),
+        }
+    }
+}

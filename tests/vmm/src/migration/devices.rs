@@ -1,0 +1,137 @@
+//! The machine's devices as sections of state.
+//!
+//! | section | what |
+//! | --- | --- |
+//! | `vmem0/virtio-mem-device-early`, `vmem0/virtio-mem` | QEMU's two sections of the memory device |
+//! | `vmem0/vhost-user-back-end` | what the daemon says of itself, which only a daemon understands |
+//! | `cpus` | which memory the vCPUs use, and what they wrote there |
+//! | `vmem0/driver` | what the guest's driver knows, and where its ring stands |
+//!
+//! The device is in another process, so the machine keeps a [`Shadow`] of it: what the discard
+//! channel tells on the source, what came before RAM on the destination. There the daemon's own
+//! state, which comes last, must agree with it.
+
+mod back_end;
+mod cpus;
+mod driver;
+mod shadow;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use virtio_mem::migration::MigrationError;
+use virtio_mem::migration::devices::{DeviceSection, Devices};
+use virtio_mem::migration::stream::SectionHeader;
+use virtio_mem::migration::virtio_mem as sections;
+use virtio_mem::migration::vmstate::{Described, DeviceRegistry};
+use virtio_mem::migration::wire::WireRead;
+use virtio_mem::ram_discard::RamDiscardManager;
+use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
+
+use super::blocks::REGION;
+use super::describe;
+use crate::machine::Machine;
+use back_end::BackEnd;
+use cpus::Cpus;
+use driver::Driver;
+use shadow::Shadow;
+
+/// All devices of a machine.
+pub(super) struct MachineDevices {
+    machine: Arc<Machine>,
+    registry: DeviceRegistry,
+    shadow: Shadow,
+    /// On the source: who knows how the device is now.
+    manager: Option<Arc<RemoteRamDiscardManager>>,
+}
+
+impl MachineDevices {
+    /// Devices that are to be saved, the memory device by what `manager` tells.
+    pub(super) fn of_source(
+        machine: &Arc<Machine>,
+        manager: &Arc<RemoteRamDiscardManager>,
+    ) -> anyhow::Result<Self> {
+        let shadow = Shadow::new(*manager.geometry())?;
+        Self::new(machine, shadow, Some(Arc::clone(manager)))
+    }
+
+    /// Devices that are to be loaded.
+    pub(super) fn of_destination(machine: &Arc<Machine>) -> anyhow::Result<Self> {
+        let config = machine.frontend().config()?;
+        config.check().map_err(anyhow::Error::msg).context("the daemon's configuration")?;
+        let shadow = Shadow::of_config(&config, machine.frontend().features())?;
+        Self::new(machine, shadow, None)
+    }
+
+    fn new(
+        machine: &Arc<Machine>,
+        shadow: Shadow,
+        manager: Option<Arc<RemoteRamDiscardManager>>,
+    ) -> anyhow::Result<Self> {
+        let mut registry = DeviceRegistry::new(sections::properties());
+        sections::register(&mut registry, REGION, shadow.controller())?;
+        let frontend = machine.frontend().clone();
+        let back_end = BackEnd { frontend, saves: manager.is_some() };
+        let back_end = Described { vmstate: &back_end::VMSTATE, device: back_end };
+        registry.register(&format!("{REGION}/vhost-user-back-end"), 0, Box::new(back_end))?;
+        let cpus = Described { vmstate: &cpus::VMSTATE, device: Cpus(machine.vcpus().clone()) };
+        registry.register("cpus", 0, Box::new(cpus))?;
+        let driver = Described { vmstate: &driver::VMSTATE, device: Driver(machine.clone()) };
+        registry.register(&format!("{REGION}/driver"), 0, Box::new(driver))?;
+        Ok(Self { machine: machine.clone(), registry, shadow, manager })
+    }
+
+    /// Who knows what is discarded by what came before RAM.
+    pub(super) fn manager(&self) -> Arc<dyn RamDiscardManager> {
+        Arc::new(self.shadow.clone())
+    }
+
+    /// The daemon has become what came with the early section, and what only it understands says
+    /// the same; the ring waits for the guest.
+    fn agree(&self) -> anyhow::Result<()> {
+        let config = self.machine.frontend().config().context("ask the daemon")?;
+        self.shadow.compare(&config)?;
+        self.machine.set_up_ring().context("set up the ring")
+    }
+}
+
+impl Devices for MachineDevices {
+    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
+        if let Some(manager) = &self.manager {
+            self.shadow.follow(manager)?;
+        }
+        self.registry.save(early)
+    }
+
+    fn load(
+        &mut self,
+        header: &SectionHeader,
+        early: bool,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), MigrationError> {
+        self.registry.load(header, early, reader)
+    }
+
+    fn loaded(&mut self) -> Result<(), MigrationError> {
+        self.registry.loaded()?;
+        self.agree().map_err(|error| device_error(&describe(&error)))
+    }
+}
+
+fn device_error(reason: &str) -> MigrationError {
+    MigrationError::Device { section: REGION.to_owned(), reason: reason.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_mem::migration::virtio_mem::properties;
+
+    use super::*;
+
+    #[test]
+    fn all_descriptions_are_valid() {
+        assert_eq!(back_end::VMSTATE.validate(&properties()), []);
+        assert_eq!(cpus::VMSTATE.validate(&properties()), []);
+        assert_eq!(driver::VMSTATE.validate(&properties()), []);
+    }
+}

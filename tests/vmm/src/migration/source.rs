@@ -1,0 +1,106 @@
+//! The source: freezes block state, sends, and has the guest back when that fails.
+
+use std::fs::OpenOptions;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use virtio_mem::migration::channel::Channel;
+use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
+use virtio_mem::migration::precopy::{Guest, Outgoing, Parameters};
+use virtio_mem::migration::progress::Progress;
+use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
+use virtio_mem::migration::snapshot::{self, Snapshot};
+use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
+
+use super::blocks::{self, REGION};
+use super::devices::MachineDevices;
+use super::{MigrateOptions, configuration, transport};
+use crate::machine::Machine;
+
+/// How long the daemon may take to answer on the discard channel.
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Sends the guest away. On an error it runs on here.
+pub(super) fn send(
+    machine: &Arc<Machine>,
+    options: &MigrateOptions,
+    progress: Arc<Progress>,
+) -> anyhow::Result<()> {
+    let manager = attach(machine)?;
+    let blocks = send_blocks(machine, &manager, options.discard_aware)?;
+    let mut trackers = blocks::trackers(machine, &blocks)?;
+    let tracker_of = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
+        trackers.remove(block.id()).unwrap_or_else(|| Box::new(NeverWritten))
+    };
+    let ram = RamSave::new(&blocks, ListOptions::default(), Arc::clone(&progress), tracker_of)?;
+    let mut devices = MachineDevices::of_source(machine, &manager)?;
+    let mut parameters = Parameters::new(configuration(options.discard_aware));
+    parameters.max_bandwidth = options.max_bandwidth;
+    if let Some(limit) = options.downtime_limit {
+        parameters.downtime_limit = Duration::from_millis(limit);
+    }
+    let stream = transport::connect(&options.to)?;
+    let channel = Channel::new(stream, Arc::clone(&progress))?;
+    let outgoing = Outgoing {
+        parameters,
+        guest: &**machine,
+        handlers: vec![Box::new(ram)],
+        devices: &mut devices,
+        frozen: vec![manager],
+        postcopy: None,
+        progress,
+    };
+    Ok(outgoing.run(channel)?)
+}
+
+/// Writes the guest to a new file while it stands still.
+pub(super) fn snapshot(
+    machine: &Arc<Machine>,
+    file: &Path,
+    progress: Arc<Progress>,
+) -> anyhow::Result<()> {
+    let manager = attach(machine)?;
+    let blocks = send_blocks(machine, &manager, true)?;
+    let mut devices = MachineDevices::of_source(machine, &manager)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(file)
+        .with_context(|| format!("cannot make {}", file.display()))?;
+    machine.stop().map_err(anyhow::Error::msg)?;
+    let snapshot = Snapshot {
+        configuration: configuration(true),
+        blocks: &blocks,
+        devices: &mut devices,
+        frozen: vec![manager],
+        progress,
+    };
+    let saved = snapshot::save(snapshot, &file);
+    machine.cont();
+    Ok(saved?)
+}
+
+/// Becomes a client of the daemon's discard channel.
+fn attach(machine: &Machine) -> anyhow::Result<Arc<RemoteRamDiscardManager>> {
+    let path = machine.options().discard_socket.as_deref();
+    let path = path.context("block state cannot be frozen: there is no --discard-socket")?;
+    let stream = UnixStream::connect(path)
+        .with_context(|| format!("cannot connect to the discard channel {}", path.display()))?;
+    Ok(Arc::new(RemoteRamDiscardManager::attach(stream, DAEMON_TIMEOUT)?))
+}
+
+fn send_blocks(
+    machine: &Machine,
+    manager: &Arc<RemoteRamDiscardManager>,
+    discard_aware: bool,
+) -> anyhow::Result<RamBlocks> {
+    let blocks = blocks::blocks(machine, discard_aware)?;
+    if let (true, Some(region)) = (discard_aware, blocks.get(REGION)) {
+        region.set_discard_manager(0, Arc::clone(manager) as Arc<_>);
+    }
+    Ok(blocks)
+}

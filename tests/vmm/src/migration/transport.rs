@@ -1,0 +1,145 @@
+//! Where a guest goes to or comes from: `unix:PATH` or `tcp:HOST:PORT`.
+
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+enum Address<'a> {
+    Unix(&'a Path),
+    Tcp(&'a str),
+}
+
+fn parse(address: &str) -> anyhow::Result<Address<'_>> {
+    match address.split_once(':') {
+        Some(("unix", path)) if !path.is_empty() => Ok(Address::Unix(Path::new(path))),
+        Some(("tcp", host)) if host.contains(':') => Ok(Address::Tcp(host)),
+        _ => bail!("{address:?} is neither unix:PATH nor tcp:HOST:PORT"),
+    }
+}
+
+/// Connects to where a guest is waited for.
+///
+/// # Errors
+///
+/// When nobody listens there.
+pub fn connect(address: &str) -> anyhow::Result<OwnedFd> {
+    let refused = || format!("cannot connect to {address}");
+    Ok(match parse(address)? {
+        Address::Unix(path) => UnixStream::connect(path).with_context(refused)?.into(),
+        Address::Tcp(host) => {
+            let stream = TcpStream::connect(host).with_context(refused)?;
+            stream.set_nodelay(true)?;
+            stream.into()
+        }
+    })
+}
+
+/// Waits for a guest to come.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    address: String,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixListener, PathBuf),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Listens at an address; port 0 stands for any that is free.
+    ///
+    /// # Errors
+    ///
+    /// When the address is none, or taken.
+    pub fn bind(address: &str) -> anyhow::Result<Self> {
+        let taken = || format!("cannot listen at {address}");
+        let (socket, address) = match parse(address)? {
+            Address::Unix(path) => {
+                let listener = UnixListener::bind(path).with_context(taken)?;
+                (Socket::Unix(listener, path.to_owned()), address.to_owned())
+            }
+            Address::Tcp(host) => {
+                let listener = TcpListener::bind(host).with_context(taken)?;
+                let address = format!("tcp:{}", listener.local_addr()?);
+                (Socket::Tcp(listener), address)
+            }
+        };
+        Ok(Self { socket, address })
+    }
+
+    /// Where it listens really.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Waits for the other side until somebody `gives_up`.
+    ///
+    /// # Errors
+    ///
+    /// When nobody came.
+    pub fn accept(&self, gives_up: impl Fn() -> bool) -> anyhow::Result<OwnedFd> {
+        let step = Timespec { tv_sec: 0, tv_nsec: Duration::from_millis(20).subsec_nanos().into() };
+        while poll(&mut [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)], Some(&step))
+            .map_err(io::Error::from)?
+            == 0
+        {
+            if gives_up() {
+                bail!("cancelled while nobody had connected to {}", self.address);
+            }
+        }
+        Ok(match &self.socket {
+            Socket::Unix(listener, _) => listener.accept()?.0.into(),
+            Socket::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nodelay(true)?;
+                stream.into()
+            }
+        })
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Unix(listener, _) => listener.as_fd(),
+            Socket::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Socket::Unix(_, path) = &self.socket {
+            // Fails only when somebody else was faster.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_are_none_are_refused() {
+        for wrong in ["", "unix:", "tcp:localhost", "udp:1:2", "/a/path"] {
+            assert!(connect(wrong).is_err(), "{wrong:?}");
+            assert!(Listener::bind(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_free_port_is_told_and_found() {
+        let listener = Listener::bind("tcp:127.0.0.1:0").unwrap();
+        connect(listener.address()).unwrap();
+        listener.accept(|| false).unwrap();
+        let nobody = listener.accept(|| true).unwrap_err().to_string();
+        assert!(nobody.contains(listener.address()), "{nobody}");
+    }
+}

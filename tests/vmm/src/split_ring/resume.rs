@@ -1,0 +1,55 @@
+//! Going on with a ring that another VMM's driver has used.
+
+use super::{Error, Result, SplitRing};
+
+impl SplitRing {
+    /// Whether no chain is on its way.
+    pub fn is_idle(&self) -> bool {
+        self.chains.is_empty() && self.next_avail == self.next_used
+    }
+
+    /// Goes on at `index` with what is in memory, where another driver has left it idle.
+    ///
+    /// # Errors
+    ///
+    /// When memory says otherwise: a page of it is missing, or not as it was last.
+    pub fn resume_at(&mut self, index: u16) -> Result<()> {
+        let avail = u16::from_le(self.ram.load(self.avail_addr() + 2)?);
+        let used = self.used_idx()?;
+        if (avail, used) != (index, index) {
+            return Err(Error::NotIdle { index, avail, used });
+        }
+        (self.next_avail, self.next_used, self.last_kick) = (index, index, index);
+        self.free = (0..self.size).collect();
+        self.chains.clear();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::memory::{GuestRam, Layout};
+    use crate::split_ring::Segment;
+
+    #[test]
+    fn an_idle_ring_goes_on_and_one_that_is_not_is_refused() {
+        let ram = || {
+            let layout = Layout::new().memfd("ram", 0, 0x10_0000).unwrap();
+            Arc::new(GuestRam::new(layout).unwrap())
+        };
+        let (here, there) = (ram(), ram());
+        let mut ring = SplitRing::new(here.clone(), 0x1000, 8, true).unwrap();
+        ring.start_at(u16::MAX).unwrap();
+        assert!(ring.is_idle());
+        let mut other = SplitRing::new(there.clone(), 0x1000, 8, true).unwrap();
+        assert!(matches!(other.resume_at(u16::MAX), Err(Error::NotIdle { avail: 0, .. })));
+        there.write(0x1000, &here.read_vec(0x1000, 0x1000).unwrap()).unwrap();
+        other.resume_at(ring.next_avail()).unwrap();
+        other.add(&[Segment::readable(0x4000, 8)]).unwrap();
+        assert_eq!(other.next_avail(), 0);
+        assert!(!other.is_idle());
+    }
+}

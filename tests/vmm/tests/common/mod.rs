@@ -1,0 +1,115 @@
+//! Two hosts: each with a daemon and a VMM, as processes.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use test_vmm::daemon::{Daemon, DaemonOptions};
+use test_vmm::guest::Command;
+use test_vmm::migration::{MigrateOptions, MigrationReport};
+use test_vmm::process::{Vmm, VmmOptions, find_daemon};
+
+pub const MIB: u64 = 1 << 20;
+pub const ADDR: u64 = 4 << 30;
+pub const BLOCK: u64 = 2 * MIB;
+pub const REGION: u64 = 256 * MIB;
+pub const PLUGGED: u64 = 64 * MIB;
+pub const TOUCHED: u64 = 16 * MIB;
+pub const PAGE: u64 = 4096;
+/// A bound for what must come; nothing takes that long unless it is broken.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A daemon with its VMM.
+pub struct Host {
+    /// Ends before its daemon does.
+    pub vmm: Vmm,
+    pub daemon: Daemon,
+}
+
+pub fn small_vmm() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_small-vmm"))
+}
+
+fn daemon_binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| find_daemon(small_vmm()).unwrap())
+}
+
+impl Host {
+    /// A host whose guest has plugged and written memory, and keeps writing it.
+    pub fn with_guest() -> Self {
+        let mut host = Self::start(PLUGGED, false);
+        host.vmm.tell(Command::Settle { requested: PLUGGED }).unwrap();
+        // At both ends of what is plugged, with a hole between.
+        for offset in [0, PLUGGED - TOUCHED / 2] {
+            host.vmm.tell(Command::Touch { offset, size: TOUCHED / 2 }).unwrap();
+        }
+        host.vmm.tell(Command::Pace { pages: Some(5_000) }).unwrap();
+        host
+    }
+
+    /// A host that waits for a guest.
+    pub fn waiting() -> Self {
+        Self::start(0, true)
+    }
+
+    fn start(requested_size: u64, incoming: bool) -> Self {
+        let options = DaemonOptions::new(ADDR, REGION).block_size(BLOCK).discard_socket();
+        let daemon =
+            Daemon::start(daemon_binary(), options.requested_size(requested_size)).unwrap();
+        let options = VmmOptions { addr: ADDR, region_size: REGION, incoming, paused: false };
+        let vmm = Vmm::start(small_vmm(), &daemon, &options).unwrap();
+        Self { vmm, daemon }
+    }
+
+    /// Has it wait for a guest, on a socket beside those of its daemon.
+    pub fn listen(&mut self) -> String {
+        let path = self.daemon.socket().with_file_name("migrate.sock");
+        self.vmm.wait_for_guest(&format!("unix:{}", path.display()), true).unwrap()
+    }
+
+    /// Begins to send the guest away.
+    pub fn migrate(&mut self, to: &str) {
+        self.migrate_at(to, None);
+    }
+
+    /// Begins to send the guest away, not faster than that.
+    pub fn migrate_at(&mut self, to: &str, max_bandwidth: Option<u64>) {
+        let to = to.to_owned();
+        let options =
+            MigrateOptions { to, max_bandwidth, downtime_limit: None, discard_aware: true };
+        self.vmm.tell(Command::Migrate(options)).unwrap();
+    }
+
+    /// Waits for the end of a migration.
+    pub fn outcome(&mut self) -> MigrationReport {
+        self.vmm.wait_migration(PATIENCE).unwrap()
+    }
+
+    /// The guest runs here, with all of its memory, and its device does what it asks for.
+    pub fn assert_guest_works(&mut self) {
+        self.assert_guest_runs();
+        let requested = self.vmm.report().unwrap().plugged;
+        for requested in [requested + BLOCK, requested] {
+            assert!(self.daemon.api().resize(requested).unwrap().is_success());
+            self.vmm.tell(Command::Settle { requested }).unwrap();
+        }
+    }
+
+    /// The guest runs here, with all of its memory.
+    pub fn assert_guest_runs(&mut self) {
+        let report = self.vmm.verify(2 * TOUCHED / PAGE, PATIENCE).unwrap();
+        assert!(report.running && report.healthy, "{report:?}");
+    }
+
+    /// The guest does not run here.
+    pub fn assert_no_guest(&mut self) {
+        let before = self.vmm.report().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        let after = self.vmm.report().unwrap();
+        assert!(!after.running);
+        assert_eq!((before.written, before.verified), (after.written, after.verified));
+    }
+}
