@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod relay;
+
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -35,6 +37,12 @@ pub fn small_vmm() -> &'static Path {
 fn daemon_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| find_daemon(small_vmm()).unwrap())
+}
+
+/// A migration without limits.
+pub fn to_address(to: &str) -> MigrateOptions {
+    let to = to.to_owned();
+    MigrateOptions { to, max_bandwidth: None, downtime_limit: None, discard_aware: true }
 }
 
 impl Host {
@@ -77,9 +85,11 @@ impl Host {
 
     /// Begins to send the guest away, not faster than that.
     pub fn migrate_at(&mut self, to: &str, max_bandwidth: Option<u64>) {
-        let to = to.to_owned();
-        let options =
-            MigrateOptions { to, max_bandwidth, downtime_limit: None, discard_aware: true };
+        self.begin(MigrateOptions { max_bandwidth, ..to_address(to) });
+    }
+
+    /// Begins a migration as it is asked for.
+    pub fn begin(&mut self, options: MigrateOptions) {
         self.vmm.tell(Command::Migrate(options)).unwrap();
     }
 
