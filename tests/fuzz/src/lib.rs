@@ -7,6 +7,7 @@ pub mod api_bodies;
 pub mod guest_chains;
 pub mod guest_requests;
 mod input;
+pub mod migration_stream;
 pub mod seeds;
 pub mod state_file;
 pub mod vhost_user_stream;
@@ -15,10 +16,11 @@ pub mod vhost_user_stream;
 pub type Body = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Body); 5] = [
+pub const TARGETS: [(&str, Body); 6] = [
     ("guest_requests", guest_requests::run),
     ("guest_chains", guest_chains::run),
     ("vhost_user_stream", vhost_user_stream::run),
     ("api_bodies", api_bodies::run),
     ("state_file", state_file::run),
+    ("migration_stream", migration_stream::run),
 ];

@@ -8,6 +8,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "vhost_user_stream" => vhost_user_stream(),
         "api_bodies" => api_bodies(),
         "state_file" => state_file(),
+        "migration_stream" => migration_stream(),
         _ => Vec::new(),
     }
 }
@@ -117,4 +118,16 @@ fn state_file() -> Vec<Vec<u8>> {
         [&[blocks], &commits[..]].concat(),
         [&[blocks | 1][..], b"VMEMSTAT\x01\0\0\0\0\0\0\0"].concat(),
     ]
+}
+
+fn migration_stream() -> Vec<Vec<u8>> {
+    // The kind, and then edits of a good stream or file: how, where (2), value.
+    let mut seeds: Vec<Vec<u8>> = (0..6).map(|kind| vec![kind]).collect();
+    seeds.push([&[0][..], &[0, 40, 0, 7], &[5, 9, 3, 0x80]].concat());
+    seeds.push([&[2][..], &[0, 60, 0, 7], &[7, 30, 0, 0]].concat());
+    // A hostile destination: PONGs of all values that matter, then that it has the guest.
+    let pong = |value: u8| vec![0, 2, 0, 4, 0, 0, 0, value];
+    seeds.push([vec![5], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, 0]].concat());
+    seeds.push([vec![5], pong(5), vec![0, 1, 0, 4, 0, 0, 0, 22]].concat());
+    seeds
 }
