@@ -29,7 +29,8 @@ pub trait Devices {
     /// When a device cannot be saved.
     fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError>;
 
-    /// Loads the state of a device. `early` while no memory came yet.
+    /// Loads the state of a device. `early` while no memory came yet. Memory need not be there
+    /// before all is [`loaded`](Self::loaded): a snapshot's comes last.
     ///
     /// # Errors
     ///

@@ -25,7 +25,8 @@ pub trait Migratable: Send {
     /// When it cannot be told.
     fn snapshot(&mut self) -> Result<Self::State, Reason>;
 
-    /// Becomes what was loaded into a [`snapshot`](Self::snapshot).
+    /// Becomes what was loaded into a [`snapshot`](Self::snapshot). Guest memory may not be there
+    /// yet, and must not be looked at.
     ///
     /// # Errors
     ///

@@ -279,14 +279,9 @@ impl MemDriver {
     }
 
     /// Goes on with a ring that another driver has left idle at `index`.
-    ///
-    /// # Errors
-    ///
-    /// When memory says otherwise.
-    pub fn resume_at(&mut self, index: u16) -> Result<()> {
-        self.ring.resume_at(index)?;
+    pub fn resume_at(&mut self, index: u16) {
+        self.ring.resume_at(index);
         self.pending.clear();
-        Ok(())
     }
 
     /// Forgets all that is on its way and empties the ring, as after a reset.

@@ -87,10 +87,11 @@ impl MachineDevices {
     }
 
     /// The daemon has become what came with the early section, and what only it understands says
-    /// the same; the ring waits for the guest.
+    /// the same; the ring is in memory where the driver left it, and waits for the guest.
     fn agree(&self) -> anyhow::Result<()> {
         let config = self.machine.frontend().config().context("ask the daemon")?;
         self.shadow.compare(&config)?;
+        self.machine.with_driver(|driver| driver.driver().ring().check_idle())?;
         self.machine.set_up_ring().context("set up the ring")
     }
 }

@@ -8,20 +8,26 @@ impl SplitRing {
         self.chains.is_empty() && self.next_avail == self.next_used
     }
 
-    /// Goes on at `index` with what is in memory, where another driver has left it idle.
+    /// Goes on at `index`, where another driver has left the ring idle. Looks at no memory, which
+    /// may have to come yet; [`check_idle`](Self::check_idle) does.
+    pub fn resume_at(&mut self, index: u16) {
+        (self.next_avail, self.next_used, self.last_kick) = (index, index, index);
+        self.free = (0..self.size).collect();
+        self.chains.clear();
+    }
+
+    /// Whether the ring in memory is idle where this driver stands.
     ///
     /// # Errors
     ///
     /// When memory says otherwise: a page of it is missing, or not as it was last.
-    pub fn resume_at(&mut self, index: u16) -> Result<()> {
+    pub fn check_idle(&self) -> Result<()> {
+        let index = self.next_avail;
         let avail = u16::from_le(self.ram.load(self.avail_addr() + 2)?);
         let used = self.used_idx()?;
         if (avail, used) != (index, index) {
             return Err(Error::NotIdle { index, avail, used });
         }
-        (self.next_avail, self.next_used, self.last_kick) = (index, index, index);
-        self.free = (0..self.size).collect();
-        self.chains.clear();
         Ok(())
     }
 }
@@ -45,9 +51,10 @@ mod tests {
         ring.start_at(u16::MAX).unwrap();
         assert!(ring.is_idle());
         let mut other = SplitRing::new(there.clone(), 0x1000, 8, true).unwrap();
-        assert!(matches!(other.resume_at(u16::MAX), Err(Error::NotIdle { avail: 0, .. })));
+        other.resume_at(ring.next_avail());
+        assert!(matches!(other.check_idle(), Err(Error::NotIdle { avail: 0, .. })));
         there.write(0x1000, &here.read_vec(0x1000, 0x1000).unwrap()).unwrap();
-        other.resume_at(ring.next_avail()).unwrap();
+        other.check_idle().unwrap();
         other.add(&[Segment::readable(0x4000, 8)]).unwrap();
         assert_eq!(other.next_avail(), 0);
         assert!(!other.is_idle());

@@ -48,7 +48,9 @@ pub fn to_address(to: &str) -> MigrateOptions {
 impl Host {
     /// A host whose guest has plugged and written memory, and keeps writing it.
     pub fn with_guest() -> Self {
-        let mut host = Self::start(PLUGGED, false);
+        let options =
+            VmmOptions { addr: ADDR, region_size: REGION, incoming: false, paused: false };
+        let mut host = Self::start(PLUGGED, &options);
         host.vmm.tell(Command::Settle { requested: PLUGGED }).unwrap();
         // At both ends of what is plugged, with a hole between.
         for offset in [0, PLUGGED - TOUCHED / 2] {
@@ -60,15 +62,26 @@ impl Host {
 
     /// A host that waits for a guest.
     pub fn waiting() -> Self {
-        Self::start(0, true)
+        Self::waiting_at(ADDR, REGION)
     }
 
-    fn start(requested_size: u64, incoming: bool) -> Self {
-        let options = DaemonOptions::new(ADDR, REGION).block_size(BLOCK).discard_socket();
-        let daemon =
-            Daemon::start(daemon_binary(), options.requested_size(requested_size)).unwrap();
-        let options = VmmOptions { addr: ADDR, region_size: REGION, incoming, paused: false };
-        let vmm = Vmm::start(small_vmm(), &daemon, &options).unwrap();
+    /// A host that waits for a guest, with its region elsewhere or of another size.
+    pub fn waiting_at(addr: u64, region_size: u64) -> Self {
+        let options = VmmOptions { addr, region_size, incoming: true, paused: false };
+        Self::start(0, &options)
+    }
+
+    /// A host that waits for a guest, which is to wait there.
+    pub fn paused() -> Self {
+        let options = VmmOptions { addr: ADDR, region_size: REGION, incoming: true, paused: true };
+        Self::start(0, &options)
+    }
+
+    fn start(requested_size: u64, options: &VmmOptions) -> Self {
+        let VmmOptions { addr, region_size, .. } = *options;
+        let daemon = DaemonOptions::new(addr, region_size).block_size(BLOCK).discard_socket();
+        let daemon = Daemon::start(daemon_binary(), daemon.requested_size(requested_size)).unwrap();
+        let vmm = Vmm::start(small_vmm(), &daemon, options).unwrap();
         Self { vmm, daemon }
     }
 
