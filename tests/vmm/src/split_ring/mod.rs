@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
-use crate::memory::{self, GuestRam};
+use crate::memory::{self, GuestRam, PAGE_SIZE};
 
 /// Descriptor flag: another descriptor follows.
 pub const DESC_F_NEXT: u16 = 1;
@@ -411,9 +411,10 @@ impl SplitRing {
     }
 }
 
-/// The used ring starts at a multiple of 4, after the available ring with its event index.
+/// The used ring comes after the available ring with its event index, in a page that the driver does
+/// not write: so only a back-end that logs its writes shows that it was written.
 fn used_offset(size: u16) -> u64 {
-    (DESC_SIZE * u64::from(size) + 6 + 2 * u64::from(size)).next_multiple_of(4)
+    (DESC_SIZE * u64::from(size) + 6 + 2 * u64::from(size)).next_multiple_of(PAGE_SIZE)
 }
 
 fn event() -> Result<OwnedFd> {

@@ -53,7 +53,7 @@ mod tests {
         let mut other = SplitRing::new(there.clone(), 0x1000, 8, true).unwrap();
         other.resume_at(ring.next_avail());
         assert!(matches!(other.check_idle(), Err(Error::NotIdle { avail: 0, .. })));
-        there.write(0x1000, &here.read_vec(0x1000, 0x1000).unwrap()).unwrap();
+        there.write(0x1000, &here.read_vec(0x1000, 0x2000).unwrap()).unwrap();
         other.check_idle().unwrap();
         other.add(&[Segment::readable(0x4000, 8)]).unwrap();
         assert_eq!(other.next_avail(), 0);
