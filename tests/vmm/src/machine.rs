@@ -31,8 +31,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 pub struct MachineOptions {
     /// The daemon's vhost-user socket.
     pub socket: PathBuf,
-    /// The daemon's discard channel. Without it nobody knows what is discarded, and migration
-    /// takes the whole region for populated.
+    /// The daemon's discard channel. Without it block state cannot be frozen, and no guest leaves.
     pub discard_socket: Option<PathBuf>,
     /// Guest-physical address of the region.
     pub addr: u64,
