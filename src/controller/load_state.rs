@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 
-use super::{BlockUpdate, JournalUpdate, MemController, StateRecord};
+use super::{BlockUpdate, FreezeHolder, JournalUpdate, MemController, StateRecord};
 use crate::ByteRange;
 use crate::device::{BlockBitmap, DeviceState, DeviceStateError, VirtioMem};
 use crate::memory::NotReady;
@@ -51,7 +51,7 @@ impl MemController {
         let mut transaction = self.manager.begin();
         let (plugged, unplugged) = {
             let state = self.state();
-            if !state.holders.is_empty() {
+            if state.holders.iter().any(|&holder| holder != FreezeHolder::Incoming) {
                 return Err(LoadStateError::Frozen);
             }
             let (old, new) = (state.device.blocks(), device.blocks());

@@ -48,6 +48,9 @@ pub enum FreezeHolder {
     Api,
     /// Another party, such as a client of the discard channel.
     Client(u64),
+    /// Memory arrives here while the guest runs (postcopy). The state that belongs to it may
+    /// still be loaded: it comes by the same migration.
+    Incoming,
 }
 
 /// Is told after the device changed. Called with the device locked: must not block, and must not

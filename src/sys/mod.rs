@@ -11,6 +11,7 @@ pub mod kvm;
 pub mod mapping;
 pub mod page_faults;
 pub mod pagemap;
+pub mod shared_faults;
 pub mod shared_words;
 pub mod userfaultfd;
 

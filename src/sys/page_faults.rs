@@ -19,46 +19,47 @@ use super::userfaultfd::{
 };
 use crate::ByteRange;
 
-const REGISTER_MODE_MISSING: u64 = 1 << 0;
+pub(super) const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 
 const FEATURE_WP: (u64, &str) = (1 << 0, "PAGEFAULT_FLAG_WP (Linux 5.7)");
-const FEATURE_MISSING_HUGETLBFS: (u64, &str) = (1 << 4, "MISSING_HUGETLBFS (Linux 4.11)");
-const FEATURE_MISSING_SHMEM: (u64, &str) = (1 << 5, "MISSING_SHMEM (Linux 4.11)");
+pub(super) const FEATURE_MISSING_HUGETLBFS: (u64, &str) =
+    (1 << 4, "MISSING_HUGETLBFS (Linux 4.11)");
+pub(super) const FEATURE_MISSING_SHMEM: (u64, &str) = (1 << 5, "MISSING_SHMEM (Linux 4.11)");
 const FEATURE_THREAD_ID: (u64, &str) = (1 << 8, "THREAD_ID (Linux 4.14)");
 const FEATURE_WP_SHMEM: (u64, &str) = (1 << 12, "WP_HUGETLBFS_SHMEM (Linux 5.19)");
 
-const IOC_UNREGISTER: Opcode = opcode::read::<UffdioRange>(GROUP, 0x01);
-const IOC_WAKE: Opcode = opcode::read::<UffdioRange>(GROUP, 0x02);
-const IOC_COPY: Opcode = opcode::read_write::<UffdioCopy>(GROUP, 0x03);
-const IOC_ZEROPAGE: Opcode = opcode::read_write::<UffdioZeropage>(GROUP, 0x04);
+pub(super) const IOC_UNREGISTER: Opcode = opcode::read::<UffdioRange>(GROUP, 0x01);
+pub(super) const IOC_WAKE: Opcode = opcode::read::<UffdioRange>(GROUP, 0x02);
+pub(super) const IOC_COPY: Opcode = opcode::read_write::<UffdioCopy>(GROUP, 0x03);
+pub(super) const IOC_ZEROPAGE: Opcode = opcode::read_write::<UffdioZeropage>(GROUP, 0x04);
 
 #[repr(C)]
-struct UffdioCopy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copy: i64,
+pub(super) struct UffdioCopy {
+    pub(super) dst: u64,
+    pub(super) src: u64,
+    pub(super) len: u64,
+    pub(super) mode: u64,
+    pub(super) copy: i64,
 }
 
 #[repr(C)]
-struct UffdioZeropage {
-    range: UffdioRange,
-    mode: u64,
-    zeropage: i64,
+pub(super) struct UffdioZeropage {
+    pub(super) range: UffdioRange,
+    pub(super) mode: u64,
+    pub(super) zeropage: i64,
 }
 
 /// `struct uffd_msg` of a page fault.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct UffdMsg {
+pub(super) struct UffdMsg {
     event: u8,
     _reserved: [u8; 7],
     flags: u64,
-    address: u64,
-    thread: u32,
+    pub(super) address: u64,
+    pub(super) thread: u32,
     _padding: u32,
 }
 
@@ -117,20 +118,7 @@ impl PageFaults {
             }
             FaultKind::WriteProtected => &[FEATURE_WP, FEATURE_WP_SHMEM, FEATURE_THREAD_ID][..],
         };
-        let mut api = UffdioApi { api: API, ..UffdioApi::default() };
-        // SAFETY: UFFDIO_API takes this structure, which has no addresses.
-        unsafe { super::ioctl(open(true)?, IOC_API, &mut api) }?;
-        let lacking = needed.iter().filter(|(bit, _)| api.features & bit == 0);
-        let lacking: Vec<_> = lacking.map(|(_, name)| *name).collect();
-        if !lacking.is_empty() {
-            let what = format!("userfaultfd of this kernel lacks {}", lacking.join(", "));
-            return Err(io::Error::new(io::ErrorKind::Unsupported, what));
-        }
-        let fd = open(true)?;
-        let features = needed.iter().fold(0, |all, (bit, _)| all | bit);
-        let mut api = UffdioApi { api: API, features, ioctls: 0 };
-        // SAFETY: as above.
-        unsafe { super::ioctl(&fd, IOC_API, &mut api) }?;
+        let fd = handshake(needed, || open(true))?;
         Ok(Self { fd, kind, mappings: Vec::new() })
     }
 
@@ -185,30 +173,12 @@ impl PageFaults {
     ///
     /// When they cannot be read.
     pub fn read(&self, faults: &mut Vec<Fault>) -> io::Result<()> {
-        const AT_ONCE: usize = 32;
-        const { assert!(size_of::<UffdMsg>() == 32) };
-        let mut messages = [UffdMsg::default(); AT_ONCE];
-        // SAFETY: `messages` is valid for writes of its size, and any bytes make a UffdMsg.
-        let bytes = unsafe {
-            std::slice::from_raw_parts_mut(
-                messages.as_mut_ptr().cast::<u8>(),
-                size_of_val(&messages),
-            )
-        };
-        let read = match rustix::io::retry_on_intr(|| rustix::io::read(&self.fd, &mut *bytes)) {
-            Ok(read) => read,
-            Err(Errno::AGAIN) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        };
-        let read = messages[..read / size_of::<UffdMsg>()].iter();
-        faults.extend(read.filter(|message| message.event == EVENT_PAGEFAULT).filter_map(
-            |fault| {
-                let (mapping, offset) = self.find(fault.address)?;
-                let write_protected = fault.flags & PAGEFAULT_FLAG_WP != 0;
-                Some(Fault { mapping, offset, write_protected, thread: fault.thread })
-            },
-        ));
-        Ok(())
+        messages(self.fd.as_fd(), |message| {
+            if let Some((mapping, offset)) = self.find(message.address) {
+                let write_protected = message.flags & PAGEFAULT_FLAG_WP != 0;
+                faults.push(Fault { mapping, offset, write_protected, thread: message.thread });
+            }
+        })
     }
 
     /// Places `bytes`, whole pages, at `offset` of the mapping, and lets those go on who wait for
@@ -334,6 +304,48 @@ impl AsFd for PageFaults {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// A descriptor of `open` that has the `needed` features.
+pub(super) fn handshake(
+    needed: &[(u64, &str)],
+    open: impl Fn() -> io::Result<OwnedFd>,
+) -> io::Result<OwnedFd> {
+    // What is not there cannot be asked for, and a descriptor can be asked only once.
+    let mut api = UffdioApi { api: API, ..UffdioApi::default() };
+    // SAFETY: UFFDIO_API takes this structure, which has no addresses.
+    unsafe { super::ioctl(open()?, IOC_API, &mut api) }?;
+    let lacking = needed.iter().filter(|(bit, _)| api.features & bit == 0);
+    let lacking: Vec<_> = lacking.map(|(_, name)| *name).collect();
+    if !lacking.is_empty() {
+        let what = format!("userfaultfd of this kernel lacks {}", lacking.join(", "));
+        return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+    }
+    let fd = open()?;
+    let features = needed.iter().fold(0, |all, (bit, _)| all | bit);
+    let mut api = UffdioApi { api: API, features, ioctls: 0 };
+    // SAFETY: as above.
+    unsafe { super::ioctl(&fd, IOC_API, &mut api) }?;
+    Ok(fd)
+}
+
+/// Calls `each` with the page faults that can be read without waiting, a few at most.
+pub(super) fn messages(fd: BorrowedFd<'_>, each: impl FnMut(&UffdMsg)) -> io::Result<()> {
+    const AT_ONCE: usize = 32;
+    const { assert!(size_of::<UffdMsg>() == 32) };
+    let mut messages = [UffdMsg::default(); AT_ONCE];
+    // SAFETY: `messages` is valid for writes of its size, and any bytes make a UffdMsg.
+    let bytes = unsafe {
+        std::slice::from_raw_parts_mut(messages.as_mut_ptr().cast::<u8>(), size_of_val(&messages))
+    };
+    let read = match rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut *bytes)) {
+        Ok(read) => read,
+        Err(Errno::AGAIN) => return Ok(()),
+        Err(errno) => return Err(errno.into()),
+    };
+    let read = messages[..read / size_of::<UffdMsg>()].iter();
+    read.filter(|message| message.event == EVENT_PAGEFAULT).for_each(each);
+    Ok(())
 }
 
 #[cfg(test)]

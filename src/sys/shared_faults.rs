@@ -1,0 +1,272 @@
+//! userfaultfd(2) across processes: faults of one that another resolves.
+//!
+//! A vhost-user back-end opens a userfaultfd for its own mappings of guest memory
+//! ([`OfferedFaults`]) and hands a copy to the VMM ([`ClientFaults`]), which sees the back-end's
+//! faults by the back-end's addresses. Both map the same file, so a page that the VMM places in its
+//! own memory is there for the back-end too, which only has to be woken.
+//!
+//! Whoever holds a copy may register and fill any memory of the process that opened it, for as
+//! long as that lives, and nothing takes this back. A copy is for somebody who is trusted with the process.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
+
+use super::page_faults::{
+    FEATURE_MISSING_HUGETLBFS, FEATURE_MISSING_SHMEM, IOC_COPY, IOC_UNREGISTER, IOC_WAKE,
+    IOC_ZEROPAGE, Placed, REGISTER_MODE_MISSING, UffdioCopy, UffdioZeropage, handshake, messages,
+};
+use super::userfaultfd::{IOC_REGISTER, UffdioRange, UffdioRegister, open};
+
+/// A userfaultfd for mappings of this process. Faults of system calls are not for it: those on
+/// registered memory fail with `EFAULT`. For that, no privilege is needed.
+#[derive(Debug)]
+pub struct OfferedFaults(OwnedFd);
+
+impl OfferedFaults {
+    /// Opens it.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel lacks, or why it refuses: a sandbox may forbid the system call.
+    pub fn open() -> io::Result<Self> {
+        handshake(&[FEATURE_MISSING_HUGETLBFS, FEATURE_MISSING_SHMEM], || open(false)).map(Self)
+    }
+
+    /// A copy for the process that resolves the faults.
+    ///
+    /// # Errors
+    ///
+    /// When there are no descriptors.
+    pub fn copy(&self) -> io::Result<OwnedFd> {
+        Ok(fcntl_dupfd_cloexec(&self.0, 0)?)
+    }
+
+    /// Has whoever misses a page in `len` bytes from `address` (whole pages) wait for the other
+    /// process.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` when another userfaultfd has the memory, `ENOMEM` when the process has too many
+    /// mappings, `EINVAL` when nothing is mapped there or it is of a kind that cannot.
+    pub fn register(&self, address: u64, len: u64) -> io::Result<()> {
+        let range = UffdioRange { start: address, len };
+        let mut register = UffdioRegister { range, mode: REGISTER_MODE_MISSING, ioctls: 0 };
+        // SAFETY: UFFDIO_REGISTER takes this structure. Accesses to the range wait and then go on,
+        // so memory safety does not depend on whose memory it is.
+        unsafe { super::ioctl(&self.0, IOC_REGISTER, &mut register) }?;
+        Ok(())
+    }
+
+    /// Lets faults in the range be the kernel's again. Those who wait go on, and get a page of
+    /// zeros where there still is none. Parts that were not registered are left alone.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when nothing is mapped there.
+    pub fn unregister(&self, address: u64, len: u64) -> io::Result<()> {
+        let mut range = UffdioRange { start: address, len };
+        // SAFETY: UFFDIO_UNREGISTER takes this structure; as for `register`.
+        unsafe { super::ioctl(&self.0, IOC_UNREGISTER, &mut range) }?;
+        Ok(())
+    }
+
+    /// Lets those go on who wait in the range, whatever is mapped there by now.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when these are no whole pages.
+    pub fn wake(&self, address: u64, len: u64) -> io::Result<()> {
+        wake(self.0.as_fd(), address, len)
+    }
+}
+
+/// A fault of the other process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClientFault {
+    /// Where, in that process; not rounded down to a page on all kernels.
+    pub address: u64,
+    /// The thread that waits; 0 unless the process asked for that feature.
+    pub thread: u32,
+}
+
+/// A userfaultfd that another process opened for its mappings.
+#[derive(Debug)]
+pub struct ClientFaults(OwnedFd);
+
+impl ClientFaults {
+    /// Takes the descriptor that came from the other process.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be set not to block.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
+        Ok(Self(fd))
+    }
+
+    /// The faults that are waiting, no more than a few at once; none when there are none.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be read: it is no userfaultfd, or the other process never finished
+    /// opening it.
+    pub fn read(&self, faults: &mut Vec<ClientFault>) -> io::Result<()> {
+        messages(self.0.as_fd(), |message| {
+            faults.push(ClientFault { address: message.address, thread: message.thread });
+        })
+    }
+
+    /// Lets those go on who wait in `len` bytes from `address` (whole pages). They fault again if
+    /// nothing is there.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when these are no whole pages, `ENOTTY` when it is no userfaultfd.
+    pub fn wake(&self, address: u64, len: u64) -> io::Result<()> {
+        wake(self.0.as_fd(), address, len)
+    }
+
+    /// Places a page of zeros, `len` bytes, where the other process misses one, and lets those go
+    /// on who wait for it. It is then in the file that is mapped there, for everybody.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` when the other process has not registered the range, `ESRCH` when it has ended,
+    /// `ENOSPC` or `ENOMEM` when there is no memory.
+    pub fn place_zeros(&self, address: u64, len: u64) -> io::Result<Placed> {
+        let range = || UffdioRange { start: address, len };
+        loop {
+            let mut zeropage = UffdioZeropage { range: range(), mode: 0, zeropage: 0 };
+            // SAFETY: UFFDIO_ZEROPAGE takes this structure. It puts zeros where a process misses a
+            // page, which is what the kernel would do if nobody had asked for faults.
+            let zeroed = unsafe { super::ioctl(&self.0, IOC_ZEROPAGE, &mut zeropage) };
+            let placed = match zeroed {
+                // Not possible on hugetlb.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    self.copy_zeros(range())
+                }
+                other => other.map(|_| ()),
+            };
+            match placed {
+                Ok(()) => return Ok(Placed::Done),
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                    return Ok(Placed::Exists(0));
+                }
+                // The other process's address space is changing.
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn copy_zeros(&self, range: UffdioRange) -> io::Result<()> {
+        let zeros = vec![0u8; usize::try_from(range.len).map_err(io::Error::other)?];
+        let src = zeros.as_ptr().expose_provenance() as u64;
+        let mut copy = UffdioCopy { dst: range.start, src, len: range.len, mode: 0, copy: 0 };
+        // SAFETY: the kernel reads `len` bytes at `src`, which `zeros` has; as above.
+        unsafe { super::ioctl(&self.0, IOC_COPY, &mut copy) }?;
+        Ok(())
+    }
+}
+
+impl AsFd for ClientFaults {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn wake(fd: BorrowedFd<'_>, address: u64, len: u64) -> io::Result<()> {
+    let mut range = UffdioRange { start: address, len };
+    // SAFETY: UFFDIO_WAKE takes this structure.
+    unsafe { super::ioctl(fd, IOC_WAKE, &mut range) }?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::sync::Arc;
+    use std::thread;
+    use std::time::Duration;
+
+    use crate::sys::HostMapping;
+
+    const PAGE: u64 = 4096;
+
+    fn mapped(file: &File) -> Arc<HostMapping> {
+        Arc::new(HostMapping::map(file, 0, 8 * PAGE).unwrap())
+    }
+
+    fn file() -> File {
+        let fd = rustix::fs::memfd_create("faults", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(fd);
+        file.set_len(8 * PAGE).unwrap();
+        file
+    }
+
+    fn read(mapping: &Arc<HostMapping>, page: u64) -> thread::JoinHandle<u8> {
+        let mapping = Arc::clone(mapping);
+        thread::spawn(move || {
+            let mut byte = [0];
+            mapping.read(page * PAGE, &mut byte);
+            byte[0]
+        })
+    }
+
+    fn wait_for_fault(client: &ClientFaults) -> u64 {
+        let mut found = Vec::new();
+        while found.is_empty() {
+            client.read(&mut found).unwrap();
+            thread::sleep(Duration::from_micros(50));
+        }
+        found[0].address / PAGE * PAGE
+    }
+
+    #[test]
+    fn the_holder_of_a_copy_resolves_faults_by_the_address_of_the_other() {
+        let file = file();
+        let (theirs, ours) = (mapped(&file), mapped(&file));
+        let offered = OfferedFaults::open().unwrap();
+        let base = theirs.addr() as u64;
+        offered.register(base, 4 * PAGE).unwrap();
+        let client = ClientFaults::new(offered.copy().unwrap()).unwrap();
+
+        // A page that comes into the file by another mapping only needs a wake.
+        let reader = read(&theirs, 1);
+        assert_eq!(wait_for_fault(&client), base + PAGE);
+        ours.write(PAGE, &[7]);
+        client.wake(base + PAGE, PAGE).unwrap();
+        assert_eq!(reader.join().unwrap(), 7);
+        assert_eq!(client.place_zeros(base + PAGE, PAGE).unwrap(), Placed::Exists(0));
+
+        let reader = read(&theirs, 2);
+        let address = wait_for_fault(&client);
+        assert_eq!(client.place_zeros(address, PAGE).unwrap(), Placed::Done);
+        assert_eq!(reader.join().unwrap(), 0);
+
+        // What is not registered is nobody's business.
+        assert_eq!(read(&theirs, 5).join().unwrap(), 0);
+        let error = client.place_zeros(base + 6 * PAGE, PAGE).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
+
+        let reader = read(&theirs, 3);
+        wait_for_fault(&client);
+        offered.unregister(base, 8 * PAGE).unwrap();
+        assert_eq!(reader.join().unwrap(), 0);
+    }
+
+    #[test]
+    fn a_descriptor_of_another_kind_is_an_error_and_no_more() {
+        let (read, _write) = io::pipe().unwrap();
+        let client = ClientFaults::new(read.into()).unwrap();
+        let mut found = Vec::new();
+        client.read(&mut found).unwrap();
+        assert!(found.is_empty());
+        assert!(client.wake(0, PAGE).is_err());
+        assert!(client.place_zeros(0, PAGE).is_err());
+    }
+}
