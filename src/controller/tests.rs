@@ -457,6 +457,16 @@ fn a_state_that_a_listener_refuses_changes_nothing() {
 }
 
 #[test]
+fn while_memory_arrives_the_guest_changes_no_block_but_the_state_may_come() {
+    let rig = rig();
+    rig.controller.freeze(FreezeHolder::Incoming).unwrap();
+    assert_eq!(rig.execute(plug(0, 4)), Response::Busy);
+    assert_eq!(rig.controller.system_reset().unwrap(), Reset::Deferred);
+    rig.controller.load_state(loaded(5, 0b11)).unwrap();
+    assert_eq!(rig.controller.config().plugged_size, 2 * BLOCK);
+}
+
+#[test]
 fn a_state_that_cannot_be_saved_or_comes_during_migration_changes_nothing() {
     let rig = rig();
     rig.execute(plug(0, 4));

@@ -215,34 +215,39 @@ impl LazyBlock {
         offset: u64,
         thread: u32,
     ) -> Result<Resolution, MigrationError> {
-        let start = offset / self.page_size * self.page_size;
-        let end = (start + self.page_size).min(self.block.mapping().len());
-        let Some(page) = ByteRange::from_bounds(start, end) else {
+        let Some(page) = self.page_of(offset) else {
             return Ok(Resolution::Arrived);
         };
-        let pages = pages_touched(page);
         let mut state = self.state.lock();
-        if state.outstanding.next_set(pages.start, pages.end).is_none() {
-            // The lock is held meanwhile, so that nothing arrives in between; and nothing will.
-            let placed = if self.block.tells_holes() {
-                faults.place_zeros(self.mapping, page)
-            } else {
-                faults.place(self.mapping, page.start(), &vec![0; page.len() as usize])
-            };
-            return match placed.map_err(self.failed("fill a page with zeros"))? {
-                Placed::Done => Ok(Resolution::Zero),
-                Placed::Exists(_) => {
-                    let woken = faults.wake(self.mapping, page);
-                    woken.map_err(self.failed("wake who waits for a page"))?;
-                    Ok(Resolution::Arrived)
-                }
-            };
+        if let Some(asked) = state.ask(page, thread) {
+            return Ok(asked);
         }
-        if state.requested.contains_key(&pages.start) {
-            return Ok(Resolution::Requested);
+        // The lock is held meanwhile, so that nothing arrives in between; and nothing will.
+        let placed = if self.block.tells_holes() {
+            faults.place_zeros(self.mapping, page)
+        } else {
+            faults.place(self.mapping, page.start(), &vec![0; page.len() as usize])
+        };
+        match placed.map_err(self.failed("fill a page with zeros"))? {
+            Placed::Done => Ok(Resolution::Zero),
+            Placed::Exists(_) => {
+                let woken = faults.wake(self.mapping, page);
+                woken.map_err(self.failed("wake who waits for a page"))?;
+                Ok(Resolution::Arrived)
+            }
         }
-        state.requested.insert(pages.start, (Instant::now(), thread));
-        Ok(Resolution::Request(page))
+    }
+
+    /// The host page at `offset`; `None` past the end of the block.
+    pub(super) fn page_of(&self, offset: u64) -> Option<ByteRange> {
+        let start = offset / self.page_size * self.page_size;
+        ByteRange::from_bounds(start, (start + self.page_size).min(self.block.mapping().len()))
+    }
+
+    /// What is to be asked about a [page](Self::page_of) that somebody waits for; `None` when
+    /// nothing comes for it any more.
+    pub(super) fn ask(&self, page: ByteRange, thread: u32) -> Option<Resolution> {
+        self.state.lock().ask(page, thread)
     }
 
     /// What was asked for and has not arrived.
@@ -274,6 +279,16 @@ impl LazyBlock {
 }
 
 impl State {
+    fn ask(&mut self, page: ByteRange, thread: u32) -> Option<Resolution> {
+        let pages = pages_touched(page);
+        self.outstanding.next_set(pages.start, pages.end)?;
+        if self.requested.contains_key(&pages.start) {
+            return Some(Resolution::Requested);
+        }
+        self.requested.insert(pages.start, (Instant::now(), thread));
+        Some(Resolution::Request(page))
+    }
+
     fn arrive(&mut self, run: Range<u64>, arrived: &mut Arrived) {
         arrived.pages += self.outstanding.clear_range(run.clone());
         let waited: Vec<u64> = self.requested.range(run).map(|(&page, _)| page).collect();

@@ -1,6 +1,6 @@
 //! The thread that answers faults.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -30,9 +30,34 @@ pub struct FaultHandler {
     thread: Option<JoinHandle<()>>,
 }
 
-struct Stop {
+/// Ends a thread that polls it.
+pub(super) struct Stop {
     stopped: AtomicBool,
     wake: OwnedFd,
+}
+
+impl Stop {
+    pub(super) fn new() -> Result<Arc<Self>, MigrationError> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| MigrationError::io("make an eventfd")(errno.into()))?;
+        Ok(Arc::new(Self { stopped: AtomicBool::new(false), wake }))
+    }
+
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        // Any number but 0 wakes.
+        let _ = rustix::io::write(&self.wake, &1u64.to_le_bytes());
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+}
+
+impl AsFd for Stop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
 }
 
 impl FaultHandler {
@@ -45,9 +70,7 @@ impl FaultHandler {
         lazy: Arc<LazyRam>,
         failed: Arc<dyn HandlerFailed>,
     ) -> Result<Self, MigrationError> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| MigrationError::io("make an eventfd")(errno.into()))?;
-        let stop = Arc::new(Stop { stopped: AtomicBool::new(false), wake });
+        let stop = Stop::new()?;
         let seen = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("faults".to_owned()).spawn(move || {
             if let Err(error) = serve(&lazy, &seen) {
@@ -62,9 +85,7 @@ impl FaultHandler {
 
 impl Drop for FaultHandler {
     fn drop(&mut self) {
-        self.stop.stopped.store(true, Ordering::Release);
-        // Any number but 0 wakes.
-        let _ = rustix::io::write(&self.stop.wake, &1u64.to_le_bytes());
+        self.stop.stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -73,9 +94,8 @@ impl Drop for FaultHandler {
 
 fn serve(lazy: &LazyRam, stop: &Stop) -> Result<(), MigrationError> {
     let mut found = Vec::new();
-    while !stop.stopped.load(Ordering::Acquire) {
-        let mut fds =
-            [PollFd::new(&lazy.faults, PollFlags::IN), PollFd::new(&stop.wake, PollFlags::IN)];
+    while !stop.is_stopped() {
+        let mut fds = [PollFd::new(&lazy.faults, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(MigrationError::io("wait for faults")(errno.into())),

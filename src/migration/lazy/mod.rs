@@ -10,6 +10,7 @@
 mod block;
 mod handler;
 mod latency;
+mod shared;
 
 use std::io;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use parking_lot::{Mutex, RwLock};
 
 pub use handler::{FaultHandler, HandlerFailed};
 pub use latency::{FaultStatistics, Histogram};
+pub use shared::{SharedFaults, SharedRange};
 
 use super::error::MigrationError;
 use super::page_bitmap::PageBitmap;
@@ -26,6 +28,7 @@ use super::ram::MigrationBlock;
 use crate::ByteRange;
 use crate::sys::page_faults::{FaultKind, PageFaults};
 use block::LazyBlock;
+use shared::Client;
 
 /// Where pages come from when somebody waits for them.
 pub trait PageSource: Send + Sync {
@@ -49,6 +52,8 @@ pub struct LazyRam {
     statistics: Mutex<FaultStatistics>,
     outstanding: AtomicU64,
     source: RwLock<Option<Arc<dyn PageSource>>>,
+    /// Other processes that share the memory and wait for its pages.
+    clients: RwLock<Vec<Arc<Client>>>,
 }
 
 impl LazyRam {
@@ -81,6 +86,7 @@ impl LazyRam {
             statistics: Mutex::default(),
             outstanding: AtomicU64::new(outstanding),
             source: RwLock::new(None),
+            clients: RwLock::default(),
         })
     }
 
@@ -117,7 +123,11 @@ impl LazyRam {
     /// When there is no memory for them, or somebody else put something there.
     pub fn place(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), MigrationError> {
         let placed = self.blocks[block].place(&self.faults, offset, bytes)?;
-        self.arrived(placed)
+        self.arrived(placed);
+        if let Some(range) = ByteRange::new(offset, bytes.len() as u64) {
+            self.wake_clients(block, range);
+        }
+        Ok(())
     }
 
     /// Pages of zeros arrived. They take no memory before somebody touches them.
@@ -127,7 +137,9 @@ impl LazyRam {
     /// When those who wait cannot be woken.
     pub fn place_zeros(&self, block: usize, range: ByteRange) -> Result<(), MigrationError> {
         let placed = self.blocks[block].place_zeros(&self.faults, range)?;
-        self.arrived(placed)
+        self.arrived(placed);
+        self.wake_clients(block, range);
+        Ok(())
     }
 
     /// Asks again for the pages that somebody waits for, after the source was gone.
@@ -190,13 +202,18 @@ impl LazyRam {
         }
     }
 
-    fn arrived(&self, placed: block::Arrived) -> Result<(), MigrationError> {
+    fn arrived(&self, placed: block::Arrived) {
         self.outstanding.fetch_sub(placed.pages, Ordering::AcqRel);
         if !placed.waited.is_empty() {
             let mut statistics = self.statistics.lock();
             placed.waited.into_iter().for_each(|waited| statistics.remote(waited));
         }
-        Ok(())
+    }
+
+    fn wake_clients(&self, block: usize, range: ByteRange) {
+        for client in &*self.clients.read() {
+            client.arrived(self, block, range);
+        }
     }
 }
 
