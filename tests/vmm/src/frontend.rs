@@ -229,11 +229,53 @@ impl Frontend {
         self.request(Request::RemMemReg, &protocol::single_mem_region(entry(ram, region)), &[])
     }
 
+    /// `POSTCOPY_ADVISE`: the back-end's userfaultfd, if it has one.
+    pub fn postcopy_advise(&self) -> Result<Option<OwnedFd>> {
+        Ok(self.query(Request::PostcopyAdvise, &[], &[])?.fds.pop())
+    }
+
+    /// `POSTCOPY_LISTEN`: memory that is sent from now on is answered with its addresses.
+    pub fn postcopy_listen(&self) -> Result<()> {
+        self.request(Request::PostcopyListen, &[], &[])
+    }
+
+    /// `POSTCOPY_END`: all memory has arrived.
+    pub fn postcopy_end(&self) -> Result<u64> {
+        Ok(self.query(Request::PostcopyEnd, &[], &[])?.value())
+    }
+
+    /// `SET_MEM_TABLE` in postcopy, with every region of the guest: where the back-end has mapped
+    /// each, in the order of the table. Nothing is used before it is
+    /// [confirmed](Self::confirm_memory).
+    pub fn set_mem_table_postcopy(&self, ram: &GuestRam) -> Result<Vec<MemoryRegion>> {
+        let entries: Vec<_> = ram.regions().iter().map(|region| entry(ram, region)).collect();
+        let fds: Vec<_> = ram.regions().iter().map(Region::fd).collect();
+        let reply = self.query(Request::SetMemTable, &protocol::mem_table(&entries), &fds)?;
+        Ok(reply.payload[8..].chunks_exact(32).map(MemoryRegion::from_bytes).collect())
+    }
+
+    /// `ADD_MEM_REG` in postcopy: where the back-end has mapped the region.
+    pub fn add_mem_region_postcopy(&self, ram: &GuestRam, region: &Region) -> Result<MemoryRegion> {
+        let payload = protocol::single_mem_region(entry(ram, region));
+        let reply = self.query(Request::AddMemReg, &payload, &[region.fd()])?;
+        Ok(MemoryRegion::from_bytes(&reply.payload[8..]))
+    }
+
+    /// Confirms the memory of the last messages of that kind; there is no answer.
+    pub fn confirm_memory(&self, request: Request) -> Result<()> {
+        self.connection().send(request, 0, &0u64.to_le_bytes(), &[])
+    }
+
     /// Everything that a ring needs before it is enabled; the kick is sent last, since it starts
     /// the ring.
     pub fn setup_ring(&self, index: u32, ring: &SplitRing) -> Result<()> {
+        self.setup_ring_from(index, ring, ring.next_avail())
+    }
+
+    /// As [`Frontend::setup_ring`], for a ring that has requests from `base` on already.
+    pub fn setup_ring_from(&self, index: u32, ring: &SplitRing, base: u16) -> Result<()> {
         self.set_vring_num(index, u32::from(ring.size()))?;
-        self.set_vring_base(index, u32::from(ring.next_avail()))?;
+        self.set_vring_base(index, u32::from(base))?;
         let log = (self.features() & feature::LOG_ALL != 0).then(|| ring.used_addr());
         self.set_vring_addr(index, ring, log)?;
         self.set_vring_fd(Request::SetVringErr, index, Some(ring.err_fd()))?;

@@ -124,6 +124,16 @@ pub struct MemoryRegion {
 }
 
 impl MemoryRegion {
+    /// An entry as it came back in postcopy; zeros where the bytes do not reach.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        Self {
+            guest_addr: read64(bytes, 0),
+            size: read64(bytes, 8),
+            user_addr: read64(bytes, 16),
+            mmap_offset: read64(bytes, 24),
+        }
+    }
+
     /// The four words of the entry.
     pub fn to_bytes(self) -> Vec<u8> {
         words64(&[self.guest_addr, self.size, self.user_addr, self.mmap_offset])
