@@ -26,6 +26,7 @@ use crate::device_state::blob;
 use crate::device_state::transfer::{Channel, SILENCE_MAX, Transfers};
 use crate::gate::Gate;
 use crate::metrics::Metrics;
+use crate::postcopy::Postcopy;
 use crate::queue::{self, Memory, UsableMemory};
 
 /// VIRTIO_MEM_F_ACPI_PXM: node_id is valid (5.15.3).
@@ -66,6 +67,11 @@ struct Shared {
     /// Guest requests that were taken off the ring.
     served: AtomicU64,
     transfers: Arc<Transfers>,
+    postcopy: Postcopy,
+    /// Whether PAGEFAULT is offered.
+    offers_postcopy: AtomicBool,
+    /// Memory that did not arrive was replaced: it is not the guest's any more.
+    abandoned: AtomicBool,
 }
 
 impl MemBackend {
@@ -80,6 +86,7 @@ impl MemBackend {
         gate: Arc<Gate>,
         memory: AtomicMemory,
     ) -> io::Result<Self> {
+        let postcopy = Postcopy::new(Arc::clone(&controller));
         let shared = Shared {
             controller,
             metrics,
@@ -89,8 +96,48 @@ impl MemBackend {
             ended: AtomicBool::new(false),
             served: AtomicU64::new(0),
             transfers: Transfers::new(SILENCE_MAX)?,
+            postcopy,
+            offers_postcopy: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
         };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Offers PAGEFAULT, or does not.
+    #[must_use]
+    pub fn offer_postcopy(self, offer: bool) -> Self {
+        self.shared.offers_postcopy.store(offer, Ordering::Relaxed);
+        self
+    }
+
+    /// Postcopy on this connection.
+    pub fn postcopy(&self) -> &Postcopy {
+        &self.shared.postcopy
+    }
+
+    /// POSTCOPY_LISTEN: see [`Postcopy::listen`].
+    ///
+    /// # Errors
+    ///
+    /// When it comes out of order, or block state cannot be frozen.
+    pub fn postcopy_listen(&self) -> io::Result<()> {
+        self.shared.postcopy.listen(&self.shared.memory.memory())
+    }
+
+    /// The connection has ended, perhaps with memory that will never arrive: nobody waits for it
+    /// any more, and no request is served from what is there instead.
+    ///
+    /// # Errors
+    ///
+    /// When somebody may still wait.
+    pub fn abandon_postcopy(&self) -> io::Result<()> {
+        if !self.shared.postcopy.is_listening() {
+            return Ok(());
+        }
+        self.end();
+        // Seen by whoever reads anything from memory that was replaced.
+        self.shared.abandoned.store(true, Ordering::SeqCst);
+        self.shared.postcopy.abandon()
     }
 
     /// The connection has ended: a transfer of device state that goes on fails.
@@ -150,6 +197,10 @@ impl MemBackend {
         let started = Instant::now();
         let head = chain.head_index();
         let framed = queue::parse(chain, controller);
+        if self.is_abandoned() {
+            // Any part of it may be zeros that the guest never wrote.
+            return false;
+        }
         let len = match &framed {
             None => {
                 metrics.malformed();
@@ -167,6 +218,10 @@ impl MemBackend {
         if let Err(error) = vring.add_used(head, len) {
             tracing::debug!(head, %error, "chain cannot be returned");
             return true;
+        }
+        if self.is_abandoned() {
+            // The guest may not have got the answer.
+            return false;
         }
         controller.answered();
         let since = *unsignalled.get_or_insert(started);
@@ -194,6 +249,10 @@ impl MemBackend {
         state.is_enabled()
             && state.get_queue().ready()
             && !self.shared.ended.load(Ordering::Acquire)
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.shared.abandoned.load(Ordering::SeqCst)
     }
 
     /// Whether the guest wants to hear of used buffers. The crate answers for EVENT_IDX only.
@@ -277,7 +336,13 @@ impl VhostUserBackend for MemBackend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
+        let pagefault = if self.shared.offers_postcopy.load(Ordering::Relaxed) {
+            VhostUserProtocolFeatures::PAGEFAULT
+        } else {
+            VhostUserProtocolFeatures::empty()
+        };
+        pagefault
+            | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -312,9 +377,12 @@ impl VhostUserBackend for MemBackend {
     }
 
     fn update_memory(&self, memory: AtomicMemory) -> io::Result<()> {
+        let memory = memory.memory().into_inner();
         let result = self
-            .ram_blocks(&memory.memory())
-            .and_then(|blocks| self.shared.controller.set_memory(blocks).map_err(io::Error::other));
+            .ram_blocks(&memory)
+            .and_then(|blocks| self.shared.controller.set_memory(blocks).map_err(io::Error::other))
+            // The relay lets nobody use it before.
+            .and_then(|()| self.shared.postcopy.map(memory));
         result.inspect_err(|error| tracing::error!(%error, "refusing the front-end's memory"))
     }
 

@@ -3,7 +3,7 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -27,6 +27,7 @@ pub struct Connections {
     notifier: Arc<Notifier>,
     current: Mutex<Current>,
     sockets: Vec<PathBuf>,
+    postcopy: bool,
 }
 
 #[derive(Default)]
@@ -38,7 +39,13 @@ struct Current {
 impl Connections {
     /// Nobody is connected yet. `sockets` are the daemon's own, for a hasty end.
     pub fn new(service: Arc<Service>, notifier: Arc<Notifier>, sockets: Vec<PathBuf>) -> Self {
-        Self { service, notifier, current: Mutex::default(), sockets }
+        Self { service, notifier, current: Mutex::default(), sockets, postcopy: false }
+    }
+
+    /// Whether front-ends may use postcopy: they may not, unless told so here.
+    #[must_use]
+    pub fn offer_postcopy(self, postcopy: bool) -> Self {
+        Self { postcopy, ..self }
     }
 
     /// Removes the daemon's sockets, for an end that cannot wait.
@@ -91,18 +98,27 @@ impl Connections {
             Arc::clone(self.service.gate()),
             memory.clone(),
         )
-        .context("cannot make a back-end")?;
+        .context("cannot make a back-end")?
+        .offer_postcopy(self.postcopy);
         let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend.clone(), memory)
             .map_err(|error| anyhow::anyhow!("cannot set up the back-end: {error}"))?;
         let end = EventFd::new(EFD_CLOEXEC)?;
         for worker in daemon.get_epoll_handlers() {
             worker.register_listener(end.as_raw_fd(), EventSet::IN, u64::from(END_EVENT))?;
         }
-        let events = Arc::new(Events { service: Arc::clone(&self.service) });
+        let events =
+            Arc::new(Events { service: Arc::clone(&self.service), backend: backend.clone() });
         let result = connect(&mut daemon).and_then(|crate_side| {
             Relay::run(front, crate_side, events, Arc::clone(&self.notifier))
                 .context("front-end connection")
         });
+        if let Err(error) = backend.abandon_postcopy() {
+            // A thread waits for a page for good, and letting it go on could harm the guest. The
+            // state file is good at every instruction.
+            tracing::error!(%error, "cannot let go of memory that did not arrive; ending");
+            self.remove_sockets();
+            std::process::exit(1);
+        }
         // Whoever waits for a transfer would wait in the crate's thread.
         backend.end_transfers();
         // The crate's own error is the relay's, told less precisely.
@@ -112,6 +128,7 @@ impl Connections {
         end.write(1)?;
         // Joins the worker: after this nobody uses the front-end's memory.
         drop(daemon);
+        backend.postcopy().close();
         result
     }
 }
@@ -149,6 +166,7 @@ fn connect(daemon: &mut VhostUserDaemon<MemBackend>) -> anyhow::Result<UnixStrea
 /// What the relay sees of the connection, told to the device.
 struct Events {
     service: Arc<Service>,
+    backend: MemBackend,
 }
 
 impl ConnectionEvents for Events {
@@ -156,8 +174,8 @@ impl ConnectionEvents for Events {
         freeze(&self.service, active);
     }
 
-    fn quiesce(&self) {
-        self.service.gate().close();
+    fn quiesce(&self, gone: &dyn Fn() -> bool) -> bool {
+        self.service.gate().close_unless(gone)
     }
 
     fn release(&self) {
@@ -165,4 +183,20 @@ impl ConnectionEvents for Events {
     }
 
     fn rings_reset(&self) {}
+
+    fn postcopy_advise(&self) -> io::Result<OwnedFd> {
+        self.backend.postcopy().advise()
+    }
+
+    fn postcopy_listen(&self) -> io::Result<()> {
+        self.backend.postcopy_listen()
+    }
+
+    fn postcopy_end(&self) -> io::Result<()> {
+        self.backend.postcopy().end()
+    }
+
+    fn mapped_at(&self, gpa: u64) -> Option<u64> {
+        self.backend.postcopy().mapped_at(gpa)
+    }
 }

@@ -1,6 +1,11 @@
 //! The gate that every guest request passes.
 
+use std::time::Duration;
+
 use parking_lot::{Condvar, Mutex};
+
+/// How often it is looked whether waiting is of any use.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Lets one guest request in at a time, and none while it is closed.
 #[derive(Debug, Default)]
@@ -37,6 +42,23 @@ impl Gate {
         self.changed.wait_while(&mut state, |state| state.busy);
     }
 
+    /// Closes the gate like [`close`](Self::close), but gives up when `hopeless` says so: then it
+    /// is false, and the gate is as it was. Whoever is inside may wait for a page that only the
+    /// front-end can bring.
+    pub fn close_unless(&self, hopeless: &dyn Fn() -> bool) -> bool {
+        let mut state = self.state.lock();
+        state.closed += 1;
+        while state.busy {
+            self.changed.wait_for(&mut state, LOOK_AGAIN);
+            if state.busy && hopeless() {
+                state.closed = state.closed.saturating_sub(1);
+                self.changed.notify_all();
+                return false;
+            }
+        }
+        true
+    }
+
     /// Takes back one [`close`](Self::close).
     pub fn open(&self) {
         let mut state = self.state.lock();
@@ -62,7 +84,16 @@ impl Drop for Inside<'_> {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::Duration;
+
+    #[test]
+    fn waiting_ends_when_it_is_hopeless() {
+        let gate = Gate::default();
+        let inside = gate.enter();
+        assert!(!gate.close_unless(&|| true));
+        drop(inside);
+        drop(gate.enter());
+        assert!(gate.close_unless(&|| true));
+    }
 
     #[test]
     fn close_waits_for_the_one_inside_and_keeps_the_next_out() {

@@ -5,6 +5,7 @@
 //! - [`connection`]: one front-end at a time, from its arrival until it has left.
 //! - [`backend`], [`queue`], [`gate`]: the vhost-user device and its queue.
 //! - [`device_state`]: the device's state on its way to or from another daemon.
+//! - [`postcopy`]: guest memory that is used while it still arrives.
 //! - [`service`]: what the management API sees of the device.
 //! - [`discard_channel`]: tells VMMs in other processes what is populated and discarded.
 //! - [`management`], [`vmemctl`]: the API's server and client; [`metrics`].
@@ -20,6 +21,7 @@ pub mod gate;
 mod listener;
 pub mod management;
 pub mod metrics;
+pub mod postcopy;
 pub mod queue;
 pub mod service;
 pub mod size;
@@ -68,7 +70,13 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     };
     let sockets = sockets.into_iter().chain(&config.api_socket).chain(&config.discard_socket);
     let sockets = sockets.cloned().collect();
-    let connections = Arc::new(Connections::new(Arc::clone(&service), notifier, sockets));
+    let postcopy = postcopy::probe();
+    if let Err(error) = &postcopy {
+        tracing::info!(%error, "PAGEFAULT is not offered: postcopy needs userfaultfd(2)");
+    }
+    let connections =
+        Connections::new(Arc::clone(&service), notifier, sockets).offer_postcopy(postcopy.is_ok());
+    let connections = Arc::new(connections);
     // Before there is a socket that a signal would leave behind.
     let shutdown = Shutdown::on_signals(Arc::clone(&connections))?;
     let front_ends =

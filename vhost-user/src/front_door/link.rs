@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -177,6 +177,14 @@ impl Link {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether `side` has closed its end for good.
+    pub(super) fn has_gone(&self, side: Side) -> bool {
+        let mut polled = [PollFd::new(self.stream(side), PollFlags::empty())];
+        let gone = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
+        poll(&mut polled, Some(&Timespec::default())).is_ok()
+            && polled[0].revents().intersects(gone)
     }
 
     /// What it means that `side` is readable although nothing was asked of it.

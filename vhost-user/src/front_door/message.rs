@@ -43,11 +43,6 @@ impl Header {
         Self { flags: self.flags | NEED_REPLY, ..self }
     }
 
-    /// The same header, asking for no acknowledgement.
-    pub(super) fn silent(self) -> Self {
-        Self { flags: self.flags & !NEED_REPLY, ..self }
-    }
-
     pub(super) fn is_reply(self) -> bool {
         self.flags & REPLY != 0
     }

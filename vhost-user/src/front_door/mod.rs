@@ -7,7 +7,8 @@
 //! - configuration changes are sent by the [`Notifier`], which the crate cannot do;
 //! - messages may come in any number of writes, while the crate wants each body in one;
 //! - VHOST_F_LOG_ALL may be cleared, and memory added after SET_LOG_BASE is logged too;
-//! - memory is exchanged only while no guest request is being executed.
+//! - memory is exchanged only while no guest request is being executed;
+//! - postcopy (PAGEFAULT) is answered here.
 //!
 //! The crate acknowledges every message, whatever the front-end asked for. So the relay knows
 //! when a message has taken effect, and which one the crate could not handle.
@@ -18,6 +19,7 @@ mod error;
 mod link;
 mod message;
 mod notifier;
+mod postcopy;
 mod quiesced;
 mod relay;
 mod requests;

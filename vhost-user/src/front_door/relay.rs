@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -19,14 +20,40 @@ pub trait ConnectionEvents: Send + Sync + 'static {
     /// with the connection. Called on changes only.
     fn log_all(&self, active: bool);
 
-    /// Waits until no guest request is being executed, and lets none start.
-    fn quiesce(&self);
+    /// Waits until no guest request is being executed, and lets none start. False, without
+    /// effect, when one goes on and on while `gone` says that the front-end has left.
+    fn quiesce(&self, gone: &dyn Fn() -> bool) -> bool;
 
-    /// Ends [`quiesce`](Self::quiesce). Called exactly once for each.
+    /// Ends [`quiesce`](Self::quiesce). Called exactly once for each that was true.
     fn release(&self);
 
     /// RESET_DEVICE or RESET_OWNER has disabled all rings. Called while quiesced.
     fn rings_reset(&self);
+
+    /// POSTCOPY_ADVISE: a userfaultfd for the front-end.
+    ///
+    /// # Errors
+    ///
+    /// When there is none to be had.
+    fn postcopy_advise(&self) -> io::Result<OwnedFd>;
+
+    /// POSTCOPY_LISTEN: pages of memory that is mapped from now on may be missing.
+    ///
+    /// # Errors
+    ///
+    /// When it comes out of order, or cannot be done.
+    fn postcopy_listen(&self) -> io::Result<()>;
+
+    /// POSTCOPY_END: nothing is missing any more. Must not wait for a guest request.
+    ///
+    /// # Errors
+    ///
+    /// When it comes out of order, or cannot be done.
+    fn postcopy_end(&self) -> io::Result<()>;
+
+    /// Where the region of the memory table that starts at `gpa` is mapped; `None` when there is
+    /// none, or nothing is missing.
+    fn mapped_at(&self, gpa: u64) -> Option<u64>;
 }
 
 /// Ends a running relay from another thread.

@@ -26,6 +26,8 @@ const NO_FD: u64 = 1 << 8;
 const LOAD: u32 = 1;
 /// The only phase of SET_DEVICE_STATE_FD.
 const STOPPED: u32 = 0;
+/// Bytes of the number that confirms memory in postcopy.
+pub(super) const CONFIRMATION: usize = 8;
 /// Answer to SET_DEVICE_STATE_FD: an error, and no descriptor.
 const NO_TRANSFER: u64 = 0x101;
 
@@ -66,16 +68,13 @@ impl Session<'_> {
             }
             R::GET_CONFIG | R::SET_CONFIG => self.config(request, message),
             R::SET_DEVICE_STATE_FD | R::CHECK_DEVICE_STATE => self.device_state(request, message),
-            R::POSTCOPY_LISTEN | R::POSTCOPY_END => {
-                let header = message.header;
-                let reply = self.forward(request, message)?;
-                self.listening = request == R::POSTCOPY_LISTEN;
-                if request == R::POSTCOPY_END {
-                    // The crate published whatever memory was not acknowledged before.
-                    self.refresh_log(request)?;
-                    return self.answer_with(header, &reply);
-                }
-                self.acknowledge(header, 0)
+            R::SET_VRING_ADDR if self.unconfirmed.is_some() => {
+                // The crate reads the used index, and nobody would bring its page.
+                let reason = "memory that it has not confirmed".into();
+                Err(RelayError::Value { request, reason }.into())
+            }
+            R::POSTCOPY_ADVISE | R::POSTCOPY_LISTEN | R::POSTCOPY_END => {
+                self.postcopy(request, message)
             }
             _ => self.pass(request, message),
         }
@@ -109,7 +108,7 @@ impl Session<'_> {
     fn reset_owner(&mut self, message: Message) -> Result<(), Stop> {
         if self.features & PROTOCOL_FEATURES != 0 {
             self.notifier.suspend();
-            let quiesced = Quiesced::new(self.events);
+            let quiesced = Quiesced::new(self.events, self.link)?;
             for index in self.rings.enabled() {
                 let mut body = index.to_le_bytes().to_vec();
                 body.extend_from_slice(&0u32.to_le_bytes());
@@ -126,7 +125,7 @@ impl Session<'_> {
     fn reset_device(&mut self, message: Message) -> Result<(), Stop> {
         let header = message.header;
         self.notifier.suspend();
-        let quiesced = Quiesced::new(self.events);
+        let quiesced = Quiesced::new(self.events, self.link)?;
         self.forward(FrontendRequest::RESET_DEVICE, message)?;
         self.rings.reset();
         self.features = 0;
@@ -141,7 +140,7 @@ impl Session<'_> {
         let (header, features) = (message.header, message.u64_at(0));
         let log_all = features & LOG_ALL != 0;
         if log_all && self.log.as_ref().is_some_and(|log| log.stale) {
-            let quiesced = Quiesced::new(self.events);
+            let quiesced = Quiesced::new(self.events, self.link)?;
             self.replay_log(request)?;
             drop(quiesced);
         }
@@ -200,54 +199,36 @@ impl Session<'_> {
         request: FrontendRequest,
         mut message: Message,
     ) -> Result<(), Stop> {
-        let header = message.header;
-        // In postcopy, the front-end answers the addresses of new memory with a bare number that
-        // nobody replies to.
-        let confirms = message.body.len() == 8;
-        if confirms && !self.listening {
-            return Err(RelayError::Size { request, size: 8 }.into());
+        if message.body.len() == CONFIRMATION {
+            return self.confirm_memory(request, &message);
         }
-        let regions = if confirms { 0 } else { regions(request, &message) };
+        let header = message.header;
+        let regions = regions(request, &message);
         if request == FrontendRequest::REM_MEM_REG {
             // Allowed to come, not to be used.
             message.fds.clear();
         } else if message.fds.len() != regions {
             return Err(RelayError::Fds { request, count: message.fds.len() }.into());
         }
-        let events = self.events;
-        let quiesced = Quiesced::new(events);
-        if confirms {
-            self.link.send(super::link::Side::Crate, header.silent(), &message.body, &[]).map_err(
-                |stop| match stop {
-                    Stop::Closed(super::link::Side::Crate) => RelayError::Closed(request).into(),
-                    other => other,
-                },
-            )?;
-            // The only request that says nothing: asking for something else tells when it is done.
-            self.inject(FrontendRequest::GET_FEATURES, &[], &[]).map_err(|stop| match stop {
-                Stop::Failed(RelayError::Closed(_)) => RelayError::Closed(request).into(),
-                other => other,
-            })?;
-            self.refresh_log(request)?;
-            return Ok(());
-        }
-        let reply = self.forward(request, message)?;
-        if self.listening && request != FrontendRequest::REM_MEM_REG {
-            // Not in use before the front-end has confirmed it.
-            if let Some(log) = &mut self.log {
-                log.stale = true;
-            }
+        let quiesced = Quiesced::new(self.events, self.link)?;
+        let mut body = message.body.clone();
+        self.forward(request, message)?;
+        if request == FrontendRequest::REM_MEM_REG {
             drop(quiesced);
-            return self.answer_with(header, &reply);
+            return self.acknowledge(header, 0);
         }
-        if request != FrontendRequest::REM_MEM_REG {
-            if let Some(log) = &mut self.log {
-                log.stale = true;
-            }
-            self.refresh_log(request)?;
+        if let Some(log) = &mut self.log {
+            log.stale = true;
         }
-        drop(quiesced);
-        self.acknowledge(header, 0)
+        self.refresh_log(request)?;
+        if !self.listening {
+            drop(quiesced);
+            return self.acknowledge(header, 0);
+        }
+        // Not used before the front-end can bring what is missing.
+        self.unconfirmed = Some(quiesced);
+        self.tell_addresses(request, &mut body)?;
+        self.answer(header, &body, &[])
     }
 
     /// Gives the log to memory that does not have it. A log that is not in use may be older than

@@ -9,6 +9,7 @@ use super::error::RelayError;
 use super::link::{Link, Side, Stop};
 use super::message::{FrontendRequest, Header, Message, Reply, protocol};
 use super::notifier::Notifier;
+use super::quiesced::Quiesced;
 use super::relay::ConnectionEvents;
 use super::rings::Rings;
 
@@ -34,6 +35,8 @@ pub(super) struct Session<'a> {
     pub(super) log_all: bool,
     /// Between POSTCOPY_LISTEN and POSTCOPY_END.
     pub(super) listening: bool,
+    /// Memory that the front-end sent while listening and has not confirmed: no request is served.
+    pub(super) unconfirmed: Option<Quiesced<'a>>,
     /// The channel of a front-end that cannot be told about configuration changes.
     pub(super) mute_channel: Option<OwnedFd>,
 }
@@ -57,6 +60,7 @@ impl<'a> Session<'a> {
             log: None,
             log_all: false,
             listening: false,
+            unconfirmed: None,
             mute_channel: None,
         }
     }
@@ -180,12 +184,10 @@ impl<'a> Session<'a> {
             let reason = format!("message {} instead of a reply", reply.header.request);
             return Err(RelayError::Answer { request, reason }.into());
         }
-        if request.shape().reply == Reply::Asked || request == FrontendRequest::POSTCOPY_END {
+        if request.shape().reply == Reply::Asked {
             match reply.body.len() {
                 8 if reply.u64_at(0) == 0 => {}
                 8 => return Err(RelayError::Refused(request).into()),
-                // In postcopy, new memory is answered with where it was mapped.
-                _ if self.listening => {}
                 size => {
                     let reason = format!("{size} bytes instead of an acknowledgement");
                     return Err(RelayError::Answer { request, reason }.into());

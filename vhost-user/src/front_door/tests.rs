@@ -5,5 +5,6 @@ mod harness;
 mod log;
 mod malformed;
 mod notifier;
+mod postcopy;
 mod real_crate;
 mod rings;

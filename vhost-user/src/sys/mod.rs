@@ -1,5 +1,9 @@
 //! What needs `unsafe`. This is the only folder of the package with such code.
 
-#![allow(unsafe_code, reason = "a signal handler that mends mappings; each block says why")]
+#![allow(
+    unsafe_code,
+    reason = "mappings that are replaced, one of them by a signal handler; each block says why"
+)]
 
+pub(crate) mod guest_memory;
 pub(crate) mod lost_memory;

@@ -73,18 +73,6 @@ fn memory_changes_while_quiesced() {
 }
 
 #[test]
-fn postcopy_is_passed_on() {
-    let bench = Bench::negotiated();
-    assert_eq!(bench.get(R::POSTCOPY_ADVISE, &[]), [0u8; 0]);
-    assert_eq!(bench.ask(R::POSTCOPY_LISTEN, &[], &[]), 0);
-    // The addresses of new memory, and the front-end's bare confirmation.
-    let (_kept, pipe) = witness();
-    assert_eq!(bench.ask(R::ADD_MEM_REG, &region(0, 4096), &[pipe.as_fd()]), 0);
-    bench.send(R::ADD_MEM_REG, &[0; 8]);
-    assert_eq!(bench.get(R::POSTCOPY_END, &[]), [0; 8]);
-}
-
-#[test]
 fn either_end_ends_the_other() {
     let mut bench = Bench::negotiated();
     bench.front.stream.shutdown(std::net::Shutdown::Both).unwrap();

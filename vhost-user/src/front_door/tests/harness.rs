@@ -1,7 +1,7 @@
 //! A front-end, a crate side that answers everything, and a journal of what happened.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -26,6 +26,10 @@ pub(super) const OFFERED: u64 = 1 << protocol::MQ
     | 1 << protocol::PAGEFAULT
     | 1 << protocol::DEVICE_STATE;
 
+/// Where the crate maps what is at 0, and what it maps nowhere.
+pub(super) const MAPPED: u64 = 0x7fff_0000_0000;
+pub(super) const NOWHERE: u64 = 0x1000_0000;
+
 /// What happened, in order.
 pub(super) type Journal = Arc<Mutex<Vec<String>>>;
 
@@ -36,14 +40,29 @@ impl ConnectionEvents for Recorder {
     fn log_all(&self, active: bool) {
         self.0.lock().push(format!("log_all {active}"));
     }
-    fn quiesce(&self) {
+    fn quiesce(&self, _gone: &dyn Fn() -> bool) -> bool {
         self.0.lock().push("quiesce".into());
+        true
     }
     fn release(&self) {
         self.0.lock().push("release".into());
     }
     fn rings_reset(&self) {
         self.0.lock().push("rings_reset".into());
+    }
+    fn postcopy_advise(&self) -> io::Result<OwnedFd> {
+        Ok(witness().1)
+    }
+    fn postcopy_listen(&self) -> io::Result<()> {
+        self.0.lock().push("listen".into());
+        Ok(())
+    }
+    fn postcopy_end(&self) -> io::Result<()> {
+        self.0.lock().push("end".into());
+        Ok(())
+    }
+    fn mapped_at(&self, gpa: u64) -> Option<u64> {
+        (gpa != NOWHERE).then_some(gpa + MAPPED)
     }
 }
 
@@ -101,10 +120,7 @@ fn serve_like_crate(peer: &Peer, journal: &Journal, sour: Option<(R, usize, bool
         let body = match request {
             R::GET_FEATURES => FEATURES.to_le_bytes().to_vec(),
             R::GET_PROTOCOL_FEATURES => OFFERED.to_le_bytes().to_vec(),
-            R::POSTCOPY_ADVISE => Vec::new(),
-            _ if request.shape().reply == Reply::Always && request != R::POSTCOPY_END => {
-                message.body.clone()
-            }
+            _ if request.shape().reply == Reply::Always => message.body.clone(),
             _ if message.header.needs_reply() => vec![0; 8],
             _ => continue,
         };
@@ -243,7 +259,7 @@ pub(super) fn memfd(size: u64) -> File {
 
 /// Both ends of a pipe; the reading one ends when all copies of the other are closed.
 pub(super) fn witness() -> (File, OwnedFd) {
-    let (read, write) = std::io::pipe().unwrap();
+    let (read, write) = io::pipe().unwrap();
     (File::from(OwnedFd::from(read)), write.into())
 }
 

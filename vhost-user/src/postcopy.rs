@@ -1,0 +1,247 @@
+//! Postcopy of the guest's memory: the part of the back-end (PAGEFAULT).
+//!
+//! From POSTCOPY_LISTEN on, memory is mapped before all of it has arrived, and whoever here misses
+//! a page waits until the front-end has put it there. Who can wait is the worker, in rings and
+//! request buffers, and the thread that serves messages, which reads the used index. Neither
+//! passes guest memory to system calls, so no privilege is needed.
+//!
+//! Only what the front-end may have to fill is waited for: not the discarded parts of the device's
+//! region. Nothing comes for those, so faults there stay the kernel's. Which parts these are may
+//! still change, when the device's state is loaded; so this is a listener of the manager.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use virtio_mem::ByteRange;
+use virtio_mem::controller::{FreezeHolder, MemController};
+use virtio_mem::device::Geometry;
+use virtio_mem::ram_discard::{ListenerId, RamDiscardListener};
+use virtio_mem::sys::shared_faults::OfferedFaults;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::queue::Memory;
+use crate::sys::guest_memory;
+
+mod ranges;
+
+/// Whether PAGEFAULT can be offered.
+///
+/// # Errors
+///
+/// What the kernel lacks, or why it refuses.
+pub fn probe() -> io::Result<()> {
+    OfferedFaults::open().map(drop)
+}
+
+/// Postcopy on one connection.
+pub struct Postcopy {
+    controller: Arc<MemController>,
+    faults: Arc<Mutex<Faults>>,
+    listener: Mutex<Option<ListenerId>>,
+}
+
+struct Faults {
+    geometry: Geometry,
+    offered: Option<OfferedFaults>,
+    listening: bool,
+    /// The front-end's memory while it is registered. Keeps it mapped.
+    memory: Option<Arc<Memory>>,
+    /// Sections of the region that are plugged, ascending and apart.
+    plugged: Vec<ByteRange>,
+}
+
+impl Postcopy {
+    /// Nothing is advised yet.
+    pub fn new(controller: Arc<MemController>) -> Self {
+        let geometry = *controller.geometry();
+        let faults =
+            Faults { geometry, offered: None, listening: false, memory: None, plugged: Vec::new() };
+        Self { controller, faults: Arc::new(Mutex::new(faults)), listener: Mutex::default() }
+    }
+
+    /// POSTCOPY_ADVISE: opens a userfaultfd and gives a copy for the front-end.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses, or postcopy is under way.
+    pub fn advise(&self) -> io::Result<OwnedFd> {
+        let mut faults = self.faults.lock();
+        if faults.listening {
+            return Err(io::Error::other("postcopy is under way"));
+        }
+        let offered = OfferedFaults::open()?;
+        let copy = offered.copy()?;
+        faults.offered = Some(offered);
+        Ok(copy)
+    }
+
+    /// POSTCOPY_LISTEN: memory that is mapped from now on may have missing pages; there must be
+    /// none yet. The guest changes no block until the [end](Self::end), since memory that was
+    /// given back could be filled again by what still arrives.
+    ///
+    /// # Errors
+    ///
+    /// When it comes out of order, or block state cannot be frozen.
+    pub fn listen(&self, memory: &Memory) -> io::Result<()> {
+        {
+            let mut faults = self.faults.lock();
+            if faults.listening || faults.offered.is_none() {
+                return Err(io::Error::other("POSTCOPY_ADVISE has not come just before"));
+            }
+            if memory.iter().next().is_some() {
+                // It may have been touched, and missing pages been taken for zeros.
+                return Err(io::Error::other("memory was mapped before POSTCOPY_LISTEN"));
+            }
+            faults.listening = true;
+        }
+        self.controller.freeze(FreezeHolder::Incoming)?;
+        if self.controller.geometry().region_size() != 0 {
+            let listener = Box::new(Listener(Arc::clone(&self.faults)));
+            let id = self.controller.listen(listener).map_err(io::Error::other)?;
+            *self.listener.lock() = Some(id);
+        }
+        Ok(())
+    }
+
+    /// The front-end's memory was mapped, and is not used yet.
+    ///
+    /// # Errors
+    ///
+    /// When its faults cannot be had.
+    pub fn map(&self, memory: Arc<Memory>) -> io::Result<()> {
+        let mut faults = self.faults.lock();
+        if !faults.listening {
+            return Ok(());
+        }
+        guest_memory::forbid_huge_pages(&memory);
+        let wanted = ranges::wanted(&memory, faults.geometry.region(), &faults.plugged);
+        // Whatever was registered before and is mapped no more is forgotten by the kernel.
+        faults.memory = Some(memory);
+        wanted.into_iter().try_for_each(|range| faults.register(range))
+    }
+
+    /// Where a region of the memory table that starts at `gpa` is mapped here.
+    pub fn mapped_at(&self, gpa: u64) -> Option<u64> {
+        guest_memory::start_of(self.faults.lock().memory.as_deref()?, gpa)
+    }
+
+    /// POSTCOPY_END: everything has arrived. Whoever still waits goes on, and what is missing is
+    /// zeros.
+    ///
+    /// # Errors
+    ///
+    /// When it was not advised, or the kernel refuses.
+    pub fn end(&self) -> io::Result<()> {
+        let result = {
+            let mut faults = self.faults.lock();
+            let Some(offered) = faults.offered.take() else {
+                return Err(io::Error::other("no POSTCOPY_ADVISE has come"));
+            };
+            faults.listening = false;
+            let memory = faults.memory.take();
+            // Closing is not enough: the front-end has a copy.
+            mapped(memory.as_deref()).try_for_each(|(at, len)| offered.unregister(at, len))
+        };
+        self.close();
+        result
+    }
+
+    /// Whether the connection is between LISTEN and END.
+    pub fn is_listening(&self) -> bool {
+        self.faults.lock().listening
+    }
+
+    /// The connection is gone before the [end](Self::end): what is missing will never come. Whoever
+    /// waits goes on with memory that is not the guest's any more: a page of zeros in the guest's
+    /// file would be taken for one that has arrived.
+    ///
+    /// # Errors
+    ///
+    /// When memory could not be replaced. Who waits still waits then.
+    pub fn abandon(&self) -> io::Result<()> {
+        let mut faults = self.faults.lock();
+        faults.listening = false;
+        let (offered, memory) = (faults.offered.take(), faults.memory.take());
+        let (Some(offered), Some(memory)) = (offered, memory) else { return Ok(()) };
+        // All of it before anybody goes on, since they may miss another page next.
+        guest_memory::replace_by_zeros(&memory)?;
+        mapped(Some(&memory)).try_for_each(|(at, len)| offered.wake(at, len))
+    }
+
+    /// What ends with postcopy or with the connection, once nobody uses its memory any more.
+    pub fn close(&self) {
+        if let Some(id) = self.listener.lock().take()
+            && let Err(error) = self.controller.manager().unregister(id)
+        {
+            tracing::error!(%error, "cannot end listening for what is discarded");
+        }
+        if let Err(error) = self.controller.thaw(FreezeHolder::Incoming) {
+            tracing::error!(%error, "cannot save that migration ended");
+        }
+    }
+}
+
+/// Start and length of each mapping.
+fn mapped(memory: Option<&Memory>) -> impl Iterator<Item = (u64, u64)> {
+    let regions = memory.into_iter().flat_map(|memory| memory.iter());
+    regions.map(|region| (region.as_ptr().addr() as u64, region.len()))
+}
+
+impl Faults {
+    /// Registers guest-physical `range`, as far as it is mapped.
+    fn register(&self, range: ByteRange) -> io::Result<()> {
+        self.for_each_mapped(range, OfferedFaults::register)
+    }
+
+    fn for_each_mapped(
+        &self,
+        range: ByteRange,
+        call: impl Fn(&OfferedFaults, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let (Some(offered), Some(memory)) = (&self.offered, &self.memory) else { return Ok(()) };
+        for region in memory.iter() {
+            let entry = ByteRange::new(region.start_addr().0, region.len());
+            if let Some(part) = entry.and_then(|entry| entry.intersection(range)) {
+                let start = region.as_ptr().addr() as u64 + (part.start() - region.start_addr().0);
+                call(offered, start, part.len())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn at(&self, section: ByteRange) -> Option<ByteRange> {
+        section.shifted_up(self.geometry.addr())
+    }
+}
+
+/// Keeps what is registered in step with what is plugged.
+struct Listener(Arc<Mutex<Faults>>);
+
+impl RamDiscardListener for Listener {
+    fn name(&self) -> &str {
+        "postcopy"
+    }
+
+    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+        let mut faults = self.0.lock();
+        if let Some(range) = faults.at(section) {
+            faults
+                .register(range)
+                .map_err(|error| format!("cannot wait for its pages: {error}"))?;
+        }
+        ranges::add(&mut faults.plugged, section);
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, section: ByteRange) {
+        let mut faults = self.0.lock();
+        ranges::remove(&mut faults.plugged, section);
+        if let Some(range) = faults.at(section)
+            && let Err(error) = faults.for_each_mapped(range, OfferedFaults::unregister)
+        {
+            tracing::error!(%section, %error, "discarded memory is still waited for");
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Which ranges of guest memory are waited for.
+
+use virtio_mem::ByteRange;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::queue::Memory;
+
+/// The most ranges that are registered: each splits a mapping, of which the kernel allows some ten
+/// thousands.
+const RANGES_MAX: usize = 8192;
+
+/// Guest-physical ranges of `memory` without what is discarded in `region`, of which the `plugged`
+/// sections are not. Small discarded parts are included where there are too many.
+pub(super) fn wanted(
+    memory: &Memory,
+    region: Option<ByteRange>,
+    plugged: &[ByteRange],
+) -> Vec<ByteRange> {
+    let entries = memory.iter();
+    let entries = entries.filter_map(|entry| ByteRange::new(entry.start_addr().0, entry.len()));
+    select(entries.collect(), region, plugged)
+}
+
+fn select(
+    entries: Vec<ByteRange>,
+    region: Option<ByteRange>,
+    plugged: &[ByteRange],
+) -> Vec<ByteRange> {
+    let Some(region) = region else { return entries };
+    let mut gap = 0;
+    let plugged: Vec<_> =
+        plugged.iter().filter_map(|section| section.shifted_up(region.start())).collect();
+    loop {
+        let plugged = closed(&plugged, gap);
+        let parts = entries.iter().flat_map(|&entry| {
+            let inside = plugged.iter().filter_map(move |range| range.intersection(entry));
+            entry.subtract(region).into_iter().flatten().chain(inside)
+        });
+        let ranges: Vec<_> = parts.collect();
+        if ranges.len() <= RANGES_MAX.max(3 * entries.len()) {
+            return ranges;
+        }
+        gap = (gap * 2).max(4096);
+    }
+}
+
+/// Ascending ranges with gaps of at most `gap` bytes closed.
+fn closed(ranges: &[ByteRange], gap: u64) -> Vec<ByteRange> {
+    let mut result: Vec<ByteRange> = Vec::new();
+    for &range in ranges {
+        let start = match result.last() {
+            Some(last) if range.start() - last.end() <= gap => {
+                let start = last.start();
+                result.pop();
+                start
+            }
+            _ => range.start(),
+        };
+        result.extend(ByteRange::from_bounds(start, range.end()));
+    }
+    result
+}
+
+/// Adds a range to ascending ones that are apart; what is in one already is replaced.
+pub(super) fn add(ranges: &mut Vec<ByteRange>, range: ByteRange) {
+    remove(ranges, range);
+    let at = ranges.partition_point(|other| other.start() < range.start());
+    ranges.insert(at, range);
+}
+
+/// Takes a range out of ascending ones.
+pub(super) fn remove(ranges: &mut Vec<ByteRange>, range: ByteRange) {
+    let first = ranges.partition_point(|other| other.end() <= range.start());
+    let end = ranges.partition_point(|other| other.start() < range.end());
+    let rest: Vec<_> =
+        ranges[first..end].iter().flat_map(|other| other.subtract(range)).flatten().collect();
+    ranges.splice(first..end, rest);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> ByteRange {
+        ByteRange::from_bounds(start, end).unwrap()
+    }
+
+    #[test]
+    fn ranges_are_added_and_taken_out() {
+        let mut ranges = Vec::new();
+        for (start, end) in [(40, 50), (0, 10), (20, 30), (25, 27)] {
+            add(&mut ranges, range(start, end));
+        }
+        let wanted = [(0, 10), (20, 25), (25, 27), (27, 30), (40, 50)];
+        assert_eq!(ranges, wanted.map(|(start, end)| range(start, end)));
+        remove(&mut ranges, range(5, 45));
+        assert_eq!(ranges, [range(0, 5), range(45, 50)]);
+        remove(&mut ranges, range(10, 20));
+        remove(&mut ranges, range(0, 100));
+        assert_eq!(ranges, []);
+    }
+
+    #[test]
+    fn only_the_discarded_parts_of_the_region_are_left_out() {
+        let region = Some(range(1 << 20, 2 << 20));
+        let plugged = [range(0x1000, 0x3000), range(0x4000, 0x5000)];
+        let entries = vec![range(0, 0x8000), range(1 << 20, (1 << 20) + 0x2000)];
+        let start = 1 << 20;
+        let expected = [range(0, 0x8000), range(start + 0x1000, start + 0x2000)];
+        assert_eq!(select(entries, region, &plugged), expected);
+        // An entry that goes beyond the region on both sides.
+        let entries = vec![range(0, 3 << 20)];
+        let expected = [
+            range(0, start),
+            range(2 << 20, 3 << 20),
+            range(start + 0x1000, start + 0x3000),
+            range(start + 0x4000, start + 0x5000),
+        ];
+        assert_eq!(select(entries, region, &plugged), expected);
+    }
+
+    #[test]
+    fn a_region_in_tatters_takes_few_ranges() {
+        let plugged: Vec<_> =
+            (0..100_000).map(|block| range(block * 0x4000, block * 0x4000 + 0x2000)).collect();
+        let region = Some(range(1 << 32, 1 << 33));
+        let ranges = select(vec![range(1 << 32, 1 << 33)], region, &plugged);
+        assert!(ranges.len() <= RANGES_MAX, "{}", ranges.len());
+        let covered = |section: &ByteRange| {
+            let wanted = section.shifted_up(1 << 32).unwrap();
+            ranges.iter().any(|range| range.contains(wanted))
+        };
+        assert!(plugged.iter().all(covered));
+    }
+}
