@@ -28,7 +28,7 @@ use virtio_mem::migration::page_bitmap::PageBitmap;
 use virtio_mem::migration::ram::{BlockOptions, MigrationBlock};
 
 const PAGE: u64 = 4096;
-/// So that the available ring begins in one page and the used ring is in the next.
+/// So that the available ring is in another page than the used ring.
 const SPLIT_RING: u64 = RING + 0x700;
 const PROTOCOL: u64 = USUAL_PROTOCOL_FEATURES | protocol_feature::PAGEFAULT;
 
