@@ -7,7 +7,6 @@ mod common;
 use std::fs::File;
 use std::io::{IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
@@ -30,9 +29,7 @@ use virtio_mem::migration::ram::{
     BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
 };
 use virtio_mem::migration::stream::Configuration;
-use virtio_mem::ram_discard::{
-    ListenerId, RamDiscardListener, RamDiscardManager, RegisterError, Unavailable, Visit,
-};
+use virtio_mem::ram_discard::RamDiscardManager;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -51,51 +48,6 @@ impl Guest for Idle {
 
     fn run(&self) -> Result<(), String> {
         Ok(())
-    }
-}
-
-/// The manager of a controller that the side owns.
-struct Of(MemController);
-
-impl RamDiscardManager for Of {
-    fn region_size(&self) -> u64 {
-        self.0.manager().region_size()
-    }
-
-    fn granularity(&self) -> u64 {
-        self.0.manager().granularity()
-    }
-
-    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
-        Ok(self.0.manager().is_populated(section))
-    }
-
-    fn replay_populated(
-        &self,
-        section: ByteRange,
-        visit: &mut Visit<'_>,
-    ) -> Result<ControlFlow<()>, Unavailable> {
-        Ok(self.0.manager().replay_populated(section, visit))
-    }
-
-    fn replay_discarded(
-        &self,
-        section: ByteRange,
-        visit: &mut Visit<'_>,
-    ) -> Result<ControlFlow<()>, Unavailable> {
-        Ok(self.0.manager().replay_discarded(section, visit))
-    }
-
-    fn register(
-        &self,
-        section: ByteRange,
-        listener: Box<dyn RamDiscardListener>,
-    ) -> Result<ListenerId, RegisterError> {
-        self.0.manager().register(section, listener)
-    }
-
-    fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
-        self.0.manager().unregister(id)
     }
 }
 
@@ -125,7 +77,7 @@ fn side(region: u64) -> Side {
     let plug = Request::Plug(BlockSpan { addr: ADDR, nb_blocks });
     assert_eq!(controller.execute(plug), Response::Ack);
     let block = MigrationBlock::map(ram, BlockOptions::migratable()).unwrap();
-    block.set_discard_manager(0, Arc::new(Of(controller)));
+    block.set_discard_manager(0, Arc::clone(controller.manager()) as Arc<dyn RamDiscardManager>);
     let mapping = Arc::new(block);
     let mut blocks = RamBlocks::new();
     blocks.register(Arc::clone(&mapping)).unwrap();

@@ -101,7 +101,7 @@ pub enum Reset {
 pub struct MemController {
     geometry: Geometry,
     served: Arc<Served>,
-    manager: LocalRamDiscardManager,
+    manager: Arc<LocalRamDiscardManager>,
     source: SourceId,
     memory: Arc<RegionMemory>,
 }
@@ -171,7 +171,7 @@ impl MemController {
             observers: Vec::new(),
         };
         let served = Arc::new(Served { geometry, state: Mutex::new(state) });
-        let manager = LocalRamDiscardManager::new(geometry.region_size());
+        let manager = Arc::new(LocalRamDiscardManager::new(geometry.region_size()));
         let source = manager
             .add_source(Arc::clone(&served) as Arc<dyn RamDiscardSource>)
             .expect("the source is about the manager's region");
@@ -195,7 +195,7 @@ impl MemController {
     }
 
     /// The manager that holds the listeners of this device's region.
-    pub fn manager(&self) -> &LocalRamDiscardManager {
+    pub fn manager(&self) -> &Arc<LocalRamDiscardManager> {
         &self.manager
     }
 

@@ -83,7 +83,7 @@ impl MachineDevices {
 
     /// Who knows what is discarded by what came before RAM.
     pub(super) fn manager(&self) -> Arc<dyn RamDiscardManager> {
-        Arc::new(self.shadow.clone())
+        Arc::clone(self.shadow.controller().manager()) as Arc<dyn RamDiscardManager>
     }
 
     /// The daemon has become what came with the early section, and what only it understands says

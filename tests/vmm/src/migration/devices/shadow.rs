@@ -1,24 +1,18 @@
 //! The memory device as this process knows it.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anyhow::ensure;
-use virtio_mem::ByteRange;
 use virtio_mem::controller::{MemController, Start};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
 use virtio_mem::migration::MigrationError;
 use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
-use virtio_mem::ram_discard::{
-    ListenerId, RamDiscardListener, RamDiscardManager, RegisterError, Unavailable, Visit,
-};
 
 use super::device_error;
 use crate::config::MemConfig;
 use crate::protocol::feature;
 
 /// A device without memory or queue, which has the state of one in another process.
-#[derive(Clone)]
 pub(super) struct Shadow(Arc<MemController>);
 
 impl Shadow {
@@ -63,47 +57,5 @@ impl Shadow {
             );
         }
         Ok(())
-    }
-}
-
-impl RamDiscardManager for Shadow {
-    fn region_size(&self) -> u64 {
-        self.0.manager().region_size()
-    }
-
-    fn granularity(&self) -> u64 {
-        self.0.manager().granularity()
-    }
-
-    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
-        Ok(self.0.manager().is_populated(section))
-    }
-
-    fn replay_populated(
-        &self,
-        section: ByteRange,
-        visit: &mut Visit<'_>,
-    ) -> Result<ControlFlow<()>, Unavailable> {
-        Ok(self.0.manager().replay_populated(section, visit))
-    }
-
-    fn replay_discarded(
-        &self,
-        section: ByteRange,
-        visit: &mut Visit<'_>,
-    ) -> Result<ControlFlow<()>, Unavailable> {
-        Ok(self.0.manager().replay_discarded(section, visit))
-    }
-
-    fn register(
-        &self,
-        section: ByteRange,
-        listener: Box<dyn RamDiscardListener>,
-    ) -> Result<ListenerId, RegisterError> {
-        self.0.manager().register(section, listener)
-    }
-
-    fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
-        self.0.manager().unregister(id)
     }
 }
