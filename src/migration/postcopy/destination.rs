@@ -233,16 +233,25 @@ impl Session<'_> {
                 asked.map_err(MigrationError::io("ask for pages"))?;
             }
             let result = self.take_main(&mut reader, &back);
-            if let Some(urgent) = &channels.urgent {
-                // Nothing more is asked for there, or nothing more comes.
+            // At the end of the stream there may still be pages on the other channel, which ends
+            // by itself then.
+            if (result.is_err() || self.lazy.outstanding() == 0)
+                && let Some(urgent) = &channels.urgent
+            {
                 urgent.shutdown();
             }
             let urgent = taking.map_or(Ok(()), |taking| {
                 taking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             });
-            match (result, urgent) {
-                (Ok(()), _) => Ok(()),
-                (Err(error), _) => Err(error),
+            result?;
+            match self.lazy.outstanding() {
+                // Whatever became of the other channel then.
+                0 => Ok(()),
+                left => {
+                    urgent?;
+                    let what = format!("{left} pages never came");
+                    Err(out_of_place("end of the stream", reader.offset(), &what))
+                }
             }
         })
     }
@@ -276,11 +285,7 @@ impl Session<'_> {
                 Record::Command(Command::Ping(value)) => {
                     back.send(&ReturnMessage::Pong(value))?;
                 }
-                Record::Eof if self.lazy.outstanding() == 0 => return Ok(()),
-                Record::Eof => {
-                    let what = format!("{} pages never came", self.lazy.outstanding());
-                    return Err(out_of_place("end of the stream", at, &what));
-                }
+                Record::Eof => return Ok(()),
                 other => {
                     return Err(out_of_place(
                         &format!("{other:?}"),

@@ -105,7 +105,7 @@ impl Stream<'_, '_> {
                 }
                 result
             });
-            let result = self.background(&mut main, requests);
+            let result = self.background(&mut main, urgent, requests);
             if result.is_err() {
                 main.shutdown();
             }
@@ -153,7 +153,12 @@ impl Stream<'_, '_> {
 
     /// Sends page by page, and what was asked for between, until nothing is left; then ends the
     /// stream and waits for the destination to say that it has everything.
-    fn background(&self, main: &mut Channel, requests: &Requests) -> Result<(), MigrationError> {
+    fn background(
+        &self,
+        main: &mut Channel,
+        urgent: Option<&Mutex<Channel>>,
+        requests: &Requests,
+    ) -> Result<(), MigrationError> {
         let mut gathered = GatherWrite::new();
         loop {
             let told = requests.take();
@@ -176,6 +181,13 @@ impl Stream<'_, '_> {
             }
             Counters::add(&self.progress.counters.transferred, gathered.len_bytes());
             main.write_gathered(&mut gathered).map_err(MigrationError::io("send pages"))?;
+        }
+        if let Some(urgent) = urgent {
+            // The destination waits for this before it counts what has arrived.
+            let mut end = Vec::new();
+            put_end_of_section(&mut end);
+            let ended = urgent.lock().write(&end);
+            ended.map_err(MigrationError::io("end the channel of pages asked for"))?;
         }
         self.start(&mut gathered, SectionKind::End);
         self.end(&mut gathered);
@@ -229,8 +241,11 @@ impl Stream<'_, '_> {
                     match urgent {
                         None => requests.push(block.clone(), range),
                         Some(urgent) => {
+                            // Held from before the pages are taken until they are written, so that
+                            // the end of this channel cannot come between.
+                            let mut urgent = urgent.lock();
                             self.memory.lock().requested(block, range, &mut gathered)?;
-                            let written = urgent.lock().write_gathered(&mut gathered);
+                            let written = urgent.write_gathered(&mut gathered);
                             written.map_err(MigrationError::io("send a page asked for"))?;
                         }
                     }
