@@ -1,9 +1,12 @@
 //! What can be seen of a migration while it runs: states and figures under QEMU's names.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+
+use super::lazy::FaultStatistics;
 
 /// The state of a migration (QEMU's MigrationStatus).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,6 +74,8 @@ pub struct Counters {
     pub holes: AtomicU64,
     /// Pages that the destination asked for (QEMU's postcopy-requests).
     pub postcopy_requests: AtomicU64,
+    /// How often postcopy went on over a new channel.
+    pub postcopy_recoveries: AtomicU64,
     /// Writes that waited for their page to be in a background snapshot.
     pub write_faults: AtomicU64,
     /// Pages that were written although they are discarded: a fault of the guest. Not sent.
@@ -111,6 +116,8 @@ pub struct Progress {
     cancelled: AtomicBool,
     postcopy: AtomicBool,
     times: Mutex<Times>,
+    /// Of the memory that arrives while the guest runs here.
+    faults: Mutex<Option<Arc<Mutex<FaultStatistics>>>>,
 }
 
 #[derive(Debug, Default)]
@@ -155,6 +162,15 @@ impl Progress {
         self.cancelled.load(Ordering::Relaxed)
     }
 
+    /// How faults were resolved so far, where memory arrives (or has arrived) while the guest runs.
+    pub fn faults(&self) -> Option<FaultStatistics> {
+        self.faults.lock().as_ref().map(|faults| faults.lock().clone())
+    }
+
+    pub(crate) fn watch_faults(&self, faults: Arc<Mutex<FaultStatistics>>) {
+        *self.faults.lock() = Some(faults);
+    }
+
     /// Its state.
     pub fn status(&self) -> Status {
         self.times.lock().status
@@ -177,6 +193,7 @@ impl Progress {
             holes: get(&counters.holes),
             dirty_while_discarded: get(&counters.dirty_while_discarded),
             postcopy_requests: get(&counters.postcopy_requests),
+            postcopy_recoveries: get(&counters.postcopy_recoveries),
             write_faults: get(&counters.write_faults),
             dirty_sync_count: get(&counters.dirty_sync_count),
             dirty_pages_rate: get(&counters.dirty_pages_rate),
@@ -251,6 +268,8 @@ pub struct Snapshot {
     pub dirty_while_discarded: u64,
     /// Pages that the destination asked for.
     pub postcopy_requests: u64,
+    /// How often postcopy went on over a new channel.
+    pub postcopy_recoveries: u64,
     /// Writes that waited for their page to be in a background snapshot.
     pub write_faults: u64,
     /// How often dirty pages were collected.

@@ -49,7 +49,7 @@ pub trait PageSource: Send + Sync {
 pub struct LazyRam {
     faults: PageFaults,
     blocks: Vec<LazyBlock>,
-    statistics: Mutex<FaultStatistics>,
+    statistics: Arc<Mutex<FaultStatistics>>,
     outstanding: AtomicU64,
     source: RwLock<Option<Arc<dyn PageSource>>>,
     /// Other processes that share the memory and wait for its pages.
@@ -83,7 +83,7 @@ impl LazyRam {
         Ok(Self {
             faults,
             blocks: lazy,
-            statistics: Mutex::default(),
+            statistics: Arc::default(),
             outstanding: AtomicU64::new(outstanding),
             source: RwLock::new(None),
             clients: RwLock::default(),
@@ -174,6 +174,11 @@ impl LazyRam {
     /// How faults were resolved so far.
     pub fn statistics(&self) -> FaultStatistics {
         self.statistics.lock().clone()
+    }
+
+    /// The same for whoever looks at it later, also when all has arrived and this is gone.
+    pub(super) fn shared_statistics(&self) -> Arc<Mutex<FaultStatistics>> {
+        Arc::clone(&self.statistics)
     }
 
     /// Ends it, when nothing is outstanding: faults are the kernel's again, and what discarded

@@ -13,7 +13,7 @@ use crate::migration::error::MigrationError;
 use crate::migration::lazy::{FaultHandler, HandlerFailed, LazyRam, PageSource};
 use crate::migration::loader::out_of_place;
 use crate::migration::page_bitmap::{PageBitmap, pages_touched};
-use crate::migration::progress::{Progress, Status};
+use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::ram::{RamBlocks, RamRecords};
 use crate::migration::stream::{
     AdvisedSizes, Command, Record, ReturnMessage, TARGET_PAGE_SIZE, read_footer, read_record,
@@ -138,6 +138,7 @@ impl<'a> Arriving<'a> {
             }
         }
         let lazy = Arc::new(LazyRam::new(blocks)?);
+        self.progress.watch_faults(lazy.shared_statistics());
         let handler = FaultHandler::start(Arc::clone(&lazy), Arc::clone(&self.incoming.failed))?;
         self.memory = Some((lazy, handler));
         Ok(())
@@ -158,7 +159,7 @@ impl<'a> Arriving<'a> {
         let mut reader = Some(reader);
         loop {
             self.progress.set_status(Status::PostcopyActive);
-            let session = Session { lazy: &lazy, section_id };
+            let session = Session { lazy: &lazy, section_id, progress: &self.progress };
             let error = match session.take_all(&channels, reader.take()) {
                 Ok(()) => break,
                 Err(error) => error,
@@ -199,6 +200,7 @@ impl<'a> Arriving<'a> {
 struct Session<'a> {
     lazy: &'a Arc<LazyRam>,
     section_id: u32,
+    progress: &'a Progress,
 }
 
 impl Session<'_> {
@@ -278,6 +280,7 @@ impl Session<'_> {
                 }
                 Record::Command(Command::PostcopyResume) => {
                     back.send(&ReturnMessage::ResumeAck)?;
+                    Counters::add(&self.progress.counters.postcopy_recoveries, 1);
                     self.lazy.set_source(Some(Arc::clone(back) as Arc<dyn PageSource>));
                     let asked = self.lazy.request_again();
                     asked.map_err(MigrationError::io("ask for pages again"))?;

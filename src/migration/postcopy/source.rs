@@ -87,6 +87,7 @@ impl Stream<'_, '_> {
             None => {
                 let mut back = WireReader::new(main.uncancellable());
                 self.resume(&mut main, &mut back)?;
+                Counters::add(&self.progress.counters.postcopy_recoveries, 1);
                 back
             }
         };
@@ -245,6 +246,8 @@ impl Stream<'_, '_> {
                             // the end of this channel cannot come between.
                             let mut urgent = urgent.lock();
                             self.memory.lock().requested(block, range, &mut gathered)?;
+                            let sent = gathered.len_bytes();
+                            Counters::add(&self.progress.counters.transferred, sent);
                             let written = urgent.write_gathered(&mut gathered);
                             written.map_err(MigrationError::io("send a page asked for"))?;
                         }

@@ -49,6 +49,7 @@ pub fn restore_lazily(
         let memory = Arc::new(LazyRam::new(blocks.collect())?);
         let source =
             Arc::new(Pages { file: Arc::clone(&file), offsets, failed: Arc::clone(&failed) });
+        progress.watch_faults(memory.shared_statistics());
         memory.set_source(Some(Arc::clone(&source) as Arc<dyn PageSource>));
         // Loading devices may touch memory.
         let handler = FaultHandler::start(Arc::clone(&memory), Arc::clone(&failed))?;
