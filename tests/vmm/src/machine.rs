@@ -7,6 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use virtio_mem::migration::MigrationError;
+use virtio_mem::migration::lazy::HandlerFailed;
 use virtio_mem::migration::precopy::Guest;
 
 use crate::backend_channel::{BackendChannel, Behaviour};
@@ -62,6 +64,9 @@ struct GuestState {
     running: bool,
     /// Whether the guest is to wait when it could run.
     hold: bool,
+    /// Whether memory still arrives while the guest runs. The daemon looks at the ring through a
+    /// mapping of its own, where it would find a hole and fill it: the ring waits.
+    arriving: bool,
     /// Why the device is of no use any more.
     lost: Option<String>,
 }
@@ -91,7 +96,14 @@ impl Machine {
         let driver =
             GuestDriver::new(frontend.clone(), channel.clone(), driver).with_vcpus(vcpus.clone());
         let (incoming, hold) = (options.incoming, options.paused);
-        let guest = GuestState { driver, ring: Ring::Stopped, running: false, hold, lost: None };
+        let guest = GuestState {
+            driver,
+            ring: Ring::Stopped,
+            running: false,
+            hold,
+            arriving: false,
+            lost: None,
+        };
         let guest = Mutex::new(guest);
         let machine = Arc::new(Self { options, ram, frontend, channel, vcpus, guest });
         let weak = Arc::downgrade(&machine);
@@ -168,6 +180,22 @@ impl Machine {
         self.start_guest(&mut guest);
     }
 
+    /// Whether the guest's memory may still arrive when it runs.
+    pub fn expect_memory(&self, arriving: bool) {
+        self.guest().arriving = arriving;
+    }
+
+    /// All memory has arrived: what waited for that goes on.
+    pub fn memory_arrived(&self) {
+        let mut guest = self.guest();
+        guest.arriving = false;
+        if let Err(error) = guest.driver.driver().ring().check_idle() {
+            lose(&mut guest, &error.to_string());
+        } else if guest.running {
+            self.start_device(&mut guest);
+        }
+    }
+
     /// Tells the daemon where the ring is, so that it only has to be enabled.
     pub fn set_up_ring(&self) -> anyhow::Result<()> {
         let mut guest = self.guest();
@@ -213,11 +241,17 @@ impl Machine {
         if guest.running {
             return;
         }
-        if let Err(error) = self.start_ring(guest) {
-            lose(guest, &error.to_string());
+        if !guest.arriving {
+            self.start_device(guest);
         }
         guest.running = true;
         self.vcpus.resume();
+    }
+
+    fn start_device(&self, guest: &mut GuestState) {
+        if let Err(error) = self.start_ring(guest) {
+            lose(guest, &error.to_string());
+        }
     }
 
     fn start_ring(&self, guest: &mut GuestState) -> anyhow::Result<()> {
@@ -266,6 +300,13 @@ impl Guest for Machine {
     }
 }
 
+impl HandlerFailed for Machine {
+    fn handler_failed(&self, error: &MigrationError) {
+        eprintln!("small-vmm: the guest stops, its memory is lost: {error}");
+        self.vcpus.halt();
+    }
+}
+
 fn lose(guest: &mut GuestState, reason: &str) {
     if guest.lost.is_none() {
         eprintln!("small-vmm: the guest goes on without its device: {reason}");
@@ -280,7 +321,7 @@ fn drive(machine: &Weak<Machine>) {
         if guest.lost.is_some() {
             return;
         }
-        if !guest.running {
+        if !guest.running || guest.arriving {
             drop(guest);
             thread::sleep(Duration::from_millis(2));
             continue;

@@ -98,8 +98,26 @@ impl Vmm {
     ///
     /// As [`tell`](Self::tell).
     pub fn wait_for_guest(&mut self, from: &str, discard_aware: bool) -> anyhow::Result<String> {
+        self.wait_at(from, discard_aware, false)
+    }
+
+    /// Has it wait for a guest that may come before its memory, and tells where.
+    ///
+    /// # Errors
+    ///
+    /// As [`tell`](Self::tell).
+    pub fn wait_for_guest_in_postcopy(&mut self, from: &str) -> anyhow::Result<String> {
+        self.wait_at(from, true, true)
+    }
+
+    fn wait_at(
+        &mut self,
+        from: &str,
+        discard_aware: bool,
+        postcopy: bool,
+    ) -> anyhow::Result<String> {
         let from = from.to_owned();
-        let report = self.tell(Command::Incoming { from, discard_aware })?;
+        let report = self.tell(Command::Incoming { from, discard_aware, postcopy })?;
         report.listening.context("it does not listen")
     }
 

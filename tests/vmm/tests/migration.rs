@@ -90,17 +90,17 @@ fn a_device_of_another_geometry_is_refused_by_name_with_both_values() {
 fn a_guest_that_was_written_to_a_file_goes_on_from_there() {
     let (mut from, mut to) = (Host::with_guest(), Host::waiting());
     let file = from.daemon.socket().with_file_name("snapshot");
-    from.vmm.tell(Command::Snapshot { file: file.clone() }).unwrap();
+    from.vmm.tell(Command::Snapshot { file: file.clone(), background: false }).unwrap();
     let saved = from.outcome();
     assert_eq!(saved.status, "completed", "{saved:?}");
     assert_eq!(saved.ram.discarded, (REGION - PLUGGED) / PAGE);
     from.assert_guest_works();
     // Once more there is no place for.
-    from.vmm.tell(Command::Snapshot { file: file.clone() }).unwrap();
+    from.vmm.tell(Command::Snapshot { file: file.clone(), background: false }).unwrap();
     assert!(from.outcome().error_desc.unwrap().contains("File exists"));
     from.assert_guest_works();
 
-    to.vmm.tell(Command::Restore { file }).unwrap();
+    to.vmm.tell(Command::Restore { file, lazy: false }).unwrap();
     let restored = to.outcome();
     assert_eq!(restored.status, "completed", "{restored:?}");
     assert_eq!(to.vmm.report().unwrap().plugged, PLUGGED);

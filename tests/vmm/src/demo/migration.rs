@@ -109,6 +109,7 @@ fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyho
         max_bandwidth: Some(touched * 2 / 3),
         downtime_limit: Some(DOWNTIME_LIMIT),
         discard_aware,
+        postcopy: None,
     }))?;
     let report = progress::follow(&mut from, discard_aware)?;
     ensure!(

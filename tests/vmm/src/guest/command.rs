@@ -28,6 +28,18 @@ pub enum Command {
         /// Pages a second; as many as they can when nothing is said.
         pages: Option<u64>,
     },
+    /// Have the vCPUs look at what they wrote, and write nothing; or write again.
+    ReadOnly {
+        /// Whether nothing is written.
+        on: bool,
+    },
+    /// Have the guest look at a part of the region that it never wrote, which must be zeros.
+    Look {
+        /// First byte, from the start of the region.
+        offset: u64,
+        /// Length in bytes.
+        size: u64,
+    },
     /// Tell how things are.
     Report {
         /// How many characters the map of the region has.
@@ -43,20 +55,31 @@ pub enum Command {
         /// Whether the source leaves out what is discarded.
         #[serde(default = "super::yes")]
         discard_aware: bool,
+        /// Whether the guest may come before its memory.
+        #[serde(default)]
+        postcopy: bool,
     },
+    /// Have the guest go before its memory, if that was provided for.
+    StartPostcopy,
     /// Tell how the migration stands.
     Status,
-    /// End the migration as soon as it can be.
+    /// End the migration as soon as it can be; in postcopy, stop waiting for a new channel.
     Cancel,
     /// Write the guest to a new file; it stands still meanwhile.
     Snapshot {
         /// The file.
         file: PathBuf,
+        /// Whether it runs on.
+        #[serde(default)]
+        background: bool,
     },
     /// Read the guest from a file, and let it run.
     Restore {
         /// The file.
         file: PathBuf,
+        /// Whether it runs before its memory is there.
+        #[serde(default)]
+        lazy: bool,
     },
     /// Let a guest run that was to wait.
     Cont,
@@ -112,6 +135,7 @@ mod tests {
             max_bandwidth: Some(1),
             downtime_limit: None,
             discard_aware: true,
+            postcopy: None,
         };
         assert_eq!(migrate, Command::Migrate(expected));
     }

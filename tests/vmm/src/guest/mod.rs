@@ -15,7 +15,8 @@ use std::sync::Arc;
 use anyhow::{Context, bail, ensure};
 
 use crate::machine::{Machine, MachineOptions, TIMEOUT};
-use crate::migration::Migration;
+use crate::memory::PAGE_SIZE;
+use crate::migration::{Expected, Migration};
 pub use command::{Command, Report};
 pub use map::Cell;
 
@@ -46,12 +47,14 @@ pub fn run(
     let machine = Machine::start(options.machine)?;
     let mut session = Session { machine, migration: None };
     if let Some(from) = options.incoming {
-        session.incoming(&from, true)?;
+        session.incoming(&from, Expected { discard_aware: true, postcopy: false })?;
     }
     for line in commands.lines() {
         let command = serde_json::from_str(&line?).context("command")?;
         if command == Command::Quit {
             let Session { machine, .. } = session;
+            // Threads that wait for what never comes end with the process only.
+            ensure!(!machine.vcpus().is_halted(), "the guest's memory was lost");
             let work = machine.vcpus().clone().stop()?;
             let (verified, written) = (work.verified, work.written);
             return answer(&mut answers, &Report { verified, written, ..Report::default() });
@@ -91,31 +94,49 @@ impl Session {
                 ensure!(written, "vCPUs stopped, or are too slow");
             }
             Command::Pace { pages } => machine.vcpus().limit(*pages),
+            Command::ReadOnly { on } => machine.vcpus().read_only(*on),
+            Command::Look { offset, size } => {
+                let start = machine.options().addr + offset;
+                for page in (start..start + size).step_by(PAGE_SIZE as usize) {
+                    let found: u64 = machine.ram().load(page)?;
+                    ensure!(found == 0, "the page at {page:#x} was never written, and is not zero");
+                }
+            }
             Command::Report { cells: wanted } => cells = *wanted,
             Command::Migrate(options) => {
                 let migration = Migration::outgoing(self.free_for_another()?, options.clone())?;
                 self.migration = Some(migration);
             }
-            Command::Incoming { from, discard_aware } => self.incoming(from, *discard_aware)?,
-            Command::Snapshot { file } => {
-                self.migration = Some(Migration::snapshot(self.free_for_another()?, file)?);
+            Command::Incoming { from, discard_aware, postcopy } => {
+                let (discard_aware, postcopy) = (*discard_aware, *postcopy);
+                self.incoming(from, Expected { discard_aware, postcopy })?;
             }
-            Command::Restore { file } => {
-                self.migration = Some(Migration::restore(self.free_for_another()?, file)?);
+            Command::Snapshot { file, background } => {
+                let machine = self.free_for_another()?;
+                self.migration = Some(Migration::snapshot(machine, file, *background)?);
             }
+            Command::Restore { file, lazy } => {
+                let machine = self.free_for_another()?;
+                self.migration = Some(Migration::restore(machine, file, *lazy)?);
+            }
+            Command::StartPostcopy => self.begun()?.start_postcopy(),
             Command::Status => {
                 ensure!(self.migration.is_some(), "no migration was begun");
             }
-            Command::Cancel => self.migration.as_ref().context("no migration was begun")?.cancel(),
+            Command::Cancel => self.begun()?.cancel(),
             Command::Cont => machine.cont(),
             Command::Quit => bail!("the end comes elsewhere"),
         }
         self.report(cells)
     }
 
-    fn incoming(&mut self, from: &str, discard_aware: bool) -> anyhow::Result<()> {
-        self.migration = Some(Migration::incoming(self.free_for_another()?, from, discard_aware)?);
+    fn incoming(&mut self, from: &str, expected: Expected) -> anyhow::Result<()> {
+        self.migration = Some(Migration::incoming(self.free_for_another()?, from, expected)?);
         Ok(())
+    }
+
+    fn begun(&self) -> anyhow::Result<&Migration> {
+        self.migration.as_ref().context("no migration was begun")
     }
 
     fn free_for_another(&self) -> anyhow::Result<&Arc<Machine>> {
@@ -143,7 +164,7 @@ impl Session {
             verified: work.verified,
             written: work.written,
             running: machine.is_running(),
-            healthy: machine.vcpus().is_healthy(),
+            healthy: machine.vcpus().is_healthy() && !machine.vcpus().is_halted(),
             busy: machine.with_driver(|driver| driver.answers().busy),
             lost: machine.lost(),
             memory: Some([fd(0)?, fd(region.start)?]),

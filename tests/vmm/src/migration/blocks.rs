@@ -33,7 +33,9 @@ pub(super) fn blocks(machine: &Machine, discard_aware: bool) -> anyhow::Result<R
     for (id, gpa) in [(BOOT, 0), (REGION, machine.options().addr)] {
         let region = machine.ram().region(gpa)?;
         let send_holes = !discard_aware && id == REGION;
-        let options = BlockOptions { send_holes, ..BlockOptions::migratable() };
+        // The daemon writes used ring and responses through a mapping of its own.
+        let written_elsewhere = id == BOOT;
+        let options = BlockOptions { send_holes, written_elsewhere, ..BlockOptions::migratable() };
         let block =
             MigrationBlock::new(ram_block(id, region)?, machine.ram().mapping(gpa)?, options)?;
         blocks.register(Arc::new(block))?;

@@ -6,38 +6,43 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, ensure};
-use virtio_mem::migration::channel::Channel;
+use virtio_mem::migration::postcopy::Channels;
 use virtio_mem::migration::precopy::{Guest, Incoming};
 use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{ListOptions, RamBlocks, RamLoad};
 use virtio_mem::migration::snapshot::{self, Restore};
 
 use super::blocks::{self, REGION};
-use super::configuration;
 use super::devices::MachineDevices;
 use super::transport::Listener;
+use super::{Expected, configuration, recovery};
 use crate::machine::Machine;
 
 /// Waits for a guest and takes it over. On an error it does not run here, and another may come.
 pub(super) fn receive(
     machine: &Arc<Machine>,
     listener: &Listener,
-    discard_aware: bool,
-    progress: Arc<Progress>,
+    expected: Expected,
+    progress: &Arc<Progress>,
 ) -> anyhow::Result<()> {
-    let stream = listener.accept(|| progress.is_cancelled())?;
-    let (blocks, mut devices) = prepare(machine, discard_aware)?;
-    let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
-    let channel = Channel::new(stream, Arc::clone(&progress))?;
+    let Expected { discard_aware, postcopy } = expected;
+    let Channels { main, urgent } = recovery::accept(listener, postcopy, progress)?;
+    let (blocks, mut devices) = prepare(machine, discard_aware, postcopy)?;
+    let list = ListOptions { postcopy, ..ListOptions::default() };
+    let ram = RamLoad::new(Arc::clone(&blocks), list, Arc::clone(progress));
     let incoming = Incoming {
         configuration: configuration(discard_aware),
         guest: &**machine,
         handlers: vec![Box::new(ram)],
         devices: &mut devices,
-        postcopy: None,
-        progress,
+        postcopy: postcopy.then(|| recovery::incoming(listener, urgent, blocks, machine, progress)),
+        progress: Arc::clone(progress),
     };
-    Ok(incoming.run(channel)?)
+    incoming.run(main)?;
+    if postcopy {
+        machine.memory_arrived();
+    }
+    Ok(())
 }
 
 /// Reads the guest from a file, and lets it run.
@@ -46,8 +51,8 @@ pub(super) fn restore(
     file: &Path,
     progress: Arc<Progress>,
 ) -> anyhow::Result<()> {
-    let (blocks, mut devices) = prepare(machine, true)?;
-    let from = File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
+    let (blocks, mut devices) = prepare(machine, true, false)?;
+    let from = open(file)?;
     let restore = Restore {
         configuration: configuration(true),
         blocks,
@@ -59,15 +64,43 @@ pub(super) fn restore(
     machine.run().map_err(anyhow::Error::msg)
 }
 
+/// Reads the guest's devices from a file, lets it run, and reads its memory.
+pub(super) fn restore_lazily(
+    machine: &Arc<Machine>,
+    file: &Path,
+    progress: Arc<Progress>,
+) -> anyhow::Result<()> {
+    let (blocks, mut devices) = prepare(machine, true, true)?;
+    let restore = Restore {
+        configuration: configuration(true),
+        blocks,
+        devices: &mut devices,
+        threads: 1,
+        progress,
+    };
+    let from = Arc::new(open(file)?);
+    let restored = snapshot::restore_lazily(restore, from, Arc::clone(machine) as Arc<_>)?;
+    machine.run().map_err(anyhow::Error::msg)?;
+    restored.wait()?;
+    machine.memory_arrived();
+    Ok(())
+}
+
+fn open(file: &Path) -> anyhow::Result<File> {
+    File::open(file).with_context(|| format!("cannot open {}", file.display()))
+}
+
 /// Memory and devices as they were at the start, whatever an earlier attempt has left.
 fn prepare(
     machine: &Arc<Machine>,
     discard_aware: bool,
+    arriving: bool,
 ) -> anyhow::Result<(Arc<RamBlocks>, MachineDevices)> {
     ensure!(machine.options().incoming && !machine.is_running(), "a guest runs here already");
     machine.tear_down_ring()?;
+    machine.expect_memory(arriving);
     let blocks = Arc::new(blocks::blocks(machine, discard_aware)?);
-    let devices = MachineDevices::of_destination(machine)?;
+    let devices = MachineDevices::of_destination(machine, arriving)?;
     if let (true, Some(region)) = (discard_aware, blocks.get(REGION)) {
         region.set_discard_manager(0, devices.manager());
     }

@@ -43,6 +43,8 @@ pub(super) struct MachineDevices {
     shadow: Shadow,
     /// On the source: who knows how the device is now.
     manager: Option<Arc<RemoteRamDiscardManager>>,
+    /// On the destination: whether devices are loaded before all memory is there.
+    arriving: bool,
 }
 
 impl MachineDevices {
@@ -56,11 +58,14 @@ impl MachineDevices {
     }
 
     /// Devices that are to be loaded.
-    pub(super) fn of_destination(machine: &Arc<Machine>) -> anyhow::Result<Self> {
+    ///
+    /// When memory is still `arriving` then, the ring is not looked at, and the daemon not told of
+    /// it: [`Machine::memory_arrived`] does both.
+    pub(super) fn of_destination(machine: &Arc<Machine>, arriving: bool) -> anyhow::Result<Self> {
         let config = machine.frontend().config()?;
         config.check().map_err(anyhow::Error::msg).context("the daemon's configuration")?;
         let shadow = Shadow::of_config(&config, machine.frontend().features())?;
-        Self::new(machine, shadow, None)
+        Ok(Self { arriving, ..Self::new(machine, shadow, None)? })
     }
 
     fn new(
@@ -78,7 +83,7 @@ impl MachineDevices {
         registry.register("cpus", 0, Box::new(cpus))?;
         let driver = Described { vmstate: &driver::VMSTATE, device: Driver(machine.clone()) };
         registry.register(&format!("{REGION}/driver"), 0, Box::new(driver))?;
-        Ok(Self { machine: machine.clone(), registry, shadow, manager })
+        Ok(Self { machine: machine.clone(), registry, shadow, manager, arriving: false })
     }
 
     /// Who knows what is discarded by what came before RAM.
@@ -91,6 +96,9 @@ impl MachineDevices {
     fn agree(&self) -> anyhow::Result<()> {
         let config = self.machine.frontend().config().context("ask the daemon")?;
         self.shadow.compare(&config)?;
+        if self.arriving {
+            return Ok(());
+        }
         self.machine.with_driver(|driver| driver.driver().ring().check_idle())?;
         self.machine.set_up_ring().context("set up the ring")
     }

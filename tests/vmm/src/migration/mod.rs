@@ -5,11 +5,13 @@
 //! - `blocks`: RAM blocks and the trackers of those who write them.
 //! - `devices`: sections of state; the daemon's own is fetched and delivered by vhost-user.
 //! - `source`, `destination`: the two ends.
+//! - `recovery`: the channels of postcopy, and new ones when they break.
 //! - [`Migration`]: one of them in a thread, and what is to be seen of it.
 
 mod blocks;
 mod destination;
 mod devices;
+mod recovery;
 mod report;
 mod source;
 pub mod transport;
@@ -23,7 +25,7 @@ use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::stream::Configuration;
 
 use crate::machine::Machine;
-pub use report::{MigrationReport, RamReport};
+pub use report::{FaultReport, MigrationReport, RamReport};
 
 /// Differs when one side knows of discarded memory and the other does not.
 const CAPABILITY_IGNORE_DISCARDS: &str = "x-ignore-discards";
@@ -44,10 +46,49 @@ pub struct MigrateOptions {
     /// sent, as by a VMM that has no RamDiscardManager.
     #[serde(default = "yes")]
     pub discard_aware: bool,
+    /// Whether memory may follow the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy: Option<PostcopyOptions>,
+}
+
+/// How a guest goes before its memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PostcopyOptions {
+    /// When it goes.
+    #[serde(default)]
+    pub when: When,
+    /// Where to when the channel breaks, until it works or the migration is cancelled. Without,
+    /// the guest is lost then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recover: Option<String>,
+}
+
+/// When a guest goes before its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum When {
+    /// When somebody says so.
+    #[default]
+    Told,
+    /// Before any of it.
+    AtOnce,
+    /// When written pages were collected so many times.
+    Rounds(u64),
 }
 
 fn yes() -> bool {
     true
+}
+
+/// What a guest that comes is expected to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    /// Whether discarded memory is left out.
+    pub discard_aware: bool,
+    /// Whether it may come before its memory. The source then makes a second connection, for the
+    /// pages that the guest waits for.
+    pub postcopy: bool,
 }
 
 /// A migration that was begun, in either direction.
@@ -69,26 +110,38 @@ impl Migration {
     pub fn incoming(
         machine: &Arc<Machine>,
         from: &str,
-        discard_aware: bool,
+        expected: Expected,
     ) -> anyhow::Result<Self> {
         let listener = transport::Listener::bind(from)?;
         let machine = machine.clone();
         let listening = Some(listener.address().to_owned());
         Self::begin(listening, move |progress| {
-            destination::receive(&machine, &listener, discard_aware, progress)
+            destination::receive(&machine, &listener, expected, &progress)
         })
     }
 
-    /// Writes the guest to a file. It stands still meanwhile, and goes on here.
-    pub fn snapshot(machine: &Arc<Machine>, file: &Path) -> anyhow::Result<Self> {
+    /// Writes the guest to a file, as it is now. It goes on here; in the `background` it stands
+    /// still only for a moment, otherwise until all is written.
+    pub fn snapshot(machine: &Arc<Machine>, file: &Path, background: bool) -> anyhow::Result<Self> {
         let (machine, file) = (machine.clone(), file.to_owned());
-        Self::begin(None, move |progress| source::snapshot(&machine, &file, progress))
+        Self::begin(None, move |progress| match background {
+            true => source::snapshot_in_background(&machine, &file, progress),
+            false => source::snapshot(&machine, &file, progress),
+        })
     }
 
-    /// Reads the guest from a file.
-    pub fn restore(machine: &Arc<Machine>, file: &Path) -> anyhow::Result<Self> {
+    /// Reads the guest from a file; a `lazy` one runs at once, and its memory follows.
+    pub fn restore(machine: &Arc<Machine>, file: &Path, lazy: bool) -> anyhow::Result<Self> {
         let (machine, file) = (machine.clone(), file.to_owned());
-        Self::begin(None, move |progress| destination::restore(&machine, &file, progress))
+        Self::begin(None, move |progress| match lazy {
+            true => destination::restore_lazily(&machine, &file, progress),
+            false => destination::restore(&machine, &file, progress),
+        })
+    }
+
+    /// Has the guest go before its memory, if that was provided for.
+    pub fn start_postcopy(&self) {
+        self.progress.start_postcopy();
     }
 
     fn begin(
@@ -126,7 +179,7 @@ impl Migration {
     /// What is to be seen of it.
     pub fn report(&self) -> MigrationReport {
         let outcome = lock(&self.outcome).clone();
-        MigrationReport::new(&self.progress.snapshot(), outcome)
+        MigrationReport::new(&self.progress.snapshot(), self.progress.faults(), outcome)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use virtio_mem::migration::lazy::FaultStatistics;
 use virtio_mem::migration::progress::{Snapshot, Status};
 
 /// How a migration stands. Times are in milliseconds.
@@ -23,8 +24,34 @@ pub struct MigrationReport {
     pub ram: RamReport,
     /// Percentage of time that vCPUs are kept from running.
     pub cpu_throttle_percentage: u64,
+    /// How often it went on over a new channel.
+    #[serde(default)]
+    pub recoveries: u64,
+    /// Writes that waited for their page to be in a background snapshot.
+    #[serde(default)]
+    pub write_faults: u64,
+    /// Faults of the guest, where its memory arrives while it runs.
+    #[serde(default)]
+    pub faults: Option<FaultReport>,
     /// Why it failed.
     pub error_desc: Option<String>,
+}
+
+/// How faults on memory that arrives were resolved. Times are in microseconds, to the next power
+/// of two.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FaultReport {
+    /// Pages that were asked for, and have arrived.
+    pub asked: u64,
+    /// Pages that nothing comes for, filled with zeros on the spot.
+    pub zero: u64,
+    /// Pages that had arrived by the time that somebody looked.
+    pub arrived: u64,
+    /// How long half of those who asked waited at most.
+    pub p50: Option<u64>,
+    /// How long 99 of 100 waited at most.
+    pub p99: Option<u64>,
 }
 
 /// What became of memory. Sizes in bytes; the rest in pages of 4 KiB.
@@ -56,7 +83,11 @@ pub struct RamReport {
 impl MigrationReport {
     /// What the engine knows, and how it ended. What goes wrong before the engine has begun is an
     /// error as well.
-    pub(super) fn new(known: &Snapshot, outcome: Option<Result<(), String>>) -> Self {
+    pub(super) fn new(
+        known: &Snapshot,
+        faults: Option<FaultStatistics>,
+        outcome: Option<Result<(), String>>,
+    ) -> Self {
         let error = outcome.clone().and_then(Result::err);
         let ended = matches!(known.status, Status::Failed | Status::Cancelled);
         let status = match &error {
@@ -82,7 +113,26 @@ impl MigrationReport {
                 dirty_pages_rate: known.dirty_pages_rate,
             },
             cpu_throttle_percentage: known.cpu_throttle_percentage,
+            recoveries: known.postcopy_recoveries,
+            write_faults: known.write_faults,
+            faults: faults.as_ref().map(FaultReport::new),
             error_desc: error.or_else(|| known.error_desc.clone()),
+        }
+    }
+}
+
+impl FaultReport {
+    fn new(known: &FaultStatistics) -> Self {
+        let quantile = |share| {
+            let time = known.remote.quantile(share)?;
+            u64::try_from(time.as_micros()).ok()
+        };
+        Self {
+            asked: known.remote.count,
+            zero: known.zero.count,
+            arrived: known.arrived,
+            p50: quantile(0.5),
+            p99: quantile(0.99),
         }
     }
 }

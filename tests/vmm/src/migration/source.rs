@@ -1,6 +1,6 @@
 //! The source: freezes block state, sends, and has the guest back when that fails.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,12 +12,12 @@ use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
 use virtio_mem::migration::precopy::{Guest, Outgoing, Parameters};
 use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
-use virtio_mem::migration::snapshot::{self, Snapshot};
+use virtio_mem::migration::snapshot::{self, BackgroundSnapshot, Snapshot};
 use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
 
 use super::blocks::{self, REGION};
 use super::devices::MachineDevices;
-use super::{MigrateOptions, configuration, transport};
+use super::{MigrateOptions, configuration, recovery, transport};
 use crate::machine::Machine;
 
 /// How long the daemon may take to answer on the discard channel.
@@ -35,25 +35,50 @@ pub(super) fn send(
     let tracker_of = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
         trackers.remove(block.id()).unwrap_or_else(|| Box::new(NeverWritten))
     };
-    let ram = RamSave::new(&blocks, ListOptions::default(), Arc::clone(&progress), tracker_of)?;
+    let list = ListOptions { postcopy: options.postcopy.is_some(), ..ListOptions::default() };
+    let ram = RamSave::new(&blocks, list, Arc::clone(&progress), tracker_of)?;
     let mut devices = MachineDevices::of_source(machine, &manager)?;
     let mut parameters = Parameters::new(configuration(options.discard_aware));
     parameters.max_bandwidth = options.max_bandwidth;
     if let Some(limit) = options.downtime_limit {
         parameters.downtime_limit = Duration::from_millis(limit);
     }
-    let stream = transport::connect(&options.to)?;
-    let channel = Channel::new(stream, Arc::clone(&progress))?;
+    let channel = Channel::new(transport::connect(&options.to)?, Arc::clone(&progress))?;
+    let postcopy = match &options.postcopy {
+        Some(postcopy) => Some(recovery::outgoing(&options.to, postcopy, &progress)?),
+        None => None,
+    };
     let outgoing = Outgoing {
         parameters,
         guest: &**machine,
         handlers: vec![Box::new(ram)],
         devices: &mut devices,
         frozen: vec![manager],
-        postcopy: None,
+        postcopy,
         progress,
     };
     Ok(outgoing.run(channel)?)
+}
+
+/// Writes the guest to a new file while it runs on, as it was when it stood still for a moment.
+pub(super) fn snapshot_in_background(
+    machine: &Arc<Machine>,
+    file: &Path,
+    progress: Arc<Progress>,
+) -> anyhow::Result<()> {
+    let manager = attach(machine)?;
+    let blocks = send_blocks(machine, &manager, true)?;
+    let mut devices = MachineDevices::of_source(machine, &manager)?;
+    let file = new_file(file)?;
+    let snapshot = BackgroundSnapshot {
+        configuration: configuration(true),
+        blocks: &blocks,
+        devices: &mut devices,
+        guest: &**machine,
+        frozen: vec![manager],
+        progress,
+    };
+    Ok(snapshot::save_in_background(snapshot, &file)?)
 }
 
 /// Writes the guest to a new file while it stands still.
@@ -65,12 +90,7 @@ pub(super) fn snapshot(
     let manager = attach(machine)?;
     let blocks = send_blocks(machine, &manager, true)?;
     let mut devices = MachineDevices::of_source(machine, &manager)?;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(file)
-        .with_context(|| format!("cannot make {}", file.display()))?;
+    let file = new_file(file)?;
     machine.stop().map_err(anyhow::Error::msg)?;
     let snapshot = Snapshot {
         configuration: configuration(true),
@@ -82,6 +102,11 @@ pub(super) fn snapshot(
     let saved = snapshot::save(snapshot, &file);
     machine.cont();
     Ok(saved?)
+}
+
+fn new_file(path: &Path) -> anyhow::Result<File> {
+    let options = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+    options.with_context(|| format!("cannot make {}", path.display()))
 }
 
 /// Becomes a client of the daemon's discard channel.

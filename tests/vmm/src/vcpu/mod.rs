@@ -77,6 +77,10 @@ struct Shared {
     pages: Vec<Mutex<HashMap<u64, Written>>>,
     pace: Pace,
     stop: AtomicBool,
+    /// Whether pages are only looked at.
+    read_only: AtomicBool,
+    /// Whether memory was lost: nothing is touched any more.
+    halted: AtomicBool,
     next_id: AtomicU64,
     written: AtomicU64,
     verified: AtomicU64,
@@ -133,6 +137,8 @@ impl Vcpus {
             pages: (0..count).map(|_| Mutex::default()).collect(),
             pace: Pace::default(),
             stop: AtomicBool::new(false),
+            read_only: AtomicBool::new(false),
+            halted: AtomicBool::new(false),
             next_id: AtomicU64::new(0),
             written: AtomicU64::new(0),
             verified: AtomicU64::new(0),
@@ -203,6 +209,22 @@ impl Vcpus {
     /// Lets the threads go on.
     pub fn resume(&self) {
         self.shared.usage_mut().paused = false;
+    }
+
+    /// Has the threads look at what they wrote, and write nothing, or write again.
+    pub fn read_only(&self, read_only: bool) {
+        self.shared.read_only.store(read_only, Ordering::Relaxed);
+    }
+
+    /// Has them touch nothing any more, without waiting for a thread that is stuck at a page
+    /// which will never come.
+    pub fn halt(&self) {
+        self.shared.halted.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether they were [halted](Self::halt).
+    pub fn is_halted(&self) -> bool {
+        self.shared.halted.load(Ordering::Relaxed)
     }
 
     /// Keeps the threads from running for `percent` of the time, 0 to 99.
@@ -277,7 +299,7 @@ impl Vcpu {
     fn work_from(&self, at: u64) -> Result<Option<(u64, u64)>, Mismatch> {
         // Held while the pages are touched: this is what `take` and `pause` wait for.
         let usage = self.shared.usage();
-        if usage.paused {
+        if usage.paused || self.shared.halted.load(Ordering::Relaxed) {
             return Ok(None);
         }
         let before = usage.given.range(..=at).next_back().filter(|(_, entry)| at < entry.end);
@@ -320,6 +342,9 @@ impl Vcpu {
             // The same page given a second time must not look right by what it held the first time.
             None => entry.id << 16,
         };
+        if self.shared.read_only.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let value = stamp(page, generation).to_le();
         for addr in [page, page + PAGE_SIZE - 8] {
             if ram.store(addr, value).is_err() {

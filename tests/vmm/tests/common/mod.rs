@@ -42,7 +42,13 @@ fn daemon_binary() -> &'static Path {
 /// A migration without limits.
 pub fn to_address(to: &str) -> MigrateOptions {
     let to = to.to_owned();
-    MigrateOptions { to, max_bandwidth: None, downtime_limit: None, discard_aware: true }
+    MigrateOptions {
+        to,
+        max_bandwidth: None,
+        downtime_limit: None,
+        discard_aware: true,
+        postcopy: None,
+    }
 }
 
 impl Host {

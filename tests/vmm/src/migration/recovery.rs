@@ -1,0 +1,125 @@
+//! The channels of a migration in postcopy: the stream, and one for the pages that the guest waits
+//! for. When they break, the source connects again and the destination waits for it, until
+//! somebody cancels the migration.
+//!
+//! Both channels are connections to the same address, told apart by their order.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use virtio_mem::migration::MigrationError;
+use virtio_mem::migration::channel::Channel;
+use virtio_mem::migration::lazy::HandlerFailed;
+use virtio_mem::migration::postcopy::{
+    Channels, GiveUp, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen,
+};
+use virtio_mem::migration::progress::Progress;
+use virtio_mem::migration::ram::RamBlocks;
+
+use super::transport::{self, Listener};
+use super::{PostcopyOptions, When};
+use crate::machine::Machine;
+
+/// Between two attempts to connect.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Postcopy on the source, whose stream goes `to` an address.
+pub(super) fn outgoing(
+    to: &str,
+    options: &PostcopyOptions,
+    progress: &Arc<Progress>,
+) -> anyhow::Result<PostcopyOutgoing<'static>> {
+    let when = match options.when {
+        When::Told => SwitchWhen::Told,
+        When::AtOnce => SwitchWhen::AtOnce,
+        When::Rounds(rounds) => SwitchWhen::Rounds(rounds),
+    };
+    let urgent = Channel::new(transport::connect(to)?, Arc::clone(progress))?;
+    let reconnect: Box<dyn Reconnect> = match &options.recover {
+        Some(to) => Box::new(Connect { to: to.clone(), progress: Arc::clone(progress) }),
+        None => Box::new(GiveUp),
+    };
+    Ok(PostcopyOutgoing { when, urgent: Some(urgent), reconnect })
+}
+
+/// Postcopy on the destination.
+pub(super) fn incoming<'a>(
+    listener: &'a Listener,
+    urgent: Option<Channel>,
+    blocks: Arc<RamBlocks>,
+    machine: &Arc<Machine>,
+    progress: &Arc<Progress>,
+) -> PostcopyIncoming<'a> {
+    PostcopyIncoming {
+        blocks,
+        urgent,
+        reconnect: Box::new(Accept { listener, progress: Arc::clone(progress) }),
+        failed: Arc::clone(machine) as Arc<dyn HandlerFailed>,
+    }
+}
+
+/// Waits for the source's channels.
+pub(super) fn accept(
+    listener: &Listener,
+    postcopy: bool,
+    progress: &Arc<Progress>,
+) -> anyhow::Result<Channels> {
+    let next = || -> anyhow::Result<Channel> {
+        let stream = listener.accept(|| progress.is_cancelled())?;
+        Ok(Channel::new(stream, Arc::clone(progress))?)
+    };
+    let mut main = next()?;
+    let mut urgent = None;
+    while postcopy && urgent.is_none() {
+        let other = next()?;
+        // A source that could make only one connection has begun anew.
+        if main.is_hung_up() {
+            main = other;
+        } else {
+            urgent = Some(other);
+        }
+    }
+    Ok(Channels { main, urgent })
+}
+
+struct Connect {
+    to: String,
+    progress: Arc<Progress>,
+}
+
+impl Connect {
+    fn connect(&self) -> anyhow::Result<Channels> {
+        let one = || -> anyhow::Result<Channel> {
+            let stream = transport::connect(&self.to)?;
+            // Once the guest has left, cancelling ends the attempts, and not what works.
+            Ok(Channel::new(stream, Arc::clone(&self.progress))?.uncancellable())
+        };
+        Ok(Channels { main: one()?, urgent: Some(one()?) })
+    }
+}
+
+impl Reconnect for Connect {
+    fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
+        while !self.progress.is_cancelled() {
+            if let Ok(channels) = self.connect() {
+                return Some(channels);
+            }
+            thread::sleep(PAUSE);
+        }
+        None
+    }
+}
+
+struct Accept<'a> {
+    listener: &'a Listener,
+    progress: Arc<Progress>,
+}
+
+impl Reconnect for Accept<'_> {
+    fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
+        let Channels { main, urgent } = accept(self.listener, true, &self.progress).ok()?;
+        let urgent = urgent.as_ref().map(Channel::uncancellable);
+        Some(Channels { main: main.uncancellable(), urgent })
+    }
+}
