@@ -25,5 +25,6 @@ pub mod memory;
 pub mod migration;
 pub mod process;
 pub mod protocol;
+pub mod relay;
 pub mod split_ring;
 pub mod vcpu;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use test_vmm::demo::{self, DemoOptions, parse_size};
+use test_vmm::demo::{self, DemoOptions, Parts, parse_size};
 use test_vmm::guest::{self, GuestOptions};
 use test_vmm::machine::MachineOptions;
 
@@ -29,6 +29,15 @@ enum Command {
         /// Migrate over TCP instead of a Unix socket.
         #[arg(long)]
         tcp: bool,
+        /// Only show a guest that moves before its memory does.
+        #[arg(long)]
+        postcopy: bool,
+        /// Break the channel of the postcopy migration; both sides recover over a new one.
+        #[arg(long)]
+        break_channel: bool,
+        /// Only show a guest that is saved while it runs, and goes on from the file at once.
+        #[arg(long)]
+        snapshot: bool,
     },
     /// Run a guest that takes its commands from the standard input.
     #[command(hide = true)]
@@ -52,8 +61,9 @@ enum Command {
 
 fn main() -> ExitCode {
     let right = match Args::parse().command {
-        Command::Demo { daemon, region_size, tcp } => {
-            demo::run(&DemoOptions { daemon, region_size, tcp })
+        Command::Demo { daemon, region_size, tcp, postcopy, break_channel, snapshot } => {
+            let parts = Parts { postcopy, break_channel, snapshot };
+            demo::run(&DemoOptions { daemon, region_size, tcp, parts })
         }
         Command::Guest { socket, discard_socket, addr, region_size, incoming, paused } => {
             let machine = MachineOptions {

@@ -111,7 +111,8 @@ fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyho
         discard_aware,
         postcopy: None,
     }))?;
-    let report = progress::follow(&mut from, discard_aware)?;
+    let name = if discard_aware { "discard-aware" } else { "not aware" };
+    let report = progress::follow(&mut from, name, |_, _| Ok(()))?;
     ensure!(
         report.status == "completed",
         "the migration {}: {}",

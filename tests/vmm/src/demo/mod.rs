@@ -6,12 +6,15 @@
 
 mod compare;
 mod grow_shrink;
+mod host;
 mod migration;
+mod postcopy;
 mod progress;
 mod show;
+mod snapshot;
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
 
@@ -31,6 +34,19 @@ pub struct DemoOptions {
     pub region_size: u64,
     /// Whether the guest migrates over TCP instead of a Unix socket.
     pub tcp: bool,
+    /// Show only this, where it is asked for.
+    pub parts: Parts,
+}
+
+/// Parts that are shown when they are asked for, instead of the usual ones.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Parts {
+    /// A guest that moves before its memory does.
+    pub postcopy: bool,
+    /// The same over a channel that breaks.
+    pub break_channel: bool,
+    /// A guest that is saved while it runs, and goes on from the file at once.
+    pub snapshot: bool,
 }
 
 /// Runs the demonstration; true when every number was right.
@@ -48,11 +64,29 @@ pub fn run(options: &DemoOptions) -> anyhow::Result<bool> {
         Some(path) => path.clone(),
         None => find_daemon(&env::current_exe()?)?,
     };
-    let mut wrong = grow_shrink::run(&daemon, region_size)?;
-    println!();
-    wrong.extend(migration::run(&daemon, region_size, options.tcp)?);
+    let wrong = run_parts(&daemon, options)?;
     for line in &wrong {
         eprintln!("wrong: {line}");
     }
     Ok(wrong.is_empty())
+}
+
+/// Everything that was wrong.
+fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>> {
+    let DemoOptions { region_size, tcp, parts, .. } = *options;
+    let mut wrong = Vec::new();
+    if parts.postcopy || parts.break_channel {
+        wrong.extend(postcopy::run(daemon, region_size, tcp, parts.break_channel)?);
+    }
+    if parts.snapshot {
+        if parts.postcopy || parts.break_channel {
+            println!();
+        }
+        wrong.extend(snapshot::run(daemon, region_size)?);
+    } else if !parts.postcopy && !parts.break_channel {
+        wrong.extend(grow_shrink::run(daemon, region_size)?);
+        println!();
+        wrong.extend(migration::run(daemon, region_size, tcp)?);
+    }
+    Ok(wrong)
 }

@@ -17,9 +17,13 @@ const STEP: Duration = Duration::from_millis(50);
 /// Between two lines where there is no terminal.
 const LINES: Duration = Duration::from_millis(1000);
 
-/// Shows the migration that a VMM has begun until it has ended.
-pub(super) fn follow(vmm: &mut Vmm, discard_aware: bool) -> anyhow::Result<MigrationReport> {
-    let name = if discard_aware { "discard-aware" } else { "not aware" };
+/// Shows the migration that a VMM has begun until it has ended. Whenever something is known of it,
+/// `react` may do something about it.
+pub(super) fn follow(
+    vmm: &mut Vmm,
+    name: &str,
+    mut react: impl FnMut(&mut Vmm, &MigrationReport) -> anyhow::Result<()>,
+) -> anyhow::Result<MigrationReport> {
     let bar = if stderr().is_terminal() { ProgressBar::new(1) } else { ProgressBar::hidden() };
     let template = format!("{name:<14} {{bar:40}} {{msg}}");
     bar.set_style(ProgressStyle::with_template(&template)?.progress_chars("█▌·"));
@@ -47,6 +51,7 @@ pub(super) fn follow(vmm: &mut Vmm, discard_aware: bool) -> anyhow::Result<Migra
         if report.over {
             break report;
         }
+        react(vmm, &report)?;
         ensure!(start.elapsed() < TIMEOUT, "the migration still runs after {TIMEOUT:?}");
         thread::sleep(STEP);
     };

@@ -14,6 +14,22 @@ pub(super) fn human(bytes: u64) -> String {
     }
 }
 
+/// A time of so many microseconds at most.
+pub(super) fn latency(micros: Option<u64>) -> String {
+    match micros {
+        None => "-".to_owned(),
+        Some(micros) if micros < 10_000 => format!("< {micros} us"),
+        Some(micros) => format!("< {} ms", micros / 1000),
+    }
+}
+
+pub(super) fn print_rows(title: &str, rows: &[(&str, String)]) {
+    println!("{title}");
+    for (name, value) in rows {
+        println!("{name:<32}{value:>15}");
+    }
+}
+
 pub(super) fn paint(map: &[Cell]) -> String {
     let coloured = std::io::stdout().is_terminal() && env::var_os("NO_COLOR").is_none();
     let mut text = String::new();
