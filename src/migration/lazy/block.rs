@@ -37,6 +37,8 @@ struct State {
     /// First target page of each host page that was asked for, since when, and which thread
     /// waited first.
     requested: BTreeMap<u64, (Instant, u32)>,
+    /// Whether faults are the kernel's again.
+    ended: bool,
 }
 
 /// What arrived with a call.
@@ -81,7 +83,7 @@ impl LazyBlock {
             outstanding.clear_range(pages_touched(range));
         }
         let registered = ranges_to_register(&outstanding, page_size);
-        let state = Mutex::new(State { outstanding, requested: BTreeMap::new() });
+        let state = Mutex::new(State { outstanding, requested: BTreeMap::new(), ended: false });
         Ok(Self { block, mapping, page_size, registered, state })
     }
 
@@ -115,6 +117,9 @@ impl LazyBlock {
     }
 
     pub(super) fn unregister(&self, faults: &PageFaults) -> Result<(), MigrationError> {
+        // Held meanwhile: a fault that was read before is looked at before or after, not between.
+        let mut state = self.state.lock();
+        state.ended = true;
         for &range in &self.registered {
             let unregistered = faults.unregister(self.mapping, range);
             unregistered.map_err(self.failed("end waiting for its pages"))?;
@@ -221,6 +226,10 @@ impl LazyBlock {
         let mut state = self.state.lock();
         if let Some(asked) = state.ask(page, thread) {
             return Ok(asked);
+        }
+        if state.ended {
+            // Whoever waited was woken with the end.
+            return Ok(Resolution::Arrived);
         }
         // The lock is held meanwhile, so that nothing arrives in between; and nothing will.
         let placed = if self.block.tells_holes() {

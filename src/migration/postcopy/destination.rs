@@ -131,11 +131,15 @@ impl<'a> Arriving<'a> {
 
     /// From here on whoever touches what has not arrived waits.
     fn listen(&mut self) -> Result<(), MigrationError> {
+        // Also those of which nothing is to come: after a break the source asks for all of them.
         let mut blocks = Vec::new();
-        for (id, outstanding) in std::mem::take(&mut self.outstanding) {
-            if let Some(block) = self.incoming.blocks.get(&id) {
-                blocks.push((Arc::clone(block), outstanding));
-            }
+        for block in self.incoming.blocks.migratable()? {
+            let announced = self.outstanding.iter().position(|(id, _)| id == block.id());
+            let outstanding = match announced {
+                Some(index) => self.outstanding.swap_remove(index).1,
+                None => PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE),
+            };
+            blocks.push((block, outstanding));
         }
         let lazy = Arc::new(LazyRam::new(blocks)?);
         self.progress.watch_faults(lazy.shared_statistics());
