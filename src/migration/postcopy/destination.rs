@@ -12,9 +12,9 @@ use crate::migration::channel::{Channel, Sink};
 use crate::migration::error::MigrationError;
 use crate::migration::lazy::{FaultHandler, HandlerFailed, LazyRam, PageSource};
 use crate::migration::loader::out_of_place;
-use crate::migration::page_bitmap::{PageBitmap, pages_touched};
+use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::{RamBlocks, RamRecords};
+use crate::migration::ram::{MigrationBlock, RamBlocks, RamRecords};
 use crate::migration::stream::{
     AdvisedSizes, Command, Record, ReturnMessage, TARGET_PAGE_SIZE, read_footer, read_record,
 };
@@ -116,7 +116,6 @@ impl<'a> Arriving<'a> {
             let block = id.to_owned();
             return Err(MigrationError::Discarded { block, offset: range.start(), at: 0 });
         }
-        block.sweep(range).map_err(MigrationError::memory(id, "give stale pages back"))?;
         let index = match self.outstanding.iter().position(|(other, _)| other == id) {
             Some(index) => index,
             None => {
@@ -139,6 +138,7 @@ impl<'a> Arriving<'a> {
                 Some(index) => self.outstanding.swap_remove(index).1,
                 None => PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE),
             };
+            give_stale_back(&block, &outstanding)?;
             blocks.push((block, outstanding));
         }
         let lazy = Arc::new(LazyRam::new(blocks)?);
@@ -198,6 +198,23 @@ impl<'a> Arriving<'a> {
         }
         Ok(())
     }
+}
+
+/// Gives back what is there of pages that are still to come. All at once, by what there is, since
+/// there may be as many ranges to come as pages, and the guest stands still.
+fn give_stale_back(block: &MigrationBlock, outstanding: &PageBitmap) -> Result<(), MigrationError> {
+    let mut stale = Vec::new();
+    if let Some(used) = block.used() {
+        let looked = block.for_each_data(used, |data| {
+            stale.extend(outstanding.runs(pages_touched(data)).map(bytes_of));
+        });
+        looked.map_err(MigrationError::memory(block.id(), "look for stale pages"))?;
+    }
+    for range in stale {
+        let given = block.discard(range);
+        given.map_err(MigrationError::memory(block.id(), "give stale pages back"))?;
+    }
+    Ok(())
 }
 
 /// The pages that arrive over one pair of channels.
