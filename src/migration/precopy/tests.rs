@@ -20,6 +20,7 @@ use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::progress::{Progress, Snapshot, Status};
 use crate::migration::ram::{
     BlockError, BlockOptions, ListOptions, Migratable, MigrationBlock, RamBlocks, RamLoad, RamSave,
+    ZeroPageDetection,
 };
 use crate::migration::stream::Configuration;
 use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd, migration_block};
@@ -229,23 +230,24 @@ fn only_pages_that_exist_are_sent_and_nothing_is_allocated_for_the_rest() {
 
 #[test]
 fn a_vmm_that_does_not_look_for_holes_reads_allocates_and_sends_the_whole_region() {
-    let side = || {
-        let mut side = Side::new(&[]);
-        let options = BlockOptions { send_holes: true, ..BlockOptions::migratable() };
-        let mut blocks = RamBlocks::new();
-        let region = migration_block("vmem0", &side.region, 16 * BLOCK, options);
-        blocks.register(Arc::new(region)).unwrap();
-        side.blocks = Arc::new(blocks);
-        side
-    };
-    let (from, to) = (side(), side());
-    fill(&from.region, 64..96, 7);
-    let run = migrate(&from, &to, &Script::default(), Witness::default());
-    run.incoming.unwrap();
     let pages = 16 * BLOCK / PAGE;
-    assert_eq!((run.sent.normal, run.sent.duplicate), (32, pages - 32));
-    assert_eq!((run.sent.discarded, run.sent.holes), (0, 0));
-    assert_eq!((from.held().0, to.held().0), (pages, 32));
+    let normal = [(ZeroPageDetection::Legacy, 32), (ZeroPageDetection::None, pages)];
+    for (zero_page_detection, normal) in normal {
+        let (mut from, mut to) = (Side::new(&[]), Side::new(&[]));
+        for side in [&mut from, &mut to] {
+            let mut options = BlockOptions { send_holes: true, ..BlockOptions::migratable() };
+            options.zero_page_detection = zero_page_detection;
+            let mut blocks = RamBlocks::new();
+            let region = migration_block("vmem0", &side.region, 16 * BLOCK, options);
+            blocks.register(Arc::new(region)).unwrap();
+            side.blocks = Arc::new(blocks);
+        }
+        fill(&from.region, 64..96, 7);
+        let run = migrate(&from, &to, &Script::default(), Witness::default());
+        assert_eq!((run.sent.normal, run.sent.duplicate), (normal, pages - normal));
+        assert_eq!((run.sent.discarded, run.sent.holes), (0, 0));
+        assert_eq!((from.held().0, to.held().0), (pages, normal));
+    }
 }
 
 /// Counts what is written to it.

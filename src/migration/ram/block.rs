@@ -9,6 +9,7 @@ use parking_lot::RwLock;
 
 use crate::ByteRange;
 use crate::memory::{Backing, BackingKind, RamBlock};
+use crate::migration::stream::TARGET_PAGE_SIZE;
 use crate::ram_discard::{RamDiscardManager, Unavailable};
 use crate::sys::HostMapping;
 
@@ -22,6 +23,16 @@ pub enum Migratable {
     /// Nobody said; migration refuses to start, since it is somebody's bug.
     #[default]
     Undeclared,
+}
+
+/// Whether pages of zeros are looked for before they are sent (QEMU's `zero-page-detection`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroPageDetection {
+    /// Every page is sent with its bytes, and placed as data by the destination.
+    None,
+    /// A page of zeros is sent as such, and left out of a snapshot.
+    #[default]
+    Legacy,
 }
 
 /// What a VMM says of a block.
@@ -41,6 +52,8 @@ pub struct BlockOptions {
     /// Whether what the host holds nothing for is read, which allocates it, and sent as zeros: what
     /// a VMM does that does not look for holes.
     pub send_holes: bool,
+    /// Whether its pages of zeros are found.
+    pub zero_page_detection: ZeroPageDetection,
 }
 
 impl BlockOptions {
@@ -152,6 +165,12 @@ impl MigrationBlock {
         self.used_length.store(used_length, Ordering::Relaxed);
     }
 
+    /// Whether the target page at `offset` goes out as zeros instead of its bytes.
+    pub(in crate::migration) fn is_sent_as_zeros(&self, offset: u64) -> bool {
+        self.options.zero_page_detection == ZeroPageDetection::Legacy
+            && self.mapping.page_is_zero(offset, TARGET_PAGE_SIZE)
+    }
+
     /// Whether files of its kind tell their holes.
     pub fn tells_holes(&self) -> bool {
         self.backing().kind() != BackingKind::Hugetlb
@@ -207,8 +226,7 @@ impl MigrationBlock {
     }
 
     /// Calls `visit` with each maximal part of `range` that the host holds data for, ascending;
-    /// all of it where the backing does not tell its holes, or they are to be sent. Nothing is
-    /// touched.
+    /// all of it where the backing does not tell its holes. Nothing is touched.
     ///
     /// # Errors
     ///
@@ -218,7 +236,7 @@ impl MigrationBlock {
         range: ByteRange,
         mut visit: impl FnMut(ByteRange),
     ) -> io::Result<()> {
-        if !self.tells_holes() || self.options.send_holes {
+        if !self.tells_holes() {
             visit(range);
             return Ok(());
         }
@@ -228,6 +246,23 @@ impl MigrationBlock {
             data.shifted_down(base).into_iter().for_each(&mut visit);
             Ok(())
         })
+    }
+
+    /// As [`for_each_data`](Self::for_each_data), but with holes where they are to be sent.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be searched.
+    pub fn for_each_sent(
+        &self,
+        range: ByteRange,
+        mut visit: impl FnMut(ByteRange),
+    ) -> io::Result<()> {
+        if self.options.send_holes {
+            visit(range);
+            return Ok(());
+        }
+        self.for_each_data(range, visit)
     }
 
     /// Gives `range` back to the host: it reads as zeros.

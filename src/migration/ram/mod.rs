@@ -7,7 +7,7 @@ mod registry;
 mod save;
 mod zero_runs;
 
-pub use block::{BlockOptions, Migratable, MigrationBlock};
+pub use block::{BlockOptions, Migratable, MigrationBlock, ZeroPageDetection};
 pub use load::RamLoad;
 pub(crate) use records::RamRecords;
 pub use registry::{BlockError, ListOptions, RamBlocks};

@@ -88,7 +88,7 @@ impl SaveBlock {
         // All ones, but for holes, which were never touched: a write from now on is tracked.
         if let Some(used) = self.block.used() {
             self.block
-                .for_each_data(used, |data| {
+                .for_each_sent(used, |data| {
                     dirty.set_range(pages_touched(data));
                 })
                 .map_err(MigrationError::memory(id, "look for holes"))?;
@@ -313,7 +313,7 @@ impl RamSave {
         let (mut normal, mut zero) = (0, 0);
         for page in pages {
             let offset = page * TARGET_PAGE_SIZE;
-            let is_zero = mapping.page_is_zero(offset, TARGET_PAGE_SIZE);
+            let is_zero = block.block.is_sent_as_zeros(offset);
             let kind = if is_zero { PageKind::Zero } else { PageKind::Normal };
             let continued = self.continued == Some(index);
             let word = PageHeader::page_word(kind, offset, continued);

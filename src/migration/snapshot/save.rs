@@ -171,7 +171,7 @@ pub(super) fn find_pages(
     let mut pages = PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE);
     if let Some(used) = block.used() {
         block
-            .for_each_data(used, |data| {
+            .for_each_sent(used, |data| {
                 pages.set_range(pages_touched(data));
             })
             .map_err(MigrationError::memory(block.id(), "look for holes"))?;
@@ -224,7 +224,7 @@ pub(super) fn write_run(
     let mapping = block.mapping();
     let mut kept: Vec<Range<u64>> = Vec::new();
     for page in run.clone() {
-        if mapping.page_is_zero(page * TARGET_PAGE_SIZE, TARGET_PAGE_SIZE) {
+        if block.is_sent_as_zeros(page * TARGET_PAGE_SIZE) {
             continue;
         }
         match kept.last_mut() {
