@@ -36,16 +36,16 @@ pub struct Options {
     pub mirror: Option<String>,
 }
 
-impl Options {
-    /// Where fetched things are kept.
-    pub fn cache_dir(&self) -> Result<PathBuf> {
-        let base = match env::var_os("XDG_CACHE_HOME").filter(|base| !base.is_empty()) {
-            Some(base) => PathBuf::from(base),
-            None => env::home_dir().context("no home folder; set XDG_CACHE_HOME")?.join(".cache"),
-        };
-        Ok(base.join("vhost-user-mem-real-guest"))
-    }
+/// Where fetched things are kept.
+pub fn cache_dir() -> Result<PathBuf> {
+    let base = match env::var_os("XDG_CACHE_HOME").filter(|base| !base.is_empty()) {
+        Some(base) => PathBuf::from(base),
+        None => env::home_dir().context("no home folder; set XDG_CACHE_HOME")?.join(".cache"),
+    };
+    Ok(base.join("vhost-user-mem-real-guest"))
+}
 
+impl Options {
     /// The daemon to test.
     pub fn daemon(&self) -> Result<PathBuf> {
         match &self.daemon {

@@ -49,6 +49,8 @@ pub struct OwnDevice {
     pub block: u64,
     /// What the guest is asked to plug.
     pub requested: u64,
+    /// Whether it waits for a migration instead of booting.
+    pub incoming: bool,
 }
 
 impl OwnDevice {
@@ -123,6 +125,19 @@ impl Qemu {
         }
     }
 
+    /// The shared memory of this size, while it runs.
+    pub fn memory(&self, size: u64) -> Result<File> {
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.child.id()))? {
+            let path = entry?.path();
+            let is_memfd = fs::read_link(&path)
+                .is_ok_and(|target| target.starts_with("/memfd:memory-backend-memfd (deleted)"));
+            if is_memfd && fs::metadata(&path)?.len() == size {
+                return Ok(File::open(&path)?);
+            }
+        }
+        bail!("QEMU has no memfd of {size} bytes")
+    }
+
     /// Ends QEMU.
     pub fn stop(&mut self) {
         self.qmp.quit();
@@ -161,9 +176,9 @@ fn region_options(setup: &Setup, file: &Path, dir: &Path) -> Vec<String> {
 }
 
 fn own_options(device: &OwnDevice) -> Vec<String> {
-    let OwnDevice { ram, region, block, requested } = *device;
+    let OwnDevice { ram, region, block, requested, incoming } = *device;
     let (id, memory) = (OwnDevice::ID, OwnDevice::MEMORY);
-    [
+    let mut options: Vec<String> = [
         "-object".to_owned(),
         format!("memory-backend-memfd,id={memory},size={region},share=on"),
         "-m".to_owned(),
@@ -177,7 +192,11 @@ fn own_options(device: &OwnDevice) -> Vec<String> {
             "virtio-mem-pci,id={id},memdev={memory},block-size={block},requested-size={requested}"
         ),
     ]
-    .into()
+    .into();
+    if incoming {
+        options.extend(["-incoming", "defer"].map(str::to_owned));
+    }
+    options
 }
 
 fn memory_options(setup: Option<&Setup>) -> Vec<String> {

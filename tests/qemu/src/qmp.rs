@@ -52,20 +52,41 @@ impl Qmp {
     /// `query-migrate` says in the end.
     pub fn save(&mut self, file: &Path, mapped_ram: bool) -> Result<Value> {
         self.execute("stop", &json!({}))?;
-        let mapped_ram = json!({ "capability": "mapped-ram", "state": mapped_ram });
-        self.execute("migrate-set-capabilities", &json!({ "capabilities": [mapped_ram] }))?;
+        let outcome = self.migrate(&format!("file:{}", file.display()), mapped_ram)?;
+        self.execute("cont", &json!({}))?;
+        Ok(outcome)
+    }
+
+    /// Migrates as fast as it can; what `query-migrate` says in the end.
+    pub fn migrate(&mut self, uri: &str, mapped_ram: bool) -> Result<Value> {
+        self.set_mapped_ram(mapped_ram)?;
         self.execute("migrate-set-parameters", &json!({ "max-bandwidth": 0 }))?;
-        self.execute("migrate", &json!({ "uri": format!("file:{}", file.display()) }))?;
-        let outcome = wait::until("QEMU to save the guest", wait::LONG, || {
+        self.execute("migrate", &json!({ "uri": uri }))?;
+        self.wait_migrated()
+    }
+
+    /// Takes the guest from where `migrate` sends it, or listens there; see
+    /// [`wait_migrated`](Self::wait_migrated).
+    pub fn migrate_incoming(&mut self, uri: &str, mapped_ram: bool) -> Result<()> {
+        self.set_mapped_ram(mapped_ram)?;
+        self.execute("migrate-incoming", &json!({ "uri": uri })).map(drop)
+    }
+
+    /// Waits for the end of a migration, on either side.
+    pub fn wait_migrated(&mut self) -> Result<Value> {
+        wait::until("QEMU to move the guest", wait::LONG, || {
             let outcome = self.execute("query-migrate", &json!({}))?;
             match outcome["status"].as_str() {
                 Some("completed") => Ok(Some(outcome)),
-                Some("failed" | "cancelled") => bail!("QEMU did not save the guest: {outcome}"),
+                Some("failed" | "cancelled") => bail!("QEMU did not move the guest: {outcome}"),
                 _ => Ok(None),
             }
-        })?;
-        self.execute("cont", &json!({}))?;
-        Ok(outcome)
+        })
+    }
+
+    fn set_mapped_ram(&mut self, mapped_ram: bool) -> Result<()> {
+        let mapped_ram = json!({ "capability": "mapped-ram", "state": mapped_ram });
+        self.execute("migrate-set-capabilities", &json!({ "capabilities": [mapped_ram] })).map(drop)
     }
 
     /// Presses the reset button.

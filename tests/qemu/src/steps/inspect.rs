@@ -21,8 +21,13 @@ const PAGE: u64 = 4096;
 const NOISE: u64 = 48;
 
 /// Whole memory blocks of the guest first: what it has is then exactly what is plugged.
-const DEVICE: OwnDevice =
-    OwnDevice { ram: 256 * MIB, region: GIB, block: 2 * MIB, requested: 256 * MIB };
+const DEVICE: OwnDevice = OwnDevice {
+    ram: 256 * MIB,
+    region: GIB,
+    block: 2 * MIB,
+    requested: 256 * MIB,
+    incoming: false,
+};
 /// Then a part of one.
 const SHRUNK: u64 = 160 * MIB;
 

@@ -1,0 +1,258 @@
+//! Runs one case: source and destination are threads of this process.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use virtio_mem::migration::channel::Channel;
+use virtio_mem::migration::devices::NoDevices;
+use virtio_mem::migration::dirty::{DirtyTracker, Merged, WriteProtect};
+use virtio_mem::migration::lazy::HandlerFailed;
+use virtio_mem::migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
+use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use virtio_mem::migration::progress::{Progress, Snapshot as Seen};
+use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
+use virtio_mem::migration::snapshot::{
+    BackgroundSnapshot, Restore, Snapshot, restore_lazily, save, save_in_background,
+};
+use virtio_mem::migration::stream::Configuration;
+
+use crate::case::{Case, Way};
+use crate::guest::Writer;
+use crate::host;
+use crate::record::Figures;
+use crate::side::Side;
+use crate::units::{PAGE, millis};
+
+/// Runs `case` on fresh memory; a file that it needs is made in `dir`, and has no name.
+///
+/// # Errors
+///
+/// Why it could not be run to its end.
+pub fn run(case: &Case, dir: &Path) -> Result<Figures> {
+    let from = Side::new(case)?;
+    from.fill(case)?;
+    match case.way {
+        Way::Precopy => migrate(case, &from, None),
+        Way::Hybrid => migrate(case, &from, Some(SwitchWhen::Rounds(1))),
+        Way::Postcopy => migrate(case, &from, Some(SwitchWhen::AtOnce)),
+        Way::BackgroundSnapshot => snapshot(case, &from, dir),
+        Way::Restore => restore(case, from, dir),
+    }
+}
+
+/// Memory for what a run will take: the rest of the source, the destination, a file.
+fn warm(case: &Case) -> Result<()> {
+    Ok(host::warm(case.memory().saturating_sub(case.touched()))?)
+}
+
+fn configuration() -> Configuration {
+    Configuration::new("savings-report")
+}
+
+/// What is taken before a run.
+struct Before {
+    cpu: std::time::Duration,
+    read: Option<u64>,
+}
+
+impl Before {
+    fn now() -> Self {
+        Self { cpu: host::cpu_time(), read: host::bytes_read() }
+    }
+
+    /// Processor time since, milliseconds.
+    fn cpu(&self) -> f64 {
+        millis(host::cpu_time().saturating_sub(self.cpu))
+    }
+
+    /// Bytes read since.
+    fn read(&self) -> Option<u64> {
+        Some(host::bytes_read()? - self.read?)
+    }
+}
+
+fn figures(seen: &Seen) -> Figures {
+    Figures {
+        wire: seen.transferred,
+        normal: seen.normal,
+        zero: seen.duplicate,
+        holes: seen.holes,
+        discarded: seen.discarded,
+        requests: seen.postcopy_requests,
+        write_faults: seen.write_faults,
+        setup: millis(seen.setup_time),
+        total: millis(seen.total_time),
+        downtime: seen.downtime.map(millis),
+        ..Figures::default()
+    }
+}
+
+/// Sees what the guest writes, as that of a VMM would.
+fn tracker(block: &MigrationBlock) -> Result<Box<dyn DirtyTracker>> {
+    // Where holes are read, they become data, which is not to be taken for a write.
+    let file = (!block.options().send_holes).then(|| Arc::clone(block.ram()));
+    let tracker = WriteProtect::new(Arc::clone(block.mapping()), file);
+    Ok(Box::new(tracker.context("cannot track writes")?))
+}
+
+/// Moves the guest over Unix sockets: a main channel, and with postcopy one for urgent pages.
+fn migrate(case: &Case, from: &Side, when: Option<SwitchWhen>) -> Result<Figures> {
+    let to = Side::new(case)?;
+    let (near, far) = UnixStream::pair()?;
+    let (near_urgent, far_urgent) = UnixStream::pair()?;
+    let mut track = Some(tracker(&from.block)?);
+    warm(case)?;
+    let here = Writer::new(from.block.mapping(), case);
+    here.run().map_err(|reason| anyhow!(reason))?;
+    let held = from.held()?;
+
+    let before = Before::now();
+    let progress = Arc::new(Progress::new());
+    let sent = thread::scope(|scope| {
+        let receiving = scope.spawn(|| receive(case, &to, far, when.map(|_| far_urgent)));
+        let sent = send(from, &here, &mut track, when, (near, near_urgent), &progress);
+        let received = receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        received.context("on the destination").and(sent.context("on the source"))
+    });
+    sent?;
+    let (cpu, read) = (before.cpu(), before.read());
+
+    let mut figures = Figures {
+        cpu,
+        source: [held, from.held()?],
+        destination: to.held()?,
+        ..figures(&progress.snapshot())
+    };
+    figures.check(read);
+    Ok(figures)
+}
+
+fn options(when: Option<SwitchWhen>) -> ListOptions {
+    ListOptions { postcopy: when.is_some(), ..ListOptions::default() }
+}
+
+fn send(
+    from: &Side,
+    guest: &Arc<Writer>,
+    track: &mut Option<Box<dyn DirtyTracker>>,
+    when: Option<SwitchWhen>,
+    (main, urgent): (UnixStream, UnixStream),
+    progress: &Arc<Progress>,
+) -> Result<()> {
+    // There is one block, which takes the tracker.
+    let take = |_: &MigrationBlock| track.take().unwrap_or_else(|| Box::<Merged>::default());
+    let ram = RamSave::new(&from.blocks, options(when), Arc::clone(progress), take)?;
+    let urgent = when.map(|_| Channel::new(urgent, Arc::clone(progress))).transpose()?;
+    let postcopy = when.map(|when| PostcopyOutgoing { when, urgent, reconnect: Box::new(GiveUp) });
+    let outgoing = Outgoing {
+        parameters: Parameters::new(configuration()),
+        guest: &**guest,
+        handlers: vec![Box::new(ram)],
+        devices: &mut NoDevices,
+        frozen: Vec::new(),
+        postcopy,
+        progress: Arc::clone(progress),
+    };
+    Ok(outgoing.run(Channel::new(main, Arc::clone(progress))?)?)
+}
+
+/// Takes the guest, which runs on here until all of its memory is there.
+fn receive(case: &Case, to: &Side, main: UnixStream, urgent: Option<UnixStream>) -> Result<()> {
+    let guest = Writer::new(to.block.mapping(), case);
+    let progress = Arc::new(Progress::new());
+    let options = ListOptions { postcopy: urgent.is_some(), ..ListOptions::default() };
+    let postcopy = match urgent {
+        Some(urgent) => Some(PostcopyIncoming {
+            blocks: Arc::clone(&to.blocks),
+            urgent: Some(Channel::new(urgent, Arc::clone(&progress))?),
+            reconnect: Box::new(GiveUp),
+            failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
+        }),
+        None => None,
+    };
+    let ram = RamLoad::new(Arc::clone(&to.blocks), options, Arc::clone(&progress));
+    let incoming = Incoming {
+        configuration: configuration(),
+        guest: &*guest,
+        handlers: vec![Box::new(ram)],
+        devices: &mut NoDevices,
+        postcopy,
+        progress: Arc::clone(&progress),
+    };
+    Ok(incoming.run(Channel::new(main, progress)?)?)
+}
+
+/// Saves the running guest to a file in `dir`.
+fn snapshot(case: &Case, from: &Side, dir: &Path) -> Result<Figures> {
+    let file = tempfile::tempfile_in(dir)?;
+    warm(case)?;
+    let guest = Writer::new(from.block.mapping(), case);
+    guest.run().map_err(|reason| anyhow!(reason))?;
+    let held = from.held()?;
+
+    let before = Before::now();
+    let progress = Arc::new(Progress::new());
+    let snapshot = BackgroundSnapshot {
+        configuration: configuration(),
+        blocks: &from.blocks,
+        devices: &mut NoDevices,
+        guest: &*guest,
+        frozen: Vec::new(),
+        progress: Arc::clone(&progress),
+    };
+    save_in_background(snapshot, &file)?;
+    let cpu = before.cpu();
+
+    let mut figures =
+        Figures { cpu, source: [held, from.held()?], ..figures(&progress.snapshot()) };
+    figures.check(Some(host::held(&file)?));
+    Ok(figures)
+}
+
+/// Lets a guest go on from a file that was saved before, while its memory is read.
+fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
+    let file = Arc::new(tempfile::tempfile_in(dir)?);
+    let snapshot = Snapshot {
+        configuration: configuration(),
+        blocks: &from.blocks,
+        devices: &mut NoDevices,
+        frozen: Vec::new(),
+        progress: Arc::new(Progress::new()),
+    };
+    let held = from.held()?;
+    save(snapshot, &file)?;
+    let after = from.held()?;
+    drop(from);
+    let to = Side::new(case)?;
+    warm(case)?;
+    let guest = Writer::new(to.block.mapping(), case);
+
+    let before = Before::now();
+    let begin = Instant::now();
+    let progress = Arc::new(Progress::new());
+    let what = Restore {
+        configuration: configuration(),
+        blocks: Arc::clone(&to.blocks),
+        devices: &mut NoDevices,
+        threads: 1,
+        progress: Arc::clone(&progress),
+    };
+    let failed = Arc::clone(&guest) as Arc<dyn HandlerFailed>;
+    let restored = restore_lazily(what, Arc::clone(&file), failed)?;
+    guest.run().map_err(|reason| anyhow!(reason))?;
+    let downtime = Some(millis(begin.elapsed()));
+    restored.wait()?;
+    let (cpu, read) = (before.cpu(), before.read());
+
+    let seen = progress.snapshot();
+    let mut figures =
+        Figures { cpu, downtime, source: [held, after], destination: to.held()?, ..figures(&seen) };
+    // The engine counts pages, but the bitmap of the file is read, too: a bit a page.
+    figures.wire += case.region / PAGE / 8;
+    figures.check(read);
+    Ok(figures)
+}

@@ -1,0 +1,135 @@
+//! The report's files.
+
+mod charts;
+mod html;
+mod markdown;
+mod readme;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::host::Machine;
+use crate::record::{Outcome, Record};
+use crate::sweep::Profile;
+use crate::tables::{self, Table};
+use crate::view::View;
+
+pub use readme::update as update_readme;
+
+/// What the whole report is made of.
+#[derive(Serialize)]
+pub struct Report {
+    /// How it was made.
+    pub profile: Profile,
+    /// Where.
+    pub machine: Machine,
+    /// What came out.
+    pub records: Vec<Record>,
+    /// What is compared with a stock QEMU, or why nothing is.
+    pub qemu: crate::qemu::Comparison,
+}
+
+impl Report {
+    /// Its records as sweeps.
+    pub fn view(&self) -> View<'_> {
+        View { profile: self.profile, records: &self.records }
+    }
+
+    /// Whether all that ran came to its end, and counts agree.
+    pub fn can_be_trusted(&self) -> bool {
+        !self.records.iter().any(Record::is_wrong)
+    }
+
+    fn tables(&self) -> Vec<Table> {
+        let mut tables = tables::report(&self.view());
+        tables.extend(self.qemu.table());
+        tables
+    }
+
+    /// What has to be known to read it, a paragraph each.
+    fn notes(&self) -> Vec<String> {
+        let count = |test: fn(&Outcome) -> bool| {
+            self.records.iter().filter(|record| test(&record.outcome)).count()
+        };
+        let Machine { processor, cpus, memory, kernel, .. } = &self.machine;
+        let agree = |outcome: &Outcome| matches!(outcome, Outcome::Measured(figures) if figures.agrees == Some(true));
+        let mut notes = vec![
+            format!(
+                "{cpus} × {processor}, {} of memory, Linux {kernel}. {} cases: {} measured, {} not \
+                 run, {} failed. In {} the bytes that the engine counts agree with an independent \
+                 count.",
+                crate::units::size(*memory),
+                self.records.len(),
+                count(|outcome| matches!(outcome, Outcome::Measured(_))),
+                count(|outcome| matches!(outcome, Outcome::NotRun(_))),
+                count(|outcome| matches!(outcome, Outcome::Failed(_))),
+                count(agree),
+            ),
+            "All modes are the same engine with something switched off. Discard-blind: no \
+             RamDiscardManager, holes are read, no zero-page detection; everything in the region is \
+             read and sent. Zero-detecting: the same, but pages of zeros are sent as such: the best \
+             that a VMM without discard knowledge can do. Block-aware: plugged blocks are read, and \
+             pages of zeros sent as such: what QEMU does. Block- and hole-aware: what the host holds \
+             nothing for is not even read: what this project does."
+                .to_owned(),
+            "Source and destination are two threads of one process, connected by a Unix socket pair \
+             (postcopy: two); snapshots go to a file in the page cache. Memory is fresh memfds with \
+             4 KiB pages; plugged are the first blocks of the region, touched the first pages of \
+             every block, with data that does not compress. Before each run as much memory as it \
+             takes is touched and freed. Every case runs once. Sizes are powers of 1024, pages of \
+             4 KiB."
+                .to_owned(),
+            "Downtime is the engine's: from the guest's stop until it could run on the destination; \
+             of a restore the time until the guest could run, while its memory was still read. CPU is the \
+             processor time of both sides together, with the guest's own writes. The source's memory \
+             is what its file holds before and after, by st_blocks. The independent count is what the kernel \
+             saw this process read (rchar in /proc/self/io), which is what the destination received, or the blocks \
+             of the snapshot file; it may differ by 1 % and 256 KiB."
+                .to_owned(),
+        ];
+        notes.extend(self.qemu.notes());
+        notes
+    }
+}
+
+/// What is printed: the tables without the one of all cases.
+pub fn summary(report: &Report) -> String {
+    let mut text = String::new();
+    for table in report.tables().iter().filter(|table| table.title != tables::ALL) {
+        text.push_str(&format!("\n{}\n\n{}", table.title, markdown::table(table)));
+    }
+    text
+}
+
+/// A chart, and where it is.
+pub struct Chart {
+    /// What is above it.
+    pub title: String,
+    /// Name of its file.
+    pub name: String,
+    /// The SVG.
+    pub svg: String,
+}
+
+/// Writes everything to `dir`; the page to open.
+///
+/// # Errors
+///
+/// When a file cannot be written.
+pub fn write(report: &Report, dir: &Path) -> Result<PathBuf> {
+    let put = |name: &str, text: &str| {
+        fs::write(dir.join(name), text).with_context(|| format!("cannot write {name}"))
+    };
+    put("report.json", &serde_json::to_string_pretty(report)?)?;
+    let (tables, notes) = (report.tables(), report.notes());
+    let charts = charts::all(&report.view())?;
+    for chart in &charts {
+        put(&chart.name, &chart.svg)?;
+    }
+    put("report.md", &markdown::page(&notes, &tables, &charts))?;
+    put("report.html", &html::page(&notes, &tables, &charts))?;
+    Ok(dir.join("report.html"))
+}
