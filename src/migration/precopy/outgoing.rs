@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::convergence::{Bandwidth, Throttle, ThrottleParameters};
+use super::convergence::{Bandwidth, Switchover, Throttle, ThrottleParameters};
 use super::return_path::ReturnPath;
 use super::{Guest, PING_LOADED};
 use crate::migration::channel::{BufferSink, Channel, Sink};
@@ -26,7 +26,8 @@ use crate::ram_discard::FreezeBlockState;
 pub struct Parameters {
     /// Bytes a second; `None` for as fast as the channel takes.
     pub max_bandwidth: Option<u64>,
-    /// The guest is stopped once what is left is expected to take no longer.
+    /// The guest is stopped once what is left is expected to take no longer, and sending some more
+    /// of it first would not make it much less.
     pub downtime_limit: Duration,
     /// How vCPUs are slowed down when they write faster than memory is sent.
     pub throttle: ThrottleParameters,
@@ -304,7 +305,7 @@ impl Outgoing<'_> {
         let mut framing = Framing::of(&self.handlers);
         let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
         let mut throttle = Throttle::new(self.parameters.throttle);
-        let limit = self.parameters.downtime_limit;
+        let mut switchover = Switchover::new(self.parameters.downtime_limit);
         loop {
             if self.progress.is_cancelled() {
                 return Err(MigrationError::Cancelled);
@@ -314,11 +315,9 @@ impl Outgoing<'_> {
                 return Ok(Next::Postcopy);
             }
             let counters = &self.progress.counters;
-            let fits =
-                |bytes| bytes == 0 || bandwidth.time_for(bytes).is_some_and(|time| time <= limit);
             let estimate: u64 =
                 self.handlers.iter().map(|handler| handler.pending_estimate()).sum();
-            if fits(estimate) {
+            if switchover.may_be_due(estimate, &bandwidth) {
                 let mut exact = 0;
                 for handler in &mut self.handlers {
                     exact += handler.pending_exact()?;
@@ -332,7 +331,7 @@ impl Outgoing<'_> {
                     Counters::set(&counters.throttle, percent.into());
                     self.guest.throttle(percent);
                 }
-                if fits(exact) {
+                if switchover.is_due(exact, &bandwidth) {
                     return Ok(Next::Complete);
                 }
             }

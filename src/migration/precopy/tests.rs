@@ -292,6 +292,32 @@ fn a_section_of_zeros_ends_though_it_has_hardly_any_bytes() {
 }
 
 #[test]
+fn an_idle_guest_is_stopped_when_everything_is_sent() {
+    // More than is sent before anybody asks whether the rest fits the downtime.
+    let (pages, size) = ((80 << 20) / PAGE, 128 << 20);
+    let side = || {
+        let file = memfd(size);
+        let mut blocks = RamBlocks::new();
+        let block = migration_block("vmem0", &file, size, BlockOptions::migratable());
+        blocks.register(Arc::new(block)).unwrap();
+        Side { blocks: Arc::new(blocks), region: file, ..Side::new(&[]) }
+    };
+    let (from, to) = (side(), side());
+    fill(&from.region, 0..pages, 7);
+    let progress = Arc::new(Progress::new());
+    let (left, seen) = (Arc::new(Mutex::new(None)), Arc::clone(&progress));
+    let note = Arc::clone(&left);
+    let last_words: Box<dyn FnOnce() + Send> =
+        Box::new(move || *note.lock().unwrap() = Some(seen.snapshot().remaining));
+    let source = Witness { last_words: Mutex::new(Some(last_words)), ..Witness::default() };
+    let channels = UnixStream::pair().unwrap();
+    let run = migrate_over(&from, &to, &Script::default(), source, progress, channels);
+    run.outgoing.unwrap();
+    assert_eq!(*left.lock().unwrap(), Some(0));
+    assert_eq!(run.sent.normal, pages);
+}
+
+#[test]
 fn the_tracker_is_started_synced_and_then_cleared_of_discarded_ranges() {
     let (from, to) = (Side::new(&[0]), Side::new(&[0]));
     fill(&from.region, 0..1, 1);
