@@ -193,8 +193,9 @@ impl Guest for Faulting {
     }
 }
 
-/// Faults of a guest in postcopy, while the rest of memory is sent in the background.
-fn remote() -> (f64, f64) {
+/// Faults of a guest in postcopy, while the rest of memory is sent in the background at
+/// `max_bandwidth` bytes a second.
+fn remote(max_bandwidth: Option<u64>) -> (f64, f64) {
     warm();
     warm();
     let side = || {
@@ -235,8 +236,10 @@ fn remote() -> (f64, f64) {
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
     let ram = RamSave::new(&from_blocks, options, Arc::clone(&progress), tracker).unwrap();
     let idle = Faulting { mapping: Arc::clone(from.mapping()), times: Default::default() };
+    let mut parameters = Parameters::new(Configuration::new("bench"));
+    parameters.max_postcopy_bandwidth = max_bandwidth;
     Outgoing {
-        parameters: Parameters::new(Configuration::new("bench")),
+        parameters,
         guest: &idle,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
@@ -274,11 +277,13 @@ fn main() -> io::Result<()> {
     table("A fault on a page that nothing comes for", "plain", &rows);
     let mut rows: Vec<(&str, Vec<(f64, f64)>)> = vec![
         ("request and response of 4 KiB over a socket", Vec::new()),
-        ("fault in postcopy, while the rest is sent", Vec::new()),
+        ("fault in postcopy, 100 MiB/s sent meanwhile", Vec::new()),
+        ("fault in postcopy, as much sent as the channel takes", Vec::new()),
     ];
     for _ in 0..RUNS {
         rows[0].1.push(request_response());
-        rows[1].1.push(remote());
+        rows[1].1.push(remote(Some(100 * MIB)));
+        rows[2].1.push(remote(None));
     }
     table("A fault on a page that the source has", "bare", &rows);
     Ok(())

@@ -23,6 +23,7 @@ pub mod virtio_mem;
 pub mod vmstate;
 pub mod wire;
 
+mod bandwidth;
 mod error;
 mod file_reader;
 mod framing;

@@ -41,9 +41,12 @@ impl Requests {
         self.changed.notify_all();
     }
 
-    /// What was asked for so far.
-    pub(super) fn take(&self) -> Told {
+    /// What was asked for so far; with nothing to tell, waits for up to `patience`.
+    pub(super) fn wait(&self, patience: Duration) -> Told {
         let mut told = self.told.lock();
+        if !patience.is_zero() && told.pages.is_empty() && !told.closed {
+            self.changed.wait_for(&mut told, patience);
+        }
         let pages = std::mem::take(&mut told.pages);
         Told { pages, done: told.done, closed: told.closed }
     }

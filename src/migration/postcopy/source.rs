@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 
 use super::requests::{Requests, Told};
 use super::{Channels, Reconnect, received};
+use crate::migration::bandwidth::Bandwidth;
 use crate::migration::channel::{Channel, Sink};
 use crate::migration::error::MigrationError;
 use crate::migration::framing::write;
@@ -33,6 +34,8 @@ pub(crate) struct PostcopySource<'a> {
     /// The id of its sections.
     pub(crate) section_id: u32,
     pub(crate) reconnect: Box<dyn Reconnect + 'a>,
+    /// Bytes a second that are sent without having been asked for.
+    pub(crate) max_bandwidth: Option<u64>,
     pub(crate) progress: Arc<Progress>,
 }
 
@@ -48,12 +51,12 @@ impl PostcopySource<'_> {
         channels: Channels,
         back: WireReader<Channel>,
     ) -> Result<(), MigrationError> {
-        let Self { memory, section_id, mut reconnect, progress } = self;
+        let Self { memory, section_id, mut reconnect, max_bandwidth, progress } = self;
         let memory = Mutex::new(memory);
         let mut channels = channels;
         let mut back = Some(back);
         loop {
-            let stream = Stream { memory: &memory, section_id, progress: &progress };
+            let stream = Stream { memory: &memory, section_id, max_bandwidth, progress: &progress };
             let error = match stream.send_all(channels, back.take()) {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
@@ -72,6 +75,7 @@ impl PostcopySource<'_> {
 struct Stream<'a, 'm> {
     memory: &'a Memory<'m>,
     section_id: u32,
+    max_bandwidth: Option<u64>,
     progress: &'a Progress,
 }
 
@@ -161,19 +165,27 @@ impl Stream<'_, '_> {
         requests: &Requests,
     ) -> Result<(), MigrationError> {
         let mut gathered = GatherWrite::new();
+        let mut bandwidth = Bandwidth::new(self.max_bandwidth, main.written());
         loop {
-            let told = requests.take();
+            let pause = bandwidth.spent(main.written());
+            let told = requests.wait(pause);
             if told.closed {
                 return Err(MigrationError::ChannelClosed("memory was being sent"));
             }
-            let mut any = false;
+            if !pause.is_zero() && told.pages.is_empty() {
+                continue;
+            }
+            let mut any = !pause.is_zero();
             self.start(&mut gathered, SectionKind::Part);
             {
                 let mut memory = self.memory.lock();
                 for (block, range) in told.pages {
                     any |= memory.requested(&block, range, &mut gathered)?;
                 }
-                any |= memory.next(BATCH, &mut gathered)?;
+                if pause.is_zero() {
+                    let batch = bandwidth.budget(main.written()).min(BATCH);
+                    any |= memory.next(batch, &mut gathered)?;
+                }
             }
             self.end(&mut gathered);
             if !any {

@@ -126,6 +126,19 @@ fn migrate(
     expected: Vec<u8>,
     when: SwitchWhen,
     urgent: bool,
+    channels: Vec<(UnixStream, UnixStream)>,
+) -> Run {
+    let parameters = Parameters::new(Configuration::new("test"));
+    migrate_by(parameters, from, to, expected, when, urgent, channels)
+}
+
+fn migrate_by(
+    parameters: Parameters,
+    from: &Side,
+    to: &Side,
+    expected: Vec<u8>,
+    when: SwitchWhen,
+    urgent: bool,
     mut channels: Vec<(UnixStream, UnixStream)>,
 ) -> Run {
     let reader = Arc::new(Reader::new(to, expected));
@@ -173,7 +186,7 @@ fn migrate(
         reconnect: Box::new(Prepared(source_hears, Arc::clone(&progress))),
     };
     let outgoing = Outgoing {
-        parameters: Parameters::new(Configuration::new("test")),
+        parameters,
         guest: &source,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
@@ -227,6 +240,24 @@ fn the_guest_sees_its_memory_while_it_arrives_and_holes_stay_cheap() {
         // unless it reads them later still.
         let vmem = blocks_of(&to).get("vmem0").unwrap();
         assert!(vmem.discarded().unwrap().len() > 2);
+    }
+}
+
+#[test]
+fn a_bandwidth_limit_holds_up_nobody_who_waits_for_a_page() {
+    for urgent in [false, true] {
+        let (from, expected) = filled();
+        let to = Side::new(&[1, 4, 5, 9]);
+        // A page in a tenth of a second: the guest has to ask for nearly everything.
+        let mut parameters = Parameters::new(Configuration::new("test"));
+        parameters.max_postcopy_bandwidth = Some(1);
+        let channels = vec![UnixStream::pair().unwrap()];
+        let when = SwitchWhen::AtOnce;
+        let run = migrate_by(parameters, &from, &to, expected, when, urgent, channels);
+        run.outgoing.unwrap();
+        run.incoming.unwrap();
+        assert_eq!(run.wrong, 0);
+        assert!(run.sent.postcopy_requests > 64, "{}", run.sent.postcopy_requests);
     }
 }
 

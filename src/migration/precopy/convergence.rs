@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// How long bandwidth is measured for before it is believed (QEMU's BUFFER_DELAY).
-const WINDOW: Duration = Duration::from_millis(100);
+use crate::migration::bandwidth::Bandwidth;
 
 /// How long dirtying is compared with sending before vCPUs are slowed down.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -26,58 +25,6 @@ pub struct ThrottleParameters {
 impl Default for ThrottleParameters {
     fn default() -> Self {
         Self { auto_converge: false, trigger_threshold: 50, initial: 20, increment: 10, max: 99 }
-    }
-}
-
-/// Measures what is sent, and spends no more than is allowed.
-#[derive(Debug)]
-pub(super) struct Bandwidth {
-    limit: Option<u64>,
-    window_start: Instant,
-    window_bytes: u64,
-    per_second: Option<f64>,
-}
-
-impl Bandwidth {
-    /// At most `limit` bytes a second.
-    pub(super) fn new(limit: Option<u64>, written: u64) -> Self {
-        let (window_start, window_bytes) = (Instant::now(), written);
-        Self { limit, window_start, window_bytes, per_second: None }
-    }
-
-    /// What may be written before the next [`spent`](Self::spent), bytes.
-    pub(super) fn budget(&self, written: u64) -> u64 {
-        /// Without a limit, so much that what is cancelled or refused is soon noticed.
-        const UNLIMITED: u64 = 64 << 20;
-        let Some(limit) = self.limit else { return UNLIMITED };
-        let window = (limit as f64 * WINDOW.as_secs_f64()) as u64;
-        let left = window.saturating_sub(written - self.window_bytes);
-        left.clamp(1, UNLIMITED)
-    }
-
-    /// Takes note of what was written; how long to wait before more may be.
-    pub(super) fn spent(&mut self, written: u64) -> Duration {
-        let elapsed = self.window_start.elapsed();
-        let bytes = written - self.window_bytes;
-        let allowed = self.limit.map_or(f64::MAX, |limit| limit as f64 * WINDOW.as_secs_f64());
-        let exhausted = bytes as f64 >= allowed;
-        if elapsed < WINDOW && exhausted {
-            return WINDOW - elapsed;
-        }
-        // The first figure is wanted early: a small guest is sent in less than a window.
-        if elapsed >= WINDOW || self.per_second.is_none() {
-            self.per_second = Some(bytes as f64 / elapsed.as_secs_f64().max(1e-6));
-        }
-        if elapsed >= WINDOW {
-            (self.window_start, self.window_bytes) = (Instant::now(), written);
-        }
-        Duration::ZERO
-    }
-
-    /// How long `bytes` would take; `None` as long as nothing was measured.
-    pub(super) fn time_for(&self, bytes: u64) -> Option<Duration> {
-        let per_second = self.per_second.filter(|&per_second| per_second > 0.0)?;
-        Duration::try_from_secs_f64(bytes as f64 / per_second).ok()
     }
 }
 
@@ -187,7 +134,7 @@ mod tests {
 
     /// One MiB takes one millisecond.
     fn measured() -> Bandwidth {
-        Bandwidth { per_second: Some((1u64 << 20) as f64 * 1e3), ..Bandwidth::new(None, 0) }
+        Bandwidth::measured((1u64 << 20) as f64 * 1e3)
     }
 
     #[test]
@@ -259,15 +206,5 @@ mod tests {
         }
         let mut off = Throttle::new(ThrottleParameters::default());
         assert_eq!(off.after_sync_at(begin + 100 * PERIOD, 1 << 40, 1), None);
-    }
-
-    #[test]
-    fn a_limit_gives_a_budget_for_each_window() {
-        let mut bandwidth = Bandwidth::new(Some(10 << 20), 500);
-        assert_eq!(bandwidth.budget(500), 1 << 20);
-        assert_eq!(bandwidth.budget(500 + (1 << 19)), 1 << 19);
-        assert_eq!(bandwidth.budget(500 + (2 << 20)), 1);
-        assert!(bandwidth.spent(500 + (1 << 20)) > Duration::ZERO);
-        assert_eq!(Bandwidth::new(None, 0).time_for(1), None);
     }
 }

@@ -10,6 +10,7 @@ mod incoming;
 mod outgoing;
 mod return_path;
 
+pub use convergence::ThrottleParameters;
 pub use incoming::Incoming;
 pub use outgoing::{Outgoing, Parameters};
 

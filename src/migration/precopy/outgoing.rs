@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::convergence::{Bandwidth, Switchover, Throttle, ThrottleParameters};
+use super::convergence::{Switchover, Throttle, ThrottleParameters};
 use super::return_path::ReturnPath;
 use super::{Guest, PING_LOADED};
+use crate::migration::bandwidth::Bandwidth;
 use crate::migration::channel::{BufferSink, Channel, Sink};
 use crate::migration::devices::Devices;
 use crate::migration::error::MigrationError;
@@ -26,6 +27,9 @@ use crate::ram_discard::FreezeBlockState;
 pub struct Parameters {
     /// Bytes a second; `None` for as fast as the channel takes.
     pub max_bandwidth: Option<u64>,
+    /// Bytes a second of postcopy's that nobody asked for; `None` for as fast as the channel takes.
+    /// The less, the sooner those who wait for a page have it.
+    pub max_postcopy_bandwidth: Option<u64>,
     /// The guest is stopped once what is left is expected to take no longer, and sending some more
     /// of it first would not make it much less.
     pub downtime_limit: Duration,
@@ -42,6 +46,7 @@ impl Parameters {
     pub fn new(configuration: Configuration) -> Self {
         Self {
             max_bandwidth: None,
+            max_postcopy_bandwidth: None,
             downtime_limit: Duration::from_millis(300),
             throttle: ThrottleParameters::default(),
             verdict_timeout: Duration::from_secs(30),
@@ -265,7 +270,8 @@ impl Outgoing<'_> {
         let progress = Arc::clone(&self.progress);
         let main = channel.uncancellable();
         let urgent = urgent.map(|urgent| urgent.uncancellable());
-        let source = PostcopySource { memory, section_id, reconnect, progress };
+        let max_bandwidth = self.parameters.max_postcopy_bandwidth;
+        let source = PostcopySource { memory, section_id, reconnect, max_bandwidth, progress };
         source.run(Channels { main, urgent }, back)
     }
 
