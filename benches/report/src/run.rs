@@ -34,7 +34,7 @@ use crate::units::{PAGE, millis};
 /// Why it could not be run to its end.
 pub fn run(case: &Case, dir: &Path) -> Result<Figures> {
     let from = Side::new(case)?;
-    from.fill(case)?;
+    from.fill(case);
     match case.way {
         Way::Precopy => migrate(case, &from, None),
         Way::Hybrid => migrate(case, &from, Some(SwitchWhen::Rounds(1))),
