@@ -36,4 +36,9 @@ pub trait RamDiscardListener: Send {
     /// `section` is no longer used: let go of it. It may be wider than what was populated, since
     /// parts of it may never have been.
     fn notify_discard(&mut self, section: ByteRange);
+
+    /// The process that owns block state is gone, for this `reason`: the last call. Nothing is known
+    /// of the region from now on, and memory that was populated may go at any time. Only a manager
+    /// of a device in another process makes this call; by default nothing is done.
+    fn notify_lost(&mut self, _reason: &str) {}
 }

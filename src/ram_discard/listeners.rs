@@ -80,6 +80,13 @@ impl Listeners {
             registered.discard(section);
         }
     }
+
+    /// Tells the listeners, in reverse, that nobody will tell them anything any more.
+    pub(super) fn lost(&mut self, reason: &str) {
+        for registered in self.registered.iter_mut().rev() {
+            registered.listener.notify_lost(reason);
+        }
+    }
 }
 
 impl Registered {

@@ -8,6 +8,7 @@ use std::net::Shutdown;
 use std::ops::{ControlFlow, Range};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -80,9 +81,10 @@ pub struct DeviceSizes {
 /// What is replayed is the state after the last event that the listeners were told: the bitmap in
 /// shared memory, with what of those events it does not show yet.
 ///
-/// When the connection is lost, every method fails with [`Unavailable`], and a freeze has ended.
-/// Listeners are not told: nothing is known then of the region, and memory that was populated may
-/// go at any time.
+/// When the connection is lost, every method fails with [`Unavailable`], a freeze has ended, and the
+/// listeners are told so ([`notify_lost`](RamDiscardListener::notify_lost)): nothing is known then of
+/// the region, and memory that was populated may go at any time. They are not told when this value
+/// is dropped.
 pub struct RemoteRamDiscardManager {
     shared: Arc<Shared>,
     reader: Option<JoinHandle<()>>,
@@ -97,6 +99,8 @@ struct Shared {
     timeout: Duration,
     view: Mutex<View>,
     requests: Requests,
+    /// This value is being dropped.
+    closing: AtomicBool,
 }
 
 impl RemoteRamDiscardManager {
@@ -137,6 +141,7 @@ impl RemoteRamDiscardManager {
             timeout,
             view: Mutex::new(View::new(welcome.event)),
             requests: Requests::default(),
+            closing: AtomicBool::new(false),
         });
         let events = Arc::clone(&shared);
         let reader = thread::Builder::new()
@@ -211,6 +216,7 @@ impl RemoteRamDiscardManager {
 
 impl Drop for RemoteRamDiscardManager {
     fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::Release);
         self.shared.lose("closed by this side");
         if let Some(reader) = self.reader.take()
             // A listener may have been the last owner.

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::requests::Answer;
 use super::{DeviceSizes, Shared};
@@ -55,7 +56,12 @@ struct EndOfReader<'a>(&'a Shared);
 
 impl Drop for EndOfReader<'_> {
     fn drop(&mut self) {
-        self.0.lose("the thread that reads events has ended");
+        let lost = self.0.lose("the thread that reads events has ended");
+        // Whoever registers from here on fails, so nobody is missed. When this side has closed the
+        // connection there is nobody to tell, and a listener may be the one that did.
+        if !self.0.closing.load(Ordering::Acquire) {
+            self.0.view.lock().listeners.lost(&lost.0);
+        }
     }
 }
 

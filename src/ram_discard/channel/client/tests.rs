@@ -7,6 +7,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 
 const BLOCK: u64 = 1 << 21;
 const NR: u64 = 200;
@@ -377,6 +378,52 @@ fn wait_lost(manager: &RemoteRamDiscardManager) -> String {
         assert!(start.elapsed() < PATIENCE, "the connection is not lost");
         thread::yield_now();
     }
+}
+
+/// Sends on what it is told of the end.
+struct Mourner(&'static str, mpsc::Sender<(&'static str, String)>);
+
+impl RamDiscardListener for Mourner {
+    fn name(&self) -> &str {
+        self.0
+    }
+
+    fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, _section: ByteRange) {}
+
+    fn notify_lost(&mut self, reason: &str) {
+        self.1.send((self.0, reason.to_owned())).unwrap();
+    }
+}
+
+#[test]
+fn listeners_are_told_once_that_the_server_has_gone() {
+    let (server, manager) = pair();
+    let (told, hears) = mpsc::channel();
+    for name in ["first", "second"] {
+        manager.register(section(0, NR), Box::new(Mourner(name, told.clone()))).unwrap();
+    }
+    drop(server);
+    let reason = wait_lost(&manager);
+    for name in ["second", "first"] {
+        assert_eq!(hears.recv_timeout(PATIENCE).unwrap(), (name, reason.clone()));
+    }
+    // Also those who would come too late find out.
+    assert!(manager.register(section(0, NR), Box::new(Mourner("late", told.clone()))).is_err());
+    drop((manager, told));
+    assert!(hears.recv().is_err());
+}
+
+#[test]
+fn a_manager_that_is_dropped_tells_nobody_of_its_end() {
+    let (_server, manager) = pair();
+    let (told, hears) = mpsc::channel();
+    manager.register(section(0, NR), Box::new(Mourner("dma", told))).unwrap();
+    drop(manager);
+    assert!(hears.recv().is_err());
 }
 
 #[test]
