@@ -225,6 +225,41 @@ impl MigrationBlock {
         }
     }
 
+    /// The populated bytes that begin with `range`, as far as they are looked at: `ahead` bytes.
+    /// `None` when part of `range` is discarded.
+    ///
+    /// # Errors
+    ///
+    /// When the manager's process is gone.
+    pub(super) fn populated_ahead(
+        &self,
+        range: ByteRange,
+        ahead: u64,
+    ) -> Result<Option<ByteRange>, Unavailable> {
+        let end = self.used_length().min(range.start().saturating_add(ahead)).max(range.end());
+        let Some(mut populated) = ByteRange::from_bounds(range.start(), end) else {
+            return Ok(None);
+        };
+        let discard = self.discard.read();
+        if let Some(region) = &*discard
+            && let Some(section) = region.section(populated)
+        {
+            let mut first = None;
+            let _ = region.manager.replay_discarded(section, &mut |range| {
+                first = range.shifted_up(region.start);
+                ControlFlow::Break(())
+            })?;
+            if let Some(discarded) = first {
+                let before = ByteRange::from_bounds(range.start(), discarded.start());
+                let Some(before) = before.filter(|before| before.end() >= range.end()) else {
+                    return Ok(None);
+                };
+                populated = before;
+            }
+        }
+        Ok(Some(populated))
+    }
+
     /// Calls `visit` with each maximal part of `range` that the host holds data for, ascending;
     /// all of it where the backing does not tell its holes. Nothing is touched.
     ///

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::MigrationBlock;
@@ -24,6 +25,9 @@ const PAGE: usize = TARGET_PAGE_SIZE as usize;
 /// The most pages of one write (`IOV_MAX`).
 const BATCH_PAGES: usize = 1024;
 
+/// How far it is looked ahead for what is populated, bytes.
+const POPULATED_AHEAD: u64 = 4 << 20;
+
 /// The "ram" handler of the destination.
 pub struct RamLoad {
     registry: Arc<RamBlocks>,
@@ -39,6 +43,8 @@ pub struct RamLoad {
 struct LoadBlock {
     block: Arc<MigrationBlock>,
     received: PageBitmap,
+    /// What was last seen to be populated, in this buffer of the stream.
+    populated: Option<ByteRange>,
     /// Where the block starts in its file.
     base: u64,
 }
@@ -70,6 +76,8 @@ impl RamLoad {
     /// Handles the records that are wholly in `buffer`, which starts at byte `at` of the stream;
     /// how many bytes they are, and why it went no further.
     fn scan(&mut self, buffer: &[u8], at: u64) -> Result<(usize, Stop), MigrationError> {
+        // Block state may have changed since the buffer before.
+        self.blocks.iter_mut().for_each(|block| block.populated = None);
         let mut batch = Batch::default();
         let mut zeros = ZeroRun::default();
         let mut done = 0;
@@ -228,7 +236,8 @@ impl RamLoad {
             }
             let nr_pages = block.used_length() / TARGET_PAGE_SIZE;
             let base = block.file_base();
-            self.blocks.push(LoadBlock { block, received: PageBitmap::new(nr_pages), base });
+            let received = PageBitmap::new(nr_pages);
+            self.blocks.push(LoadBlock { block, received, populated: None, base });
         }
         Ok(())
     }
@@ -254,8 +263,13 @@ impl Batch {
 }
 
 impl LoadBlock {
-    fn refuse_discarded(&self, range: ByteRange, at: u64) -> Result<(), MigrationError> {
-        if self.block.is_populated(range)? {
+    fn refuse_discarded(&mut self, range: ByteRange, at: u64) -> Result<(), MigrationError> {
+        // Scattered pages are many, and mostly of one populated range.
+        if self.populated.is_some_and(|populated| populated.contains(range)) {
+            return Ok(());
+        }
+        self.populated = self.block.populated_ahead(range, POPULATED_AHEAD)?;
+        if self.populated.is_some() {
             return Ok(());
         }
         let block = self.block.id().to_owned();
@@ -311,6 +325,9 @@ impl LoadBlock {
 
 /// Writes pages that follow each other in the file from places in a buffer.
 fn write_pages(file: &File, mut offset: u64, pages: &[usize], buffer: &[u8]) -> io::Result<()> {
+    if let [at] = *pages {
+        return file.write_all_at(&buffer[at..at + PAGE], offset);
+    }
     let slices: Vec<IoSlice<'_>> =
         pages.iter().map(|&at| IoSlice::new(&buffer[at..at + PAGE])).collect();
     let mut rest = &slices[..];
@@ -324,7 +341,7 @@ fn write_pages(file: &File, mut offset: u64, pages: &[usize], buffer: &[u8]) -> 
         if !written.is_multiple_of(PAGE) {
             // Part of a page: the rest of it by itself, which is rare.
             let part = &rest[0][written % PAGE..];
-            std::os::unix::fs::FileExt::write_all_at(file, part, offset)?;
+            file.write_all_at(part, offset)?;
             offset += part.len() as u64;
             rest = &rest[1..];
         }

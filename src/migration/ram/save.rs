@@ -174,6 +174,49 @@ impl SaveBlock {
         }
         Ok(())
     }
+
+    /// Gathers dirty pages, which are not dirty any more; how many bytes that makes on the wire.
+    /// With `named`, the page before them in the section was of this block.
+    fn gather(
+        &mut self,
+        out: &mut GatherWrite,
+        pages: Range<u64>,
+        mut named: bool,
+        counters: &Counters,
+    ) -> u64 {
+        self.dirty.clear_range(pages.clone());
+        let mapping = self.block.mapping();
+        let before = out.len_bytes();
+        let (mut normal, mut zero) = (0, 0);
+        for page in pages {
+            let offset = page * TARGET_PAGE_SIZE;
+            let is_zero = self.block.is_sent_as_zeros(offset);
+            let kind = if is_zero { PageKind::Zero } else { PageKind::Normal };
+            let word = PageHeader::page_word(kind, offset, named);
+            out.push_bytes(&word.to_be_bytes());
+            if !named {
+                let mut name = Vec::new();
+                name.put_name(self.block.id());
+                out.push_bytes(&name);
+                named = true;
+            }
+            if is_zero {
+                out.push_bytes(&[0]);
+                zero += 1;
+            } else {
+                out.push_memory(mapping, offset, TARGET_PAGE_SIZE);
+                normal += 1;
+            }
+        }
+        Counters::add(&counters.normal, normal);
+        Counters::add(&counters.duplicate, zero);
+        out.len_bytes() - before
+    }
+}
+
+/// How many pages can still be gathered: a page is two pieces, and there is always room for one.
+fn room_in(gathered: &GatherWrite) -> u64 {
+    (GATHER_PIECES.saturating_sub(gathered.segments()) / 2).max(1) as u64
 }
 
 fn clear_chunk(
@@ -258,10 +301,8 @@ impl RamSave {
         self.continued = None;
         let (mut spent, mut seen) = (0, 0);
         while spent < budget && seen < most {
-            let gathered = std::mem::take(&mut self.gathered);
-            let next = self.next_run(&gathered);
-            self.gathered = gathered;
-            let Some((index, pages)) = next else { break };
+            let room = room_in(&self.gathered);
+            let Some((index, pages)) = self.next_run(room) else { break };
             seen += pages.end - pages.start;
             spent += self.gather(index, pages)?;
             if self.gathered.segments() + 2 > GATHER_PIECES {
@@ -276,9 +317,9 @@ impl RamSave {
         Ok(())
     }
 
-    /// The next dirty pages, in the order of the blocks and around: no more than can be gathered.
-    fn next_run(&mut self, out: &GatherWrite) -> Option<(usize, Range<u64>)> {
-        let room = (GATHER_PIECES.saturating_sub(out.segments()) / 2).max(1) as u64;
+    /// The next dirty pages, in the order of the blocks and around: no more than `room`, in whole
+    /// host pages.
+    fn next_run(&mut self, room: u64) -> Option<(usize, Range<u64>)> {
         let (first, page) = self.cursor;
         let nr_blocks = self.blocks.len();
         for step in 0..=nr_blocks {
@@ -298,43 +339,17 @@ impl RamSave {
 
     /// Gathers a run of dirty pages of a block; how many bytes that makes on the wire.
     fn gather(&mut self, index: usize, pages: Range<u64>) -> Result<u64, MigrationError> {
-        self.blocks[index].clear_before_read(&pages)?;
-        let mut gathered = std::mem::take(&mut self.gathered);
-        let bytes = self.gather_into(&mut gathered, index, pages);
-        self.gathered = gathered;
-        Ok(bytes)
+        let Self { blocks, gathered, continued, progress, .. } = self;
+        let block = &mut blocks[index];
+        block.clear_before_read(&pages)?;
+        let named = continued.replace(index) == Some(index);
+        Ok(block.gather(gathered, pages, named, &progress.counters))
     }
 
-    fn gather_into(&mut self, out: &mut GatherWrite, index: usize, pages: Range<u64>) -> u64 {
-        let block = &mut self.blocks[index];
-        block.dirty.clear_range(pages.clone());
-        let mapping = block.block.mapping();
-        let before = out.len_bytes();
-        let (mut normal, mut zero) = (0, 0);
-        for page in pages {
-            let offset = page * TARGET_PAGE_SIZE;
-            let is_zero = block.block.is_sent_as_zeros(offset);
-            let kind = if is_zero { PageKind::Zero } else { PageKind::Normal };
-            let continued = self.continued == Some(index);
-            let word = PageHeader::page_word(kind, offset, continued);
-            out.push_bytes(&word.to_be_bytes());
-            if !continued {
-                let mut name = Vec::new();
-                name.put_name(block.block.id());
-                out.push_bytes(&name);
-                self.continued = Some(index);
-            }
-            if is_zero {
-                out.push_bytes(&[0]);
-                zero += 1;
-            } else {
-                out.push_memory(mapping, offset, TARGET_PAGE_SIZE);
-                normal += 1;
-            }
-        }
-        Counters::add(&self.progress.counters.normal, normal);
-        Counters::add(&self.progress.counters.duplicate, zero);
-        out.len_bytes() - before
+    /// As [`gather`](Self::gather), when nobody writes the pages any more.
+    fn gather_stopped(&mut self, out: &mut GatherWrite, index: usize, pages: Range<u64>) -> u64 {
+        let named = self.continued.replace(index) == Some(index);
+        self.blocks[index].gather(out, pages, named, &self.progress.counters)
     }
 
     fn flush(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
@@ -418,9 +433,9 @@ impl PostcopySave for RamSave {
         self.continued = None;
         let mut spent = 0;
         while spent < bytes
-            && let Some((index, pages)) = self.next_run(out)
+            && let Some((index, pages)) = self.next_run(room_in(out))
         {
-            spent += self.gather_into(out, index, pages);
+            spent += self.gather_stopped(out, index, pages);
         }
         self.note_remaining();
         Ok(spent != 0)
@@ -448,7 +463,7 @@ impl PostcopySave for RamSave {
         self.continued = None;
         let runs: Vec<_> = self.blocks[index].dirty.runs(pages_touched(range)).collect();
         for pages in &runs {
-            self.gather_into(out, index, pages.clone());
+            self.gather_stopped(out, index, pages.clone());
             // What is near is wanted next.
             self.cursor = (index, pages.end);
         }
