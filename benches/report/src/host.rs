@@ -77,7 +77,7 @@ pub fn bytes_read() -> Option<u64> {
 }
 
 /// What the report says of the machine: nothing that names it.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Machine {
     /// Its processor.
     pub processor: String,

@@ -4,6 +4,8 @@
 mod case;
 mod guest;
 mod host;
+mod journal;
+mod measure;
 mod qemu;
 mod record;
 mod run;
@@ -21,22 +23,23 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Parser;
 
-use crate::case::Case;
 use crate::host::Machine;
-use crate::record::{Outcome, Record};
+use crate::journal::{Head, Journal};
 use crate::sweep::Profile;
-use crate::units::size;
 use crate::write::Report;
 
 /// Measures what discard-aware migration saves, and writes the report.
 #[derive(Parser)]
 struct Options {
-    /// Sweep one dimension at a time on small regions: minutes instead of hours
+    /// Sweep one dimension at a time on small regions: minutes instead of an hour or two
     #[arg(long)]
     quick: bool,
     /// Folder for the report, and for snapshots while they are measured
     #[arg(long, value_name = "DIR", default_value = "target/savings-report")]
     out: PathBuf,
+    /// Go on with a report that was interrupted, as the journal in its folder has it
+    #[arg(long)]
+    resume: bool,
     /// Put the small table and its chart into the README of the workspace
     #[arg(long)]
     update_readme: bool,
@@ -63,8 +66,11 @@ fn report(options: &Options) -> Result<bool> {
         .with_context(|| format!("cannot create {}", options.out.display()))?;
     let begin = Instant::now();
     let machine = Machine::here()?;
+    let head = Head::new(profile, machine.clone())?;
+    let open = if options.resume { Journal::resume } else { Journal::create };
+    let mut journal = open(&options.out, &head)?;
     let qemu = qemu::compare(options.with_qemu, &options.out);
-    let records = measure(profile, options);
+    let records = measure::all(profile, &mut journal, &options.out)?;
     let report = Report { profile, machine, records, qemu };
     let page = write::write(&report, &options.out)?;
     if options.update_readme {
@@ -73,42 +79,4 @@ fn report(options: &Options) -> Result<bool> {
     println!("{}", write::summary(&report));
     println!("{} in {:.0} s", page.display(), begin.elapsed().as_secs_f64());
     Ok(report.can_be_trusted())
-}
-
-fn measure(profile: Profile, options: &Options) -> Vec<Record> {
-    let cases = profile.cases();
-    let all = cases.len();
-    let measure = |(number, case): (usize, Case)| {
-        let outcome = outcome(&case, profile, options);
-        let told = match &outcome {
-            Outcome::Measured(figures) => format!(
-                "{} in {}{}",
-                size(figures.wire),
-                units::time(figures.total),
-                if figures.agrees == Some(false) { ", COUNTS DIFFER" } else { "" }
-            ),
-            Outcome::NotRun(reason) | Outcome::Failed(reason) => reason.clone(),
-        };
-        eprintln!("{:>4}/{all} {case}: {told}", number + 1);
-        Record { case, outcome }
-    };
-    cases.into_iter().enumerate().map(measure).collect()
-}
-
-fn outcome(case: &Case, profile: Profile, options: &Options) -> Outcome {
-    // The rest is for whoever else is on the machine.
-    let room = host::available_memory().unwrap_or(0) / 4 * 3;
-    if case.moved() > profile.limit() {
-        return Outcome::NotRun(format!("not run (would move {})", size(case.moved())));
-    }
-    if case.read() > profile.limit() {
-        return Outcome::NotRun(format!("not run (would read {})", size(case.read())));
-    }
-    if case.memory() > room {
-        return Outcome::NotRun(format!("not run (would take {} of memory)", size(case.memory())));
-    }
-    match run::run(case, &options.out) {
-        Ok(figures) => Outcome::Measured(Box::new(figures)),
-        Err(error) => Outcome::Failed(format!("failed: {error:#}")),
-    }
 }

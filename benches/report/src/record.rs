@@ -1,11 +1,11 @@
 //! What came out of a case.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::case::Case;
 
 /// A case and what came out of it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
     /// What was asked for.
     pub case: Case,
@@ -14,7 +14,7 @@ pub struct Record {
 }
 
 /// What became of a case.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// It ran.
@@ -26,7 +26,7 @@ pub enum Outcome {
 }
 
 /// The figures of a run. Sizes are bytes, pages are of 4 KiB, times are milliseconds.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Figures {
     /// Bytes on the wire, or written to or read from the file, by the engine's count.
     pub wire: u64,
