@@ -96,6 +96,16 @@ impl Guest {
         self.run(&command).map(drop)
     }
 
+    /// The same, but one MiB of noise again and again: where nobody looks for pages that are alike,
+    /// it costs the host the same, and the guest much less time.
+    pub fn dirty_fast(&mut self, mib: u64) -> Result<()> {
+        let command = format!(
+            "dd if=/dev/urandom of=/piece bs=1M count=1 2> /dev/null; \
+             i=0; while [ $i -lt {mib} ]; do cat /piece; i=$((i+1)); done > /fill/noise"
+        );
+        self.run(&command).map(drop)
+    }
+
     /// Frees what [`Self::dirty`] wrote: free for the guest, still held by the host.
     pub fn free(&mut self) -> Result<()> {
         self.run("rm -f /fill/noise").map(drop)

@@ -93,8 +93,8 @@ impl WorkFolder {
     }
 }
 
-/// Builds the daemon the way this program was built, so that one command is enough.
-fn built_daemon() -> Result<PathBuf> {
+/// Builds the daemon, and `vmemctl` beside it, the way this program was built, so that one command is enough.
+pub fn built_daemon() -> Result<PathBuf> {
     let own = env::current_exe()?;
     let folder = own.parent().context("this program lies nowhere")?;
     let (Some(target), Some(profile)) = (folder.parent(), folder.file_name()) else {

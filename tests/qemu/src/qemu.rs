@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::machine::Setup;
+use crate::own_device::OwnDevice;
 use crate::process;
 use crate::provision::{FRONT_END, Kit};
 use crate::qmp::{self, Qmp};
@@ -17,8 +18,8 @@ use crate::sizes::{GIB, MIB};
 /// Where the region starts for the guest: above all memory that firmware tables call RAM.
 pub const REGION_ADDR: u64 = 5 * GIB;
 
-/// Memory that the guest boots with.
-const RAM: u64 = GIB;
+/// Memory that a guest with the daemon boots with.
+pub const RAM: u64 = GIB;
 
 /// How the guest's instructions are run.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -37,27 +38,6 @@ pub enum Device<'a> {
     Daemon(&'a Setup),
     /// QEMU's own.
     Own(&'a OwnDevice),
-}
-
-/// The geometry of QEMU's own virtio-mem-pci, all in bytes.
-pub struct OwnDevice {
-    /// Memory that the guest boots with.
-    pub ram: u64,
-    /// Size of the region.
-    pub region: u64,
-    /// Size of a block.
-    pub block: u64,
-    /// What the guest is asked to plug.
-    pub requested: u64,
-    /// Whether it waits for a migration instead of booting.
-    pub incoming: bool,
-}
-
-impl OwnDevice {
-    /// Its id.
-    pub const ID: &'static str = "vm0";
-    /// Id of its memory.
-    pub const MEMORY: &'static str = "vmem";
 }
 
 /// The process, its control socket and the file behind the region.
@@ -93,7 +73,7 @@ impl Qemu {
             command.args(region_options(setup, &backing.path, dir));
         }
         match device {
-            Device::Own(device) => command.args(own_options(device)),
+            Device::Own(device) => command.args(device.options()),
             Device::None | Device::Daemon(_) => command.args(memory_options(setup)),
         };
         command.arg("-kernel").arg(&kit.kernel).arg("-initrd").arg(&kit.initramfs);
@@ -173,30 +153,6 @@ fn region_options(setup: &Setup, file: &Path, dir: &Path) -> Vec<String> {
         format!("{FRONT_END},chardev=vmem,virtio-id=24,num_vqs=1,config_size=56,vq_size=128"),
     ]
     .into()
-}
-
-fn own_options(device: &OwnDevice) -> Vec<String> {
-    let OwnDevice { ram, region, block, requested, incoming } = *device;
-    let (id, memory) = (OwnDevice::ID, OwnDevice::MEMORY);
-    let mut options: Vec<String> = [
-        "-object".to_owned(),
-        format!("memory-backend-memfd,id={memory},size={region},share=on"),
-        "-m".to_owned(),
-        format!("{}M,slots=2,maxmem={}M", ram / MIB, (ram + 2 * region) / MIB),
-        "-object".to_owned(),
-        format!("memory-backend-memfd,id=ram,size={ram},share=on"),
-        "-machine".to_owned(),
-        "memory-backend=ram".to_owned(),
-        "-device".to_owned(),
-        format!(
-            "virtio-mem-pci,id={id},memdev={memory},block-size={block},requested-size={requested}"
-        ),
-    ]
-    .into();
-    if incoming {
-        options.extend(["-incoming", "defer"].map(str::to_owned));
-    }
-    options
 }
 
 fn memory_options(setup: Option<&Setup>) -> Vec<String> {

@@ -10,8 +10,21 @@ pub const SHORT: Duration = Duration::from_secs(20);
 /// For the guest, which is slow without KVM.
 pub const LONG: Duration = Duration::from_secs(120);
 
+/// Between two questions, where it does not matter.
+const PERIOD: Duration = Duration::from_millis(50);
+
 /// Asks until there is an answer; the error names `what` when there is none in time.
 pub fn until<T>(
+    what: &str,
+    patience: Duration,
+    ask: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    until_every(PERIOD, what, patience, ask)
+}
+
+/// The same with a period of its own, for those who measure how long it takes.
+pub fn until_every<T>(
+    period: Duration,
     what: &str,
     patience: Duration,
     mut ask: impl FnMut() -> Result<Option<T>>,
@@ -24,6 +37,6 @@ pub fn until<T>(
         if Instant::now() > deadline {
             bail!("waited {} s for {what}", patience.as_secs());
         }
-        thread::sleep(Duration::from_millis(50));
+        thread::sleep(period);
     }
 }

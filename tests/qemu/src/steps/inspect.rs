@@ -7,11 +7,12 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::guest::Guest;
 use crate::machine::Parts;
-use crate::qemu::{Device, OwnDevice, Qemu};
+use crate::own_device::{MemoryDevice, OwnDevice};
+use crate::qemu::{Device, Qemu};
 use crate::qmp::Qmp;
 use crate::report::Report;
 use crate::sizes::{GIB, MIB, human};
@@ -44,40 +45,17 @@ pub fn run(parts: &Parts<'_>, dir: &Path, report: &mut Report) -> Result<()> {
     let mut look = Look { parts, dir, qmp: &mut qemu.qmp, guest: &mut guest, report };
     look.compare("plain, 256M", false)?;
     look.guest.free()?;
-    resize(look.qmp, SHRUNK)?;
+    OwnDevice::resize(look.qmp, SHRUNK)?;
     wait_plugged(look.qmp, SHRUNK)?;
     look.compare("mapped-ram, shrunk to 160M", true)?;
     qemu.stop();
     Ok(())
 }
 
-fn resize(qmp: &mut Qmp, size: u64) -> Result<()> {
-    let path = format!("/machine/peripheral/{}", OwnDevice::ID);
-    let change = json!({ "path": path, "property": "requested-size", "value": size });
-    qmp.execute("qom-set", &change).map(drop)
-}
-
 fn wait_plugged(qmp: &mut Qmp, size: u64) -> Result<()> {
     wait::until("the guest to change its memory", wait::LONG, || {
-        Ok((memory_device(qmp)?.size == size).then_some(()))
+        Ok((OwnDevice::plugged(qmp)? == size).then_some(()))
     })
-}
-
-/// What QEMU says of the device.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct MemoryDevice {
-    memaddr: u64,
-    block_size: u64,
-    size: u64,
-    max_size: u64,
-    requested_size: u64,
-    node: u64,
-}
-
-fn memory_device(qmp: &mut Qmp) -> Result<MemoryDevice> {
-    let mut devices = qmp.execute("query-memory-devices", &json!({}))?;
-    Ok(serde_json::from_value(devices[0]["data"].take())?)
 }
 
 /// What `vmemctl inspect --json` says, as far as it is compared.
@@ -134,7 +112,7 @@ impl Look<'_> {
         let iomem = self.guest.iomem_ranges()?;
         let file = self.dir.join(if mapped { "mapped.mig" } else { "plain.mig" });
         let saved = self.qmp.save(&file, mapped)?;
-        let device = memory_device(self.qmp)?;
+        let device = OwnDevice::state(self.qmp)?;
         let held = fs::metadata(&file)?.blocks() * 512;
         let seen = self.inspect(&file)?;
         fs::remove_file(&file)?;
