@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::case::Case;
 use crate::host::Machine;
+use crate::qemu::Comparison;
 use crate::record::Record;
 use crate::sweep::Profile;
 
@@ -53,11 +54,19 @@ impl Head {
     }
 }
 
+/// Every other line.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Line {
+    Record(Record),
+    Qemu(Comparison),
+}
+
 /// An open journal.
 pub struct Journal {
     path: PathBuf,
     file: File,
-    found: Vec<Record>,
+    found: Vec<Line>,
 }
 
 impl Journal {
@@ -98,9 +107,8 @@ impl Journal {
         head.check(&first).with_context(|| {
             format!("cannot go on with {}; without --resume it is replaced", path.display())
         })?;
-        let record =
-            |(index, line)| serde_json::from_slice(line).with_context(|| damaged(index + 2));
-        let found = lines.enumerate().map(record).collect::<Result<Vec<Record>>>()?;
+        let read = |(index, line)| serde_json::from_slice(line).with_context(|| damaged(index + 2));
+        let found = lines.enumerate().map(read).collect::<Result<Vec<Line>>>()?;
         let file = OpenOptions::new().append(true).open(&path)?;
         file.set_len(whole as u64)?;
         Ok(Self { path, file, found })
@@ -108,12 +116,27 @@ impl Journal {
 
     /// What came of `case` before this program was started.
     pub fn found(&self, case: &Case) -> Option<&Record> {
-        self.found.iter().find(|record| record.case == *case)
+        self.records().find(|record| record.case == *case)
+    }
+
+    /// The comparison with QEMU that was made before this program was started.
+    pub fn found_qemu(&self) -> Option<&Comparison> {
+        self.found.iter().find_map(|line| match line {
+            Line::Qemu(comparison) => Some(comparison),
+            Line::Record(_) => None,
+        })
     }
 
     /// How many cases it had when it was opened.
     pub fn len_found(&self) -> usize {
-        self.found.len()
+        self.records().count()
+    }
+
+    fn records(&self) -> impl Iterator<Item = &Record> {
+        self.found.iter().filter_map(|line| match line {
+            Line::Record(record) => Some(record),
+            Line::Qemu(_) => None,
+        })
     }
 
     /// Adds what came of a case.
@@ -122,7 +145,16 @@ impl Journal {
     ///
     /// When it cannot be written.
     pub fn add(&mut self, record: &Record) -> Result<()> {
-        self.line(record)
+        self.line(&Line::Record(record.clone()))
+    }
+
+    /// Adds the comparison with QEMU.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn add_qemu(&mut self, comparison: &Comparison) -> Result<()> {
+        self.line(&Line::Qemu(comparison.clone()))
     }
 
     fn line(&mut self, value: &impl Serialize) -> Result<()> {
@@ -168,6 +200,21 @@ mod tests {
         let figures = journal.found(&record(2).case).and_then(Record::figures).unwrap();
         assert_eq!((figures.wire, figures.total, figures.agrees), (7, 0.1, Some(true)));
         assert!(journal.found(&record(3).case).is_none());
+        assert!(journal.found_qemu().is_none());
+    }
+
+    #[test]
+    fn the_comparison_is_found_among_the_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), &head()).unwrap();
+        journal.add(&record(1)).unwrap();
+        journal.add_qemu(&Comparison::Failed("why".to_owned())).unwrap();
+        journal.add(&record(2)).unwrap();
+        let journal = Journal::resume(dir.path(), &head()).unwrap();
+        assert_eq!(journal.len_found(), 2);
+        assert!(
+            matches!(journal.found_qemu(), Some(Comparison::Failed(reason)) if reason == "why")
+        );
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod qemu;
 mod record;
 mod run;
 mod side;
+mod statistics;
 mod sweep;
 mod tables;
 mod units;
@@ -25,6 +26,7 @@ use clap::Parser;
 
 use crate::host::Machine;
 use crate::journal::{Head, Journal};
+use crate::qemu::Comparison;
 use crate::sweep::Profile;
 use crate::write::Report;
 
@@ -69,7 +71,7 @@ fn report(options: &Options) -> Result<bool> {
     let head = Head::new(profile, machine.clone())?;
     let open = if options.resume { Journal::resume } else { Journal::create };
     let mut journal = open(&options.out, &head)?;
-    let qemu = qemu::compare(options.with_qemu, &options.out);
+    let qemu = compare(options, &mut journal)?;
     let records = measure::all(profile, &mut journal, &options.out)?;
     let report = Report { profile, machine, records, qemu };
     let page = write::write(&report, &options.out)?;
@@ -79,4 +81,20 @@ fn report(options: &Options) -> Result<bool> {
     println!("{}", write::summary(&report));
     println!("{} in {:.0} s", page.display(), begin.elapsed().as_secs_f64());
     Ok(report.can_be_trusted())
+}
+
+/// Compares with QEMU, if that is wanted and not in the journal.
+fn compare(options: &Options, journal: &mut Journal) -> Result<Comparison> {
+    if let Some(found) = journal.found_qemu() {
+        return Ok(found.clone());
+    }
+    if !options.with_qemu {
+        return Ok(Comparison::NotRun("--with-qemu was not given".to_owned()));
+    }
+    let comparison = qemu::compare(&options.out);
+    // Of what did not come about another attempt may be made.
+    if comparison.measured().is_some() {
+        journal.add_qemu(&comparison)?;
+    }
+    Ok(comparison)
 }

@@ -1,50 +1,86 @@
-//! The same memory, moved by a stock QEMU and by this project.
+//! The same memory, moved by a stock QEMU and by this project, and the same guest resized.
 
+mod bench;
 mod ours;
+mod resize;
+mod tables;
 mod theirs;
 
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::tables::Table;
-use crate::units::{size, time};
+use bench::Bench;
+pub use resize::Resized;
+pub use tables::{moves, summary, tables};
 
-/// Where a guest goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// Whose engine, or device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Route {
-    /// To a file, as a stream.
-    File,
-    /// To a file in the mapped-ram layout.
-    MappedRam,
-    /// Over a Unix socket.
-    Socket,
+pub enum Who {
+    /// QEMU's.
+    Qemu,
+    /// This project's.
+    Ours,
 }
 
-impl Route {
-    const ALL: [Self; 3] = [Self::File, Self::MappedRam, Self::Socket];
-
-    fn name(self) -> &'static str {
+impl Who {
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
         match self {
-            Self::File => "file",
-            Self::MappedRam => "file, mapped-ram",
-            Self::Socket => "Unix socket",
+            Self::Qemu => "QEMU",
+            Self::Ours => "this project",
         }
     }
 }
 
+/// Where a guest goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Route {
+    /// Over a Unix socket.
+    Socket,
+    /// To a file in the mapped-ram layout.
+    MappedRam,
+    /// To a file, as a stream.
+    File,
+}
+
+impl Route {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Socket, Self::MappedRam, Self::File];
+
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Socket => "Unix socket",
+            Self::MappedRam => "file, mapped-ram",
+            Self::File => "file, stream",
+        }
+    }
+}
+
+/// What the host holds for a guest, bytes.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Held {
+    /// For the region of the device.
+    pub region: u64,
+    /// For the memory that it booted with.
+    pub boot: u64,
+}
+
 /// One guest, moved once. Sizes are bytes, times milliseconds, pages of 4 KiB.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Moved {
     /// By whom.
-    pub who: String,
+    pub who: Who,
     /// Where to.
     pub route: Route,
     /// What the sender counted.
     pub sent: u64,
-    /// The blocks of the file, or what the kernel saw being read from the socket.
-    pub counted: Option<u64>,
+    /// The same, counted by somebody else: the size or the blocks of the file, what came out of the
+    /// socket.
+    pub counted: u64,
     /// Pages with their bytes.
     pub normal: u64,
     /// Pages of zeros, sent as such or left out.
@@ -53,88 +89,86 @@ pub struct Moved {
     pub setup: f64,
     /// In all.
     pub total: f64,
-    /// What the host held for region and boot memory on the source, before and after.
-    pub source: [u64; 2],
-    /// What it holds for them on the destination.
-    pub destination: u64,
+    /// While it could run nowhere, had it run; `None` where nobody counts that.
+    pub downtime: Option<f64>,
+    /// On the source, before and after.
+    pub source: [Held; 2],
+    /// On the destination, afterwards.
+    pub destination: Held,
+}
+
+impl Moved {
+    /// Whether both counts are the same but for what is not memory: headers, devices, and what a file
+    /// system keeps beside the data.
+    fn agrees(&self) -> bool {
+        const SLACK: u64 = 1 << 20;
+        self.counted.abs_diff(self.sent) <= SLACK + self.sent / 100
+    }
 }
 
 /// What both did, or why there is no comparison.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Comparison {
-    /// Both, route by route; the guest in words.
-    Measured {
-        /// What was moved.
-        guest: String,
-        /// By whom, and what came of it.
-        moved: Vec<Moved>,
-    },
+    /// Both.
+    Measured(Box<Measured>),
     /// There is none, for this reason.
     NotRun(String),
+    /// It ended with this error.
+    Failed(String),
+}
+
+/// What both did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Measured {
+    /// Which QEMU.
+    pub qemu: String,
+    /// The guest that was moved, in words.
+    pub guest: String,
+    /// Every move of a guest.
+    pub moved: Vec<Moved>,
+    /// Every resize of a guest.
+    pub resized: Vec<Resized>,
 }
 
 impl Comparison {
-    /// Both side by side.
-    pub fn table(&self) -> Option<Table> {
-        let Self::Measured { guest, moved } = self else { return None };
-        let head = [
-            "who",
-            "route",
-            "sent",
-            "counted",
-            "normal pages",
-            "zero pages",
-            "setup",
-            "total",
-            "source held",
-            "destination holds",
-        ];
-        let mut table = Table::new(format!("Against a stock QEMU: {guest}"), head);
-        table.rows.extend(moved.iter().map(|moved| {
-            vec![
-                moved.who.clone(),
-                moved.route.name().to_owned(),
-                size(moved.sent),
-                moved.counted.map_or_else(|| "-".to_owned(), size),
-                moved.normal.to_string(),
-                moved.zero.to_string(),
-                time(moved.setup),
-                time(moved.total),
-                format!("{} → {}", size(moved.source[0]), size(moved.source[1])),
-                size(moved.destination),
-            ]
-        }));
-        Some(table)
+    /// What was measured, if it was.
+    pub fn measured(&self) -> Option<&Measured> {
+        match self {
+            Self::Measured(measured) => Some(measured),
+            Self::NotRun(_) | Self::Failed(_) => None,
+        }
+    }
+
+    /// Whether it began and did not come to its end, or counts of the same bytes differ.
+    pub fn is_wrong(&self) -> bool {
+        match self {
+            Self::Measured(measured) => !measured.moved.iter().all(Moved::agrees),
+            Self::NotRun(_) => false,
+            Self::Failed(_) => true,
+        }
     }
 
     /// What has to be known to read it.
     pub fn notes(&self) -> Vec<String> {
-        vec![match self {
-            Self::NotRun(reason) => format!("Not compared with a stock QEMU: {reason}."),
-            Self::Measured { .. } => "Against a stock QEMU: a Linux guest under TCG with QEMU's own \
-                virtio-mem-pci, its memory in memfds, stopped before it is moved; a fresh guest for \
-                each route. QEMU's figures are query-migrate's, memory is by st_blocks of the files behind \
-                the region and the boot memory together. This project then moves copies of those \
-                two files with the same block state, hole for hole; QEMU also moves its devices and firmware \
-                (below 1 MiB). To a file this project always uses the mapped-ram layout."
-                .to_owned(),
-        }]
+        match self {
+            Self::NotRun(reason) => vec![format!("Not compared with a stock QEMU: {reason}.")],
+            Self::Failed(reason) => {
+                vec![format!("The comparison with a stock QEMU failed: {reason}.")]
+            }
+            Self::Measured(_) => tables::NOTES.map(str::to_owned).into(),
+        }
     }
 }
 
-/// Compares, if that is `wanted`.
-pub fn compare(wanted: bool, dir: &Path) -> Comparison {
-    if !wanted {
-        return Comparison::NotRun("--with-qemu was not given".to_owned());
+/// Compares, with files in `dir`.
+pub fn compare(dir: &Path) -> Comparison {
+    let bench = match Bench::new(dir) {
+        Ok(bench) => bench,
+        Err(error) => return Comparison::NotRun(format!("{error:#}")),
+    };
+    match bench.measure() {
+        Ok(measured) => Comparison::Measured(Box::new(measured)),
+        Err(error) => Comparison::Failed(format!("{error:#}")),
     }
-    let compared = theirs::Bench::new(dir).and_then(|bench| {
-        let mut moved = Vec::new();
-        for route in Route::ALL {
-            eprintln!("against QEMU: {}", route.name());
-            moved.extend(bench.compare(route)?);
-        }
-        Ok(Comparison::Measured { guest: bench.guest(), moved })
-    });
-    compared.unwrap_or_else(|error| Comparison::NotRun(format!("{error:#}")))
 }

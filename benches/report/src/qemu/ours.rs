@@ -22,7 +22,7 @@ use virtio_mem::migration::ram::{
 use virtio_mem::migration::snapshot::{Restore, Snapshot, restore, save};
 use virtio_mem::migration::stream::Configuration;
 
-use super::{Moved, Route};
+use super::{Held, Moved, Route, Who};
 use crate::host;
 use crate::side::manager;
 use crate::units::{MIB, millis};
@@ -72,8 +72,9 @@ impl Copy {
         Ok(Self { files, blocks: Arc::new(blocks), region, ram, plugged })
     }
 
-    fn held(&self) -> Result<u64> {
-        Ok(host::held(&self.files[0])? + host::held(&self.files[1])?)
+    fn held(&self) -> Result<Held> {
+        let [region, boot] = &self.files;
+        Ok(Held { region: host::held(region)?, boot: host::held(boot)? })
     }
 
     /// Moves it to fresh memory.
@@ -84,11 +85,11 @@ impl Copy {
         let before = self.held()?;
         let counted = match route {
             Route::Socket => self.over_a_socket(&to, &progress)?,
-            Route::File | Route::MappedRam => Some(self.to_a_file(&to, dir, &progress)?),
+            Route::File | Route::MappedRam => self.to_a_file(&to, dir, &progress)?,
         };
         let seen = progress.snapshot();
         Ok(Moved {
-            who: "this project".to_owned(),
+            who: Who::Ours,
             route,
             sent: seen.transferred,
             counted,
@@ -96,12 +97,14 @@ impl Copy {
             zero: seen.duplicate,
             setup: millis(seen.setup_time),
             total: millis(seen.total_time),
+            downtime: seen.downtime.map(millis),
             source: [before, self.held()?],
             destination: to.held()?,
         })
     }
 
-    fn over_a_socket(&self, to: &Self, progress: &Arc<Progress>) -> Result<Option<u64>> {
+    /// Bytes that the kernel saw this process read, which are those of the destination.
+    fn over_a_socket(&self, to: &Self, progress: &Arc<Progress>) -> Result<u64> {
         let (near, far) = UnixStream::pair()?;
         let read = host::bytes_read();
         let none = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
@@ -124,7 +127,8 @@ impl Copy {
             received.context("on the destination")?;
             sent.context("on the source")
         })?;
-        Ok(host::bytes_read().zip(read).map(|(after, before)| after - before))
+        let read = host::bytes_read().zip(read).map(|(after, before)| after - before);
+        read.context("the kernel does not count what is read")
     }
 
     fn receive(&self, channel: UnixStream) -> Result<()> {

@@ -1,99 +1,81 @@
 //! A stock QEMU: boots a guest, has it touch memory, moves it.
 
 use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use real_guest::guest::Guest;
-use real_guest::options::cache_dir;
 use real_guest::own_device::OwnDevice;
-use real_guest::provision::{self, Kit};
+use real_guest::provision::Kit;
 use real_guest::qemu::{Accelerator, Device, Qemu};
-use real_guest::qmp::Qmp;
 use real_guest::wait;
 use serde_json::{Value, json};
 
 use super::ours::Copy;
-use super::{Moved, Route};
+use super::{Held, Moved, Route, Who};
 use crate::host;
 use crate::units::{GIB, MIB, size};
 
 /// What the guest writes, MiB.
-const NOISE: u64 = 256;
-const RAM: u64 = 256 * MIB;
-const REGION: u64 = 8 * GIB;
-const PLUGGED: u64 = 512 * MIB;
+const NOISE: u64 = 512;
+const RAM: u64 = GIB;
+const REGION: u64 = 64 * GIB;
+const PLUGGED: u64 = GIB;
 
 fn device(incoming: bool) -> OwnDevice {
     OwnDevice { ram: RAM, region: REGION, block: 2 * MIB, requested: PLUGGED, incoming }
 }
 
-/// What a comparison is made with.
-pub struct Bench {
-    kit: Kit,
-    dir: PathBuf,
-    version: std::cell::OnceCell<String>,
+/// The guest in words.
+pub fn guest() -> String {
+    format!(
+        "region of {}, {} plugged, {} written, {} of boot memory",
+        size(REGION),
+        size(PLUGGED),
+        size(NOISE * MIB),
+        size(RAM)
+    )
 }
 
-impl Bench {
-    /// With a QEMU that is found or brought, and files in `dir`.
-    pub fn new(dir: &Path) -> Result<Self> {
-        let kit = provision::provide(&cache_dir()?, None)?;
-        let dir = fs::canonicalize(dir)?.join("qemu");
-        Ok(Self { kit, dir, version: std::cell::OnceCell::new() })
+/// A guest that has written to its memory, and stands still.
+pub struct Source<'a> {
+    kit: &'a Kit,
+    dir: PathBuf,
+    qemu: Qemu,
+    plugged: u64,
+}
+
+impl<'a> Source<'a> {
+    /// Boots it; files go to `dir`.
+    ///
+    /// # Errors
+    ///
+    /// When it does not boot, or does not use its memory from the start of the region on.
+    pub fn boot(kit: &'a Kit, dir: &Path) -> Result<Self> {
+        let mut qemu = start(kit, dir, "source", false)?;
+        let plugged = prepare(&mut qemu, &dir.join("source"))?;
+        Ok(Self { kit, dir: dir.to_owned(), qemu, plugged })
     }
 
-    /// The guest in words.
-    pub fn guest(&self) -> String {
-        format!(
-            "region of {}, {} plugged, {} of noise written, {} of boot memory",
-            size(REGION),
-            size(PLUGGED),
-            size(NOISE * MIB),
-            size(RAM)
-        )
+    /// A copy of its memory.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory for it.
+    pub fn copy(&self) -> Result<Copy> {
+        Copy::of(&self.qemu.memory(REGION)?, &self.qemu.memory(RAM)?, self.plugged)
     }
 
-    /// Moves one guest by QEMU, and a copy of its memory by this project.
-    pub fn compare(&self, route: Route) -> Result<Vec<Moved>> {
-        if self.dir.exists() {
-            fs::remove_dir_all(&self.dir)?;
-        }
-        let (here, there) = (self.dir.join("source"), self.dir.join("destination"));
-        fs::create_dir_all(&here)?;
-        fs::create_dir_all(&there)?;
-        let mut source = self.start(&here, false)?;
-        let plugged = prepare(&mut source, &here)?;
-        let copy = Copy::of(&source.memory(REGION)?, &source.memory(RAM)?, plugged)?;
-        let theirs = self.move_by_qemu(&mut source, &there, route)?;
-        source.stop();
-        drop(source);
-        let mut moved = vec![theirs];
-        // This project has one layout for files.
-        if route != Route::File {
-            moved.push(copy.move_by_us(route, &self.dir)?);
-        }
-        fs::remove_dir_all(&self.dir)?;
-        Ok(moved)
-    }
-
-    fn start(&self, dir: &Path, incoming: bool) -> Result<Qemu> {
-        let device = device(incoming);
-        let mut qemu = Qemu::start(&self.kit, Accelerator::Tcg, &Device::Own(&device), dir)?;
-        if self.version.get().is_none() {
-            let version = qemu.qmp.execute("query-version", &json!({}))?["qemu"].take();
-            let part = |name: &str| version[name].as_u64().unwrap_or(0);
-            let text = format!("QEMU {}.{}.{}", part("major"), part("minor"), part("micro"));
-            let _ = self.version.set(text);
-        }
-        Ok(qemu)
-    }
-
-    fn move_by_qemu(&self, source: &mut Qemu, there: &Path, route: Route) -> Result<Moved> {
-        let mut destination = self.start(there, true)?;
-        let held = |qemu: &Qemu| -> Result<u64> {
-            Ok(host::held(&qemu.memory(REGION)?)? + host::held(&qemu.memory(RAM)?)?)
-        };
+    /// Moves it to another QEMU.
+    ///
+    /// # Errors
+    ///
+    /// When it does not get there.
+    pub fn move_by_qemu(&mut self, route: Route) -> Result<Moved> {
+        let mut destination = start(self.kit, &self.dir, "destination", true)?;
         let mapped = route == Route::MappedRam;
         let file = self.dir.join("stream");
         let uri = match route {
@@ -101,22 +83,25 @@ impl Bench {
             Route::Socket => format!("unix:{}", self.dir.join("migration.sock").display()),
         };
         host::warm(2 * (PLUGGED + RAM))?;
-        let before = held(source)?;
+        let before = held(&self.qemu)?;
         if route == Route::Socket {
             destination.qmp.migrate_incoming(&uri, mapped)?;
         }
-        let told = source.qmp.migrate(&uri, mapped)?;
-        let after = held(source)?;
+        let told = self.qemu.qmp.migrate(&uri, mapped)?;
+        let after = held(&self.qemu)?;
         if route != Route::Socket {
             destination.qmp.migrate_incoming(&uri, mapped)?;
         }
         destination.qmp.wait_migrated()?;
+        let there = held(&destination)?;
+        destination.stop();
         let counted = match route {
-            Route::Socket => None,
-            _ => Some(host::held(&File::open(&file)?)?),
+            Route::File => fs::metadata(&file)?.len(),
+            Route::MappedRam => host::held(&File::open(&file)?)?,
+            Route::Socket => self.count()?,
         };
-        let moved = Moved {
-            who: self.version.get().cloned().unwrap_or_default(),
+        Ok(Moved {
+            who: Who::Qemu,
             route,
             sent: number(&told["ram"], "transferred")?,
             counted,
@@ -124,12 +109,54 @@ impl Bench {
             zero: number(&told["ram"], "duplicate")?,
             setup: number(&told, "setup-time")? as f64,
             total: number(&told, "total-time")? as f64,
+            downtime: told["downtime"].as_f64(),
             source: [before, after],
-            destination: held(&destination)?,
-        };
-        destination.stop();
-        Ok(moved)
+            destination: there,
+        })
     }
+
+    /// Sends the same guest once more, to nobody but a thread that counts bytes. The kernel does not
+    /// count what QEMU receives from sockets (`rchar` has reads only), and whoever counted in between
+    /// would slow down what is timed.
+    fn count(&mut self) -> Result<u64> {
+        let path = self.dir.join("count.sock");
+        let listener = UnixListener::bind(&path)?;
+        let counting = thread::spawn(move || -> Result<u64> {
+            let (mut stream, _) = listener.accept()?;
+            let mut bytes = vec![0; MIB as usize];
+            let mut count = 0;
+            loop {
+                match stream.read(&mut bytes)? {
+                    0 => return Ok(count),
+                    read => count += read as u64,
+                }
+            }
+        });
+        // What has migrated has to run before it may migrate again.
+        self.qemu.qmp.execute("cont", &json!({}))?;
+        self.qemu.qmp.execute("stop", &json!({}))?;
+        self.qemu.qmp.migrate(&format!("unix:{}", path.display()), false)?;
+        counting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Ends it; which QEMU it was.
+    pub fn stop(mut self) -> String {
+        let asked = self.qemu.qmp.execute("query-version", &json!({}));
+        let version = asked.map(|mut answer| answer["qemu"].take()).unwrap_or_default();
+        let part = |name: &str| version[name].as_u64().unwrap_or(0);
+        self.qemu.stop();
+        format!("QEMU {}.{}.{}", part("major"), part("minor"), part("micro"))
+    }
+}
+
+fn start(kit: &Kit, dir: &Path, name: &str, incoming: bool) -> Result<Qemu> {
+    let dir = dir.join(name);
+    fs::create_dir_all(&dir)?;
+    Qemu::start(kit, Accelerator::Tcg, &Device::Own(&device(incoming)), &dir)
+}
+
+fn held(qemu: &Qemu) -> Result<Held> {
+    Ok(Held { region: host::held(&qemu.memory(REGION)?)?, boot: host::held(&qemu.memory(RAM)?)? })
 }
 
 fn number(value: &Value, name: &str) -> Result<u64> {
@@ -142,23 +169,17 @@ fn prepare(qemu: &mut Qemu, dir: &Path) -> Result<u64> {
     let mut guest = Guest::connect(&dir.join("guest.sock"))?;
     guest.wait_ready()?;
     wait::until("the guest to plug its memory", wait::LONG, || {
-        Ok((plugged(&mut qemu.qmp)?.1 == PLUGGED && guest.iomem()? == PLUGGED).then_some(()))
+        let plugged = OwnDevice::plugged(&mut qemu.qmp)? == PLUGGED;
+        Ok((plugged && guest.iomem()? == PLUGGED).then_some(()))
     })?;
-    guest.dirty(NOISE)?;
-    let (start, plugged) = plugged(&mut qemu.qmp)?;
+    guest.dirty_fast(NOISE)?;
+    let device = OwnDevice::state(&mut qemu.qmp)?;
     let ranges = guest.iomem_ranges()?;
     let follow = ranges.windows(2).all(|two| two[0].1 == two[1].0);
     ensure!(
-        follow && ranges.first().is_some_and(|range| range.0 == start),
+        follow && ranges.first().is_some_and(|range| range.0 == device.memaddr),
         "what the guest plugged has gaps: {ranges:x?}"
     );
     qemu.qmp.execute("stop", &json!({}))?;
-    Ok(plugged)
-}
-
-/// Where the region is for the guest, and how much of it is plugged.
-fn plugged(qmp: &mut Qmp) -> Result<(u64, u64)> {
-    let devices = qmp.execute("query-memory-devices", &json!({}))?;
-    let device = &devices[0]["data"];
-    Ok((number(device, "memaddr")?, number(device, "size")?))
+    Ok(device.size)
 }

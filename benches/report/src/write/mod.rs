@@ -1,5 +1,6 @@
 //! The report's files.
 
+mod bars;
 mod charts;
 mod html;
 mod markdown;
@@ -12,6 +13,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::host::Machine;
+use crate::qemu::{self, Comparison};
 use crate::record::{Outcome, Record};
 use crate::sweep::Profile;
 use crate::tables::{self, Table};
@@ -29,7 +31,7 @@ pub struct Report {
     /// What came out.
     pub records: Vec<Record>,
     /// What is compared with a stock QEMU, or why nothing is.
-    pub qemu: crate::qemu::Comparison,
+    pub qemu: Comparison,
 }
 
 impl Report {
@@ -40,12 +42,15 @@ impl Report {
 
     /// Whether all that ran came to its end, and counts agree.
     pub fn can_be_trusted(&self) -> bool {
-        !self.records.iter().any(Record::is_wrong)
+        !self.records.iter().any(Record::is_wrong) && !self.qemu.is_wrong()
     }
 
     fn tables(&self) -> Vec<Table> {
+        // The last one is long.
         let mut tables = tables::report(&self.view());
-        tables.extend(self.qemu.table());
+        let all = tables.pop();
+        tables.extend(self.qemu.measured().into_iter().flat_map(qemu::tables));
+        tables.extend(all);
         tables
     }
 
@@ -125,7 +130,8 @@ pub fn write(report: &Report, dir: &Path) -> Result<PathBuf> {
     };
     put("report.json", &serde_json::to_string_pretty(report)?)?;
     let (tables, notes) = (report.tables(), report.notes());
-    let charts = charts::all(&report.view())?;
+    let mut charts = charts::all(&report.view())?;
+    charts.extend(report.qemu.measured().map(bars::all).transpose()?.unwrap_or_default());
     for chart in &charts {
         put(&chart.name, &chart.svg)?;
     }
