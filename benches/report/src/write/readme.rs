@@ -6,15 +6,19 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::{Report, charts, markdown};
-use crate::tables;
+use crate::qemu;
+use crate::tables::{self, Table};
 
-const BEGIN: &str = "<!-- savings-report:begin -->";
-const END: &str = "<!-- savings-report:end -->";
+/// What is measured by every report.
+const SAVINGS: &str = "savings-report";
+/// What is measured by those that compare with QEMU.
+const QEMU: &str = "savings-report-qemu";
 
 /// Where the chart is, seen from the workspace.
 const CHART: &str = "benches/report/savings.svg";
 
-/// Puts the small table and its chart into the README of the workspace at `root`.
+/// Puts the small tables and the chart into the README of the workspace at `root`. What was not
+/// compared with QEMU leaves the older comparison where it is.
 ///
 /// # Errors
 ///
@@ -23,20 +27,30 @@ pub fn update(report: &Report, root: &Path) -> Result<()> {
     let view = report.view();
     let chart = charts::small(&view)?;
     fs::write(root.join(CHART), &chart.svg).with_context(|| format!("cannot write {CHART}"))?;
-    let table = tables::small(&view);
-    let text =
-        format!("\n{}:\n\n{}\n![{}]({CHART})\n", table.title, markdown::table(&table), chart.title);
     let path = root.join("README.md");
     let readme = fs::read_to_string(&path).context("cannot read the README")?;
-    let readme = replaced(&readme, &text).context("the README has no markers for the report")?;
+    let text = format!("{}\n![{}]({CHART})\n", titled(&tables::small(&view)), chart.title);
+    let mut readme = replaced(&readme, SAVINGS, &text)?;
+    if let Some(measured) = report.qemu.measured() {
+        readme = replaced(&readme, QEMU, &titled(&qemu::summary(measured)))?;
+    }
     fs::write(&path, readme).context("cannot write the README")
 }
 
-/// The text with what is between the markers replaced.
-fn replaced(text: &str, between: &str) -> Option<String> {
-    let (before, rest) = text.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{between}\n{END}{after}"))
+fn titled(table: &Table) -> String {
+    format!("{}:\n\n{}", table.title, markdown::table(table))
+}
+
+/// The text with what is between the markers of this name replaced.
+fn replaced(text: &str, name: &str, between: &str) -> Result<String> {
+    let (begin, end) = (format!("<!-- {name}:begin -->"), format!("<!-- {name}:end -->"));
+    let parts = text.split_once(&begin).and_then(|(before, rest)| {
+        let (_, after) = rest.split_once(&end)?;
+        Some((before, after))
+    });
+    let (before, after) =
+        parts.with_context(|| format!("the README has no markers {begin} {end}"))?;
+    Ok(format!("{before}{begin}\n\n{between}\n{end}{after}"))
 }
 
 #[cfg(test)]
@@ -45,10 +59,11 @@ mod tests {
 
     #[test]
     fn only_what_is_between_the_markers_changes() {
-        let text = format!("a\n{BEGIN}\nold\n{END}\nb\n");
-        let new = replaced(&text, "new").unwrap();
-        assert_eq!(new, format!("a\n{BEGIN}\nnew\n{END}\nb\n"));
-        assert_eq!(replaced(&new, "new").unwrap(), new);
-        assert_eq!(replaced("none", "new"), None);
+        let text =
+            "a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n<!-- x-y:begin --><!-- x-y:end -->\n";
+        let new = replaced(text, "x", "new\n").unwrap();
+        assert_eq!(new, text.replace("old\n", "\nnew\n\n"));
+        assert_eq!(replaced(&new, "x", "new\n").unwrap(), new);
+        assert!(replaced("none", "x", "new").is_err());
     }
 }
