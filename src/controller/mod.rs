@@ -16,23 +16,23 @@
 //! committed but not answered is recognised when it comes again.
 
 mod load_state;
+mod requests;
+mod served;
 mod store;
 
-use std::collections::BTreeSet;
 use std::io;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 
 pub use load_state::LoadStateError;
+use served::{Served, State};
 pub use store::{BlockUpdate, JournalUpdate, StateRecord, StateStore, Volatile};
 
 use crate::ByteRange;
-use crate::device::{
-    Change, ConfigSpace, Geometry, Request, RequestedSizeError, Response, Verdict, VirtioMem,
-};
+use crate::device::{Change, ConfigSpace, Geometry, Request, RequestedSizeError, VirtioMem};
 use crate::memory::{MemoryListener, NotReady, RamBlock, RamBlockError, RegionMemory};
 use crate::ram_discard::{
     ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource, RegisterError,
@@ -104,25 +104,6 @@ pub struct MemController {
     manager: Arc<LocalRamDiscardManager>,
     source: SourceId,
     memory: Arc<RegionMemory>,
-}
-
-/// What requests change. Locked for moments only, so that the configuration can be read while
-/// memory is given back; changes are serialised by the manager's transaction.
-struct Served {
-    geometry: Geometry,
-    state: Mutex<State>,
-}
-
-struct State {
-    device: VirtioMem,
-    store: Box<dyn StateStore>,
-    journal: Option<Request>,
-    holders: BTreeSet<FreezeHolder>,
-    /// A freeze has ended, but the store could not take that: what it has still names the holder.
-    thaw_unsaved: bool,
-    reset_pending: bool,
-    sweep_pending: bool,
-    observers: Vec<Arc<dyn DeviceObserver>>,
 }
 
 /// How a controller starts: what a state store found, or a new device.
@@ -274,73 +255,6 @@ impl MemController {
         self.memory.populated_units(section, unit, &plugged)
     }
 
-    /// Whether all of a guest-physical range may be used by the guest: what lies in the region is
-    /// plugged. Looked up before the device reads or writes a guest buffer, since touching
-    /// unplugged memory would allocate it.
-    pub fn is_usable(&self, gpa_range: ByteRange) -> bool {
-        let in_region = self.geometry.region().and_then(|region| region.intersection(gpa_range));
-        let section = in_region.and_then(|range| range.shifted_down(self.geometry.addr()));
-        section.is_none_or(|section| self.served.is_populated(section))
-    }
-
-    /// The guest-physical range that a request would take away from the guest, if any.
-    pub fn unplugged_by(&self, request: Request) -> Option<ByteRange> {
-        match self.state().device.evaluate(request) {
-            Verdict::Change(Change::UnplugAll) => self.geometry.region(),
-            Verdict::Change(Change::Unplug(blocks)) => {
-                self.geometry.section_of(&blocks)?.shifted_up(self.geometry.addr())
-            }
-            Verdict::Change(Change::Plug(_)) | Verdict::Answer(_) => None,
-        }
-    }
-
-    /// Executes a guest request. The answer is given to the guest, and [`answered`] called then.
-    ///
-    /// [`answered`]: Self::answered
-    pub fn execute(&self, request: Request) -> Response {
-        // What changes nothing does not wait for a change under way. An error may be a request
-        // whose work was done before, which only the transaction can tell.
-        if let Verdict::Answer(response) = self.state().device.evaluate(request)
-            && response != Response::Error
-        {
-            return response;
-        }
-        let mut transaction = self.manager.begin();
-        let state = self.state();
-        if state.journal == Some(request) && state.device.is_done(request) {
-            drop(state);
-            return self.answer_again(request);
-        }
-        let change = match state.device.evaluate(request) {
-            Verdict::Answer(response) => return response,
-            Verdict::Change(change) => change,
-        };
-        let frozen = !state.holders.is_empty();
-        let nothing_plugged = state.device.plugged_size() == 0;
-        drop(state);
-        let done = match change {
-            Change::UnplugAll if nothing_plugged => self.commit(&change, JournalUpdate::Forget),
-            _ if frozen => return Response::Busy,
-            Change::Plug(blocks) => self.plug(&mut transaction, request, blocks),
-            Change::Unplug(blocks) => self.unplug(&mut transaction, request, blocks),
-            Change::UnplugAll => self.unplug_all(&mut transaction).map_err(|error| match error {
-                ResetError::Memory(error) => busy(request, &error),
-                ResetError::Store(error) => busy(request, &error),
-            }),
-        };
-        if done.is_ok() { Response::Ack } else { Response::Busy }
-    }
-
-    /// Notes that the guest has the answer to the last request.
-    pub fn answered(&self) {
-        let mut state = self.state();
-        if state.journal.take().is_some()
-            && let Err(error) = state.store.mark_answered()
-        {
-            tracing::warn!(%error, "cannot note that a request was answered");
-        }
-    }
-
     /// Sets the requested size, bytes, and has the guest told.
     ///
     /// # Errors
@@ -455,61 +369,6 @@ impl MemController {
         self.served.state.lock()
     }
 
-    /// Answers a request whose work was done by a process that could not answer it any more.
-    fn answer_again(&self, request: Request) -> Response {
-        let done = match request {
-            Request::Unplug(span) => {
-                let offset = span.addr - self.geometry.addr();
-                let len = u64::from(span.nb_blocks) * self.geometry.block_size();
-                ByteRange::new(offset, len).is_none_or(|section| {
-                    self.memory.ready(section).is_ok() && self.memory.sweep(section).is_ok()
-                })
-            }
-            _ => true,
-        };
-        if done { Response::Ack } else { Response::Busy }
-    }
-
-    fn plug(
-        &self,
-        transaction: &mut Transaction<'_>,
-        request: Request,
-        blocks: Range<usize>,
-    ) -> Result<(), ()> {
-        let Some(section) = self.geometry.section_of(&blocks) else { return Err(()) };
-        self.memory.ready(section).map_err(|error| busy(request, &error))?;
-        transaction
-            .notify_populate(self.source, section)
-            .map_err(|refused| busy(request, &refused))?;
-        self.commit(&Change::Plug(blocks), JournalUpdate::Record(request))
-            .inspect_err(|()| transaction.notify_discard(self.source, section))
-    }
-
-    fn unplug(
-        &self,
-        transaction: &mut Transaction<'_>,
-        request: Request,
-        blocks: Range<usize>,
-    ) -> Result<(), ()> {
-        let Some(section) = self.geometry.section_of(&blocks) else { return Err(()) };
-        self.memory.ready(section).map_err(|error| busy(request, &error))?;
-        self.commit(&Change::Unplug(blocks), JournalUpdate::Record(request))?;
-        transaction.notify_discard(self.source, section);
-        Ok(())
-    }
-
-    fn unplug_all(&self, transaction: &mut Transaction<'_>) -> Result<(), ResetError> {
-        let plugged = self.served.ranges(true);
-        if self.memory.is_mapped() {
-            plugged.iter().try_for_each(|&section| self.memory.ready(section))?;
-        } else if let Some(&section) = plugged.first() {
-            self.memory.ready(section)?;
-        }
-        self.commit_or(&Change::UnplugAll, JournalUpdate::Forget)?;
-        plugged.iter().rev().for_each(|&s| transaction.notify_discard(self.source, s));
-        Ok(())
-    }
-
     fn reset_now(&self, transaction: &mut Transaction<'_>) -> Result<(), ResetError> {
         if self.memory.is_mapped() {
             self.unplug_all(transaction)?;
@@ -533,134 +392,6 @@ impl MemController {
             if let Err(error) = self.memory.sweep(section) {
                 tracing::error!(%section, %error, "cannot give back memory of unplugged blocks");
             }
-        }
-    }
-
-    fn commit(&self, change: &Change, journal: JournalUpdate) -> Result<(), ()> {
-        self.commit_or(change, journal).map_err(|error| {
-            tracing::error!(%error, "cannot save the device state; answering BUSY");
-        })
-    }
-
-    /// Saves a change and then makes it.
-    fn commit_or(&self, change: &Change, journal: JournalUpdate) -> io::Result<()> {
-        let mut state = self.state();
-        let mut record = state.record(BlockUpdate::Change(change), journal);
-        if *change == Change::UnplugAll {
-            record.usable_region_size = state.device.usable_after_unplug_all();
-        }
-        state.save(&record)?;
-        let before = state.device.plugged_size();
-        state.device.apply(change);
-        state.journal = match journal {
-            JournalUpdate::Keep => state.journal,
-            JournalUpdate::Forget => None,
-            JournalUpdate::Record(request) => Some(request),
-        };
-        let after = state.device.plugged_size();
-        if before != after {
-            state.tell(|observer| observer.plugged_size(after));
-        }
-        Ok(())
-    }
-}
-
-/// Says why a request is answered with BUSY.
-fn busy(request: Request, reason: &dyn std::fmt::Display) {
-    tracing::warn!(request = request.name(), %reason, "answering BUSY");
-}
-
-impl State {
-    /// The state as it is, with a change to come.
-    fn record<'a>(&self, blocks: BlockUpdate<'a>, journal: JournalUpdate) -> StateRecord<'a> {
-        StateRecord {
-            requested_size: self.device.requested_size(),
-            usable_region_size: self.device.usable_region_size(),
-            api_migration: self.holders.contains(&FreezeHolder::Api),
-            blocks,
-            journal,
-        }
-    }
-
-    fn save_holders(&mut self) -> io::Result<()> {
-        let record = self.record(BlockUpdate::Keep, JournalUpdate::Keep);
-        self.save(&record)
-    }
-
-    fn save(&mut self, record: &StateRecord<'_>) -> io::Result<()> {
-        self.store.commit(record)?;
-        // Every record has all that is known of holders.
-        self.thaw_unsaved = false;
-        Ok(())
-    }
-
-    fn tell(&self, event: impl Fn(&dyn DeviceObserver)) {
-        self.observers.iter().for_each(|observer| event(&**observer));
-    }
-}
-
-impl Served {
-    /// The blocks that a section touches.
-    fn blocks_of(&self, section: ByteRange) -> Range<usize> {
-        let block_size = self.geometry.block_size();
-        let index = |block: u64| {
-            usize::try_from(block).unwrap_or(usize::MAX).min(self.geometry.nr_blocks())
-        };
-        index(section.start() / block_size)..index(section.end().div_ceil(block_size))
-    }
-
-    fn ranges(&self, populated: bool) -> Vec<ByteRange> {
-        let mut ranges = Vec::new();
-        if let Some(section) = self.geometry.section() {
-            let _ = self.replay(section, populated, &mut |range| {
-                ranges.push(range);
-                ControlFlow::Continue(())
-            });
-        }
-        ranges
-    }
-}
-
-impl RamDiscardSource for Served {
-    fn region_size(&self) -> u64 {
-        self.geometry.region_size()
-    }
-
-    fn granularity(&self) -> u64 {
-        self.geometry.block_size()
-    }
-
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
-        let run = self.state.lock().device.blocks().next_run(self.blocks_of(section), populated);
-        self.geometry.section_of(&run?)?.intersection(section)
-    }
-
-    fn replay(
-        &self,
-        section: ByteRange,
-        populated: bool,
-        visit: &mut dyn FnMut(ByteRange) -> ControlFlow<()>,
-    ) -> ControlFlow<()> {
-        // Runs are fetched in batches, since `visit` may need the lock that guards them.
-        const BATCH: usize = 512;
-        let mut batch = Vec::with_capacity(BATCH);
-        let mut blocks = self.blocks_of(section);
-        loop {
-            {
-                let state = self.state.lock();
-                let runs = state.device.blocks().runs(blocks.clone(), populated);
-                batch.extend(runs.take(BATCH));
-            }
-            for run in &batch {
-                let range =
-                    self.geometry.section_of(run).and_then(|range| range.intersection(section));
-                visit(range.expect("a run of a section's blocks lies in the section"))?;
-            }
-            match batch.last() {
-                Some(last) if batch.len() == BATCH => blocks.start = last.end,
-                _ => return ControlFlow::Continue(()),
-            }
-            batch.clear();
         }
     }
 }

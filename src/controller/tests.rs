@@ -1,7 +1,8 @@
 use super::*;
-use crate::device::{BlockSpan, DeviceState};
+use crate::device::{BlockSpan, DeviceState, Response};
 use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -1,0 +1,131 @@
+//! What requests change, and the source it is for the RamDiscardManager.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::{BlockUpdate, DeviceObserver, FreezeHolder, JournalUpdate, StateRecord, StateStore};
+use crate::ByteRange;
+use crate::device::{Geometry, Request, VirtioMem};
+use crate::ram_discard::RamDiscardSource;
+
+/// What requests change. Locked for moments only, so that the configuration can be read while
+/// memory is given back; changes are serialised by the manager's transaction.
+pub(super) struct Served {
+    pub(super) geometry: Geometry,
+    pub(super) state: Mutex<State>,
+}
+
+pub(super) struct State {
+    pub(super) device: VirtioMem,
+    pub(super) store: Box<dyn StateStore>,
+    pub(super) journal: Option<Request>,
+    pub(super) holders: BTreeSet<FreezeHolder>,
+    /// A freeze has ended, but the store could not take that: what it has still names the holder.
+    pub(super) thaw_unsaved: bool,
+    pub(super) reset_pending: bool,
+    pub(super) sweep_pending: bool,
+    pub(super) observers: Vec<Arc<dyn DeviceObserver>>,
+}
+
+impl State {
+    /// The state as it is, with a change to come.
+    pub(super) fn record<'a>(
+        &self,
+        blocks: BlockUpdate<'a>,
+        journal: JournalUpdate,
+    ) -> StateRecord<'a> {
+        StateRecord {
+            requested_size: self.device.requested_size(),
+            usable_region_size: self.device.usable_region_size(),
+            api_migration: self.holders.contains(&FreezeHolder::Api),
+            blocks,
+            journal,
+        }
+    }
+
+    pub(super) fn save_holders(&mut self) -> io::Result<()> {
+        let record = self.record(BlockUpdate::Keep, JournalUpdate::Keep);
+        self.save(&record)
+    }
+
+    pub(super) fn save(&mut self, record: &StateRecord<'_>) -> io::Result<()> {
+        self.store.commit(record)?;
+        // Every record has all that is known of holders.
+        self.thaw_unsaved = false;
+        Ok(())
+    }
+
+    pub(super) fn tell(&self, event: impl Fn(&dyn DeviceObserver)) {
+        self.observers.iter().for_each(|observer| event(&**observer));
+    }
+}
+
+impl Served {
+    /// The blocks that a section touches.
+    fn blocks_of(&self, section: ByteRange) -> Range<usize> {
+        let block_size = self.geometry.block_size();
+        let index = |block: u64| {
+            usize::try_from(block).unwrap_or(usize::MAX).min(self.geometry.nr_blocks())
+        };
+        index(section.start() / block_size)..index(section.end().div_ceil(block_size))
+    }
+
+    pub(super) fn ranges(&self, populated: bool) -> Vec<ByteRange> {
+        let mut ranges = Vec::new();
+        if let Some(section) = self.geometry.section() {
+            let _ = self.replay(section, populated, &mut |range| {
+                ranges.push(range);
+                ControlFlow::Continue(())
+            });
+        }
+        ranges
+    }
+}
+
+impl RamDiscardSource for Served {
+    fn region_size(&self) -> u64 {
+        self.geometry.region_size()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.geometry.block_size()
+    }
+
+    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+        let run = self.state.lock().device.blocks().next_run(self.blocks_of(section), populated);
+        self.geometry.section_of(&run?)?.intersection(section)
+    }
+
+    fn replay(
+        &self,
+        section: ByteRange,
+        populated: bool,
+        visit: &mut dyn FnMut(ByteRange) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        // Runs are fetched in batches, since `visit` may need the lock that guards them.
+        const BATCH: usize = 512;
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut blocks = self.blocks_of(section);
+        loop {
+            {
+                let state = self.state.lock();
+                let runs = state.device.blocks().runs(blocks.clone(), populated);
+                batch.extend(runs.take(BATCH));
+            }
+            for run in &batch {
+                let range =
+                    self.geometry.section_of(run).and_then(|range| range.intersection(section));
+                visit(range.expect("a run of a section's blocks lies in the section"))?;
+            }
+            match batch.last() {
+                Some(last) if batch.len() == BATCH => blocks.start = last.end,
+                _ => return ControlFlow::Continue(()),
+            }
+            batch.clear();
+        }
+    }
+}
