@@ -1,6 +1,10 @@
 //! One bit a page of a RAM block: dirty, received, or whatever the user says.
 
+mod runs;
+
 use std::ops::Range;
+
+pub use runs::Runs;
 
 use crate::ByteRange;
 
@@ -110,15 +114,44 @@ impl PageBitmap {
 
     /// Clears the bits of `pages`; how many of them were one. Only reads and writes where there
     /// are ones.
+    #[inline]
     pub fn clear_range(&mut self, pages: Range<u64>) -> u64 {
-        let Split { parts: [first, last], body } = self.split(pages);
+        // Small device blocks are part of a word.
+        let last = pages.end.wrapping_sub(1);
+        if pages.start <= last && pages.start ^ last < WORD_BITS && last < self.nr_pages {
+            return self.clear_part(pages);
+        }
+        self.clear_words(pages)
+    }
+
+    /// As [`clear_range`](Self::clear_range), for pages of which all are in one word.
+    #[inline]
+    fn clear_part(&mut self, pages: Range<u64>) -> u64 {
+        let len = pages.end - pages.start;
+        let mask = (u64::MAX >> (WORD_BITS - len)) << (pages.start % WORD_BITS);
+        let gone = self.take_bits(index(pages.start / WORD_BITS), mask);
+        // Seen at once where whole device blocks are set and cleared.
+        let nr = if gone == mask { len } else { count(gone) };
+        self.ones -= nr;
+        nr
+    }
+
+    /// As [`clear_range`](Self::clear_range), for pages of more than one word.
+    fn clear_words(&mut self, pages: Range<u64>) -> u64 {
+        if pages.is_empty() {
+            return 0;
+        }
+        assert!(pages.end <= self.nr_pages, "pages {pages:?} of {}", self.nr_pages);
+        let start = pages.start.next_multiple_of(WORD_BITS);
+        let end = pages.end / WORD_BITS * WORD_BITS;
         let mut cleared = 0;
-        if let Some((word, mask)) = first {
-            cleared += self.clear_word(word, mask);
+        if pages.start < start {
+            cleared += self.clear_part(pages.start..start);
         }
-        if let Some((word, mask)) = last {
-            cleared += self.clear_word(word, mask);
+        if end < pages.end {
+            cleared += self.clear_part(end..pages.end);
         }
+        let body = index(start / WORD_BITS)..index(end / WORD_BITS);
         let mut ones = 0;
         let mut at = body.start;
         while at < body.end {
@@ -238,13 +271,9 @@ impl PageBitmap {
     }
 
     /// The maximal runs of ones within `pages`, ascending, clipped to it.
-    pub fn runs(&self, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-        let mut from = pages.start;
-        std::iter::from_fn(move || {
-            let run = self.next_run(from, pages.end, u64::MAX)?;
-            from = run.end;
-            Some(run)
-        })
+    #[inline]
+    pub fn runs(&self, pages: Range<u64>) -> Runs<'_> {
+        Runs::new(self, pages)
     }
 
     /// The words that may be non-zero, with their index.
@@ -281,13 +310,21 @@ impl PageBitmap {
 
     /// Clears `bits` of a word; how many were one.
     fn clear_word(&mut self, word: usize, bits: u64) -> u64 {
-        let gone = u64::from((bits & self.words[word]).count_ones());
+        let gone = count(self.take_bits(word, bits));
+        self.ones -= gone;
+        gone
+    }
+
+    /// Clears `bits` of a word; those that were one, which the caller takes from the count.
+    #[inline]
+    fn take_bits(&mut self, word: usize, bits: u64) -> u64 {
+        let before = self.words[word];
+        let gone = before & bits;
         if gone != 0 {
-            self.words[word] &= !bits;
-            if self.words[word] == 0 {
+            self.words[word] = before ^ gone;
+            if before == gone {
                 self.summary[word / 64] &= !(1 << (word % 64));
             }
-            self.ones -= gone;
         }
         gone
     }
@@ -355,19 +392,33 @@ fn part_of_word(pages: Range<u64>) -> Option<(usize, u64)> {
 /// lines of 8 words are all ones or all zeroes, and seeing that is quicker than counting.
 #[inline]
 fn take_ones(words: &mut [u64]) -> u64 {
-    let count = |words: &[u64]| words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
     let (lines, rest) = words.as_chunks_mut::<8>();
-    let mut ones = count(rest);
-    rest.fill(0);
+    let mut ones = 0;
     for line in lines {
         if line.iter().fold(u64::MAX, |all, word| all & word) == u64::MAX {
             ones += 8 * WORD_BITS;
         } else if line.iter().fold(0, |any, word| any | word) != 0 {
-            ones += count(line);
+            ones += count_all(line);
         }
         *line = [0; 8];
     }
+    if !rest.is_empty() {
+        ones += count_all(rest);
+        rest.fill(0);
+    }
     ones
+}
+
+/// How many ones there are, which is not worth much code where it is rarely asked.
+#[inline(never)]
+fn count(bits: u64) -> u64 {
+    u64::from(bits.count_ones())
+}
+
+/// As [`count`].
+#[inline(never)]
+fn count_all(words: &[u64]) -> u64 {
+    words.iter().map(|word| u64::from(word.count_ones())).sum()
 }
 
 /// The bits of a range of words in the word of the summary that has them all.
@@ -378,11 +429,13 @@ fn summary_mask(words: Range<usize>) -> u64 {
 
 /// The bits that `nr` bits use of the last of the words they fill; all when they fill it, or none
 /// are there.
+#[inline]
 fn last_mask(nr: u64) -> u64 {
     u64::MAX >> (nr.wrapping_neg() % WORD_BITS)
 }
 
 /// An index of a bitmap in memory, which fits.
+#[inline]
 fn index(n: u64) -> usize {
     usize::try_from(n).expect("a bitmap fits in memory")
 }

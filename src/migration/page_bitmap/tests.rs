@@ -26,6 +26,20 @@ fn runs_are_no_longer_than_asked() {
 }
 
 #[test]
+fn runs_end_once_and_for_all() {
+    let mut bitmap = PageBitmap::new(64 * 130);
+    for page in (0..64 * 130).step_by(3) {
+        bitmap.set(page);
+    }
+    for window in [0..0, 5..5, 6..7, 1..64, 60..64 * 65, 0..64 * 64 + 1, 64 * 129..64 * 131] {
+        let mut runs = bitmap.runs(window.clone());
+        let expected = window.clone().filter(|page| page % 3 == 0 && *page < 64 * 130);
+        assert!(runs.by_ref().eq(expected.map(|page| page..page + 1)), "{window:?}");
+        assert!((0..200).all(|_| runs.next().is_none()), "{window:?}");
+    }
+}
+
+#[test]
 fn words_with_a_bit_past_the_last_page_are_refused() {
     assert_eq!(PageBitmap::from_words(70, vec![0, 1 << 6]), None);
     assert_eq!(PageBitmap::from_words(70, vec![0]), None);
