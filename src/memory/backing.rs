@@ -13,6 +13,10 @@ use crate::ByteRange;
 /// hold the inode's locks for long.
 const DISCARD_CHUNK: u64 = 256 << 20;
 
+/// Where a hole is punched to see whether it can be: behind any memory, so that the size of the
+/// file need not be asked for. File systems on disks do not go as far.
+const FAR: u64 = 1 << 62;
+
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
@@ -68,6 +72,8 @@ pub struct Backing {
     file: File,
     kind: BackingKind,
     page_size: u64,
+    /// Where holes are punched that change nothing; `None` when that is at the end of the file.
+    probe_at: Option<u64>,
 }
 
 impl Backing {
@@ -97,7 +103,10 @@ impl Backing {
         // descriptors share. Where it cannot be had, the shared one has to do.
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
         let file = File::options().read(true).write(true).open(path).unwrap_or(file);
-        let backing = Self { file, kind, page_size };
+        let mut backing = Self { file, kind, page_size, probe_at: None };
+        if kind != BackingKind::File && backing.len()? <= FAR {
+            backing.probe_at = Some(FAR);
+        }
         backing.probe()?;
         Ok(backing)
     }
@@ -124,24 +133,33 @@ impl Backing {
     ///
     /// The reason why not.
     pub fn probe(&self) -> Result<(), BackingError> {
-        if let Ok(seals) = fs::fcntl_get_seals(&self.file) {
-            for (seal, name) in [
-                (fs::SealFlags::WRITE, "F_SEAL_WRITE"),
-                (fs::SealFlags::FUTURE_WRITE, "F_SEAL_FUTURE_WRITE"),
-            ] {
-                if seals.contains(seal) {
-                    return Err(BackingError::Sealed(name));
-                }
-            }
-        }
         // A hole behind the end of the file changes nothing, and takes the kernel through the
-        // same checks as a real one.
-        let end = self.len()?.next_multiple_of(self.page_size);
-        match punch(&self.file, end, self.page_size) {
+        // same checks as a real one: seals, attributes of the inode, security modules.
+        let at = match self.probe_at {
+            Some(at) => at,
+            None => self.len()?.next_multiple_of(self.page_size),
+        };
+        // Less than a page of shmem is nothing to unmap, which is the quickest; hugetlb may look
+        // at seals only where there is a page.
+        let len = if self.kind == BackingKind::Shmem { 1 } else { self.page_size };
+        match punch(&self.file, at, len) {
             Ok(()) => Ok(()),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Err(BackingError::NoHoles),
-            Err(errno) => Err(BackingError::System { what: "punch a hole", source: errno.into() }),
+            Err(errno) => Err(self.sealed().map_or_else(
+                || BackingError::System { what: "punch a hole", source: errno.into() },
+                BackingError::Sealed,
+            )),
         }
+    }
+
+    /// The seal that forbids giving memory back, if there is one.
+    fn sealed(&self) -> Option<&'static str> {
+        let seals = fs::fcntl_get_seals(&self.file).ok()?;
+        let forbidding = [
+            (fs::SealFlags::WRITE, "F_SEAL_WRITE"),
+            (fs::SealFlags::FUTURE_WRITE, "F_SEAL_FUTURE_WRITE"),
+        ];
+        forbidding.into_iter().find(|(seal, _)| seals.contains(*seal)).map(|(_, name)| name)
     }
 
     /// Gives the memory of `range` (bytes of the file, whole pages) back to the host.
@@ -347,6 +365,35 @@ mod tests {
         fs::fcntl_add_seals(&file, fs::SealFlags::FUTURE_WRITE).unwrap();
         assert!(matches!(backing.probe(), Err(BackingError::Sealed("F_SEAL_FUTURE_WRITE"))));
         assert!(matches!(Backing::new(file), Err(BackingError::Sealed(_))));
+    }
+
+    #[test]
+    fn sealed_memory_of_huge_pages_is_refused_also_when_sealed_later() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+        for seal in [fs::SealFlags::FUTURE_WRITE, fs::SealFlags::WRITE] {
+            // Needs no huge page, since none is touched.
+            let Ok(file) = fs::memfd_create("backing-test", flags) else { return };
+            let backing = Backing::new(File::from(file.try_clone().unwrap())).unwrap();
+            assert_eq!(backing.kind(), BackingKind::Hugetlb);
+            fs::fcntl_add_seals(&file, seal).unwrap();
+            assert!(matches!(backing.probe(), Err(BackingError::Sealed(_))));
+        }
+    }
+
+    #[test]
+    fn probing_takes_nothing_from_the_file() {
+        let file = memfd(4 * PAGE);
+        file.write_all_at(&[0xaa; 4 * 4096], 0).unwrap();
+        let on_disk = tempfile::tempfile().unwrap();
+        on_disk.write_all_at(&[0xaa; 4 * 4096], 0).unwrap();
+        for file in [file, on_disk] {
+            let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+            backing.probe().unwrap();
+            let mut bytes = [0; 4 * 4096];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            assert_eq!(bytes, [0xaa; 4 * 4096]);
+            assert_eq!(backing.len().unwrap(), 4 * PAGE);
+        }
     }
 
     #[test]
