@@ -1,6 +1,20 @@
 //! What a guest request costs from the driver's kick to its interrupt, through a real ring, real
 //! eventfds and a real vhost-user socket, against a back-end on the same crates that does nothing
 //! but answer; and what the daemon holds for a region of 1 TiB.
+//!
+//! What the peer need not do, and the daemon must:
+//!
+//! | request | system calls besides the peer's | why |
+//! | --- | --- | --- |
+//! | STATE | none | |
+//! | PLUG | a hole punched where nothing is | seals and the like may have come: refused before anything changes |
+//! | UNPLUG | the same, and the hole | whether the host holds anything is known only to a call as dear, and not for long |
+//! | either, with a state file | three writes | slot, words of the bitmap, and the mark that it was answered, after the interrupt |
+//!
+//! In a batch there are no system calls on either side. An access to guest memory more than the
+//! peer's seven (the request itself is read), two readings of the clock, the gate and the metrics
+//! are left. More than half of the time goes into the crates' accesses to guest memory, each of
+//! which counts references to the dirty log.
 
 #[expect(dead_code, reason = "each bench uses its part")]
 mod common;

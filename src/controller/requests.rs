@@ -20,6 +20,9 @@ impl MemController {
 
     /// The guest-physical range that a request would take away from the guest, if any.
     pub fn unplugged_by(&self, request: Request) -> Option<ByteRange> {
+        if !matches!(request, Request::Unplug(_) | Request::UnplugAll) {
+            return None;
+        }
         match self.state().device.evaluate(request) {
             Verdict::Change(Change::UnplugAll) => self.geometry.region(),
             Verdict::Change(Change::Unplug(blocks)) => {

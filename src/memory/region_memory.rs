@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 use thiserror::Error;
 
 use super::backing::{BackingError, BackingKind};
@@ -48,6 +49,8 @@ struct Table {
 
 /// Part of a section: a RAM block and the bytes of its file.
 type Piece = (Arc<RamBlock>, ByteRange);
+/// What lies behind a section: of a request's, nearly always one.
+type Pieces = SmallVec<[Piece; 1]>;
 
 impl RegionMemory {
     /// No memory yet.
@@ -208,8 +211,8 @@ impl RegionMemory {
 
     /// What lies behind `section`, and the first part of it with nothing behind, if any.
     /// Guest-physical; both in ascending order.
-    fn pieces(&self, section: ByteRange) -> (Vec<Piece>, Option<ByteRange>) {
-        let mut pieces = Vec::new();
+    fn pieces(&self, section: ByteRange) -> (Pieces, Option<ByteRange>) {
+        let mut pieces = Pieces::new();
         let mut missing = None;
         let Some(wanted) = section.shifted_up(self.geometry.addr()) else {
             return (pieces, Some(section));

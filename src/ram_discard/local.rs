@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
+use smallvec::SmallVec;
 
 use super::listeners::{Listeners, Registered};
 use super::source::Combined;
@@ -211,8 +212,14 @@ impl Inner {
     }
 
     /// The ranges of `section` that every source but `except` calls populated.
-    fn populated_by_others(&self, except: Option<SourceId>, section: ByteRange) -> Vec<ByteRange> {
-        let mut ranges = Vec::new();
+    ///
+    /// Where there are no others, which is usual, that is the section.
+    fn populated_by_others(
+        &self,
+        except: Option<SourceId>,
+        section: ByteRange,
+    ) -> SmallVec<[ByteRange; 1]> {
+        let mut ranges = SmallVec::new();
         let _ = self.combined(except).replay(section, true, &mut |range| {
             ranges.push(range);
             ControlFlow::Continue(())

@@ -11,7 +11,7 @@ use vhost::vhost_user::message::{
     VhostUserVirtioFeatures,
 };
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
+use vhost_user_backend::{VhostUserBackend, VringRwLock, VringState, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_mem::controller::MemController;
@@ -50,6 +50,16 @@ const MAX_SILENCE: Duration = Duration::from_micros(200);
 /// Guest memory that is replaced as a whole.
 pub type AtomicMemory = GuestMemoryAtomic<Memory>;
 type Vring = VringRwLock<AtomicMemory>;
+type Ring = VringState<AtomicMemory>;
+
+/// Answers that are in the ring, and what is still to follow.
+#[derive(Default)]
+struct Batch {
+    /// Since when the guest may not know of the first of them.
+    unsignalled: Option<Instant>,
+    /// Whether the device has not heard that the last one is there.
+    unnoted: bool,
+}
 
 /// The back-end of one connection. The device outlives it.
 #[derive(Clone)]
@@ -153,22 +163,23 @@ impl MemBackend {
 
     /// Serves the queue until it is empty, then once more if something came in between.
     fn serve(&self, vring: &Vring) {
-        let mut unsignalled = None;
+        let mut batch = Batch::default();
         loop {
             let mut served = false;
-            while self.serve_one(vring, &mut unsignalled) {
+            while self.serve_one(vring, &mut batch) {
                 served = true;
             }
             let _inside = self.shared.gate.enter();
-            self.signal(vring, &mut unsignalled);
-            if !self.is_running(vring) {
+            self.signal(vring, &mut batch);
+            let mut ring = vring.get_mut();
+            if !self.is_running(&ring) {
                 return;
             }
             // A ring that says there is more, but gives nothing, is broken by its driver: waiting
             // for the next kick is all that can be done without spinning.
-            match vring.enable_notification() {
+            match ring.enable_notification() {
                 Ok(true) if served => {
-                    let _ = vring.disable_notification();
+                    let _ = ring.disable_notification();
                 }
                 Ok(_) => return,
                 Err(error) => {
@@ -181,18 +192,20 @@ impl MemBackend {
 
     /// Serves one request, if there is one. The gate is passed for each, so that a ring can be
     /// stopped, or memory change, between any two.
-    fn serve_one(&self, vring: &Vring, unsignalled: &mut Option<Instant>) -> bool {
+    fn serve_one(&self, vring: &Vring, batch: &mut Batch) -> bool {
         let Shared { controller, metrics, gate, memory, .. } = &*self.shared;
         let _inside = gate.enter();
-        // The crate calls for a ring that was enabled, which may be stopped again by now.
-        if !self.is_running(vring) {
-            return false;
-        }
         let memory = memory.memory();
         let usable = UsableMemory::new(&memory, controller);
-        let Some(chain) = vring.get_mut().get_queue_mut().pop_descriptor_chain(&usable) else {
+        let mut ring = vring.get_mut();
+        // The crate calls for a ring that was enabled, which may be stopped again by now.
+        if !self.is_running(&ring) {
+            return false;
+        }
+        let Some(chain) = ring.get_queue_mut().pop_descriptor_chain(&usable) else {
             return false;
         };
+        drop(ring);
         self.shared.served.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
         let head = chain.head_index();
@@ -201,21 +214,25 @@ impl MemBackend {
             // Any part of it may be zeros that the guest never wrote.
             return false;
         }
-        let len = match &framed {
+        // Before the next one is executed, which may be the same again.
+        self.note_answered(batch);
+        let (len, finished) = match &framed {
             None => {
                 metrics.malformed();
                 tracing::debug!(head, "chain returned unused: its framing or buffers are wrong");
-                0
+                (0, Instant::now())
             }
             Some(framed) => {
                 let response = controller.execute(framed.request);
-                let len = framed.answer(&memory, response);
-                metrics.request(framed.request, response, started.elapsed());
+                let len = framed.answer(response);
+                let finished = Instant::now();
+                metrics.request(framed.request, response, finished - started);
                 tracing::trace!(request = ?framed.request, ?response);
-                len
+                (len, finished)
             }
         };
-        if let Err(error) = vring.add_used(head, len) {
+        let used = vring.get_mut().get_queue_mut().add_used(&*memory, head, len);
+        if let Err(error) = used {
             tracing::debug!(head, %error, "chain cannot be returned");
             return true;
         }
@@ -223,45 +240,52 @@ impl MemBackend {
             // The guest may not have got the answer.
             return false;
         }
-        controller.answered();
-        let since = *unsignalled.get_or_insert(started);
-        if since.elapsed() > MAX_SILENCE {
-            self.signal(vring, unsignalled);
+        batch.unnoted = true;
+        let since = *batch.unsignalled.get_or_insert(started);
+        if finished - since > MAX_SILENCE {
+            self.signal(vring, batch);
         }
         true
     }
 
-    /// Tells the guest of used buffers, if there are new ones and it wants to know.
-    fn signal(&self, vring: &Vring, unsignalled: &mut Option<Instant>) {
-        if unsignalled.take().is_none() || !self.is_running(vring) {
-            return;
-        }
-        if self.wants_signal(vring)
+    /// Tells the guest of used buffers, if there are new ones and it wants to know. What is noted
+    /// of them is noted after that, since the guest need not wait for it.
+    fn signal(&self, vring: &Vring, batch: &mut Batch) {
+        if batch.unsignalled.take().is_some()
+            && self.wants_signal(vring)
             && let Err(error) = vring.signal_used_queue()
         {
             tracing::debug!(%error, "cannot signal the guest");
         }
+        self.note_answered(batch);
+    }
+
+    /// Has the device note that the last request was answered.
+    fn note_answered(&self, batch: &mut Batch) {
+        if std::mem::take(&mut batch.unnoted) {
+            self.shared.controller.answered();
+        }
     }
 
     /// Whether a ring is started and enabled, so that it may be read and written.
-    fn is_running(&self, vring: &Vring) -> bool {
-        let state = vring.get_ref();
-        state.is_enabled()
-            && state.get_queue().ready()
-            && !self.shared.ended.load(Ordering::Acquire)
+    fn is_running(&self, ring: &Ring) -> bool {
+        ring.is_enabled() && ring.get_queue().ready() && !self.shared.ended.load(Ordering::Acquire)
     }
 
     fn is_abandoned(&self) -> bool {
         self.shared.abandoned.load(Ordering::SeqCst)
     }
 
-    /// Whether the guest wants to hear of used buffers. The crate answers for EVENT_IDX only.
+    /// Whether the ring runs and the guest wants to hear of used buffers. The crate answers for
+    /// EVENT_IDX only.
     fn wants_signal(&self, vring: &Vring) -> bool {
-        let guard = vring.get_ref();
-        let queue = guard.get_queue();
+        let mut ring = vring.get_mut();
+        if !self.is_running(&ring) {
+            return false;
+        }
+        let queue = ring.get_queue();
         if queue.event_idx_enabled() {
-            drop(guard);
-            return vring.needs_notification().unwrap_or(true);
+            return ring.needs_notification().unwrap_or(true);
         }
         const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
         let flags: Result<u16, _> = vm_memory::Bytes::read_obj(

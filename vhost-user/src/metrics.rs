@@ -1,6 +1,6 @@
 //! Metrics in the OpenMetrics text format.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -29,9 +29,16 @@ struct TypeLabel {
 const LATENCY_BUCKETS: [f64; 13] =
     [1e-6, 4e-6, 16e-6, 64e-6, 256e-6, 1e-3, 4e-3, 16e-3, 66e-3, 0.26, 1.0, 4.2, 17.0];
 
+/// Types of requests, and of responses.
+const TYPES: usize = 5;
+const RESPONSES: usize = 4;
+
 /// The daemon's counters. Sizes are read from the device when asked for.
 pub struct Metrics {
     registry: Registry,
+    /// The members of `requests` and `latency` that there are, found without hashing their labels.
+    counted: [[OnceLock<Counter>; RESPONSES]; TYPES],
+    timed: [OnceLock<Histogram>; TYPES],
     requests: Family<RequestLabels, Counter>,
     latency: Family<TypeLabel, Histogram>,
     malformed: Counter,
@@ -109,6 +116,8 @@ impl Metrics {
         let migration = flag("migration_active", "Whether block state is frozen");
         Self {
             registry,
+            counted: Default::default(),
+            timed: Default::default(),
             requests,
             latency,
             malformed,
@@ -129,10 +138,16 @@ impl Metrics {
 
     /// Counts an answered request.
     pub fn request(&self, request: Request, response: Response, took: Duration) {
-        let labels = RequestLabels { r#type: request.name(), response: response.name() };
-        self.requests.get_or_create(&labels).inc();
-        let label = TypeLabel { r#type: request.name() };
-        self.latency.get_or_create(&label).observe(took.as_secs_f64());
+        let kind = type_index(request);
+        let counter = self.counted[kind][response_index(response)].get_or_init(|| {
+            let labels = RequestLabels { r#type: request.name(), response: response.name() };
+            self.requests.get_or_create_owned(&labels)
+        });
+        counter.inc();
+        let histogram = self.timed[kind].get_or_init(|| {
+            self.latency.get_or_create_owned(&TypeLabel { r#type: request.name() })
+        });
+        histogram.observe(took.as_secs_f64());
     }
 
     /// Counts a chain that was no request.
@@ -174,6 +189,25 @@ impl Metrics {
         let mut encoded = String::new();
         text::encode(&mut encoded, &self.registry).expect("a String takes any text");
         encoded
+    }
+}
+
+fn type_index(request: Request) -> usize {
+    match request {
+        Request::Plug(_) => 0,
+        Request::Unplug(_) => 1,
+        Request::UnplugAll => 2,
+        Request::State(_) => 3,
+        Request::Unsupported(_) => 4,
+    }
+}
+
+fn response_index(response: Response) -> usize {
+    match response {
+        Response::Ack | Response::AckState(_) => 0,
+        Response::Nack => 1,
+        Response::Busy => 2,
+        Response::Error => 3,
     }
 }
 

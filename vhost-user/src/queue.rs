@@ -3,6 +3,7 @@
 //! Everything here is read from a hostile guest. A chain's framing is checked before anything is
 //! executed: a request that could not be answered is not executed.
 
+use smallvec::SmallVec;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_mem::ByteRange;
 use virtio_mem::controller::MemController;
@@ -10,13 +11,13 @@ use virtio_mem::device::{REQUEST_LEN, RESPONSE_LEN, Request, Response};
 use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{self, GuestMemorySliceIterator};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
 /// Guest memory with the front-end's dirty log.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
 
-/// Part of a guest buffer: address and length, bytes; never of length 0.
-type Part = (GuestAddress, usize);
+/// Part of a guest buffer, as it is mapped.
+type Part<'a> = VolatileSlice<'a, BS<'a, BitmapMmapRegion>>;
 
 /// Guest memory without what is unplugged now: any access to that fails, and the host gets to
 /// hold nothing for it.
@@ -34,6 +35,15 @@ impl<'a> UsableMemory<'a> {
     /// The part of `memory` that the guest may use now, as `controller` has it.
     pub fn new(memory: &'a Memory, controller: &'a MemController) -> Self {
         Self { memory, controller }
+    }
+
+    /// What lies behind a range; `None` when any of it may not be used now.
+    fn slices(&self, addr: GuestAddress, count: usize) -> Option<SmallVec<[Part<'a>; 1]>> {
+        if !self.is_usable(addr, count) {
+            return None;
+        }
+        let slices = GuestMemory::get_slices(self.memory, addr, count, Permissions::Write).ok()?;
+        slices.collect::<Result<_, _>>().ok()
     }
 
     fn is_usable(&self, addr: GuestAddress, count: usize) -> bool {
@@ -65,10 +75,11 @@ impl GuestMemory for UsableMemory<'_> {
 }
 
 /// A request whose framing was found good.
-pub struct Framed {
+pub struct Framed<'a> {
     /// What the guest asks for, read once.
     pub request: Request,
-    response: Vec<Part>,
+    /// Room for the response. Drivers use one buffer, for which nothing is allocated.
+    response: SmallVec<[Part<'a>; 1]>,
 }
 
 /// Reads a chain: device-readable parts first, of which 24 bytes are the request; then
@@ -77,16 +88,16 @@ pub struct Framed {
 /// Returns `None` for any chain that breaks the framing, or whose buffers lie in memory the guest
 /// may not use now, or would not after the request. A table of descriptors there ends the chain, as
 /// one that is not in memory at all does.
-pub fn parse(
-    chain: DescriptorChain<&UsableMemory<'_>>,
+pub fn parse<'a>(
+    chain: DescriptorChain<&UsableMemory<'a>>,
     controller: &MemController,
-) -> Option<Framed> {
+) -> Option<Framed<'a>> {
     let memory = *chain.memory();
     let mut bytes = [0; REQUEST_LEN];
     let mut filled = 0;
     let mut room = 0;
-    let mut response = Vec::new();
-    let mut buffers = Vec::new();
+    let mut response = SmallVec::new();
+    let mut buffers = SmallVec::<[ByteRange; 2]>::new();
     for descriptor in chain {
         let len = usize::try_from(descriptor.len()).ok()?;
         if len == 0 {
@@ -101,15 +112,12 @@ pub fn parse(
             continue;
         }
         let addr = descriptor.addr();
-        let access = if writable { Permissions::Write } else { Permissions::Read };
-        if !memory.check_range(addr, used, access) {
-            return None;
-        }
         buffers.push(ByteRange::new(addr.0, used as u64)?);
         if writable {
-            response.push((addr, used));
+            response.extend(memory.slices(addr, used)?);
             room += used;
         } else {
+            // All of it, or an error.
             memory.read_slice(&mut bytes[filled..filled + used], addr).ok()?;
             filled += used;
         }
@@ -124,18 +132,14 @@ pub fn parse(
     answerable.then_some(Framed { request, response })
 }
 
-impl Framed {
+impl Framed<'_> {
     /// Writes the response and returns the length for the used ring, bytes.
-    pub fn answer(&self, memory: &Memory, response: Response) -> u32 {
+    pub fn answer(&self, response: Response) -> u32 {
         let bytes = response.to_bytes();
         let mut written = 0;
-        for &(addr, len) in &self.response {
-            if let Err(error) = memory.write_slice(&bytes[written..written + len], addr) {
-                // Checked before; the memory table cannot change while a request is served.
-                tracing::error!(%error, "cannot write the response");
-                return 0;
-            }
-            written += len;
+        for part in &self.response {
+            part.copy_from(&bytes[written..]);
+            written += part.len();
         }
         u32::try_from(written).unwrap_or(0)
     }

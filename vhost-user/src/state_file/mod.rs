@@ -274,7 +274,7 @@ impl StateFile {
     ///
     /// When it cannot be written; the file still holds the state before.
     pub fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateFileError> {
-        let path = self.path.clone();
+        let path = &self.path;
         let io = |error| StateFileError::Io { path: path.clone(), error };
         let mut slot = Slot {
             seq: self.slot.seq + 1,
