@@ -107,25 +107,24 @@ impl RamDiscardSource for Served {
         visit: &mut dyn FnMut(ByteRange) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         // Runs are fetched in batches, since `visit` may need the lock that guards them.
-        const BATCH: usize = 512;
-        let mut batch = Vec::with_capacity(BATCH);
+        const BATCH: usize = 128;
+        let mut batch = [const { 0..0 }; BATCH];
         let mut blocks = self.blocks_of(section);
         loop {
-            {
+            let fetched = {
                 let state = self.state.lock();
                 let runs = state.device.blocks().runs(blocks.clone(), populated);
-                batch.extend(runs.take(BATCH));
-            }
-            for run in &batch {
+                batch.iter_mut().zip(runs).map(|(slot, run)| *slot = run).count()
+            };
+            for run in &batch[..fetched] {
                 let range =
                     self.geometry.section_of(run).and_then(|range| range.intersection(section));
                 visit(range.expect("a run of a section's blocks lies in the section"))?;
             }
-            match batch.last() {
-                Some(last) if batch.len() == BATCH => blocks.start = last.end,
-                _ => return ControlFlow::Continue(()),
+            if fetched < BATCH {
+                return ControlFlow::Continue(());
             }
-            batch.clear();
+            blocks.start = batch[BATCH - 1].end;
         }
     }
 }

@@ -200,15 +200,19 @@ impl MigrationBlock {
     ///
     /// When the manager's process is gone.
     pub fn populated(&self) -> Result<Vec<ByteRange>, Unavailable> {
-        let discarded = self.discarded()?;
+        Ok(self.all_but(&self.discarded()?))
+    }
+
+    /// The used bytes that are not in `discarded`, which is as [`discarded`](Self::discarded) tells.
+    pub(super) fn all_but(&self, discarded: &[ByteRange]) -> Vec<ByteRange> {
         let mut ranges = Vec::with_capacity(discarded.len() + 1);
         let mut at = 0;
-        for hole in &discarded {
+        for hole in discarded {
             ranges.extend(ByteRange::from_bounds(at, hole.start()));
             at = hole.end();
         }
         ranges.extend(ByteRange::from_bounds(at, self.used_length()));
-        Ok(ranges)
+        ranges
     }
 
     /// Whether every byte of `range` (from the start of the block) is populated.

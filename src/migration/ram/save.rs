@@ -75,8 +75,8 @@ impl SaveBlock {
 
     /// Starts tracking, and finds out which pages there are to send.
     fn start(&mut self, counters: &Counters) -> Result<(), MigrationError> {
-        let populated = self.block.populated()?;
         let discarded = self.block.discarded()?;
+        let populated = self.block.all_but(&discarded);
         self.discarded = discarded.iter().map(|range| pages_touched(*range)).collect();
         self.started = true;
         let id = self.block.id();
