@@ -14,7 +14,9 @@ pub const NOTES: [&str; 3] = [
      one process; QEMU also moves its devices and firmware (below 1 MiB). As everywhere in this report as much \
      memory as a run takes is touched and freed before it: first touch of memory that the machine's own host has \
      not backed costs a multiple. Figures are medians, with the least and the most where they differ. QEMU's \
-     are query-migrate's. Downtime is that of a guest that already stood still: what comes at the end.",
+     are query-migrate's. Downtime is that of a guest that already stood still, from the \
+     end of the rounds on: QEMU's until it has written everything, this project's until the destination has said \
+     that it loaded everything.",
     "Counted are, for QEMU and the socket, the bytes that came out of a second migration of the same \
      guest to a thread that does nothing else; for this project and the socket what the kernel saw being read \
      (rchar); for files their length (stream) or their blocks (mapped-ram). To a file this project always uses the \
@@ -22,7 +24,7 @@ pub const NOTES: [&str; 3] = [
     "Resizes: the same kernel, initramfs, boot memory, region (8 GiB) and blocks (2 MiB) under the same QEMU, with its \
      virtio-mem-pci and with the daemon behind its generic vhost-user front-end. Both guests live side by side and \
      take turns; between growing and shrinking each writes 1 GiB and frees it. Sizes are asked for every 5 ms, by \
-     QMP and by the management API. How long it takes is mostly the guest's doing: nearly all of a shrink goes into \
+     QMP and by the management API's block map. How long it takes is mostly the guest's doing: nearly all of a shrink goes into \
      taking memory off line, which is slow under TCG; the device answers a request for each 128 MiB in between.",
 ];
 
@@ -126,7 +128,7 @@ fn times(one: Spread, other: Spread, words: fn(f64) -> String) -> String {
 }
 
 fn ratios(measured: &Measured) -> Table {
-    let title = format!("{} ÷ this project", measured.qemu);
+    let title = format!("{}, as a multiple of this project", measured.qemu);
     let head = ["route", "sent", "total", "source grew by", "destination holds"];
     let mut table = Table::new(title, head);
     for route in Route::ALL {
@@ -170,7 +172,7 @@ fn resizes(measured: &Measured) -> Table {
         row.extend(cells.into_iter().flatten());
         table.rows.push(row);
     }
-    let mut row = vec!["virtio-mem-pci ÷ the daemon".to_owned(), String::new()];
+    let mut row = vec!["virtio-mem-pci, as a multiple".to_owned(), String::new()];
     let ratio = |(figure, words)| {
         Some(times(spread(Who::Qemu, figure)?, spread(Who::Ours, figure)?, words))
     };
@@ -264,6 +266,6 @@ mod tests {
     #[test]
     fn resizes_end_in_a_ratio() {
         let rows = resizes(&measured()).rows;
-        assert_eq!(rows[2], ["virtio-mem-pci ÷ the daemon", "", "1.00", "1.00", "1.00", "0 : 0"]);
+        assert_eq!(rows[2], ["virtio-mem-pci, as a multiple", "", "1.00", "1.00", "1.00", "0 : 0"]);
     }
 }

@@ -90,6 +90,7 @@ fn draw(area: &DrawingArea<SVGBackend<'_>, Shift>, title: &str, groups: &[Group]
         .max_light_lines(1)
         .x_labels(2 * groups.len() + 1)
         .x_label_formatter(&name)
+        .y_label_formatter(&|value| ((value * 100.0).round() / 100.0).to_string())
         .draw()?;
     for (index, who) in [Who::Qemu, Who::Ours].into_iter().enumerate() {
         let style = colour(who).filled();
