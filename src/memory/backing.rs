@@ -191,8 +191,11 @@ impl Backing {
         Ok(())
     }
 
-    /// Bytes of `range` (of the file) that the host holds, found by its holes. `None` for hugetlb
-    /// files, which do not tell their holes.
+    /// Bytes of `range` (of the file) that the host holds. `None` for hugetlb files, which do not
+    /// tell their holes.
+    ///
+    /// Of a whole file in memory the kernel keeps count. Otherwise its holes are searched, which
+    /// costs some 50 ns for each page that is held.
     ///
     /// # Errors
     ///
@@ -200,6 +203,14 @@ impl Backing {
     pub fn populated(&self, range: ByteRange) -> io::Result<Option<u64>> {
         if self.kind == BackingKind::Hugetlb {
             return Ok(None);
+        }
+        if self.kind == BackingKind::Shmem {
+            let stat = fs::fstat(&self.file)?;
+            // Files on disks also have blocks for what is no data.
+            if range.start() == 0 && u64::try_from(stat.st_size).is_ok_and(|len| len <= range.end())
+            {
+                return Ok(u64::try_from(stat.st_blocks).ok().map(|blocks| blocks * 512));
+            }
         }
         let mut populated = 0;
         self.for_each_data(range, |data| {
@@ -378,6 +389,22 @@ mod tests {
             fs::fcntl_add_seals(&file, seal).unwrap();
             assert!(matches!(backing.probe(), Err(BackingError::Sealed(_))));
         }
+    }
+
+    #[test]
+    fn what_is_held_of_a_whole_file_is_what_the_kernel_counts() {
+        let file = memfd(8 * PAGE);
+        let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+        file.write_all_at(&[1], PAGE).unwrap();
+        file.write_all_at(&[1; 2 * 4096], 4 * PAGE).unwrap();
+        let held = |from: u64, to: u64| {
+            let range = ByteRange::from_bounds(from * PAGE, to * PAGE).unwrap();
+            backing.populated(range).unwrap().unwrap() / PAGE
+        };
+        assert_eq!([held(0, 8), held(0, 7), held(1, 8), held(2, 5)], [3, 3, 3, 1]);
+        // Held, though no data.
+        fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 6 * PAGE, PAGE).unwrap();
+        assert_eq!(held(0, 8), 4);
     }
 
     #[test]
