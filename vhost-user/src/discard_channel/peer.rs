@@ -4,6 +4,7 @@ use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -30,12 +31,14 @@ pub(super) struct Peer {
     /// Also has one frame sent after the other.
     link: Mutex<Link>,
     changed: Condvar,
+    /// Set within the link, so that who has it need not look again; read anywhere, since a session
+    /// that took the link for this would be in the way of whom it has just woken.
+    gone: AtomicBool,
 }
 
 struct Link {
     waiting: Option<Waiting>,
     patience: Patience,
-    gone: bool,
 }
 
 struct Waiting {
@@ -48,8 +51,8 @@ struct Waiting {
 impl Peer {
     pub(super) fn new(id: u64, stream: UnixStream, metrics: Arc<Metrics>) -> Self {
         let patience = Patience::new(PATIENCE, Instant::now());
-        let link = Mutex::new(Link { waiting: None, patience, gone: false });
-        Self { id, stream, metrics, link, changed: Condvar::new() }
+        let link = Mutex::new(Link { waiting: None, patience });
+        Self { id, stream, metrics, link, changed: Condvar::new(), gone: AtomicBool::new(false) }
     }
 
     pub(super) fn id(&self) -> u64 {
@@ -61,34 +64,34 @@ impl Peer {
     }
 
     pub(super) fn is_gone(&self) -> bool {
-        self.link.lock().gone
+        self.gone.load(Ordering::Acquire)
     }
 
     /// Sends the first message, with the bitmap.
     pub(super) fn welcome(&self, welcome: Welcome, bitmap: BorrowedFd<'_>) -> bool {
-        let mut link = self.link.lock();
+        let link = self.link.lock();
         let sent = send_with_fd(&self.stream, &ServerMessage::Welcome(welcome), bitmap);
-        self.keep(&mut link, sent)
+        self.keep(&link, sent)
     }
 
     /// Sends an answer; false when the client is gone.
     pub(super) fn answer(&self, message: &ServerMessage) -> bool {
-        let mut link = self.link.lock();
+        let link = self.link.lock();
         let sent = send(&self.stream, message);
-        self.keep(&mut link, sent)
+        self.keep(&link, sent)
     }
 
     /// Sends an event, for which [`outcome`](Self::outcome) waits; false when the client is gone.
     pub(super) fn tell(&self, event: u64, message: &ServerMessage) -> bool {
         let mut link = self.link.lock();
-        if link.gone {
+        if self.is_gone() {
             return false;
         }
         let deadline = link.patience.begin(Instant::now());
         let may_refuse = matches!(message, ServerMessage::Populate { .. });
         link.waiting = Some(Waiting { event, may_refuse, deadline, reply: None });
         let sent = send(&self.stream, message);
-        self.keep(&mut link, sent)
+        self.keep(&link, sent)
     }
 
     /// Waits for the reply to the event that was told; `None` when the client is gone, which it
@@ -96,7 +99,7 @@ impl Peer {
     pub(super) fn outcome(&self) -> Option<Reply> {
         let mut link = self.link.lock();
         loop {
-            if link.gone {
+            if self.is_gone() {
                 return None;
             }
             let waiting = link.waiting.as_mut()?;
@@ -107,7 +110,7 @@ impl Peer {
             let deadline = waiting.deadline;
             if Instant::now() >= deadline {
                 let reason = "it did not answer in time".to_owned();
-                self.drop_locked(&mut link, Farewell::Silent, reason);
+                self.drop_locked(&link, Farewell::Silent, reason);
                 return None;
             }
             let _ = self.changed.wait_until(&mut link, deadline);
@@ -138,31 +141,29 @@ impl Peer {
 
     /// Ends the connection for a fault of the client.
     pub(super) fn drop_for(&self, cause: Farewell, reason: String) {
-        self.drop_locked(&mut self.link.lock(), cause, reason);
+        self.drop_locked(&self.link.lock(), cause, reason);
     }
 
     /// Nobody waits for the client any more, whose connection has ended.
     pub(super) fn leave(&self) {
-        let mut link = self.link.lock();
-        if !link.gone {
-            link.gone = true;
+        let _link = self.link.lock();
+        if !self.gone.swap(true, Ordering::AcqRel) {
             tracing::info!(client = self.id, "discard-channel client left");
         }
         self.changed.notify_all();
     }
 
-    fn keep(&self, link: &mut Link, sent: std::io::Result<()>) -> bool {
+    fn keep(&self, link: &Link, sent: std::io::Result<()>) -> bool {
         if let Err(error) = sent {
             self.drop_locked(link, Farewell::Silent, format!("it does not read: {error}"));
         }
-        !link.gone
+        !self.is_gone()
     }
 
-    fn drop_locked(&self, link: &mut Link, cause: Farewell, reason: String) {
-        if link.gone {
+    fn drop_locked(&self, _link: &Link, cause: Farewell, reason: String) {
+        if self.gone.swap(true, Ordering::AcqRel) {
             return;
         }
-        link.gone = true;
         self.metrics.discard_client_dropped();
         tracing::warn!(client = self.id, reason, "dropped a discard-channel client");
         let _ = send(&self.stream, &goodbye(cause, reason));
