@@ -1,24 +1,17 @@
 //! What requests and replays cost in a region of 1 TiB with blocks of 2 MiB (524288 blocks),
 //! against the naive walk over one `bool` a block.
 
+#[expect(dead_code, reason = "each bench uses its part")]
 mod common;
 
 use std::hint::black_box;
 use std::ops::Range;
 
-use common::{compare, head, time};
+use common::{compare, head, random, time};
 use virtio_mem::device::BlockBitmap;
 
 const NR: usize = 524_288;
 const RUNS: usize = 11;
-
-/// xorshift64: the same states in every run.
-fn random(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
-}
 
 fn states() -> [(&'static str, Vec<bool>); 5] {
     let mut seed = 0x9e37_79b9_7f4a_7c15;

@@ -3,7 +3,6 @@
 #[expect(dead_code, reason = "each bench uses its part")]
 mod common;
 
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -11,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::MemfdFlags;
+use common::memfd;
 use virtio_mem::ByteRange;
 use virtio_mem::memory::RamBlock;
 use virtio_mem::migration::MigrationError;
@@ -42,12 +41,6 @@ impl HandlerFailed for Stop {
     fn handler_failed(&self, error: &MigrationError) {
         panic!("{error}");
     }
-}
-
-fn memfd(size: u64) -> File {
-    let file = File::from(rustix::fs::memfd_create("bench", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(size).unwrap();
-    file
 }
 
 fn block(size: u64) -> Arc<MigrationBlock> {

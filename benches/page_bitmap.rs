@@ -8,21 +8,13 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use common::{compare, head};
+use common::{compare, head, random};
 use virtio_mem::migration::page_bitmap::PageBitmap;
 
 const NR: u64 = 1 << 28;
 /// Pages of a device block of 2 MiB.
 const BLOCK: u64 = 512;
 const RUNS: usize = 11;
-
-/// xorshift64: the same states in every run.
-fn random(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
-}
 
 /// Discarded runs of pages, in runs of up to `longest` blocks of `block` pages with as much between.
 fn discarded(block: u64, longest: u64) -> Vec<Range<u64>> {

@@ -14,8 +14,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{compare, head, report};
-use rustix::fs::MemfdFlags;
+use common::{compare, head, memfd, report};
 use virtio_mem::ByteRange;
 use virtio_mem::controller::{MemController, Start};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
@@ -55,12 +54,6 @@ struct Side {
     file: File,
     blocks: Arc<RamBlocks>,
     mapping: Arc<MigrationBlock>,
-}
-
-fn memfd(size: u64) -> File {
-    let file = File::from(rustix::fs::memfd_create("bench", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(size).unwrap();
-    file
 }
 
 /// A region with its first `PLUGGED` bytes plugged.

@@ -1,7 +1,11 @@
 //! Two things measured in turn in one run, told as a ratio: on a shared machine single times are
 //! noise, and the ratio of neighbours is not.
 
+use std::fs::File;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::time::{ClockId, clock_gettime};
 
 /// Measures `ours` and `peer` in turn, `runs` times each after one round that is not counted, and
 /// prints the line of [`report`].
@@ -51,6 +55,35 @@ pub fn time(times: u32, mut work: impl FnMut()) -> Duration {
         work();
     }
     start.elapsed() / times
+}
+
+/// How long `work` keeps this thread busy. For work that does not wait: what others on the machine
+/// take of the CPU meanwhile does not count.
+pub fn busy(work: impl FnOnce()) -> Duration {
+    let start = thread_time();
+    work();
+    thread_time() - start
+}
+
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).expect("time goes on")
+}
+
+/// xorshift64: the same numbers in every run.
+pub fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+/// Memory of so many bytes, of which nothing is there yet.
+pub fn memfd(size: u64) -> File {
+    let file = memfd_create("bench", MemfdFlags::CLOEXEC).expect("memory");
+    let file = File::from(file);
+    file.set_len(size).expect("a size");
+    file
 }
 
 fn human(seconds: f64) -> String {
