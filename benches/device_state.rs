@@ -1,0 +1,76 @@
+//! What saving and loading the state of a device costs, sections `virtio-mem-device-early` and
+//! `virtio-mem`, against memcpy of the same bytes. Loading also tells the device's memory of each
+//! range that becomes plugged, of which there are 262144 at worst.
+
+#[expect(dead_code, reason = "each bench uses its part")]
+mod common;
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use common::{busy, compare, head};
+use virtio_mem::controller::{MemController, Start};
+use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
+use virtio_mem::migration::devices::DeviceSection;
+use virtio_mem::migration::stream::{SectionHeader, SectionKind};
+use virtio_mem::migration::virtio_mem::{properties, register};
+use virtio_mem::migration::vmstate::DeviceRegistry;
+use virtio_mem::migration::wire::WireReader;
+
+const REGION: u64 = 1 << 40;
+const BLOCK: u64 = 2 << 20;
+const RUNS: usize = 11;
+const WORDS: usize = (REGION / BLOCK / 64) as usize;
+
+fn registry(plugged: u64) -> DeviceRegistry {
+    let geometry = Geometry::new(1 << 40, REGION, BLOCK, None).unwrap();
+    let state = DeviceState {
+        requested_size: REGION,
+        usable_region_size: REGION,
+        plugged: vec![plugged; WORDS],
+    };
+    let device = VirtioMem::restore(geometry, state).unwrap();
+    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let mut registry = DeviceRegistry::new(properties());
+    register(&mut registry, "0000:00:01.0", &controller).unwrap();
+    registry
+}
+
+fn header(section: &DeviceSection) -> SectionHeader {
+    SectionHeader {
+        kind: SectionKind::Full,
+        section_id: 1,
+        idstr: section.idstr.clone(),
+        instance_id: section.instance_id,
+        version_id: section.version_id,
+    }
+}
+
+fn main() {
+    head("State of a device of 1 TiB in blocks of 2 MiB", "memcpy");
+    for (name, plugged) in [("all plugged", u64::MAX), ("every other block", 0x5555_5555_5555_5555)]
+    {
+        let mut source = registry(plugged);
+        let mut save = || [true, false].map(|early| source.save_phase(early).unwrap());
+        let phases = save();
+        let sent: Vec<u8> =
+            phases.iter().flatten().flat_map(|section| section.payload.clone()).collect();
+        let times = |work: &mut dyn FnMut()| busy(|| (0..64).for_each(|_| work())) / 64;
+        let copy = || times(&mut || drop(black_box(black_box(&sent).clone())));
+        let what = format!("{} bytes", sent.len());
+        compare(&format!("{name}, saved, {what}"), RUNS, || times(&mut || _ = save()), copy);
+        let load = || {
+            let mut to = registry(0);
+            busy(|| {
+                for (sections, early) in phases.iter().zip([true, false]) {
+                    for section in sections {
+                        let mut reader = WireReader::new(&section.payload[..]);
+                        to.load_section(&header(section), early, &mut reader).unwrap();
+                    }
+                }
+                to.finish_load().unwrap();
+            })
+        };
+        compare(&format!("{name}, loaded"), RUNS, load, copy);
+    }
+}
