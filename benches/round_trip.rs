@@ -20,31 +20,27 @@
 mod common;
 #[path = "round_trip/echo.rs"]
 mod echo;
+#[path = "common/guest.rs"]
+mod guest;
 
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use common::{head, report};
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use guest::{ADDR, BLOCK, Guest, on_cpus, ram, samples, start, stay_on};
 use tempfile::TempDir;
-use test_vmm::daemon::{Daemon, DaemonOptions};
-use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType};
-use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
-use test_vmm::memory::{GuestRam, Layout};
+use test_vmm::daemon::DaemonOptions;
+use test_vmm::driver::{MemRequest, RequestType, ResponseType};
+use test_vmm::memory::GuestRam;
 
-const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-user-mem");
 /// With this argument and a path, the bench is the peer.
 const ECHO: &str = "--echo-back-end";
 
-const ADDR: u64 = 1 << 32;
-const BLOCK: u64 = 2 << 20;
 const REGION: u64 = 1 << 30;
-const BOOT: u64 = 16 << 20;
-const RING: u64 = 0x1000;
 
 /// Rounds, of which the median is told; ours and the peer take turns within each.
 const ROUNDS: usize = 11;
@@ -53,41 +49,14 @@ const SAMPLES: usize = 1000;
 /// Requests for one kick. Each takes two of the ring's 128 descriptors.
 const BATCH: usize = 64;
 
-/// A guest connected to a back-end.
-struct Guest {
-    driver: MemDriver,
-    _frontend: Frontend,
+fn state(guest: &mut Guest) {
+    guest.execute(RequestType::State);
 }
 
-impl Guest {
-    fn connect(socket: &Path, ram: &Arc<GuestRam>) -> anyhow::Result<Self> {
-        let frontend = Frontend::connect(socket)?;
-        frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES)?;
-        frontend.set_mem_table(ram)?;
-        let driver = MemDriver::at(ram, RING, 128, true)?;
-        frontend.start_ring(0, driver.ring())?;
-        Ok(Self { driver, _frontend: frontend })
-    }
-
-    fn execute(&mut self, kind: RequestType) {
-        let response = self.driver.execute(MemRequest::new(kind, ADDR, 1)).unwrap();
-        assert_eq!(response.kind(), ResponseType::Ack);
-    }
-
-    fn state(&mut self) {
-        self.execute(RequestType::State);
-    }
-
-    fn plug_and_unplug(&mut self) {
-        self.execute(RequestType::Plug);
-        self.execute(RequestType::Unplug);
-    }
-
-    fn batch(&mut self) {
-        let request = MemRequest::new(RequestType::State, ADDR, 1);
-        let responses = self.driver.execute_batch(&[request; BATCH]).unwrap();
-        assert_eq!(responses.len(), BATCH);
-    }
+fn batch(guest: &mut Guest) {
+    let request = MemRequest::new(RequestType::State, ADDR, 1);
+    let responses = guest.driver.execute_batch(&[request; BATCH]).unwrap();
+    assert_eq!(responses.len(), BATCH);
 }
 
 /// The peer, a process of its own as the daemon is.
@@ -117,27 +86,6 @@ impl Drop for Peer {
     }
 }
 
-fn ram(region: u64) -> anyhow::Result<Arc<GuestRam>> {
-    Ok(Arc::new(GuestRam::new(Layout::boot_and_device(BOOT, ADDR, region)?)?))
-}
-
-fn start(options: DaemonOptions) -> anyhow::Result<Daemon> {
-    Ok(Daemon::start(Path::new(DAEMON), options.block_size(BLOCK))?)
-}
-
-/// How long each of some goes took, ascending.
-fn samples(count: usize, mut work: impl FnMut()) -> Vec<Duration> {
-    let mut times: Vec<Duration> = (0..count)
-        .map(|_| {
-            let start = Instant::now();
-            work();
-            start.elapsed()
-        })
-        .collect();
-    times.sort();
-    times
-}
-
 /// Ours and the peer in turn: p50 and p99 of `work`.
 fn latency(what: &str, ours: &mut Guest, peer: &mut Guest, work: fn(&mut Guest)) {
     let (mut p50, mut p99) = (Vec::new(), Vec::new());
@@ -158,7 +106,7 @@ fn latency(what: &str, ours: &mut Guest, peer: &mut Guest, work: fn(&mut Guest))
 fn throughput(ours: &mut Guest, peer: &mut Guest) {
     let goes = SAMPLES / BATCH * 4;
     let each = |guest: &mut Guest| {
-        let times = samples(goes, || guest.batch());
+        let times = samples(goes, || batch(guest));
         times.iter().sum::<Duration>() / u32::try_from(goes * BATCH).expect("few")
     };
     let rounds: Vec<_> = (0..=ROUNDS).map(|_| (each(ours), each(peer))).skip(1).collect();
@@ -212,24 +160,10 @@ fn main() -> anyhow::Result<()> {
         let socket = args.next().context("no socket")?;
         return echo::serve(Path::new(&socket));
     }
-    // Left to the scheduler, the two sides share a CPU or not as it happens, which makes more of a
-    // difference than anything a back-end does.
-    let all = sched_getaffinity(None)?;
-    let mut cpus = (0..CpuSet::MAX_CPU).filter(|&cpu| all.is_set(cpu));
-    let first = cpus.next().context("no CPU")?;
-    requests("Guest requests, both sides on one CPU", first, first)?;
-    if let Some(second) = cpus.next() {
-        requests("Guest requests, driver and back-end on a CPU each", first, second)?;
-    }
-    sched_setaffinity(None, &all)?;
+    on_cpus(|name, driver, back_end| {
+        requests(&format!("Guest requests, {name}"), driver, back_end)
+    })?;
     resident()
-}
-
-/// From now on, this thread and what it starts run on one CPU.
-fn stay_on(cpu: usize) -> rustix::io::Result<()> {
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    sched_setaffinity(None, &set)
 }
 
 /// The table of requests, with the driver and the back-ends each on the given CPU.
@@ -244,7 +178,7 @@ fn requests(title: &str, driver: usize, back_end: usize) -> anyhow::Result<()> {
     let mut durable = Guest::connect(&lasting.socket(), &ram(REGION)?)?;
     let mut echo = peer.guest(&ram(REGION)?)?;
     head(title, "echo");
-    latency("STATE", &mut ours, &mut echo, Guest::state);
+    latency("STATE", &mut ours, &mut echo, state);
     latency("PLUG then UNPLUG", &mut ours, &mut echo, Guest::plug_and_unplug);
     let what = "PLUG then UNPLUG, with a state file";
     latency(what, &mut durable, &mut echo, Guest::plug_and_unplug);
