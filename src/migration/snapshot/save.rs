@@ -248,22 +248,32 @@ pub(super) fn write_run(
     Ok(kept)
 }
 
-/// Writes a bitmap; what is all zeros stays a hole.
+/// Writes a bitmap. Parts of zeros that are as large as a page stay holes, so that the file does
+/// not grow with the block, but with what is used of it.
 pub(super) fn write_bitmap(
     pages: &PageBitmap,
     header: MappedRamHeader,
     file: &File,
 ) -> io::Result<()> {
-    let words = pages.words();
-    let chunk_words = (PIECE / 8) as usize;
+    const PART_WORDS: usize = 512;
+    const PIECE_PARTS: usize = PIECE as usize / 8 / PART_WORDS;
+    let mut parts = pages.words().chunks(PART_WORDS).zip(0u64..).peekable();
     let mut bytes = Vec::new();
-    for (index, chunk) in words.chunks(chunk_words).enumerate() {
-        if chunk.iter().all(|&word| word == 0) {
+    let is_zero = |part: &[u64]| part.iter().all(|&word| word == 0);
+    while let Some((first, index)) = parts.next() {
+        if is_zero(first) {
             continue;
         }
         bytes.clear();
-        chunk.iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
-        file.write_all_at(&bytes, header.bitmap_offset + (index * chunk_words * 8) as u64)?;
+        let mut put = |part: &[u64]| {
+            part.iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+        };
+        put(first);
+        for _ in 1..PIECE_PARTS {
+            let Some((part, _)) = parts.next_if(|(part, _)| !is_zero(part)) else { break };
+            put(part);
+        }
+        file.write_all_at(&bytes, header.bitmap_offset + index * PART_WORDS as u64 * 8)?;
     }
     Ok(())
 }

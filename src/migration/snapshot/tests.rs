@@ -9,7 +9,8 @@ use crate::migration::devices::NoDevices;
 use crate::migration::lazy::HandlerFailed;
 use crate::migration::precopy::Guest;
 use crate::migration::progress::{self, Progress, Status};
-use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd};
+use crate::migration::ram::{BlockOptions, RamBlocks};
+use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd, migration_block};
 use crate::sys::HostMapping;
 use std::sync::Arc;
 
@@ -73,6 +74,34 @@ fn a_snapshot_holds_what_the_guest_holds_and_comes_back() {
     }
     // Zeros are holes now, and so is what came for discarded memory: nothing.
     assert_eq!(to.held(), (42, 2));
+}
+
+#[test]
+fn the_file_does_not_grow_with_the_block() {
+    // Far apart, at an end of what one page of the bitmap tells, and many in a row.
+    let size = 64 << 30;
+    let nr_pages = size / PAGE;
+    let runs = [0..3, 32767..32769, 5_000_000..5_000_001, nr_pages - 300..nr_pages];
+    let side = || {
+        let file = memfd(size);
+        let mut blocks = RamBlocks::new();
+        let block = migration_block("vmem0", &file, size, BlockOptions::migratable());
+        blocks.register(Arc::new(block)).unwrap();
+        Side { blocks: Arc::new(blocks), region: file, ..Side::new(&[]) }
+    };
+    let (from, to) = (side(), side());
+    runs.iter().for_each(|run| fill(&from.region, run.clone(), 7));
+    let file = memfd(0);
+    save_to(&from, &file).0.unwrap();
+    let held = file.metadata().unwrap().blocks() * 512 / PAGE;
+    let pages: u64 = runs.iter().map(|run| run.end - run.start).sum();
+    // A page or two of the bitmap for each run, and what is around.
+    assert!(held <= pages + 2 * runs.len() as u64 + 4, "{held}");
+    restore_from(&to, &file).unwrap();
+    assert_eq!(to.held().0, pages);
+    for page in runs.into_iter().flatten() {
+        assert_eq!(to.page(page), [7; 4096], "page {page}");
+    }
 }
 
 #[test]
