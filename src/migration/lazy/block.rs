@@ -44,8 +44,6 @@ struct State {
 /// What arrived with a call.
 #[derive(Default)]
 pub(super) struct Arrived {
-    /// Target pages that were outstanding.
-    pub(super) pages: u64,
     /// How long each page that was asked for was waited for, and by whom first.
     pub(super) waited: Vec<(Duration, u32)>,
 }
@@ -299,7 +297,7 @@ impl State {
     }
 
     fn arrive(&mut self, run: Range<u64>, arrived: &mut Arrived) {
-        arrived.pages += self.outstanding.clear_range(run.clone());
+        self.outstanding.clear_range(run.clone());
         let waited: Vec<u64> = self.requested.range(run).map(|(&page, _)| page).collect();
         for page in waited {
             if let Some((since, thread)) = self.requested.remove(&page) {

@@ -14,7 +14,6 @@ mod shared;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -50,7 +49,6 @@ pub struct LazyRam {
     faults: PageFaults,
     blocks: Vec<LazyBlock>,
     statistics: Arc<Mutex<FaultStatistics>>,
-    outstanding: AtomicU64,
     source: RwLock<Option<Arc<dyn PageSource>>>,
     /// Other processes that share the memory and wait for its pages.
     clients: RwLock<Vec<Arc<Client>>>,
@@ -79,12 +77,10 @@ impl LazyRam {
         for block in &lazy {
             block.refuse_present()?;
         }
-        let outstanding = lazy.iter().map(LazyBlock::outstanding).sum();
         Ok(Self {
             faults,
             blocks: lazy,
             statistics: Arc::default(),
-            outstanding: AtomicU64::new(outstanding),
             source: RwLock::new(None),
             clients: RwLock::default(),
         })
@@ -97,7 +93,8 @@ impl LazyRam {
 
     /// Pages that have not arrived.
     pub fn outstanding(&self) -> u64 {
-        self.outstanding.load(Ordering::Acquire)
+        // Asked of those that change it: a count beside them would lag behind what they have placed.
+        self.blocks.iter().map(LazyBlock::outstanding).sum()
     }
 
     /// Number of the block of that id.
@@ -208,7 +205,6 @@ impl LazyRam {
     }
 
     fn arrived(&self, placed: block::Arrived) {
-        self.outstanding.fetch_sub(placed.pages, Ordering::AcqRel);
         if !placed.waited.is_empty() {
             let mut statistics = self.statistics.lock();
             placed.waited.into_iter().for_each(|waited| statistics.remote(waited));
