@@ -77,7 +77,7 @@ impl Profile {
         }
     }
 
-    /// What tells something, in an hour or two: how fast a guest writes matters most for one shape,
+    /// What tells something, in hours and not in days: how fast a guest writes matters most for one shape,
     /// and no shape matters to a VMM that knows nothing and moves the region whatever is in it.
     fn add_full(self, cases: &mut Vec<Case>) {
         let centre = self.centre();
