@@ -79,6 +79,15 @@ impl Side {
         Self { region, boot, blocks: Arc::new(blocks) }
     }
 
+    /// With a region of `size` bytes of which all is populated, and no boot memory to migrate.
+    pub(super) fn of_region(size: u64) -> Self {
+        let region = memfd(size);
+        let mut blocks = RamBlocks::new();
+        let vmem = migration_block("vmem0", &region, size, BlockOptions::migratable());
+        blocks.register(Arc::new(vmem)).unwrap();
+        Self { region, boot: memfd(BLOCK), blocks: Arc::new(blocks) }
+    }
+
     pub(super) fn held(&self) -> (u64, u64) {
         let pages = |file: &File| file.metadata().unwrap().blocks() * 512 / PAGE;
         (pages(&self.region), pages(&self.boot))

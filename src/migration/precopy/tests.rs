@@ -295,14 +295,7 @@ fn a_section_of_zeros_ends_though_it_has_hardly_any_bytes() {
 fn an_idle_guest_is_stopped_when_everything_is_sent() {
     // More than is sent before anybody asks whether the rest fits the downtime.
     let (pages, size) = ((80 << 20) / PAGE, 128 << 20);
-    let side = || {
-        let file = memfd(size);
-        let mut blocks = RamBlocks::new();
-        let block = migration_block("vmem0", &file, size, BlockOptions::migratable());
-        blocks.register(Arc::new(block)).unwrap();
-        Side { blocks: Arc::new(blocks), region: file, ..Side::new(&[]) }
-    };
-    let (from, to) = (side(), side());
+    let (from, to) = (Side::of_region(size), Side::of_region(size));
     fill(&from.region, 0..pages, 7);
     let progress = Arc::new(Progress::new());
     let (left, seen) = (Arc::new(Mutex::new(None)), Arc::clone(&progress));

@@ -9,8 +9,7 @@ use crate::migration::devices::NoDevices;
 use crate::migration::lazy::HandlerFailed;
 use crate::migration::precopy::Guest;
 use crate::migration::progress::{self, Progress, Status};
-use crate::migration::ram::{BlockOptions, RamBlocks};
-use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd, migration_block};
+use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd};
 use crate::sys::HostMapping;
 use std::sync::Arc;
 
@@ -82,14 +81,7 @@ fn the_file_does_not_grow_with_the_block() {
     let size = 64 << 30;
     let nr_pages = size / PAGE;
     let runs = [0..3, 32767..32769, 5_000_000..5_000_001, nr_pages - 300..nr_pages];
-    let side = || {
-        let file = memfd(size);
-        let mut blocks = RamBlocks::new();
-        let block = migration_block("vmem0", &file, size, BlockOptions::migratable());
-        blocks.register(Arc::new(block)).unwrap();
-        Side { blocks: Arc::new(blocks), region: file, ..Side::new(&[]) }
-    };
-    let (from, to) = (side(), side());
+    let (from, to) = (Side::of_region(size), Side::of_region(size));
     runs.iter().for_each(|run| fill(&from.region, run.clone(), 7));
     let file = memfd(0);
     save_to(&from, &file).0.unwrap();

@@ -5,6 +5,8 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::Chart;
+use super::charts::{self, Drawn};
+use crate::case::Mode;
 use crate::qemu::{self, Measured, Moved, Route, Who};
 use crate::units::{MIB, millis_as_seconds};
 
@@ -67,8 +69,6 @@ fn chart(title: &str, name: &str, guest: &str, groups: &[Group]) -> Result<Chart
     Ok(Chart { title: format!("{title}; {guest}"), name: name.to_owned(), svg })
 }
 
-type Drawn<T> = Result<T, Box<dyn std::error::Error>>;
-
 /// A group is two wide, with its middle at an odd number.
 fn draw(area: &DrawingArea<SVGBackend<'_>, Shift>, title: &str, groups: &[Group]) -> Drawn<()> {
     let top = groups.iter().flat_map(|group| group.values).fold(f64::EPSILON, f64::max) * 1.25;
@@ -112,10 +112,10 @@ fn draw(area: &DrawingArea<SVGBackend<'_>, Shift>, title: &str, groups: &[Group]
     Ok(())
 }
 
-/// Those of the other charts.
+/// Those of the modes that they are.
 fn colour(who: Who) -> RGBColor {
-    match who {
-        Who::Qemu => RGBColor(0, 114, 178),
-        Who::Ours => RGBColor(0, 158, 115),
-    }
+    charts::colour(match who {
+        Who::Qemu => Mode::BlockAware,
+        Who::Ours => Mode::HoleAware,
+    })
 }

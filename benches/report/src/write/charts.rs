@@ -99,7 +99,8 @@ fn chart(view: &View<'_>, dimension: Dimension, measure: Measure) -> Result<Char
     Ok(Chart { title: format!("{title}; {}", tables::guest(&view.profile.centre())), name, svg })
 }
 
-type Drawn<T> = Result<T, Box<dyn std::error::Error>>;
+/// What drawing gives, or why it could not.
+pub(super) type Drawn<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn draw(
     area: &DrawingArea<SVGBackend<'_>, Shift>,
@@ -165,7 +166,7 @@ where
 }
 
 /// Told apart also by those who do not see all colours (Okabe and Ito).
-fn colour(mode: Mode) -> RGBColor {
+pub(super) fn colour(mode: Mode) -> RGBColor {
     match mode {
         Mode::DiscardBlind => RGBColor(0, 0, 0),
         Mode::ZeroDetecting => RGBColor(230, 159, 0),
