@@ -292,7 +292,8 @@ mod zero {
         for step in (0..whole).step_by(STEP) {
             let mut or = _mm256_setzero_si256();
             for i in step..step + STEP {
-                // SAFETY: `i` is below `vectors`; the range is aligned to more than a vector.
+                // SAFETY: `i` is below `whole`, so the vector lies in the caller's range, which is valid
+                // for reads and aligned to more than a vector.
                 or = _mm256_or_si256(or, unsafe { start.add(i).read_volatile() });
             }
             if _mm256_testz_si256(or, or) == 0 {
@@ -301,7 +302,8 @@ mod zero {
         }
         let mut or = _mm256_setzero_si256();
         for i in whole..vectors {
-            // SAFETY: as above.
+            // SAFETY: `i` is below `vectors`, so the vector lies in the caller's range, which is valid
+            // for reads and aligned to more than a vector.
             or = _mm256_or_si256(or, unsafe { start.add(i).read_volatile() });
         }
         _mm256_testz_si256(or, or) != 0
