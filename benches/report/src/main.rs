@@ -33,7 +33,7 @@ use crate::write::Report;
 /// Measures what discard-aware migration saves, and writes the report.
 #[derive(Parser)]
 struct Options {
-    /// Sweep one dimension at a time on small regions: minutes instead of hours
+    /// Sweep one dimension at a time on small regions: minutes instead of an hour or two
     #[arg(long)]
     quick: bool,
     /// Folder for the report, and for snapshots while they are measured

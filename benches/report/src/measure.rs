@@ -59,9 +59,10 @@ fn outcome(case: &Case, profile: Profile, dir: &Path) -> Outcome {
 fn refusal(case: &Case, profile: Profile) -> Option<String> {
     // The rest is for whoever else is on the machine.
     let room = host::available_memory().unwrap_or(0) / 4 * 3;
-    let would = if case.moved() > profile.limit() {
+    let limit = profile.limit(case);
+    let would = if case.moved() > limit {
         format!("move {}", size(case.moved()))
-    } else if case.read() > profile.limit() {
+    } else if case.read() > limit {
         format!("read {}", size(case.read()))
     } else if case.memory() > room {
         format!("take {} of memory", size(case.memory()))
