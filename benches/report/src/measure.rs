@@ -58,7 +58,7 @@ fn outcome(case: &Case, profile: Profile, dir: &Path) -> Outcome {
 /// Why a case is not run.
 fn refusal(case: &Case, profile: Profile) -> Option<String> {
     // The rest is for whoever else is on the machine.
-    let room = host::available_memory().unwrap_or(0) / 4 * 3;
+    let room = host::available_memory().unwrap_or(0) / 5 * 4;
     let limit = profile.limit(case);
     let would = if case.moved() > limit {
         format!("move {}", size(case.moved()))
