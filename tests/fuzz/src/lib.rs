@@ -4,6 +4,7 @@
 //! broken. They need no fuzzer: `tests/smoke.rs` runs them over the seeds and over random bytes.
 
 pub mod api_bodies;
+pub mod discard_channel;
 pub mod guest_chains;
 pub mod guest_requests;
 mod input;
@@ -16,11 +17,12 @@ pub mod vhost_user_stream;
 pub type Body = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Body); 6] = [
+pub const TARGETS: [(&str, Body); 7] = [
     ("guest_requests", guest_requests::run),
     ("guest_chains", guest_chains::run),
     ("vhost_user_stream", vhost_user_stream::run),
     ("api_bodies", api_bodies::run),
     ("state_file", state_file::run),
     ("migration_stream", migration_stream::run),
+    ("discard_channel", discard_channel::run),
 ];

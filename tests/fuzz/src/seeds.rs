@@ -9,6 +9,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "api_bodies" => api_bodies(),
         "state_file" => state_file(),
         "migration_stream" => migration_stream(),
+        "discard_channel" => discard_channel(),
         _ => Vec::new(),
     }
 }
@@ -130,4 +131,31 @@ fn migration_stream() -> Vec<Vec<u8>> {
     seeds.push([vec![5], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, 0]].concat());
     seeds.push([vec![5], pong(5), vec![0, 1, 0, 4, 0, 0, 0, 22]].concat());
     seeds
+}
+
+fn discard_channel() -> Vec<Vec<u8>> {
+    // A hostile client. Steps: what and how, and whether the frame is edited (15: it is not).
+    let hello = [0, 1, 15];
+    let (plug, unplug, hear) = ([0, 5, 60], [0x10, 5, 60], [1]);
+    let (ack, refuse, freeze) = ([3, 15], [5, 15], [6, 15]);
+    let client = |steps: &[&[u8]]| [&hello[..], &steps.concat()].concat();
+    // A hostile daemon. Calls of the client, the bitmap, the welcome, its descriptor; steps.
+    let calls = [1, 4, 0x05, 0x03, 0x04, 0x07];
+    let (populate, discard) = ([0, 5, 20, 15], [1, 9, 2, 15]);
+    let (answer, settle, goodbye) = ([0x1b, 15], [6, 3], [7, 15]);
+    let daemon =
+        |bitmap: &[u8], steps: &[&[u8]]| [&calls[..], bitmap, &[15, 1], &steps.concat()].concat();
+    vec![
+        client(&[&plug, &hear, &ack, &unplug, &hear, &ack]),
+        client(&[&plug, &hear, &hear, &refuse, &plug, &hear, &ack, &freeze, &plug]),
+        // A discard that is refused, an event that is none, a frame that is cut.
+        client(&[&plug, &hear, &ack, &unplug, &hear, &hear, &refuse]),
+        client(&[&plug, &hear, &[0x73, 15]]),
+        client(&[&plug, &hear, &[3, 0x42]]),
+        daemon(&[0], &[&populate, &answer, &settle, &answer, &discard, &answer, &goodbye]),
+        // A bitmap that is made: good, in the middle of a change for ever, not sealed.
+        daemon(&[1, 1, 0, 2, 0, 3, 0, 4, 0], &[&answer, &populate, &answer]),
+        daemon(&[3, 1, 0, 2, 0, 3, 0, 4, 0, 4, 1, 0, 0, 0, 0, 0, 0, 0], &[&answer, &answer]),
+        daemon(&[9, 1, 0, 2, 0, 3, 0, 4, 0], &[]),
+    ]
 }
