@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::fs::MemfdFlags;
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::units::{GIB, MIB, PAGE};
+use crate::units::{MIB, PAGE};
 
 /// A sparse file in memory.
 pub fn memfd(size: u64) -> io::Result<File> {
@@ -44,10 +44,8 @@ impl Noise {
 
 /// Touches and frees so much memory. Where the machine is a guest itself whose free memory goes
 /// back to its own host, the first touch would otherwise cost a multiple, and not every run would
-/// pay it. There, what is free beyond some GiB goes back before the run comes to use it: to touch
-/// more would only take time.
+/// pay it.
 pub fn warm(bytes: u64) -> io::Result<()> {
-    let bytes = bytes.min(2 * GIB);
     let file = memfd(bytes)?;
     let piece = vec![1; MIB as usize];
     let mut at = 0;

@@ -25,7 +25,7 @@ use crate::guest::Writer;
 use crate::host;
 use crate::record::Figures;
 use crate::side::Side;
-use crate::units::{MIB, PAGE, millis};
+use crate::units::{GIB, MIB, PAGE, millis};
 
 /// Runs `case` on fresh memory; a file that it needs is made in `dir`, and has no name.
 ///
@@ -44,9 +44,12 @@ pub fn run(case: &Case, dir: &Path) -> Result<Figures> {
     }
 }
 
+/// More than this would be cold again before a run comes to use it, where [`host::warm`] matters.
+const WARM: u64 = 2 * GIB;
+
 /// Memory for what a run will take: the rest of the source, the destination, a file.
 fn warm(case: &Case) -> Result<()> {
-    Ok(host::warm(case.memory().saturating_sub(case.touched()))?)
+    Ok(host::warm(case.memory().saturating_sub(case.touched()).min(WARM))?)
 }
 
 fn configuration() -> Configuration {

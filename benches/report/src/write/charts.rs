@@ -119,34 +119,26 @@ fn draw(
         .margin(12)
         .x_label_area_size(42)
         .y_label_area_size(64);
+    let axes = [dimension.unit(), measure.name()];
     if dimension == Dimension::Region {
-        let mut chart = builder.build_cartesian_2d((1.0..right).log_scale(), 0.0..top)?;
-        chart
-            .configure_mesh()
-            .max_light_lines(1)
-            .x_desc(dimension.unit())
-            .y_desc(measure.name())
-            .draw()?;
-        series(&mut chart, lines)
+        let chart = builder.build_cartesian_2d((1.0..right).log_scale(), 0.0..top)?;
+        fill(chart, axes, lines)
     } else {
-        let mut chart = builder.build_cartesian_2d(0.0..right, 0.0..top)?;
-        chart
-            .configure_mesh()
-            .max_light_lines(1)
-            .x_desc(dimension.unit())
-            .y_desc(measure.name())
-            .draw()?;
-        series(&mut chart, lines)
+        let chart = builder.build_cartesian_2d(0.0..right, 0.0..top)?;
+        fill(chart, axes, lines)
     }
 }
 
-fn series<'a, 'b: 'a, X>(
-    chart: &mut ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, RangedCoordf64>>,
+/// Draws the mesh and the lines into a chart with linear or logarithmic x.
+fn fill<'a, 'b: 'a, X>(
+    mut chart: ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, RangedCoordf64>>,
+    [x, y]: [&str; 2],
     lines: &[Line],
 ) -> Drawn<()>
 where
-    X: Ranged<ValueType = f64>,
+    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
 {
+    chart.configure_mesh().max_light_lines(1).x_desc(x).y_desc(y).draw()?;
     for Line { mode, points } in lines {
         if points.is_empty() {
             continue;

@@ -84,7 +84,8 @@ impl Report {
              (postcopy: two); snapshots go to a file in the page cache. Memory is fresh memfds with \
              4 KiB pages; plugged are the first blocks of the region, touched the first pages of \
              every block, with data that does not compress. Before each run as much memory as it \
-             takes is touched and freed. Every case runs once. Sizes are powers of 1024, pages of \
+             takes, up to 2 GiB, is touched and freed: where the first touch of memory is slow, cases that \
+             take more still pay for it. Every case runs once. Sizes are powers of 1024, pages of \
              4 KiB."
                 .to_owned(),
             "Downtime is the engine's: from the guest's stop until it could run on the destination; \
