@@ -4,26 +4,21 @@
 //! back-end must also survive a driver that is not correct, every link of a chain and every ring
 //! entry can be set to anything.
 
+mod event;
 mod resume;
+mod segment;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 use crate::memory::{self, GuestRam, PAGE_SIZE};
+use event::{event, signal, take, wait_readable};
 
-/// Descriptor flag: another descriptor follows.
-pub const DESC_F_NEXT: u16 = 1;
-/// Descriptor flag: the device writes.
-pub const DESC_F_WRITE: u16 = 2;
-/// Descriptor flag: the buffer is a table of descriptors.
-pub const DESC_F_INDIRECT: u16 = 4;
-/// Length of a descriptor.
-pub const DESC_SIZE: u64 = 16;
+pub use segment::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Next, Segment};
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
@@ -61,78 +56,6 @@ pub enum Error {
 }
 
 type Result<T> = std::result::Result<T, Error>;
-
-/// How a descriptor is linked to the next one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Next {
-    /// As the chain goes on: to the following segment, or nowhere at its end.
-    #[default]
-    Auto,
-    /// Ends the chain here, whatever follows.
-    Stop,
-    /// Goes on at this entry of the table, which may be one that does not exist.
-    Entry(u16),
-    /// Goes back to the first segment of the chain.
-    Head,
-}
-
-/// One descriptor of a chain.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Segment {
-    /// Guest-physical address of the buffer.
-    pub addr: u64,
-    /// Its length.
-    pub len: u32,
-    /// Flags apart from `NEXT`.
-    pub flags: u16,
-    /// The link.
-    pub next: Next,
-}
-
-impl Segment {
-    /// A buffer that the device reads.
-    pub fn readable(addr: u64, len: u32) -> Self {
-        Self { addr, len, ..Self::default() }
-    }
-
-    /// A buffer that the device writes.
-    pub fn writable(addr: u64, len: u32) -> Self {
-        Self { addr, len, flags: DESC_F_WRITE, ..Self::default() }
-    }
-
-    /// A table of `count` descriptors at `addr`.
-    pub fn indirect(addr: u64, count: usize) -> Self {
-        let len = count as u32 * DESC_SIZE as u32;
-        Self { addr, len, flags: DESC_F_INDIRECT, next: Next::Auto }
-    }
-
-    /// The same segment with another link.
-    pub fn with_next(self, next: Next) -> Self {
-        Self { next, ..self }
-    }
-
-    /// The same segment with more flags.
-    pub fn with_flags(self, flags: u16) -> Self {
-        Self { flags: self.flags | flags, ..self }
-    }
-
-    /// The descriptor, when it stands at place `at` of a chain whose entries are `table`.
-    fn to_bytes(self, at: usize, table: &[u16]) -> [u8; DESC_SIZE as usize] {
-        let (linked, next) = match self.next {
-            Next::Auto => table.get(at + 1).map_or((false, 0), |next| (true, *next)),
-            Next::Stop => (false, 0),
-            Next::Entry(entry) => (true, entry),
-            Next::Head => (true, table[0]),
-        };
-        let flags = self.flags | if linked { DESC_F_NEXT } else { 0 };
-        let mut bytes = [0; DESC_SIZE as usize];
-        bytes[..8].copy_from_slice(&self.addr.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
-        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-        bytes[14..].copy_from_slice(&next.to_le_bytes());
-        bytes
-    }
-}
 
 /// One element of the used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -417,167 +340,5 @@ fn used_offset(size: u16) -> u64 {
     (DESC_SIZE * u64::from(size) + 6 + 2 * u64::from(size)).next_multiple_of(PAGE_SIZE)
 }
 
-fn event() -> Result<OwnedFd> {
-    Ok(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?)
-}
-
-fn take(event: &OwnedFd) -> Result<u64> {
-    let mut count = [0; 8];
-    match rustix::io::read(event, &mut count) {
-        Ok(_) => Ok(counter(count)),
-        Err(Errno::AGAIN) => Ok(0),
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn wait_readable(event: &OwnedFd, timeout: Duration) -> Result<bool> {
-    let timeout = Timespec {
-        tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX),
-        tv_nsec: timeout.subsec_nanos().into(),
-    };
-    match poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&timeout)) {
-        Ok(ready) => Ok(ready != 0),
-        Err(Errno::INTR) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
-}
-
-#[expect(clippy::host_endian_bytes, reason = "eventfds count in the byte order of the host")]
-fn counter(bytes: [u8; 8]) -> u64 {
-    u64::from_ne_bytes(bytes)
-}
-
-#[expect(clippy::host_endian_bytes, reason = "eventfds count in the byte order of the host")]
-fn signal(event: BorrowedFd<'_>) -> Result<()> {
-    rustix::io::write(event, &1u64.to_ne_bytes())?;
-    Ok(())
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::Layout;
-
-    const BUFFER: u64 = 0x10_0000;
-    const TIMEOUT: Duration = Duration::from_secs(1);
-
-    fn ring(size: u16, event_idx: bool) -> SplitRing {
-        let ram = GuestRam::new(Layout::new().memfd("ram", 0, 0x20_0000).unwrap()).unwrap();
-        SplitRing::new(Arc::new(ram), 0x1000, size, event_idx).unwrap()
-    }
-
-    type Descriptor = (u64, u32, u16);
-
-    /// The device's side, as simple as it can be: takes the next chain, follows it through the
-    /// table, uses it.
-    struct NaiveDevice {
-        next: u16,
-    }
-
-    impl NaiveDevice {
-        fn chain(&mut self, ring: &SplitRing) -> Option<(u16, Vec<Descriptor>)> {
-            let ram = ring.ram();
-            let load = |addr| u16::from_le(ram.load::<u16>(addr).unwrap());
-            if load(ring.avail_addr() + 2) == self.next {
-                return None;
-            }
-            let head = load(ring.avail_addr() + 4 + 2 * u64::from(self.next % ring.size()));
-            self.next = self.next.wrapping_add(1);
-            let (mut at, mut chain) = (head, Vec::new());
-            loop {
-                let bytes = ram.read_vec(ring.desc_addr() + 16 * u64::from(at), 16).unwrap();
-                let flags = u16::from_le_bytes([bytes[12], bytes[13]]);
-                let addr = crate::protocol::read64(&bytes, 0);
-                chain.push((addr, crate::protocol::read32(&bytes, 8), flags));
-                if flags & DESC_F_NEXT == 0 || chain.len() == usize::from(ring.size()) {
-                    return Some((head, chain));
-                }
-                at = u16::from_le_bytes([bytes[14], bytes[15]]);
-            }
-        }
-
-        fn finish(&self, ring: &SplitRing, head: u16, len: u32) {
-            let index = ring.used_idx().unwrap();
-            let addr = ring.used_addr() + 4 + 8 * u64::from(index % ring.size());
-            ring.ram().store(addr, u32::from(head).to_le()).unwrap();
-            ring.ram().store(addr + 4, len.to_le()).unwrap();
-            ring.ram().store(ring.used_addr() + 2, index.wrapping_add(1).to_le()).unwrap();
-            signal(ring.call_fd()).unwrap();
-        }
-    }
-
-    #[test]
-    fn chains_come_back_with_their_length_across_the_wrap_of_the_index() {
-        let mut ring = ring(4, false);
-        ring.start_at(u16::MAX - 1).unwrap();
-        let mut device = NaiveDevice { next: u16::MAX - 1 };
-        for round in 0..10 {
-            let chain = [Segment::readable(BUFFER, 24), Segment::writable(BUFFER + 64, 10)];
-            let head = ring.add(&chain).unwrap();
-            assert!(ring.kick().unwrap());
-            let (taken, descriptors) = device.chain(&ring).unwrap();
-            assert_eq!((taken, descriptors.len()), (head, 2));
-            assert_eq!(descriptors[1], (BUFFER + 64, 10, DESC_F_WRITE));
-            device.finish(&ring, taken, round);
-            let used = ring.wait_used(TIMEOUT).unwrap();
-            assert_eq!(used, Used { id: u32::from(head), len: round });
-        }
-    }
-
-    #[test]
-    fn full_ring_refuses_and_recovers_when_a_chain_is_used() {
-        let mut ring = ring(2, false);
-        let chain = [Segment::readable(BUFFER, 1), Segment::writable(BUFFER, 1)];
-        let head = ring.add(&chain).unwrap();
-        assert!(matches!(ring.add(&chain), Err(Error::Full { needed: 2, free: 0 })));
-        NaiveDevice { next: 0 }.finish(&ring, head, 0);
-        ring.poll_used(TIMEOUT).unwrap();
-        ring.add(&chain).unwrap();
-    }
-
-    #[test]
-    fn broken_links_are_written_as_asked() {
-        let mut ring = ring(8, false);
-        let looped =
-            [Segment::readable(BUFFER, 8), Segment::readable(BUFFER, 8).with_next(Next::Head)];
-        ring.add(&looped).unwrap();
-        let (_, chain) = NaiveDevice { next: 0 }.chain(&ring).unwrap();
-        assert_eq!(chain.len(), 8, "the loop has no end");
-
-        let stopped =
-            [Segment::readable(BUFFER, 8).with_next(Next::Stop), Segment::readable(BUFFER, 8)];
-        ring.add(&stopped).unwrap();
-        let (_, chain) = NaiveDevice { next: 1 }.chain(&ring).unwrap();
-        assert_eq!(chain.len(), 1);
-
-        let beyond = Segment::readable(BUFFER, 8).with_next(Next::Entry(99));
-        let table = ring.write_indirect(BUFFER, &[beyond]).unwrap();
-        assert_eq!((table.len, table.flags), (16, DESC_F_INDIRECT));
-        assert_eq!(ring.ram().read_vec(BUFFER + 12, 4).unwrap(), [1, 0, 99, 0]);
-    }
-
-    #[test]
-    fn kick_is_left_out_when_the_device_does_not_want_it() {
-        let mut plain = ring(4, false);
-        plain.ram().store(plain.used_addr(), USED_F_NO_NOTIFY.to_le()).unwrap();
-        plain.add(&[Segment::readable(BUFFER, 1)]).unwrap();
-        assert!(!plain.kick().unwrap());
-
-        let mut indexed = ring(4, true);
-        let event = indexed.used_addr() + 4 + 8 * 4;
-        indexed.ram().store(event, 1u16.to_le()).unwrap();
-        indexed.add(&[Segment::readable(BUFFER, 1)]).unwrap();
-        assert!(!indexed.kick().unwrap(), "entry 0 is before the event");
-        indexed.add(&[Segment::readable(BUFFER, 1)]).unwrap();
-        assert!(indexed.kick().unwrap(), "entry 1 is the event");
-        indexed.add(&[Segment::readable(BUFFER, 1)]).unwrap();
-        assert!(!indexed.kick().unwrap(), "entry 2 is after the event");
-    }
-
-    #[test]
-    fn waiting_ends_with_the_time() {
-        let mut ring = ring(4, true);
-        assert!(matches!(ring.wait_used(Duration::from_millis(5)), Err(Error::Timeout(_))));
-        assert!(matches!(ring.poll_used(Duration::from_millis(5)), Err(Error::Timeout(_))));
-    }
-}
+mod tests;
