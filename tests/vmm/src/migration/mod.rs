@@ -124,10 +124,7 @@ impl Migration {
     /// still only for a moment, otherwise until all is written.
     pub fn snapshot(machine: &Arc<Machine>, file: &Path, background: bool) -> anyhow::Result<Self> {
         let (machine, file) = (machine.clone(), file.to_owned());
-        Self::begin(None, move |progress| match background {
-            true => source::snapshot_in_background(&machine, &file, progress),
-            false => source::snapshot(&machine, &file, progress),
-        })
+        Self::begin(None, move |progress| source::snapshot(&machine, &file, background, progress))
     }
 
     /// Reads the guest from a file; a `lazy` one runs at once, and its memory follows.

@@ -60,45 +60,28 @@ pub(super) fn send(
     Ok(outgoing.run(channel)?)
 }
 
-/// Writes the guest to a new file while it runs on, as it was when it stood still for a moment.
-pub(super) fn snapshot_in_background(
-    machine: &Arc<Machine>,
-    file: &Path,
-    progress: Arc<Progress>,
-) -> anyhow::Result<()> {
-    let manager = attach(machine)?;
-    let blocks = send_blocks(machine, &manager, true)?;
-    let mut devices = MachineDevices::of_source(machine, &manager)?;
-    let file = new_file(file)?;
-    let snapshot = BackgroundSnapshot {
-        configuration: configuration(true),
-        blocks: &blocks,
-        devices: &mut devices,
-        guest: &**machine,
-        frozen: vec![manager],
-        progress,
-    };
-    Ok(snapshot::save_in_background(snapshot, &file)?)
-}
-
-/// Writes the guest to a new file while it stands still.
+/// Writes the guest to a new file: in the background, as it was when it stood still for a moment,
+/// or while it stands still.
 pub(super) fn snapshot(
     machine: &Arc<Machine>,
     file: &Path,
+    background: bool,
     progress: Arc<Progress>,
 ) -> anyhow::Result<()> {
     let manager = attach(machine)?;
     let blocks = send_blocks(machine, &manager, true)?;
     let mut devices = MachineDevices::of_source(machine, &manager)?;
     let file = new_file(file)?;
+    let (configuration, frozen) = (configuration(true), vec![manager as Arc<_>]);
+    let (blocks, devices) = (&blocks, &mut devices);
+    if background {
+        let guest = &**machine;
+        let snapshot =
+            BackgroundSnapshot { configuration, blocks, devices, guest, frozen, progress };
+        return Ok(snapshot::save_in_background(snapshot, &file)?);
+    }
     machine.stop().map_err(anyhow::Error::msg)?;
-    let snapshot = Snapshot {
-        configuration: configuration(true),
-        blocks: &blocks,
-        devices: &mut devices,
-        frozen: vec![manager],
-        progress,
-    };
+    let snapshot = Snapshot { configuration, blocks, devices, frozen, progress };
     let saved = snapshot::save(snapshot, &file);
     machine.cont();
     Ok(saved?)
