@@ -33,7 +33,7 @@ pub use store::{BlockUpdate, JournalUpdate, StateRecord, StateStore, Volatile};
 
 use crate::ByteRange;
 use crate::device::{Change, ConfigSpace, Geometry, Request, RequestedSizeError, VirtioMem};
-use crate::memory::{MemoryListener, NotReady, RamBlock, RamBlockError, RegionMemory};
+use crate::memory::{BackingKind, MemoryListener, NotReady, RamBlock, RamBlockError, RegionMemory};
 use crate::ram_discard::{
     ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource, RegisterError,
     SourceId, Transaction,
@@ -48,8 +48,10 @@ pub enum FreezeHolder {
     Api,
     /// Another party, such as a client of the discard channel.
     Client(u64),
-    /// Memory arrives here while the guest runs (postcopy). The state that belongs to it may
-    /// still be loaded: it comes by the same migration.
+    /// Memory arrives here while the guest runs (postcopy, a lazy restore). The state that belongs to it may
+    /// still be loaded: it comes by the same migration. No huge page is taken for what is plugged
+    /// meanwhile, or nobody would miss what is still to come: see
+    /// [`reserve_memory`](MemController::reserve_memory).
     Incoming,
 }
 
@@ -312,6 +314,9 @@ impl MemController {
             state.holders.remove(&holder);
             return Err(error);
         }
+        if holder == FreezeHolder::Incoming {
+            self.memory.set_incoming(true);
+        }
         if !was_active {
             state.tell(|observer| observer.migration(true));
         }
@@ -330,6 +335,9 @@ impl MemController {
         let mut state = self.state();
         if !state.holders.remove(&holder) {
             return if state.thaw_unsaved { state.save_holders() } else { Ok(()) };
+        }
+        if holder == FreezeHolder::Incoming {
+            self.memory.set_incoming(false);
         }
         let saved = state.save_holders();
         state.thaw_unsaved = saved.is_err();
@@ -350,19 +358,42 @@ impl MemController {
 
     /// Takes over the VMM's memory; blocks outside the region are of no interest. Requests use
     /// the new memory from now on; what unplugged blocks may have been left with is given back.
+    /// Blocks that are plugged already get their huge pages.
     ///
     /// # Errors
     ///
-    /// When memory of the region could not serve its blocks; the memory before is kept.
+    /// When memory of the region could not serve its blocks, or there are not enough huge pages; the
+    /// memory before is kept.
     pub fn set_memory(&self, blocks: Vec<Arc<RamBlock>>) -> Result<(), RamBlockError> {
         blocks.iter().try_for_each(|block| self.memory.check(block))?;
         let _no_change_under_way = self.manager.begin();
+        self.reserve(&blocks)?;
         self.memory.replace(blocks);
         if self.state().sweep_pending && self.memory.is_mapped() {
             self.sweep();
             self.state().sweep_pending = !self.memory.is_complete();
         }
         Ok(())
+    }
+
+    /// Takes huge pages for all plugged blocks that have none, where the memory is hugetlb. To be
+    /// called when memory that was to come ([`FreezeHolder::Incoming`]) has come: a page that never
+    /// came, since it is zeros, is then there before the guest touches it.
+    ///
+    /// # Errors
+    ///
+    /// When the pool has none; those that were taken stay.
+    pub fn reserve_memory(&self) -> Result<(), RamBlockError> {
+        let _no_change_under_way = self.manager.begin();
+        self.reserve(&self.memory.blocks())
+    }
+
+    fn reserve(&self, blocks: &[Arc<RamBlock>]) -> Result<(), RamBlockError> {
+        if blocks.iter().all(|block| block.backing().kind() != BackingKind::Hugetlb) {
+            return Ok(());
+        }
+        let plugged = self.served.ranges(true);
+        blocks.iter().try_for_each(|block| self.memory.reserve(block, &plugged))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

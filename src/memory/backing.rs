@@ -178,15 +178,13 @@ impl Backing {
     ///
     /// # Errors
     ///
-    /// When there is not enough; what was taken is given back.
+    /// When there is not enough; what was taken stays, since only the caller knows what was there
+    /// before.
     pub fn reserve(&self, range: ByteRange) -> io::Result<()> {
         for chunk in range.chunks(DISCARD_CHUNK) {
             let flags = FallocateFlags::KEEP_SIZE;
             let reserve = || fs::fallocate(&self.file, flags, chunk.start(), chunk.len());
-            if let Err(errno) = rustix::io::retry_on_intr(reserve) {
-                self.discard(range)?;
-                return Err(errno.into());
-            }
+            rustix::io::retry_on_intr(reserve)?;
         }
         Ok(())
     }

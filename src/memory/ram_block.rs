@@ -1,6 +1,7 @@
 //! RamBlock: a guest-physical range and the file that backs it.
 
 use std::fs::File;
+use std::io;
 
 use thiserror::Error;
 
@@ -29,6 +30,14 @@ pub enum RamBlockError {
         id: String,
         /// The reason.
         source: BackingError,
+    },
+    /// The pool of huge pages has none for a block that is plugged.
+    #[error("RAM block {id}: no memory for plugged blocks: {source}")]
+    NoMemory {
+        /// Id of the block.
+        id: String,
+        /// The reason.
+        source: io::Error,
     },
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use smallvec::SmallVec;
@@ -35,6 +36,8 @@ pub enum NotReady {
 pub struct RegionMemory {
     geometry: Geometry,
     table: Mutex<Table>,
+    /// Memory of plugged blocks is still to come.
+    incoming: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -55,7 +58,7 @@ type Pieces = SmallVec<[Piece; 1]>;
 impl RegionMemory {
     /// No memory yet.
     pub fn new(geometry: Geometry) -> Arc<Self> {
-        Arc::new(Self { geometry, table: Mutex::default() })
+        Arc::new(Self { geometry, table: Mutex::default(), incoming: AtomicBool::new(false) })
     }
 
     /// Checks that a RAM block can serve this region.
@@ -65,6 +68,40 @@ impl RegionMemory {
     /// When its pages are larger than the device's blocks or lie across them.
     pub fn check(&self, block: &RamBlock) -> Result<(), RamBlockError> {
         block.check_block_size(self.geometry.addr(), self.geometry.block_size())
+    }
+
+    /// Says whether memory of plugged blocks is still to come (postcopy). Until it has, no huge page
+    /// is taken for them: one that is there is not missed by who touches it.
+    pub(crate) fn set_incoming(&self, incoming: bool) {
+        self.incoming.store(incoming, Ordering::Release);
+    }
+
+    /// Takes huge pages for the plugged sections that `block` backs, as a PLUG does. Where there is
+    /// data already, it stays. Other memory is taken when it is touched.
+    ///
+    /// # Errors
+    ///
+    /// When the pool has none. Those that were taken stay.
+    pub(crate) fn reserve(
+        &self,
+        block: &RamBlock,
+        plugged: &[ByteRange],
+    ) -> Result<(), RamBlockError> {
+        if block.backing().kind() != BackingKind::Hugetlb || self.incoming.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let sections =
+            plugged.iter().filter_map(|section| section.shifted_up(self.geometry.addr()));
+        for range in sections.filter_map(|section| block.file_range(section)) {
+            let no_memory = |source| RamBlockError::NoMemory { id: block.id().to_owned(), source };
+            block.backing().reserve(range).map_err(no_memory)?;
+        }
+        Ok(())
+    }
+
+    /// The blocks of memory, ascending.
+    pub(crate) fn blocks(&self) -> Vec<Arc<RamBlock>> {
+        self.table.lock().blocks.clone()
     }
 
     /// Replaces the memory; blocks that lie outside the region are dropped. Returns the blocks
@@ -269,15 +306,12 @@ impl RamDiscardListener for MemoryListener {
     /// have dies of SIGBUS. Other memory is taken when it is touched: cost follows use.
     fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
         let (pieces, _) = self.0.pieces(section);
-        for (done, (block, file_range)) in pieces.iter().enumerate() {
-            if block.backing().kind() != BackingKind::Hugetlb {
-                continue;
-            }
-            if let Err(error) = block.backing().reserve(*file_range) {
-                for (block, file_range) in pieces[..done].iter().rev() {
+        for (done, (block, _)) in pieces.iter().enumerate() {
+            if let Err(error) = self.0.reserve(block, &[section]) {
+                for (block, file_range) in pieces[..=done].iter().rev() {
                     let _ = block.backing().discard(*file_range);
                 }
-                return Err(format!("no memory: {error}"));
+                return Err(error.to_string());
             }
         }
         // What is plugged again need not be given back any more.

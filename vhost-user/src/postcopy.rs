@@ -145,6 +145,10 @@ impl Postcopy {
             mapped(memory.as_deref()).try_for_each(|(at, len)| offered.unregister(at, len))
         };
         self.close();
+        // Pages of zeros did not come. The guest runs already: it cannot be refused any more.
+        if let Err(error) = self.controller.reserve_memory() {
+            tracing::error!(%error, "the guest may miss a huge page");
+        }
         result
     }
 

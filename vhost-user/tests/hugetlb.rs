@@ -8,11 +8,14 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::{ADDR, BLOCK, BOOT, REGION, connect, gpa, options, rig_with};
+use test_vmm::device_state::{load, save};
 use test_vmm::driver::{BlockState, RequestType, ResponseType};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::memory::{GuestRam, Layout};
+use test_vmm::protocol::{Request, protocol_feature};
 
 /// Pages of 2 MiB: the size of a block.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
@@ -142,4 +145,65 @@ fn huge_pages_that_the_front_end_takes_away_end_its_connection_only() {
     assert!(daemon.is_running(), "{}", daemon.stderr());
     let (_frontend, _channel, mut driver) = connect(&daemon, &common::ram());
     assert_eq!(driver.plug(gpa(0), 1).unwrap().kind(), ResponseType::Ack);
+}
+
+/// The state of a device with blocks 0, 1 and 2 plugged.
+fn state_of_three_blocks() -> Vec<u8> {
+    let mut source = common::rig();
+    assert_eq!(source.plug(0, 3), ResponseType::Ack);
+    source.frontend.get_vring_base(0).unwrap();
+    save(&source.frontend).unwrap().unwrap()
+}
+
+#[test]
+fn plugged_blocks_get_their_pages_when_memory_comes_after_their_state() {
+    let state = state_of_three_blocks();
+    let Some(pool) = Pool::with_free(2) else { return };
+    let daemon = common::daemon(options());
+    let early = || {
+        let frontend = Frontend::connect(&daemon.socket()).unwrap();
+        frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
+        frontend
+    };
+    let frontend = early();
+    assert!(load(&frontend, &state).unwrap());
+    let ram = huge_region();
+    assert!(frontend.set_mem_table(&ram).is_err(), "a page is missing");
+    assert!(daemon.wait_logged("no memory for plugged blocks", common::PATIENCE));
+    drop((frontend, ram));
+    let deadline = Instant::now() + common::PATIENCE;
+    while pool.free() != 2 {
+        assert!(Instant::now() < deadline, "the daemon holds on to memory that it refused");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(pool);
+    let Some(pool) = Pool::with_free(4) else { return };
+    let ram = huge_region();
+    ram.write_stamps(gpa(1)..gpa(2), 1).unwrap();
+    let frontend = early();
+    frontend.set_mem_table(&ram).unwrap();
+    assert_eq!(pool.free(), 1);
+    assert_eq!(ram.find_wrong_stamp(gpa(1)..gpa(2), 1).unwrap(), None, "what was there stays");
+}
+
+#[test]
+fn no_page_is_taken_for_what_is_still_to_come_by_postcopy() {
+    let state = state_of_three_blocks();
+    let Some(pool) = Pool::with_free(4) else { return };
+    let daemon = common::daemon(options());
+    let frontend = Frontend::connect(&daemon.socket()).unwrap();
+    let protocol = USUAL_PROTOCOL_FEATURES | protocol_feature::PAGEFAULT;
+    let agreed = frontend.negotiate(USUAL_FEATURES, protocol).unwrap().protocol;
+    if agreed & protocol_feature::PAGEFAULT == 0 {
+        return say_skipped("no postcopy in this environment");
+    }
+    let _userfaultfd = frontend.postcopy_advise().unwrap().unwrap();
+    frontend.postcopy_listen().unwrap();
+    let ram = huge_region();
+    frontend.set_mem_table_postcopy(&ram).unwrap();
+    frontend.confirm_memory(Request::SetMemTable).unwrap();
+    assert!(load(&frontend, &state).unwrap());
+    assert_eq!(pool.free(), 4, "a page that is there would not be missed");
+    assert_eq!(frontend.postcopy_end().unwrap(), 0);
+    assert_eq!(pool.free(), 1);
 }

@@ -20,7 +20,8 @@ use crate::migration::stream::{
 };
 use crate::migration::wire::{WireRead, WireReader};
 
-/// Postcopy on the destination.
+/// Postcopy on the destination. A virtio-mem device of this process is frozen meanwhile
+/// ([`FreezeHolder::Incoming`](crate::controller::FreezeHolder::Incoming)).
 pub struct PostcopyIncoming<'a> {
     /// The blocks, mapped where the guest uses them.
     pub blocks: Arc<RamBlocks>,

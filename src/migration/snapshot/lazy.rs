@@ -30,7 +30,8 @@ pub struct LazyRestore {
 
 /// As [`restore`](super::restore), but returns as soon as the devices are there: pages are read when they are
 /// touched, and in the background. What the file has no page for is the kernel's to fill with
-/// zeros, without a fault that anybody here sees.
+/// zeros, without a fault that anybody here sees. A virtio-mem device of this process is frozen
+/// meanwhile ([`FreezeHolder::Incoming`](crate::controller::FreezeHolder::Incoming)).
 ///
 /// # Errors
 ///
