@@ -93,3 +93,22 @@ fn an_empty_pool_of_huge_pages_pauses_postcopy_until_there_are_some() {
     there.wait_rounds(2);
     assert_eq!((here.end(), there.end()), (0, 0));
 }
+
+#[test]
+fn an_empty_pool_of_huge_pages_refuses_precopy_and_the_guest_stays() {
+    let _alone = alone();
+    let plugged = Pattern::None.plugged(SMALL);
+    let _pool = match Pool::with_free(SMALL as u64 + 2) {
+        Ok(pool) => pool,
+        Err(error) => return say(&format!("skipped: hugetlb: {error}")),
+    };
+    let from = Side::new(Kind::Hugetlb, &plugged).unwrap();
+    let to = Side::new(Kind::Hugetlb, &plugged).unwrap();
+    let (here, there) = guests(&from, &to);
+    let links = vec![UnixStream::pair().unwrap()];
+    let (sent, received) = run(&from, &to, &here, &there, None, links, || {});
+    let error = received.unwrap_err().to_string();
+    assert!(error.contains("\"vmem0\": cannot write a page"), "{error}");
+    assert!(sent.is_err());
+    assert_stayed(&here, &there);
+}

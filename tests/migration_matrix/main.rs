@@ -5,6 +5,7 @@
 //!
 //! `MATRIX_BLOCKS=512 MATRIX_TIMES=20 cargo test --release --test migration_matrix -- --ignored`
 
+mod device;
 mod faults;
 mod guest;
 mod memory;
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use device::Reserving;
 use guest::{Vm, no_work};
 use memory::{BLOCK, Kind, Pattern, Pool, Side, say};
 use virtio_mem::migration::MigrationError;
@@ -145,7 +147,7 @@ fn run(
     }
     drop((tell_here, tell_there));
     let (main, urgent) = first.expect("a link to begin with");
-    let (vm, blocks) = (Arc::clone(there), Arc::clone(&to.blocks));
+    let (vm, blocks, block) = (Arc::clone(there), Arc::clone(&to.blocks), Arc::clone(&to.block));
     let receiving = thread::spawn(move || {
         vm.start();
         let progress = Arc::new(Progress::new());
@@ -160,7 +162,7 @@ fn run(
             configuration: Configuration::new("matrix"),
             guest: &*vm,
             handlers: vec![Box::new(ram)],
-            devices: &mut NoDevices,
+            devices: &mut Reserving(block),
             postcopy,
             progress: Arc::clone(&progress),
         }
@@ -253,7 +255,7 @@ fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
     let what = Restore {
         configuration: Configuration::new("matrix"),
         blocks: Arc::clone(&to.blocks),
-        devices: &mut NoDevices,
+        devices: &mut Reserving(Arc::clone(&to.block)),
         threads: 2,
         progress: Arc::new(Progress::new()),
     };
@@ -275,7 +277,7 @@ fn lazily(from: &Side, to: &Side, here: &Arc<Vm>, there: &Arc<Vm>) {
     let what = Restore {
         configuration: Configuration::new("matrix"),
         blocks: Arc::clone(&to.blocks),
-        devices: &mut NoDevices,
+        devices: &mut Reserving(Arc::clone(&to.block)),
         threads: 1,
         progress: Arc::new(Progress::new()),
     };

@@ -125,12 +125,17 @@ impl LazyBlock {
         Ok(())
     }
 
-    /// Refuses when a page that is outstanding has data: no fault would be seen there.
+    /// Makes sure that no page that is outstanding is there, since no fault would be seen: one with
+    /// data is refused. hugetlb does not tell what is there, and pages that were only reserved are:
+    /// it is given back.
     pub(super) fn refuse_present(&self) -> Result<(), MigrationError> {
-        if !self.block.tells_holes() {
-            return Ok(());
-        }
         let state = self.state.lock();
+        if !self.block.tells_holes() {
+            let pages = 0..state.outstanding.nr_pages();
+            let mut runs = state.outstanding.runs(pages).map(bytes_of);
+            let given = runs.try_for_each(|range| self.block.discard(range));
+            return given.map_err(self.failed("give pages back that are to come"));
+        }
         let mut present = None;
         for &range in &self.registered {
             let looked = self.block.for_each_data(range, |data| {

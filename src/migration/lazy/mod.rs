@@ -73,17 +73,25 @@ impl LazyRam {
         for block in &lazy {
             block.register(&faults)?;
         }
-        // Whatever was there when faults were registered would have been taken for arrived.
-        for block in &lazy {
-            block.refuse_present()?;
-        }
-        Ok(Self {
+        let lazy = Self {
             faults,
             blocks: lazy,
             statistics: Arc::default(),
             source: RwLock::new(None),
             clients: RwLock::default(),
-        })
+        };
+        // Whatever was there when faults were registered would have been taken for arrived.
+        lazy.refuse_present()?;
+        Ok(lazy)
+    }
+
+    /// To be called again when others have had to do with the memory before the guest runs.
+    ///
+    /// # Errors
+    ///
+    /// That a page which is outstanding is there already.
+    pub(crate) fn refuse_present(&self) -> Result<(), MigrationError> {
+        self.blocks.iter().try_for_each(LazyBlock::refuse_present)
     }
 
     /// Has pages asked of `source` from now on; without one, whoever needs a page waits.

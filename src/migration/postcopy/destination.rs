@@ -86,6 +86,12 @@ impl<'a> Arriving<'a> {
         }
     }
 
+    /// The devices have their state, and nothing has arrived yet. A device of another process, which
+    /// knows nothing of this, may have reserved huge pages for what is plugged.
+    pub(crate) fn devices_loaded(&self) -> Result<(), MigrationError> {
+        self.memory.as_ref().map_or(Ok(()), |(lazy, _)| lazy.refuse_present())
+    }
+
     /// Page sizes must be alike, since host pages are placed whole.
     fn check_sizes(&self, theirs: AdvisedSizes) -> Result<(), MigrationError> {
         let blocks = self.incoming.blocks.migratable()?;

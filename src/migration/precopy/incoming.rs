@@ -171,6 +171,9 @@ impl Session<'_> {
                 if value == PING_LOADED || value == PING_PACKAGE_LOADED {
                     // The answer is the verdict.
                     self.loader.all_loaded()?;
+                    if let Some(postcopy) = &self.postcopy {
+                        postcopy.devices_loaded()?;
+                    }
                 }
                 if let Some(back) = &mut self.back {
                     send(back, &ReturnMessage::Pong(value))?;

@@ -292,7 +292,12 @@ impl LoadBlock {
         let written = if self.block.tells_holes() {
             write_pages(self.block.ram().backing().file(), self.base + range.start(), pages, buffer)
         } else {
-            // hugetlb files cannot be written, but mapped.
+            // hugetlb files cannot be written, but mapped: a page that the pool does not have would
+            // raise SIGBUS there.
+            let reserved = range
+                .shifted_up(self.base)
+                .map_or(Ok(()), |range| self.block.ram().backing().reserve(range));
+            reserved.map_err(MigrationError::memory(self.block.id(), "write a page"))?;
             for (i, &at) in pages.iter().enumerate() {
                 let offset = range.start() + (i * PAGE) as u64;
                 self.block.mapping().write(offset, &buffer[at..at + PAGE]);

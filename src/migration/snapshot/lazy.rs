@@ -62,6 +62,8 @@ pub fn restore_lazily(
             at: 0,
             what: "the file has no RAM".to_owned(),
         })?;
+        // A device of another process may have reserved huge pages for what is plugged.
+        lazy.refuse_present()?;
         let stop = Arc::new(AtomicBool::new(false));
         let (memory, stopped) = (Arc::clone(&lazy), Arc::clone(&stop));
         let counted = Arc::clone(&progress);
