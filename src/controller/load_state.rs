@@ -8,7 +8,7 @@ use thiserror::Error;
 use super::{BlockUpdate, FreezeHolder, JournalUpdate, MemController, StateRecord};
 use crate::ByteRange;
 use crate::device::{BlockBitmap, DeviceState, DeviceStateError, VirtioMem};
-use crate::memory::NotReady;
+use crate::memory::{NotReady, RamBlockError};
 use crate::ram_discard::{PopulateRefused, Transaction};
 
 /// Why saved state was not taken over; nothing was changed.
@@ -23,6 +23,9 @@ pub enum LoadStateError {
     /// Memory of blocks that would be unplugged cannot be given back.
     #[error(transparent)]
     Memory(#[from] NotReady),
+    /// There are not enough huge pages for the plugged blocks.
+    #[error(transparent)]
+    NoMemory(#[from] RamBlockError),
     /// A listener refuses the blocks that would be plugged.
     #[error(transparent)]
     Refused(#[from] PopulateRefused),
@@ -38,7 +41,8 @@ impl MemController {
     }
 
     /// Becomes what `state` says. Listeners are told of every block that changes, those that
-    /// become plugged first. What unplugged blocks hold is given back now, or once it is mapped;
+    /// become plugged first. Huge pages are taken for all that are plugged. What unplugged blocks
+    /// hold is given back now, or once it is mapped;
     /// what plugged ones hold is left alone, since it may have come before the state. The guest
     /// is told to read its configuration again.
     ///
@@ -64,22 +68,35 @@ impl MemController {
                 Err(error) => return Err(error.into()),
             }
         }
-        for (told, &section) in plugged.iter().enumerate() {
+        // Also of blocks that were plugged before: a stream that broke off may have taken theirs.
+        self.reserve(&self.memory.blocks(), || self.sections(device.blocks()))?;
+        self.memory.set_loading(true);
+        let loaded = self.populate(&mut transaction, &plugged).and_then(|()| {
+            let changed = !plugged.is_empty() || !unplugged.is_empty();
+            Ok(self
+                .commit_state(device, changed)
+                .inspect_err(|_| self.take_back(&mut transaction, &plugged))?)
+        });
+        self.memory.set_loading(false);
+        loaded?;
+        self.take_back(&mut transaction, &unplugged);
+        self.sweep_mapped();
+        self.state().tell(|observer| observer.config_changed());
+        Ok(())
+    }
+
+    /// Tells listeners of sections that are populated: of all, or in the end of none.
+    fn populate(
+        &self,
+        transaction: &mut Transaction<'_>,
+        sections: &[ByteRange],
+    ) -> Result<(), LoadStateError> {
+        for (told, &section) in sections.iter().enumerate() {
             if let Err(refused) = transaction.notify_populate(self.source, section) {
-                self.take_back(&mut transaction, &plugged[..told]);
+                self.take_back(transaction, &sections[..told]);
                 return Err(refused.into());
             }
         }
-        let changed = !plugged.is_empty() || !unplugged.is_empty();
-        if let Err(error) = self.commit_state(device, changed) {
-            self.take_back(&mut transaction, &plugged);
-            return Err(error.into());
-        }
-        self.take_back(&mut transaction, &unplugged);
-        self.sweep();
-        let mut state = self.state();
-        state.sweep_pending = !self.memory.is_complete();
-        state.tell(|observer| observer.config_changed());
         Ok(())
     }
 
@@ -100,12 +117,15 @@ impl MemController {
         let record = StateRecord {
             requested_size: device.requested_size(),
             usable_region_size: device.usable_region_size(),
+            // It was for what was here before.
+            reset_pending: false,
             ..state.record(blocks, JournalUpdate::Forget)
         };
         state.save(&record)?;
         let requested_before = state.device.requested_size();
         state.device = device;
         state.journal = None;
+        state.reset_pending = false;
         let (requested, plugged) = (state.device.requested_size(), state.device.plugged_size());
         state.tell(|observer| {
             if requested != requested_before {
@@ -118,6 +138,12 @@ impl MemController {
             }
         });
         Ok(())
+    }
+
+    /// Maximal ranges of plugged blocks, ascending.
+    fn sections(&self, blocks: &BlockBitmap) -> Vec<ByteRange> {
+        let runs = blocks.runs(0..blocks.nr_blocks(), true);
+        runs.filter_map(|run| self.geometry.section_of(&run)).collect()
     }
 
     /// Maximal ranges of blocks that are plugged in one bitmap and not in the other, ascending.

@@ -28,7 +28,7 @@ use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 
 pub use load_state::LoadStateError;
-use served::{Served, State};
+use served::{Served, State, Sweep};
 pub use store::{BlockUpdate, JournalUpdate, StateRecord, StateStore, Volatile};
 
 use crate::ByteRange;
@@ -118,8 +118,10 @@ pub struct Start {
     pub journal: Option<Request>,
     /// Whether the management API held migration active.
     pub api_migration: bool,
+    /// Whether a system reset was put off until migration ends.
+    pub reset_pending: bool,
     /// Whether unplugged blocks may still hold memory, because the process before was killed:
-    /// they are swept when memory is mapped.
+    /// they are swept when the guest runs.
     pub sweep: bool,
 }
 
@@ -131,6 +133,7 @@ impl Start {
             store: Box::new(Volatile),
             journal: None,
             api_migration: false,
+            reset_pending: false,
             sweep: false,
         }
     }
@@ -139,7 +142,7 @@ impl Start {
 impl MemController {
     /// A controller without memory.
     pub fn new(start: Start) -> Self {
-        let Start { device, store, journal, api_migration, sweep } = start;
+        let Start { device, store, journal, api_migration, reset_pending, sweep } = start;
         let geometry = *device.geometry();
         let memory = RegionMemory::new(geometry);
         let holders = api_migration.then_some(FreezeHolder::Api).into_iter().collect();
@@ -149,8 +152,8 @@ impl MemController {
             journal,
             holders,
             thaw_unsaved: false,
-            reset_pending: false,
-            sweep_pending: sweep,
+            reset_pending: reset_pending && api_migration,
+            sweep: if sweep { Sweep::WhenRunning } else { Sweep::Done },
             observers: Vec::new(),
         };
         let served = Arc::new(Served { geometry, state: Mutex::new(state) });
@@ -164,7 +167,15 @@ impl MemController {
                 .register(section, Box::new(MemoryListener(Arc::clone(&memory))))
                 .expect("memory that is not mapped refuses nothing");
         }
-        Self { geometry, served, manager, source, memory }
+        let controller = Self { geometry, served, manager, source, memory };
+        // Whoever held migration active then has left with the process.
+        if reset_pending
+            && !api_migration
+            && let Err(error) = controller.system_reset()
+        {
+            tracing::error!(%error, "cannot do the system reset that migration put off");
+        }
+        controller
     }
 
     /// What never changes.
@@ -290,7 +301,11 @@ impl MemController {
         {
             let mut state = self.state();
             if !state.holders.is_empty() {
-                state.reset_pending = true;
+                let before = std::mem::replace(&mut state.reset_pending, true);
+                if let Err(error) = state.save_holders() {
+                    state.reset_pending = before;
+                    return Err(error.into());
+                }
                 return Ok(Reset::Deferred);
             }
         }
@@ -357,8 +372,8 @@ impl MemController {
     }
 
     /// Takes over the VMM's memory; blocks outside the region are of no interest. Requests use
-    /// the new memory from now on; what unplugged blocks may have been left with is given back.
-    /// Blocks that are plugged already get their huge pages.
+    /// the new memory from now on. After a [`load_state`](Self::load_state), what unplugged blocks
+    /// hold is given back. Blocks that are plugged already get their huge pages.
     ///
     /// # Errors
     ///
@@ -367,13 +382,21 @@ impl MemController {
     pub fn set_memory(&self, blocks: Vec<Arc<RamBlock>>) -> Result<(), RamBlockError> {
         blocks.iter().try_for_each(|block| self.memory.check(block))?;
         let _no_change_under_way = self.manager.begin();
-        self.reserve(&blocks)?;
+        self.reserve(&blocks, || self.served.ranges(true))?;
         self.memory.replace(blocks);
-        if self.state().sweep_pending && self.memory.is_mapped() {
-            self.sweep();
-            self.state().sweep_pending = !self.memory.is_complete();
+        if self.state().sweep == Sweep::WhenMapped {
+            self.sweep_mapped();
         }
         Ok(())
+    }
+
+    /// The guest runs, or is about to: no state can come any more. What unplugged blocks may have
+    /// been left with is given back.
+    pub fn running(&self) {
+        let _no_change_under_way = self.manager.begin();
+        if self.state().sweep != Sweep::Done {
+            self.sweep_mapped();
+        }
     }
 
     /// Takes huge pages for all plugged blocks that have none, where the memory is hugetlb. To be
@@ -385,14 +408,19 @@ impl MemController {
     /// When the pool has none; those that were taken stay.
     pub fn reserve_memory(&self) -> Result<(), RamBlockError> {
         let _no_change_under_way = self.manager.begin();
-        self.reserve(&self.memory.blocks())
+        self.reserve(&self.memory.blocks(), || self.served.ranges(true))
     }
 
-    fn reserve(&self, blocks: &[Arc<RamBlock>]) -> Result<(), RamBlockError> {
+    /// `plugged` is asked for where that matters.
+    fn reserve(
+        &self,
+        blocks: &[Arc<RamBlock>],
+        plugged: impl FnOnce() -> Vec<ByteRange>,
+    ) -> Result<(), RamBlockError> {
         if blocks.iter().all(|block| block.backing().kind() != BackingKind::Hugetlb) {
             return Ok(());
         }
-        let plugged = self.served.ranges(true);
+        let plugged = plugged();
         blocks.iter().try_for_each(|block| self.memory.reserve(block, &plugged))
     }
 
@@ -412,9 +440,19 @@ impl MemController {
         // Unlike UNPLUG ALL, a reset also takes what the guest touched without plugging it.
         self.sweep();
         let mut state = self.state();
-        state.sweep_pending = !self.memory.is_complete();
+        state.sweep = match self.memory.is_complete() {
+            true => Sweep::Done,
+            false => Sweep::WhenRunning,
+        };
         state.tell(|observer| observer.config_changed());
         Ok(())
+    }
+
+    /// Gives back what discarded ranges hold, now or as soon as it is mapped.
+    fn sweep_mapped(&self) {
+        self.sweep();
+        let complete = self.memory.is_complete();
+        self.state().sweep = if complete { Sweep::Done } else { Sweep::WhenMapped };
     }
 
     /// Gives back what discarded ranges hold.

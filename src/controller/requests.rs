@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{BlockUpdate, JournalUpdate, MemController, ResetError};
 use crate::ByteRange;
-use crate::device::{Change, Request, Response, Verdict};
+use crate::device::{Change, Request, Response, Verdict, VirtioMem};
 use crate::ram_discard::{RamDiscardSource, Transaction};
 
 impl MemController {
@@ -148,16 +148,21 @@ impl MemController {
             record.usable_region_size = state.device.usable_after_unplug_all();
         }
         state.save(&record)?;
-        let before = state.device.plugged_size();
+        let of = |device: &VirtioMem| (device.plugged_size(), device.usable_region_size());
+        let before = of(&state.device);
         state.device.apply(change);
         state.journal = match journal {
             JournalUpdate::Keep => state.journal,
             JournalUpdate::Forget => None,
             JournalUpdate::Record(request) => Some(request),
         };
-        let after = state.device.plugged_size();
-        if before != after {
-            state.tell(|observer| observer.plugged_size(after));
+        let after = of(&state.device);
+        if before.0 != after.0 {
+            state.tell(|observer| observer.plugged_size(after.0));
+        }
+        // VIRTIO 5.15.5.2: plugged_size is the one field that changes without a notification.
+        if before.1 != after.1 {
+            state.tell(|observer| observer.config_changed());
         }
         Ok(())
     }

@@ -27,8 +27,20 @@ pub(super) struct State {
     /// A freeze has ended, but the store could not take that: what it has still names the holder.
     pub(super) thaw_unsaved: bool,
     pub(super) reset_pending: bool,
-    pub(super) sweep_pending: bool,
+    pub(super) sweep: Sweep,
     pub(super) observers: Vec<Arc<dyn DeviceObserver>>,
+}
+
+/// When memory that unplugged blocks may have been left with is given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sweep {
+    /// There is none.
+    Done,
+    /// When the guest runs: until then a state may come that says that blocks are plugged, and the
+    /// memory that belongs to it may be there before.
+    WhenRunning,
+    /// When it is mapped: the state has come.
+    WhenMapped,
 }
 
 impl State {
@@ -42,6 +54,7 @@ impl State {
             requested_size: self.device.requested_size(),
             usable_region_size: self.device.usable_region_size(),
             api_migration: self.holders.contains(&FreezeHolder::Api),
+            reset_pending: self.reset_pending,
             blocks,
             journal,
         }

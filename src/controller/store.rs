@@ -35,6 +35,8 @@ pub struct StateRecord<'a> {
     pub usable_region_size: u64,
     /// Whether the management API holds migration active after the change.
     pub api_migration: bool,
+    /// Whether a system reset is to be done when migration ends.
+    pub reset_pending: bool,
     /// What becomes of the block states.
     pub blocks: BlockUpdate<'a>,
     /// What becomes of the journal.

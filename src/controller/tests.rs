@@ -1,5 +1,7 @@
+mod state;
+
 use super::*;
-use crate::device::{BlockSpan, DeviceState, Response};
+use crate::device::{BlockSpan, Response};
 use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
 use std::collections::BTreeSet;
@@ -17,16 +19,18 @@ struct Store {
     fails: AtomicBool,
     commits: AtomicUsize,
     answered: AtomicUsize,
+    reset_pending: AtomicBool,
 }
 
 struct SharedStore(Arc<Store>);
 
 impl StateStore for SharedStore {
-    fn commit(&mut self, _record: &StateRecord<'_>) -> io::Result<()> {
+    fn commit(&mut self, record: &StateRecord<'_>) -> io::Result<()> {
         if self.0.fails.load(Ordering::Relaxed) {
             return Err(io::Error::other("the disk is gone"));
         }
         self.0.commits.fetch_add(1, Ordering::Relaxed);
+        self.0.reset_pending.store(record.reset_pending, Ordering::Relaxed);
         Ok(())
     }
 
@@ -221,7 +225,7 @@ fn a_request_executed_but_not_answered_is_acked_when_it_comes_again() {
 }
 
 #[test]
-fn a_killed_unplug_is_finished_when_memory_is_mapped_again() {
+fn a_killed_unplug_is_finished_when_the_guest_runs_again() {
     let file = memfd();
     file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
     let mut before = device(NR * BLOCK);
@@ -233,6 +237,8 @@ fn a_killed_unplug_is_finished_when_memory_is_mapped_again() {
     let controller = MemController::new(start);
     assert_eq!(controller.execute(unplug(4, 4)), Response::Busy, "memory is not mapped");
     controller.set_memory(ram(&file)).unwrap();
+    assert_eq!(file.metadata().unwrap().blocks() * 512, 8 * BLOCK, "a state may still come");
+    controller.running();
     assert_eq!(file.metadata().unwrap().blocks() * 512, 4 * BLOCK);
     assert_eq!(controller.execute(unplug(4, 4)), Response::Ack);
 }
@@ -243,6 +249,7 @@ fn a_new_device_does_not_sweep_memory_it_knows_nothing_about() {
     file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
     let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
     controller.set_memory(ram(&file)).unwrap();
+    controller.running();
     assert_eq!(file.metadata().unwrap().blocks() * 512, 8 * BLOCK);
 }
 
@@ -264,8 +271,29 @@ fn system_reset_during_migration_is_done_when_it_ends() {
     rig.controller.freeze(FreezeHolder::Log).unwrap();
     assert_eq!(rig.controller.system_reset().unwrap(), Reset::Deferred);
     assert_eq!(rig.controller.config().plugged_size, 4 * BLOCK);
+    assert!(rig.store.reset_pending.load(Ordering::Relaxed), "it outlives the process");
     rig.controller.thaw(FreezeHolder::Log).unwrap();
     assert_eq!(rig.controller.config().plugged_size, 0);
+    assert!(!rig.store.reset_pending.load(Ordering::Relaxed));
+    rig.controller.freeze(FreezeHolder::Log).unwrap();
+    rig.store.fails.store(true, Ordering::Relaxed);
+    assert!(matches!(rig.controller.system_reset(), Err(ResetError::Store(_))));
+    rig.store.fails.store(false, Ordering::Relaxed);
+    rig.controller.thaw(FreezeHolder::Log).unwrap();
+    assert_eq!(rig.execute(plug(0, 1)), Response::Ack);
+}
+
+#[test]
+fn a_system_reset_that_a_killed_process_put_off_is_done_when_nobody_holds_migration() {
+    for (api_migration, plugged) in [(false, 0), (true, 4)] {
+        let mut before = device(NR * BLOCK);
+        before.apply(&Change::Plug(0..4));
+        let start = Start { reset_pending: true, api_migration, ..Start::volatile(before) };
+        let controller = MemController::new(start);
+        assert_eq!(controller.config().plugged_size, plugged * BLOCK);
+        controller.thaw(FreezeHolder::Api).unwrap();
+        assert_eq!(controller.config().plugged_size, 0);
+    }
 }
 
 #[test]
@@ -389,101 +417,4 @@ fn replays_of_many_runs_are_whole() {
     }
     let expected: Vec<_> = (0..NR).step_by(2).map(|block| section(block, block + 1)).collect();
     assert_eq!(rig.controller.ranges(true), expected);
-}
-
-fn loaded(requested: u64, plugged: u64) -> DeviceState {
-    let (requested_size, usable_region_size) = (requested * BLOCK, NR * BLOCK);
-    DeviceState { requested_size, usable_region_size, plugged: vec![plugged] }
-}
-
-/// Notes what it is told.
-struct Notes(Arc<Mutex<Vec<String>>>);
-
-impl RamDiscardListener for Notes {
-    fn name(&self) -> &str {
-        "notes"
-    }
-
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        self.0.lock().push(format!("+{}", section.start() / BLOCK));
-        Ok(())
-    }
-
-    fn notify_discard(&mut self, section: ByteRange) {
-        self.0.lock().push(format!("-{}", section.start() / BLOCK));
-    }
-}
-
-#[test]
-fn a_loaded_state_is_told_to_listeners_and_unplugged_memory_goes() {
-    let rig = rig();
-    rig.execute(plug(0, 4));
-    rig.fill(0, 10);
-    let notes = Arc::new(Mutex::default());
-    rig.controller.listen(Box::new(Notes(Arc::clone(&notes)))).unwrap();
-    notes.lock().clear();
-    rig.controller.load_state(loaded(5, 0b11_0000_1001)).unwrap();
-    assert_eq!(*notes.lock(), ["+8", "-1"]);
-    assert_eq!(rig.controller.save_state(), loaded(5, 0b11_0000_1001));
-    assert_eq!(rig.held(), 4, "plugged blocks keep what they hold, strays of others go");
-    assert_eq!(rig.execute(plug(0, 1)), Response::Error);
-    assert_eq!(rig.execute(plug(4, 1)), Response::Ack);
-}
-
-#[test]
-fn memory_of_unplugged_blocks_goes_once_it_is_mapped() {
-    let file = memfd();
-    file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
-    let controller = MemController::new(Start::volatile(device(0)));
-    controller.load_state(loaded(2, 0b11)).unwrap();
-    controller.set_memory(ram(&file)).unwrap();
-    assert_eq!(file.metadata().unwrap().blocks() * 512, 2 * BLOCK);
-}
-
-#[test]
-fn a_state_that_a_listener_refuses_changes_nothing() {
-    let rig = rig();
-    rig.execute(plug(0, 4));
-    rig.fill(0, 4);
-    let notes = Arc::new(Mutex::default());
-    rig.controller.listen(Box::new(Notes(Arc::clone(&notes)))).unwrap();
-    rig.controller.listen(Box::new(Refuser(section(12, 13)))).unwrap();
-    notes.lock().clear();
-    let before = rig.controller.save_state();
-    let refused = rig.controller.load_state(loaded(5, 0b1_0101_0000_0000));
-    assert!(matches!(refused, Err(LoadStateError::Refused(_))));
-    assert_eq!(*notes.lock(), ["+8", "+10", "+12", "-12", "-10", "-8"]);
-    assert_eq!(rig.controller.save_state(), before);
-    assert_eq!(rig.held(), 4);
-}
-
-#[test]
-fn while_memory_arrives_the_guest_changes_no_block_but_the_state_may_come() {
-    let rig = rig();
-    rig.controller.freeze(FreezeHolder::Incoming).unwrap();
-    assert_eq!(rig.execute(plug(0, 4)), Response::Busy);
-    assert_eq!(rig.controller.system_reset().unwrap(), Reset::Deferred);
-    rig.controller.load_state(loaded(5, 0b11)).unwrap();
-    assert_eq!(rig.controller.config().plugged_size, 2 * BLOCK);
-}
-
-#[test]
-fn a_state_that_cannot_be_saved_or_comes_during_migration_changes_nothing() {
-    let rig = rig();
-    rig.execute(plug(0, 4));
-    rig.fill(0, 4);
-    let before = rig.controller.save_state();
-    rig.store.fails.store(true, Ordering::Relaxed);
-    let failed = rig.controller.load_state(loaded(5, 0b1000));
-    assert!(matches!(failed, Err(LoadStateError::Store(_))));
-    rig.store.fails.store(false, Ordering::Relaxed);
-    rig.controller.freeze(FreezeHolder::Log).unwrap();
-    let frozen = rig.controller.load_state(loaded(5, 0b1000));
-    assert!(matches!(frozen, Err(LoadStateError::Frozen)));
-    rig.controller.thaw(FreezeHolder::Log).unwrap();
-    rustix::fs::fcntl_add_seals(&rig.file, rustix::fs::SealFlags::FUTURE_WRITE).unwrap();
-    let sealed = rig.controller.load_state(loaded(5, 0b1000));
-    assert!(matches!(sealed, Err(LoadStateError::Memory(_))));
-    assert_eq!(rig.controller.save_state(), before);
-    assert_eq!(rig.held(), 4);
 }

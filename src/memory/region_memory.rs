@@ -38,6 +38,8 @@ pub struct RegionMemory {
     table: Mutex<Table>,
     /// Memory of plugged blocks is still to come.
     incoming: AtomicBool,
+    /// A state is being loaded, whose memory may be there already.
+    loading: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -58,7 +60,12 @@ type Pieces = SmallVec<[Piece; 1]>;
 impl RegionMemory {
     /// No memory yet.
     pub fn new(geometry: Geometry) -> Arc<Self> {
-        Arc::new(Self { geometry, table: Mutex::default(), incoming: AtomicBool::new(false) })
+        Arc::new(Self {
+            geometry,
+            table: Mutex::default(),
+            incoming: AtomicBool::new(false),
+            loading: AtomicBool::new(false),
+        })
     }
 
     /// Checks that a RAM block can serve this region.
@@ -74,6 +81,16 @@ impl RegionMemory {
     /// is taken for them: one that is there is not missed by who touches it.
     pub(crate) fn set_incoming(&self, incoming: bool) {
         self.incoming.store(incoming, Ordering::Release);
+    }
+
+    /// Says whether a state is being loaded. Until it is there, its listener gives nothing back: the
+    /// memory of blocks that become plugged may have come before, and must stay if they do not.
+    pub(crate) fn set_loading(&self, loading: bool) {
+        self.loading.store(loading, Ordering::Release);
+    }
+
+    fn is_loading(&self) -> bool {
+        self.loading.load(Ordering::Acquire)
     }
 
     /// Takes huge pages for the plugged sections that `block` backs, as a PLUG does. Where there is
@@ -308,7 +325,8 @@ impl RamDiscardListener for MemoryListener {
         let (pieces, _) = self.0.pieces(section);
         for (done, (block, _)) in pieces.iter().enumerate() {
             if let Err(error) = self.0.reserve(block, &[section]) {
-                for (block, file_range) in pieces[..=done].iter().rev() {
+                let undone = if self.0.is_loading() { 0 } else { done + 1 };
+                for (block, file_range) in pieces[..undone].iter().rev() {
                     let _ = block.backing().discard(*file_range);
                 }
                 return Err(error.to_string());
@@ -324,6 +342,9 @@ impl RamDiscardListener for MemoryListener {
     }
 
     fn notify_discard(&mut self, section: ByteRange) {
+        if self.0.is_loading() {
+            return;
+        }
         self.0.settle();
         self.0.discard(section);
     }

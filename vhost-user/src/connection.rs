@@ -182,6 +182,10 @@ impl ConnectionEvents for Events {
         self.service.gate().open();
     }
 
+    fn running(&self) {
+        self.service.controller().running();
+    }
+
     fn rings_reset(&self) {}
 
     fn postcopy_advise(&self) -> io::Result<OwnedFd> {

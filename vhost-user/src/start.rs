@@ -32,7 +32,8 @@ pub fn open(config: &Config) -> anyhow::Result<Start> {
         return Ok(Start { store: Box::new(Store(file)), ..Start::volatile(device) });
     }
     let (file, saved) = StateFile::open(path, &geometry).with_context(option)?;
-    let Saved { requested_size, usable_region_size, plugged, api_migration, journal, .. } = saved;
+    let Saved { requested_size, usable_region_size, plugged, journal, .. } = saved;
+    let (api_migration, reset_pending) = (saved.api_migration, saved.reset_pending);
     let state = DeviceState { requested_size, usable_region_size, plugged };
     let device = VirtioMem::restore(config.geometry, state).with_context(option)?;
     let plugged_size = device.plugged_size();
@@ -44,6 +45,7 @@ pub fn open(config: &Config) -> anyhow::Result<Start> {
             .filter(|entry| !entry.answered)
             .map(|entry| Request::from_bytes(&entry.request)),
         api_migration,
+        reset_pending,
         sweep: true,
     })
 }
@@ -87,6 +89,7 @@ impl StateStore for Store {
             requested_size: record.requested_size,
             usable_region_size: record.usable_region_size,
             api_migration: record.api_migration,
+            reset_pending: record.reset_pending,
             delta,
             journal,
         };

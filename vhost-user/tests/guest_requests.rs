@@ -104,11 +104,14 @@ fn d45_d46_d47_unplug_all_unplugs_everything_and_fits_the_usable_region() {
     assert!(rig.daemon.api().resize(BLOCK).unwrap().is_success());
     let before = rig.frontend.config().unwrap();
     assert_eq!(before.usable_region_size, 768 << 20, "it does not shrink with the request");
+    let channel = rig.channel.take().unwrap();
+    let seen = channel.config_changes();
     let garbage = MemRequest::new(RequestType::UnplugAll, u64::MAX, 77).with_padding(0xff);
     assert_eq!(rig.driver.execute(garbage).unwrap().kind(), ResponseType::Ack);
     let after = rig.frontend.config().unwrap();
     assert_eq!((after.plugged_size, after.usable_region_size), (0, (256 << 20) + BLOCK));
     assert_eq!(rig.held(0, REGION / BLOCK), 0);
+    assert!(channel.wait_beyond(seen, common::PATIENCE), "D9: the usable region has changed");
     assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Ack, "twice is once");
 }
 

@@ -184,6 +184,11 @@ fn plugged_blocks_get_their_pages_when_memory_comes_after_their_state() {
     frontend.set_mem_table(&ram).unwrap();
     assert_eq!(pool.free(), 1);
     assert_eq!(ram.find_wrong_stamp(gpa(1)..gpa(2), 1).unwrap(), None, "what was there stays");
+    // A migration that broke off leaves the state and takes the pages.
+    ram.punch(gpa(0)..gpa(3)).unwrap();
+    assert_eq!(pool.free(), 4);
+    assert!(load(&frontend, &state).unwrap());
+    assert_eq!(pool.free(), 1);
 }
 
 #[test]

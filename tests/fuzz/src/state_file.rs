@@ -75,6 +75,7 @@ fn commit(input: &mut Input<'_>, blocks: u64) -> Commit<'static> {
         requested_size: u64::from(input.u16()) % (blocks + 1) * BLOCK,
         usable_region_size: blocks * BLOCK,
         api_migration: input.u8() & 1 == 1,
+        reset_pending: input.u8() & 1 == 1,
         delta: delta(input, blocks),
         journal,
     }
@@ -243,6 +244,7 @@ pub fn run(data: &[u8]) {
         requested_size: BLOCK,
         usable_region_size: asked.region_size,
         api_migration: !saved.api_migration,
+        reset_pending: !saved.reset_pending,
         delta: Delta::Set { first_block: blocks - 1, nr_blocks: 1 },
         journal: JournalUpdate::Record(&[9; 24]),
     };
@@ -255,5 +257,6 @@ pub fn run(data: &[u8]) {
     plugged[last / 64] |= 1 << (last % 64);
     assert_eq!(changed.plugged, plugged);
     assert_eq!((changed.requested_size, changed.api_migration), (BLOCK, !saved.api_migration));
+    assert_eq!(changed.reset_pending, !saved.reset_pending);
     assert!(changed.journal.is_some_and(|entry| entry.request == [9; 24]));
 }

@@ -158,9 +158,11 @@ impl Inner {
     fn discard(&mut self, section: ByteRange) {
         let peers = self.peers.clone();
         self.tell_discard(peers, section);
-        // A populate that is rolled back is among what is pending.
-        let parts = self.pending.iter().flat_map(|populated| populated.subtract(section));
-        self.pending = parts.flatten().collect();
+        // A populate that is rolled back is among what is pending: the last one, when many are.
+        if self.pending.pop_if(|last| *last == section).is_none() {
+            let parts = self.pending.iter().flat_map(|populated| populated.subtract(section));
+            self.pending = parts.flatten().collect();
+        }
         self.show(&[(self.blocks(section), false)]);
     }
 

@@ -27,6 +27,9 @@ pub trait ConnectionEvents: Send + Sync + 'static {
     /// Ends [`quiesce`](Self::quiesce). Called exactly once for each that was true.
     fn release(&self);
 
+    /// A ring runs. Called again with every change of the rings, as long as one does.
+    fn running(&self);
+
     /// RESET_DEVICE or RESET_OWNER has disabled all rings. Called while quiesced.
     fn rings_reset(&self);
 

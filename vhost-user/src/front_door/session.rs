@@ -241,6 +241,7 @@ impl<'a> Session<'a> {
             self.notifier.suspend();
         } else {
             self.notifier.resume();
+            self.events.running();
         }
     }
 

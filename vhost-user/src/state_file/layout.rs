@@ -46,6 +46,7 @@ pub(super) const ANSWERED_LEN: usize = 16;
 
 const FLAG_API_MIGRATION: u64 = 1;
 const FLAG_JOURNAL: u64 = 2;
+const FLAG_RESET_PENDING: u64 = 4;
 
 /// Length of a file, bytes.
 pub(super) fn file_len(geometry: &Geometry) -> u64 {
@@ -148,6 +149,7 @@ pub(super) struct Slot {
     /// Of the bitmap with the delta applied.
     pub(super) checksum: u64,
     pub(super) api_migration: bool,
+    pub(super) reset_pending: bool,
     pub(super) delta: Delta,
     pub(super) journal: Option<[u8; 24]>,
     /// The commit that recorded the journal.
@@ -163,6 +165,7 @@ impl Default for Slot {
             plugged_blocks: 0,
             checksum: 0,
             api_migration: false,
+            reset_pending: false,
             delta: Delta::None,
             journal: None,
             journal_seq: 0,
@@ -189,6 +192,9 @@ impl Slot {
         }
         if self.journal.is_some() {
             flags |= FLAG_JOURNAL;
+        }
+        if self.reset_pending {
+            flags |= FLAG_RESET_PENDING;
         }
         let mut bytes = [0; SLOT_LEN];
         for (at, value) in [
@@ -237,6 +243,7 @@ impl Slot {
             plugged_blocks: get(bytes, PLUGGED_AT),
             checksum: get(bytes, CHECKSUM_AT),
             api_migration: flags & FLAG_API_MIGRATION != 0,
+            reset_pending: flags & FLAG_RESET_PENDING != 0,
             delta,
             journal: (flags & FLAG_JOURNAL != 0).then_some(journal),
             journal_seq: get(bytes, JOURNAL_SEQ_AT),

@@ -43,6 +43,8 @@ pub struct Saved {
     pub plugged_blocks: u64,
     /// Whether the management API holds migration active.
     pub api_migration: bool,
+    /// Whether a system reset was put off until migration ends.
+    pub reset_pending: bool,
     /// The last request that changed blocks.
     pub journal: Option<JournalEntry>,
 }
@@ -65,6 +67,8 @@ pub struct Commit<'a> {
     pub usable_region_size: u64,
     /// Whether the management API holds migration active.
     pub api_migration: bool,
+    /// Whether a system reset was put off until migration ends.
+    pub reset_pending: bool,
     /// What happens to the blocks.
     pub delta: Delta,
     /// What happens to the journal.
@@ -260,6 +264,7 @@ impl StateFile {
             plugged: words.clone(),
             plugged_blocks: slot.plugged_blocks,
             api_migration: slot.api_migration,
+            reset_pending: slot.reset_pending,
             journal: slot.journal.map(|request| JournalEntry { request, answered }),
         };
         // Written with the next commit, and not yet: the device may still refuse what was saved.
@@ -281,6 +286,7 @@ impl StateFile {
             requested_size: commit.requested_size,
             usable_region_size: commit.usable_region_size,
             api_migration: commit.api_migration,
+            reset_pending: commit.reset_pending,
             delta: commit.delta,
             ..self.slot
         };
@@ -337,6 +343,7 @@ impl StateFile {
             plugged_blocks: sums.ones,
             checksum: sums.checksum,
             api_migration: commit.api_migration,
+            reset_pending: commit.reset_pending,
             ..Slot::default()
         };
         // A link stays one.

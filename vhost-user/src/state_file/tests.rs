@@ -44,6 +44,7 @@ fn commit(delta: Delta, requested_size: u64) -> Commit<'static> {
         requested_size,
         usable_region_size: NR * BLOCK,
         api_migration: false,
+        reset_pending: false,
         delta,
         journal: JournalUpdate::Record(&[7; 24]),
     }

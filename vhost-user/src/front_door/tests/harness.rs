@@ -47,6 +47,7 @@ impl ConnectionEvents for Recorder {
     fn release(&self) {
         self.0.lock().push("release".into());
     }
+    fn running(&self) {}
     fn rings_reset(&self) {
         self.0.lock().push("rings_reset".into());
     }
