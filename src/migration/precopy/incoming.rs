@@ -126,7 +126,7 @@ impl Session<'_> {
         let mut reader = WireReader::with_capacity(self.channel.clone_handle(), READ_AHEAD);
         Loader::check(local, &read_header(&mut reader)?)?;
         self.progress.set_status(Status::Active);
-        while self.record(&mut reader)? {
+        while self.record(&mut reader, None)? {
             Counters::set(&self.progress.counters.transferred, reader.offset());
             if self.postcopy.as_ref().is_some_and(Arriving::is_running) {
                 return Ok(Rest::Memory(reader));
@@ -137,27 +137,34 @@ impl Session<'_> {
         Ok(Rest::Nothing)
     }
 
-    /// Handles the next thing on the stream; false at its end.
-    fn record(&mut self, reader: &mut dyn WireRead) -> Result<bool, MigrationError> {
+    /// Handles the next thing on the stream, or in the package that starts at byte `package` of it;
+    /// false at the end of the stream.
+    fn record(
+        &mut self,
+        reader: &mut dyn WireRead,
+        package: Option<u64>,
+    ) -> Result<bool, MigrationError> {
         let at = reader.offset();
-        match read_record(reader)? {
-            Record::Section(header) => self.loader.section(&header, reader)?,
-            Record::Continued { kind, section_id } => {
+        match (read_record(reader)?, package) {
+            // Else the stream would say how deep this recurses.
+            (what @ (Record::Command(Command::Packaged { .. }) | Record::Eof), Some(at)) => {
+                return Err(out_of_place(&format!("{what:?}"), at, "inside a package"));
+            }
+            (Record::Section(header), _) => self.loader.section(&header, reader)?,
+            (Record::Continued { kind, section_id }, _) => {
                 self.loader.continued(kind, section_id, at, reader)?;
             }
-            Record::Command(Command::Packaged { len }) => {
+            (Record::Command(Command::Packaged { len }), None) => {
                 // Whole, since what is in it may need memory that comes behind it.
                 let package = reader.bytes(u64::from(len), PACKAGE_MAX, "a package")?;
                 let mut inner = WireReader::new(&package[..]);
                 while inner.offset() < package.len() as u64 {
-                    if !self.record(&mut inner)? {
-                        return Err(out_of_place("package", at, "the stream ends in it"));
-                    }
+                    self.record(&mut inner, Some(at))?;
                 }
             }
-            Record::Command(command) => self.command(command, at)?,
-            Record::Eof => return Ok(false),
-            Record::Description(_) => {
+            (Record::Command(command), _) => self.command(command, at)?,
+            (Record::Eof, None) => return Ok(false),
+            (Record::Description(_), _) => {
                 return Err(out_of_place("description", at, "before the end of the sections"));
             }
         }

@@ -1,5 +1,7 @@
 //! Whole migrations between two sides in one process, over a socket pair, of real memory.
 
+mod hostile;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;

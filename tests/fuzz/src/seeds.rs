@@ -130,6 +130,11 @@ fn migration_stream() -> Vec<Vec<u8>> {
     let pong = |value: u8| vec![0, 2, 0, 4, 0, 0, 0, value];
     seeds.push([vec![5], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, 0]].concat());
     seeds.push([vec![5], pong(5), vec![0, 1, 0, 4, 0, 0, 0, 22]].concat());
+    // Packages in packages, after a header.
+    let header = b"QEVM\0\0\0\x03\x07\0\0\0\x04fuzz";
+    let packaged = |len: u32| [&[8, 0, 7, 0, 4][..], &len.to_be_bytes()].concat();
+    let nested = (0..10_000).rev().flat_map(|inside| packaged(inside * 9));
+    seeds.push([1].into_iter().chain(*header).chain(nested).collect());
     seeds
 }
 
