@@ -111,11 +111,24 @@ impl Channel {
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
     }
 
-    /// Whether the other side has closed the channel.
+    /// Ends this side's direction of a socket; what the other side still says can be read.
+    pub fn shutdown_write(&self) {
+        // It fails on a channel that has ended already, which readers learn by themselves.
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
+    }
+
+    /// Whether the other side has closed the channel, or ended its direction of it. What it had
+    /// written before may still be to be read.
     pub fn is_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(&self.fd, PollFlags::RDHUP)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready != 0)
+        loop {
+            let mut fds = [PollFd::new(&self.fd, PollFlags::RDHUP)];
+            match poll(&mut fds, Some(&now)) {
+                Err(Errno::INTR) => {}
+                // What cannot be asked is not to be relied on.
+                other => return other != Ok(0),
+            }
+        }
     }
 
     fn wait(&self, flags: PollFlags, deadline: Option<Instant>) -> io::Result<()> {

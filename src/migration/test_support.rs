@@ -1,8 +1,13 @@
 //! Two sides with real memory, for the tests of whatever moves it.
 
 use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
 
 use rustix::fs::MemfdFlags;
 
@@ -104,4 +109,61 @@ pub(super) fn fill(file: &File, pages: std::ops::Range<u64>, byte: u8) {
     for page in pages {
         file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
     }
+}
+
+/// A connection over TCP within this host.
+pub(super) fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let far = listener.accept().unwrap().0;
+    (near, far)
+}
+
+/// What is late after the destination's verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Late {
+    /// What the source says.
+    There,
+    /// What the destination says.
+    Back,
+}
+
+/// Source and destination of a connection over TCP on which, after the destination's verdict, one
+/// direction stands still until the source ends its own.
+pub(super) fn late(late: Late) -> (OwnedFd, OwnedFd) {
+    // PONG 1, and the PONG of the verdict.
+    const VERDICT: u64 = 16;
+    let (source, mut near) = tcp_pair();
+    let (mut far, destination) = tcp_pair();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    let decided = Arc::new(AtomicBool::new(false));
+    let (tell_ended, ended) = mpsc::channel();
+    let deciding = Arc::clone(&decided);
+    thread::spawn(move || {
+        let mut verdict = Vec::new();
+        let _ = (&mut back_from).take(VERDICT).read_to_end(&mut verdict);
+        deciding.store(true, Ordering::SeqCst);
+        let _ = back_to.write_all(&verdict);
+        if late == Late::Back {
+            let _ = ended.recv();
+        }
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let (mut buffer, mut kept) = (vec![0; 4096], Vec::new());
+        while let Ok(read @ 1..) = near.read(&mut buffer) {
+            if late == Late::There && decided.load(Ordering::SeqCst) {
+                kept.extend_from_slice(&buffer[..read]);
+            } else if far.write_all(&buffer[..read]).is_err() {
+                break;
+            }
+        }
+        // What was kept comes at once with the end.
+        let _ = rustix::net::sockopt::set_tcp_cork(&far, true);
+        let _ = far.write_all(&kept);
+        let _ = far.shutdown(Shutdown::Write);
+        let _ = tell_ended.send(());
+    });
+    (source.into(), destination.into())
 }

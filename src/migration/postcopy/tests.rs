@@ -1,6 +1,7 @@
 //! Whole migrations whose guest reads its memory on the destination while that arrives.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -15,7 +16,7 @@ use crate::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
 use crate::migration::progress::{Progress, Snapshot, Status};
 use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use crate::migration::stream::Configuration;
-use crate::migration::test_support::{PAGE, Side, fill};
+use crate::migration::test_support::{Late, PAGE, Side, fill, late, tcp_pair};
 use crate::sys::HostMapping;
 
 const OPTIONS: ListOptions = ListOptions { ignore_shared: false, postcopy: true };
@@ -27,12 +28,14 @@ struct Reader {
     expected: Vec<u8>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     wrong: Arc<AtomicUsize>,
+    runs: AtomicUsize,
 }
 
 impl Reader {
     fn new(side: &Side, expected: Vec<u8>) -> Self {
         let region = Arc::clone(side.blocks.get("vmem0").unwrap().mapping());
-        Self { region, expected, threads: Mutex::default(), wrong: Arc::default() }
+        let (threads, wrong, runs) = Default::default();
+        Self { region, expected, threads, wrong, runs }
     }
 
     fn wait(&self) -> usize {
@@ -49,6 +52,7 @@ impl Guest for Reader {
     }
 
     fn run(&self) -> Result<(), String> {
+        self.runs.fetch_add(1, Ordering::Relaxed);
         for first in 0..3 {
             let (region, expected) = (Arc::clone(&self.region), self.expected.clone());
             let wrong = Arc::clone(&self.wrong);
@@ -76,13 +80,14 @@ impl HandlerFailed for Reader {
 }
 
 /// Hands out channels that were made before.
-struct Prepared(mpsc::Receiver<(UnixStream, Option<UnixStream>)>, Arc<Progress>);
+struct Prepared(mpsc::Receiver<(OwnedFd, Option<UnixStream>)>, Arc<Progress>);
 
 impl Reconnect for Prepared {
     fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
         let (main, urgent) = self.0.recv_timeout(Duration::from_secs(20)).ok()?;
-        let channel = |stream| Channel::new(stream, Arc::clone(&self.1)).unwrap();
-        Some(Channels { main: channel(main), urgent: urgent.map(channel) })
+        let channel = |stream: OwnedFd| Channel::new(stream, Arc::clone(&self.1)).unwrap();
+        let urgent = urgent.map(|urgent| channel(urgent.into()));
+        Some(Channels { main: channel(main), urgent })
     }
 }
 
@@ -116,6 +121,8 @@ struct Run {
     outgoing: Result<(), MigrationError>,
     incoming: Result<(), MigrationError>,
     wrong: usize,
+    /// How often the guest was let run on the source and on the destination.
+    runs: (usize, usize),
     sent: Snapshot,
 }
 
@@ -129,6 +136,7 @@ fn migrate(
     channels: Vec<(UnixStream, UnixStream)>,
 ) -> Run {
     let parameters = Parameters::new(Configuration::new("test"));
+    let channels = channels.into_iter().map(|(near, far)| (near.into(), far.into())).collect();
     migrate_by(parameters, from, to, expected, when, urgent, channels)
 }
 
@@ -139,7 +147,7 @@ fn migrate_by(
     expected: Vec<u8>,
     when: SwitchWhen,
     urgent: bool,
-    mut channels: Vec<(UnixStream, UnixStream)>,
+    mut channels: Vec<(OwnedFd, OwnedFd)>,
 ) -> Run {
     let reader = Arc::new(Reader::new(to, expected));
     let (tell_source, source_hears) = mpsc::channel();
@@ -153,8 +161,9 @@ fn migrate_by(
     }
     drop((tell_source, tell_destination));
     let (near_urgent, far_urgent) = pair();
-    let channel =
-        |progress: &Arc<Progress>, stream| Channel::new(stream, Arc::clone(progress)).unwrap();
+    let channel = |progress: &Arc<Progress>, stream: OwnedFd| {
+        Channel::new(stream, Arc::clone(progress)).unwrap()
+    };
 
     let (guest, blocks) = (Arc::clone(&reader), Arc::clone(&to.blocks));
     let there = thread::spawn(move || {
@@ -162,7 +171,7 @@ fn migrate_by(
         let ram = RamLoad::new(Arc::clone(&blocks), OPTIONS, Arc::clone(&progress));
         let postcopy = PostcopyIncoming {
             blocks,
-            urgent: far_urgent.map(|urgent| channel(&progress, urgent)),
+            urgent: far_urgent.map(|urgent| channel(&progress, urgent.into())),
             reconnect: Box::new(Prepared(destination_hears, Arc::clone(&progress))),
             failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
         };
@@ -182,7 +191,7 @@ fn migrate_by(
     let source = Reader::new(from, Vec::new());
     let postcopy = PostcopyOutgoing {
         when,
-        urgent: near_urgent.map(|urgent| channel(&progress, urgent)),
+        urgent: near_urgent.map(|urgent| channel(&progress, urgent.into())),
         reconnect: Box::new(Prepared(source_hears, Arc::clone(&progress))),
     };
     let outgoing = Outgoing {
@@ -196,7 +205,9 @@ fn migrate_by(
     };
     let outgoing = outgoing.run(channel(&progress, first.0));
     let incoming = there.join().unwrap();
-    Run { outgoing, incoming, wrong: reader.wait(), sent: progress.snapshot() }
+    let runs = [&source, &*reader].map(|guest| guest.runs.load(Ordering::Relaxed));
+    let (wrong, sent) = (reader.wait(), progress.snapshot());
+    Run { outgoing, incoming, wrong, runs: runs.into(), sent }
 }
 
 /// A source with pages of all kinds, and what the guest is to see of each.
@@ -251,8 +262,8 @@ fn a_bandwidth_limit_holds_up_nobody_who_waits_for_a_page() {
         // A page in a tenth of a second: the guest has to ask for nearly everything.
         let mut parameters = Parameters::new(Configuration::new("test"));
         parameters.max_postcopy_bandwidth = Some(1);
-        let channels = vec![UnixStream::pair().unwrap()];
-        let when = SwitchWhen::AtOnce;
+        let (near, far) = UnixStream::pair().unwrap();
+        let (when, channels) = (SwitchWhen::AtOnce, vec![(near.into(), far.into())]);
         let run = migrate_by(parameters, &from, &to, expected, when, urgent, channels);
         run.outgoing.unwrap();
         run.incoming.unwrap();
@@ -292,4 +303,32 @@ fn a_channel_broken_anywhere_is_recovered_any_number_of_times() {
         limit += limit / 3;
     }
     assert!(recovered > 10, "{recovered}");
+}
+
+/// Over TCP, with hardly any patience, and with one more connection for what is left.
+fn migrate_late(what: Late) -> Run {
+    let (from, expected) = filled();
+    let to = Side::new(&[1, 4, 5, 9]);
+    let mut parameters = Parameters::new(Configuration::new("test"));
+    parameters.verdict_timeout = Duration::from_millis(500);
+    let (near, far) = tcp_pair();
+    let channels = vec![late(what), (near.into(), far.into())];
+    migrate_by(parameters, &from, &to, expected, SwitchWhen::AtOnce, false, channels)
+}
+
+#[test]
+fn a_destination_that_takes_too_long_to_run_leaves_the_guest_over_tcp() {
+    let run = migrate_late(Late::There);
+    assert_eq!(run.runs, (1, 0));
+    assert!(run.outgoing.is_err());
+    assert!(matches!(run.incoming, Err(MigrationError::ChannelClosed(_))), "{:?}", run.incoming);
+}
+
+#[test]
+fn a_destination_that_runs_is_heard_however_late_and_the_rest_takes_another_channel() {
+    let run = migrate_late(Late::Back);
+    assert_eq!(run.runs, (0, 1));
+    run.outgoing.unwrap();
+    run.incoming.unwrap();
+    assert_eq!((run.wrong, run.sent.postcopy_recoveries), (0, 1));
 }

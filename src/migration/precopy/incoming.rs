@@ -96,7 +96,7 @@ impl Session<'_> {
     /// told has it still.
     fn take_over(&mut self, guest: &dyn Guest) -> Result<(), MigrationError> {
         if let Some(back) = self.back.take() {
-            send(&mut back.uncancellable(), &ReturnMessage::Shut(0))?;
+            claim(&back, &ReturnMessage::Shut(0))?;
         }
         guest.run().map_err(|reason| MigrationError::Vmm { what: "let the guest run", reason })
     }
@@ -113,7 +113,7 @@ impl Session<'_> {
         else {
             return Err(out_of_place("RUN", at, "no memory was announced"));
         };
-        send(&mut back.uncancellable(), &ReturnMessage::SwitchoverAck)?;
+        claim(back, &ReturnMessage::SwitchoverAck)?;
         guest.run().map_err(|reason| MigrationError::Vmm { what: "let the guest run", reason })?;
         postcopy.run(
             self.channel.uncancellable(),
@@ -211,6 +211,16 @@ impl Session<'_> {
             other => Err(out_of_place(&format!("{other:?}"), at, "after the end of the sections")),
         }
     }
+}
+
+/// Says that the guest is taken, unless the source has ended the channel: then it takes the guest
+/// back if it does not hear that. Over TCP such a message could still be written, and be for
+/// nobody. A source that ends its direction right after the look still reads.
+fn claim(back: &Channel, message: &ReturnMessage) -> Result<(), MigrationError> {
+    if back.is_hung_up() {
+        return Err(MigrationError::ChannelClosed("the guest was about to be taken"));
+    }
+    send(&mut back.uncancellable(), message)
 }
 
 fn send(back: &mut Channel, message: &ReturnMessage) -> Result<(), MigrationError> {

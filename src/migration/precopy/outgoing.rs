@@ -35,7 +35,10 @@ pub struct Parameters {
     pub downtime_limit: Duration,
     /// How vCPUs are slowed down when they write faster than memory is sent.
     pub throttle: ThrottleParameters,
-    /// How long the destination may take for its verdict while the guest is stopped.
+    /// How long the destination may take for its verdict while the guest is stopped. One that takes
+    /// so long again to take the guest does not get it any more, unless it is just doing so: until
+    /// it says which, or the channel breaks, the guest stays stopped. A socket whose other host may
+    /// vanish should have SO_KEEPALIVE and TCP_USER_TIMEOUT set.
     pub verdict_timeout: Duration,
     /// What both sides must agree on: machine type and capabilities.
     pub configuration: Configuration,

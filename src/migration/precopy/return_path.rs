@@ -11,6 +11,9 @@ use crate::migration::progress::Progress;
 use crate::migration::stream::ReturnMessage;
 use crate::migration::wire::WireReader;
 
+/// Between two looks at the clock.
+const MOMENT: Duration = Duration::from_millis(20);
+
 type Heard = Result<ReturnMessage, MigrationError>;
 
 /// What the destination sent back and nobody has asked for yet.
@@ -76,7 +79,12 @@ impl ReturnPath {
             if progress.is_cancelled() {
                 return Err(MigrationError::Cancelled);
             }
-            match self.wait(deadline, "the destination was loading")? {
+            if Instant::now() >= deadline {
+                return Err(MigrationError::io("wait for the destination")(
+                    io::ErrorKind::TimedOut.into(),
+                ));
+            }
+            match self.wait("the destination was loading")? {
                 Some(ReturnMessage::Pong(pong)) if pong == value => return Ok(()),
                 Some(ReturnMessage::Pong(_)) | None => {}
                 Some(other) => return Err(unexpected(Ok(other))),
@@ -85,8 +93,11 @@ impl ReturnPath {
     }
 
     /// Waits for the destination to say that it takes the guest. It cannot be cancelled any more.
-    /// When patience ends, the channel is closed, and what had come by then decides: a
-    /// destination that could not say it does not start the guest.
+    ///
+    /// When patience ends, the source ends its direction of the channel. A destination that sees
+    /// that before it takes the guest leaves it; what one says that did not see it yet is still
+    /// heard. So the wait goes on until either is certain, or the channel breaks: who closed it for
+    /// both sides could not be told that the guest is taken.
     pub(super) fn wait_for_shut(&self, patience: Duration) -> Result<(), MigrationError> {
         self.wait_for_last(patience, &ReturnMessage::Shut(0))
     }
@@ -96,21 +107,18 @@ impl ReturnPath {
         patience: Duration,
         last: &ReturnMessage,
     ) -> Result<(), MigrationError> {
-        let mut deadline = Instant::now() + patience;
-        let mut closed = false;
+        let deadline = Instant::now() + patience;
+        let mut gave_up = false;
         loop {
-            match self.wait(deadline, "it was about to take the guest") {
-                Ok(Some(message)) if message == *last => return Ok(()),
-                Ok(Some(ReturnMessage::Pong(_)) | None) => {}
-                Ok(Some(other)) => return Err(unexpected(Ok(other))),
-                Err(MigrationError::Io { source, .. })
-                    if source.kind() == io::ErrorKind::TimedOut && !closed =>
-                {
-                    closed = true;
-                    self.channel.shutdown();
-                    deadline = Instant::now() + patience;
-                }
-                Err(error) => return Err(error),
+            if !gave_up && Instant::now() >= deadline {
+                gave_up = true;
+                tracing::warn!("the destination does not say whether it takes the guest");
+                self.channel.shutdown_write();
+            }
+            match self.wait("it was about to take the guest")? {
+                Some(message) if message == *last => return Ok(()),
+                Some(ReturnMessage::Pong(_)) | None => {}
+                Some(other) => return Err(unexpected(Ok(other))),
             }
         }
     }
@@ -129,18 +137,9 @@ impl ReturnPath {
         reader.ok_or(MigrationError::ChannelClosed("the guest was being handed over"))
     }
 
-    fn wait(
-        &self,
-        deadline: Instant,
-        closed_while: &'static str,
-    ) -> Result<Option<ReturnMessage>, MigrationError> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(MigrationError::io("wait for the destination")(
-                io::ErrorKind::TimedOut.into(),
-            ));
-        }
-        match self.heard.recv_timeout(left.min(Duration::from_millis(20))) {
+    /// Waits for a moment.
+    fn wait(&self, closed_while: &'static str) -> Result<Option<ReturnMessage>, MigrationError> {
+        match self.heard.recv_timeout(MOMENT) {
             Ok(heard) => heard.map(Some),
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(MigrationError::ChannelClosed(closed_while)),

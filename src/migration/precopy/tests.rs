@@ -1,9 +1,11 @@
 //! Whole migrations between two sides in one process, over a socket pair, of real memory.
 
+mod handover;
 mod hostile;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -139,6 +141,19 @@ fn migrate_over(
     progress: Arc<Progress>,
     channels: (UnixStream, UnixStream),
 ) -> Run {
+    let channels = (channels.0.into(), channels.1.into());
+    migrate_by(parameters(), from, to, script, source, progress, channels)
+}
+
+fn migrate_by(
+    parameters: Parameters,
+    from: &Side,
+    to: &Side,
+    script: &Script,
+    source: Witness,
+    progress: Arc<Progress>,
+    channels: (OwnedFd, OwnedFd),
+) -> Run {
     let (source, destination) = (Arc::new(source), Arc::new(Witness::default()));
     let receiver = Arc::clone(&destination);
     let blocks = Arc::clone(&to.blocks);
@@ -162,7 +177,7 @@ fn migrate_over(
         RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker)
             .and_then(|ram| {
                 let outgoing = Outgoing {
-                    parameters: parameters(),
+                    parameters,
                     guest: &*source,
                     handlers: vec![Box::new(ram)],
                     devices: &mut NoDevices,

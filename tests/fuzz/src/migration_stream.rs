@@ -39,6 +39,9 @@ const BLOCKS: usize = 8;
 /// Bounds the time of one input.
 const EDITS: usize = 64;
 
+/// How long a destination may take for a stream that may or may not have come to its end.
+const PATIENCE: Duration = Duration::from_millis(10);
+
 /// Counts what is asked of it.
 #[derive(Default)]
 struct Witness {
@@ -228,8 +231,12 @@ fn load(bytes: Vec<u8>) {
     let (mut near, far) = UnixStream::pair().unwrap();
     let writing = thread::spawn(move || {
         let _ = near.write_all(&bytes);
-        let _ = near.shutdown(std::net::Shutdown::Write);
+        // A source that ended its direction at once would not be told that the guest is taken.
         let mut rest = Vec::new();
+        near.set_read_timeout(Some(PATIENCE)).unwrap();
+        let _ = near.read_to_end(&mut rest);
+        let _ = near.shutdown(std::net::Shutdown::Write);
+        near.set_read_timeout(None).unwrap();
         let _ = near.read_to_end(&mut rest);
     });
     let ((blocks, block), guest) = (side(), Witness::default());
