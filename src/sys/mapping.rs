@@ -46,8 +46,8 @@ enum Owner {
 
 // SAFETY: the pointer is not tied to a thread: mappings belong to the process. The owner is Send.
 unsafe impl Send for HostMapping {}
-// SAFETY: no method hands out a reference to the memory; all accesses are volatile and tolerate
-// concurrent writes, which the guest makes anyway.
+// SAFETY: nobody outside gets a reference to the memory; all accesses are volatile or atomic and
+// tolerate concurrent writes, which the guest makes anyway.
 unsafe impl Sync for HostMapping {}
 
 impl HostMapping {
@@ -169,15 +169,30 @@ impl HostMapping {
     ///
     /// When the word leaves the mapping or its address is not a multiple of 8.
     pub fn take_bits(&self, offset: u64, mask: u64) -> u64 {
-        let (start, _) = self.locate(offset, size_of::<u64>() as u64);
-        assert!(start.addr().is_multiple_of(align_of::<AtomicU64>()), "unaligned word");
-        // SAFETY: the word is mapped and aligned, and all who write to it do so atomically.
-        let word = unsafe { AtomicU64::from_ptr(start.cast()) };
+        let word = self.word(offset);
         // Most words of a log are empty; looking first keeps their cache lines shared.
         if word.load(Ordering::Relaxed) & mask.to_le() == 0 {
             return 0;
         }
         u64::from_le(word.fetch_and(!mask.to_le(), Ordering::AcqRel)) & mask
+    }
+
+    /// Sets the bits of `mask` in the word at `offset`, atomically, for
+    /// [`take_bits`](Self::take_bits) to take. What was written before is seen by who took them.
+    ///
+    /// # Panics
+    ///
+    /// When the word leaves the mapping or its address is not a multiple of 8.
+    pub fn set_bits(&self, offset: u64, mask: u64) {
+        self.word(offset).fetch_or(mask.to_le(), Ordering::Release);
+    }
+
+    fn word(&self, offset: u64) -> &AtomicU64 {
+        let (start, _) = self.locate(offset, size_of::<u64>() as u64);
+        assert!(start.addr().is_multiple_of(align_of::<AtomicU64>()), "unaligned word");
+        // SAFETY: the word is mapped while `self` lives and aligned, and all who write to it do so
+        // atomically.
+        unsafe { AtomicU64::from_ptr(start.cast()) }
     }
 
     /// Address and length of a range of the mapping.
@@ -315,7 +330,6 @@ pub(crate) mod testing {
     use super::HostMapping;
     use std::fs::File;
     use std::os::fd::AsRawFd;
-    use std::sync::atomic::{AtomicU64, Ordering};
 
     /// Has the kernel write a page of `file` into the mapping.
     pub(crate) fn read_from_file(mapping: &HostMapping, offset: u64, file: &File, from: u64) {
@@ -323,14 +337,6 @@ pub(crate) mod testing {
         // SAFETY: the range is mapped for writing.
         let read = unsafe { libc::pread(file.as_raw_fd(), start.cast(), len, from.cast_signed()) };
         assert_eq!(read, 4096);
-    }
-
-    /// Marks a page in a vhost-user log, as back-ends do.
-    pub(crate) fn set_bit(log: &HostMapping, page: u64) {
-        let (start, _) = log.locate(page / 64 * 8, 8);
-        // SAFETY: the word is mapped, aligned and only accessed atomically.
-        let word = unsafe { AtomicU64::from_ptr(start.cast()) };
-        word.fetch_or((1u64 << (page % 64)).to_le(), Ordering::AcqRel);
     }
 }
 

@@ -69,7 +69,9 @@ pub(super) struct UffdioWriteprotect {
 ///
 /// Sees writes through this process's mapping, by whomever: threads, system calls, and the vCPUs
 /// of a guest that KVM runs on it. Not those through the mapping of another process, nor by
-/// pwrite(2) and its like on the file.
+/// pwrite(2) and its like on the file. Nor DMA into pages that are pinned already (O_DIRECT under
+/// way, fixed buffers of io_uring, vfio): to pin for writing lifts the protection, once, and when
+/// the page is protected again what still lands there is not told.
 ///
 /// All protection ends when the value is dropped.
 #[derive(Debug)]

@@ -4,10 +4,16 @@
 //!
 //! | tracker | sees the writes of |
 //! | --- | --- |
-//! | [`WriteProtect`] | everybody who writes through this process's mapping: vCPUs, threads, system calls |
+//! | [`WriteProtect`] | everybody who writes through this process's page tables: vCPUs, threads, system calls |
 //! | [`KvmDirtyLog`] | vCPUs and KVM's in-kernel devices |
-//! | [`VhostLog`] | vhost-user back-ends that log |
+//! | [`VhostLog`] | vhost-user back-ends that log, and whatever the VMM marks itself |
 //! | [`NeverWritten`] | nobody: the VM does not run |
+//!
+//! DMA into pinned pages goes through no page table: O_DIRECT, fixed buffers of io_uring, vfio. The
+//! page counts as written when it is pinned, and what lands there after the next sync is seen by
+//! neither of the first two. A VMM with such I/O merges a [`VhostLog`] with them and
+//! [marks](VhostLog::mark) what was written; for vfio, what the device's or the IOMMU's own log
+//! tells.
 //!
 //! The order that loses no write: [`sync`](DirtyTracker::sync), take pages out of the bitmap,
 //! [`clear`](DirtyTracker::clear) them, read them.

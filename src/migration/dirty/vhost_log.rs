@@ -1,4 +1,5 @@
-//! Dirty pages by the log that vhost-user back-ends write (VHOST_USER_SET_LOG_BASE).
+//! Dirty pages by the log that vhost-user back-ends write (VHOST_USER_SET_LOG_BASE), and the VMM for
+//! its own I/O.
 //!
 //! The log is shared memory with one bit for each 4 KiB page of guest-physical memory: page `n` is
 //! bit `n % 8` of byte `n / 8`. Back-ends set bits atomically after they wrote the page; we take
@@ -9,7 +10,7 @@ use std::sync::Arc;
 
 use super::{DirtyTracker, pages_within};
 use crate::ByteRange;
-use crate::migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, bytes_of};
+use crate::migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, bytes_of, pages_touched};
 use crate::sys::HostMapping;
 
 /// Words that are taken out of the log before they are told, since to tell takes longer.
@@ -24,7 +25,7 @@ pub struct LoggedRange {
     pub range: ByteRange,
 }
 
-/// Tracks a block by the log that vhost-user back-ends write.
+/// Tracks a block by the log that vhost-user back-ends write, and [`mark`](Self::mark).
 ///
 /// Logging is switched on and off by the front-end, with VHOST_F_LOG_ALL; starting the tracker
 /// only forgets what is in the log for this block.
@@ -50,12 +51,34 @@ impl VhostLog {
             // Words, since that is how it is read.
             let needed = end.map(|end| end.div_ceil(TARGET_PAGE_SIZE * 64) * 8);
             if !whole || needed.is_none_or(|needed| needed > log.len()) {
-                let what =
-                    format!("{range} at {guest_addr:#x} is not in a log of {:#x} bytes", log.len());
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+                return Err(not_in(&log, *range, *guest_addr));
             }
         }
         Ok(Self { log, ranges })
+    }
+
+    /// Marks guest-physical memory that was written, whole or in part, for all trackers of the log.
+    ///
+    /// For writes that no page table shows, such as DMA into pinned pages: a VMM keeps a log whether
+    /// or not a back-end writes to it, and marks what an I/O wrote when that has completed, before
+    /// the guest hears of it. A guest counts as stopped when none is under way any more. Marks that
+    /// nobody asks for cost no more than that, so they need not wait for a migration.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` when the range lies behind the end of the log. Nothing is marked then.
+    pub fn mark(log: &HostMapping, written: ByteRange) -> io::Result<()> {
+        let pages = pages_touched(written);
+        if pages.end.div_ceil(64) * 8 > log.len() {
+            return Err(not_in(log, written, written.start()));
+        }
+        let mut at = pages.start;
+        while at < pages.end {
+            let end = pages.end.min((at / 64 + 1) * 64);
+            log.set_bits(at / 64 * 8, mask(at, end));
+            at = end;
+        }
+        Ok(())
     }
 
     /// Takes out the bits of the block and tells `visit` pages of the block with their bits, of
@@ -72,8 +95,7 @@ impl VhostLog {
                     0 => {
                         let end = guest.end.min((at / 64 + 1) * 64);
                         // Other bits of the word may belong to another block.
-                        let mask = (u64::MAX << (at % 64)) & (u64::MAX >> (63 - (end - 1) % 64));
-                        taken[0] = self.log.take_bits(at / 64 * 8, mask) >> (at % 64);
+                        taken[0] = self.log.take_bits(at / 64 * 8, mask(at, end)) >> (at % 64);
                         (&taken[..1], end)
                     }
                     whole => {
@@ -119,10 +141,19 @@ impl DirtyTracker for VhostLog {
     }
 }
 
+/// The bits of pages `at..end` in their word, of which there is one.
+fn mask(at: u64, end: u64) -> u64 {
+    (u64::MAX << (at % 64)) & (u64::MAX >> (63 - (end - 1) % 64))
+}
+
+fn not_in(log: &HostMapping, range: ByteRange, guest_addr: u64) -> io::Error {
+    let what = format!("{range} at {guest_addr:#x} is not in a log of {:#x} bytes", log.len());
+    io::Error::new(io::ErrorKind::InvalidInput, what)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::mapping::testing::set_bit;
     use proptest::prelude::*;
     use std::fs::File;
 
@@ -219,13 +250,13 @@ mod tests {
     fn no_bit_is_lost_between_a_back_end_and_a_sync() {
         let log = log(PAGE);
         let mut tracker = VhostLog::new(Arc::clone(&log), vec![at(0, 0, 128)]).unwrap();
-        let mut seen = 0;
+        let (mut seen, page) = (0, at(0, 77, 1).range);
         std::thread::scope(|scope| {
             let marks = scope.spawn(|| {
                 // Set again only when it was taken, so that it must be seen as often as it was
                 // set.
                 for _ in 0..2000 {
-                    set_bit(&log, 77);
+                    VhostLog::mark(&log, page).unwrap();
                     while is_marked(&log, 77) {
                         std::thread::yield_now();
                     }
@@ -238,6 +269,58 @@ mod tests {
             }
         });
         assert_eq!(seen, 2000);
+    }
+
+    #[test]
+    fn what_is_marked_after_a_sync_is_in_the_next() {
+        let log = log(PAGE);
+        let mut tracker = VhostLog::new(Arc::clone(&log), vec![at(0, 0, 200)]).unwrap();
+        let mut synced = || {
+            let mut dirty = PageBitmap::new(200);
+            tracker.sync(&mut dirty).unwrap();
+            dirty.runs(0..200).flatten().collect::<Vec<_>>()
+        };
+        // Two bytes of two pages, in two words; then more words than that.
+        VhostLog::mark(&log, ByteRange::new(64 * PAGE - 1, 2).unwrap()).unwrap();
+        assert_eq!(synced(), [63, 64]);
+        assert!(synced().is_empty());
+        VhostLog::mark(&log, at(0, 3, 190).range).unwrap();
+        VhostLog::mark(&log, at(0, 64, 1).range).unwrap();
+        assert!(synced().into_iter().eq(3..193));
+    }
+
+    #[test]
+    fn marks_of_many_threads_in_one_word_are_all_reported() {
+        let log = log(PAGE);
+        let mut tracker = VhostLog::new(Arc::clone(&log), vec![at(0, 0, 64)]).unwrap();
+        for _ in 0..200 {
+            let mut dirty = PageBitmap::new(64);
+            std::thread::scope(|scope| {
+                for first in 0..4 {
+                    let log = &log;
+                    scope.spawn(move || {
+                        for page in (first..64).step_by(4) {
+                            VhostLog::mark(log, at(0, page, 1).range).unwrap();
+                        }
+                    });
+                }
+                tracker.sync(&mut dirty).unwrap();
+            });
+            tracker.sync(&mut dirty).unwrap();
+            assert_eq!(dirty.count(), 64);
+        }
+    }
+
+    #[test]
+    fn what_is_behind_the_log_cannot_be_marked() {
+        let log = log(PAGE);
+        let end = PAGE * 8;
+        assert!(VhostLog::mark(&log, at(0, end - 1, 1).range).is_ok());
+        for wrong in [at(0, end - 1, 2).range, ByteRange::new(u64::MAX - 2, 2).unwrap()] {
+            assert!(VhostLog::mark(&log, wrong).is_err());
+        }
+        let marked = log.take_bits(PAGE - 8, u64::MAX);
+        assert_eq!(marked, 1 << 63);
     }
 
     fn is_marked(log: &HostMapping, guest_page: u64) -> bool {

@@ -24,7 +24,8 @@ use crate::sys::userfaultfd::AsyncWriteProtect;
 /// what touched it has paid for that already.
 const CHUNK: u64 = 2 << 20;
 
-/// Tracks the writes of everybody who writes through this process's mapping of a block.
+/// Tracks the writes of everybody who writes through this process's mapping of a block, other than by
+/// DMA into pages that were pinned before the last sync: see the [module](super).
 ///
 /// The memory is shmem (memfd, tmpfs; also with transparent huge pages), hugetlb, a file on disk,
 /// or anonymous, and one userfaultfd at a time can have it. Pages are told by the target page, on

@@ -43,8 +43,9 @@ pub struct BlockOptions {
     /// Whether its memory is a file that the destination has too: with x-ignore-shared it is
     /// listed, but its pages are not sent.
     pub shared: bool,
-    /// Whether others than this process write it, as a vhost-user back-end does: a background
-    /// snapshot then saves it while the guest is stopped, since it cannot see such writes.
+    /// Whether others than this process write it, as a vhost-user back-end does, or a device by DMA
+    /// into pages that stay pinned: a background snapshot then saves it while the guest is stopped,
+    /// since it cannot see such writes.
     pub written_elsewhere: bool,
     /// Its used length, bytes, where that may change up to the length of the block, as firmware's
     /// does. The destination then follows the source.
