@@ -425,6 +425,8 @@ impl PostcopySave for RamSave {
             (block.block.id().to_owned(), runs.map(bytes_of).collect())
         });
         let outstanding = outstanding.collect();
+        // Precopy may have ended within a host page.
+        self.cursor = (0, 0);
         self.note_remaining();
         Ok(outstanding)
     }
