@@ -94,6 +94,15 @@ pub enum Placed {
     Exists(u64),
 }
 
+/// Pages could not be placed, or not all of them.
+#[derive(Debug)]
+pub struct NotPlaced {
+    /// So many bytes were, and those who waited for them go on.
+    pub done: u64,
+    /// Why the rest was not.
+    pub error: io::Error,
+}
+
 /// The faults of one or several mappings.
 #[derive(Debug)]
 pub struct PageFaults {
@@ -186,13 +195,12 @@ impl PageFaults {
     ///
     /// # Errors
     ///
-    /// `ENOSPC` or `ENOMEM` when there is no memory, `ENOENT` when the range is not registered. An
-    /// unknown part is placed then.
+    /// `ENOSPC` or `ENOMEM` when there is no memory, `ENOENT` when the range is not registered.
     ///
     /// # Panics
     ///
     /// When the range leaves the mapping.
-    pub fn place(&self, mapping: usize, offset: u64, bytes: &[u8]) -> io::Result<Placed> {
+    pub fn place(&self, mapping: usize, offset: u64, bytes: &[u8]) -> Result<Placed, NotPlaced> {
         self.resolve(mapping, offset, bytes.len() as u64, |dst, done| {
             let src = bytes[done as usize..].as_ptr().expose_provenance() as u64;
             let mut copy = UffdioCopy { dst: dst.start, src, len: dst.len, mode: 0, copy: 0 };
@@ -212,7 +220,7 @@ impl PageFaults {
     /// # Panics
     ///
     /// When the range leaves the mapping.
-    pub fn place_zeros(&self, mapping: usize, range: ByteRange) -> io::Result<Placed> {
+    pub fn place_zeros(&self, mapping: usize, range: ByteRange) -> Result<Placed, NotPlaced> {
         self.resolve(mapping, range.start(), range.len(), |dst, _| {
             let mut zeropage = UffdioZeropage { range: dst, mode: 0, zeropage: 0 };
             // SAFETY: the kernel writes to memory of the mapping that was not there before.
@@ -269,7 +277,7 @@ impl PageFaults {
         offset: u64,
         len: u64,
         mut step: impl FnMut(UffdioRange, u64) -> (io::Result<u32>, i64),
-    ) -> io::Result<Placed> {
+    ) -> Result<Placed, NotPlaced> {
         let mut done = 0;
         while let Some(range) = ByteRange::new(offset + done, len - done) {
             let (result, moved) = step(self.address(mapping, range), done);
@@ -281,7 +289,7 @@ impl PageFaults {
                 // Either some was moved, or the address space is changing.
                 Some(libc::EAGAIN) => done += u64::try_from(moved).unwrap_or(0),
                 Some(libc::EEXIST) => return Ok(Placed::Exists(done)),
-                _ => return Err(error),
+                _ => return Err(NotPlaced { done, error }),
             }
         }
         Ok(Placed::Done)

@@ -7,8 +7,10 @@ use virtio_mem::migration::postcopy::SwitchWhen;
 use virtio_mem::migration::precopy::Guest;
 
 use crate::guest::{Vm, no_work};
-use crate::memory::{Kind, Pattern, Pool, Side, say};
+use crate::memory::{BLOCK, Kind, Pattern, Pool, Side, say};
 use crate::{ALONE, SMALL, run};
+
+const PAGE: u64 = 4096;
 
 fn alone() -> std::sync::MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -36,7 +38,7 @@ fn a_destination_without_room_refuses_and_the_guest_stays() {
     let _alone = alone();
     let plugged = Pattern::Alternating.plugged(SMALL);
     let from = Side::new(Kind::Memfd, &plugged).unwrap();
-    let to = match Side::with_room(1 << 20, &plugged) {
+    let (to, _room) = match Side::with_room(1 << 20, &plugged) {
         Ok(to) => to,
         Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
     };
@@ -111,4 +113,36 @@ fn an_empty_pool_of_huge_pages_refuses_precopy_and_the_guest_stays() {
     assert!(error.contains("\"vmem0\": cannot write a page"), "{error}");
     assert!(sent.is_err());
     assert_stayed(&here, &there);
+}
+
+#[test]
+fn a_full_tmpfs_pauses_postcopy_until_there_is_room() {
+    let _alone = alone();
+    let plugged = Pattern::None.plugged(SMALL);
+    let from = Side::new(Kind::Memfd, &plugged).unwrap();
+    // No whole number of the runs that are placed at once.
+    let (to, room) = match Side::with_room((1 << 20) + 37 * PAGE, &plugged) {
+        Ok(to) => to,
+        Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
+    };
+    // What the guest leaves alone has content as well, so that runs are long.
+    let nr_pages = from.block.used_length() / PAGE;
+    for page in (2..nr_pages).step_by(3) {
+        from.block.mapping().write(page * PAGE, &page.to_le_bytes());
+    }
+    let (here, there) = guests(&from, &to);
+    let links = vec![UnixStream::pair().unwrap(), UnixStream::pair().unwrap()];
+    let (sent, received) =
+        run(&from, &to, &here, &there, Some(SwitchWhen::AtOnce), links, move || {
+            room.set(SMALL as u64 * BLOCK).unwrap();
+        });
+    sent.unwrap();
+    received.unwrap();
+    there.wait_rounds(2);
+    assert_eq!((here.end(), there.end()), (0, 0));
+    let mut content = [0; 8];
+    for page in (2..nr_pages).step_by(3) {
+        to.block.mapping().read(page * PAGE, &mut content);
+        assert_eq!(u64::from_le_bytes(content), page);
+    }
 }

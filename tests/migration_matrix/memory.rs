@@ -2,10 +2,15 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, fsconfig_create, fsconfig_reconfigure,
+    fsconfig_set_string, fsmount, fsopen, fspick,
+};
 use virtio_mem::ByteRange;
 use virtio_mem::device::BlockBitmap;
 use virtio_mem::memory::RamBlock;
@@ -49,26 +54,30 @@ impl Kind {
 
 /// A file on a tmpfs of its own with huge pages.
 fn huge_shmem() -> io::Result<File> {
-    own_tmpfs("huge", "always")
+    Ok(own_tmpfs("huge", "always")?.0)
 }
 
-/// A file on a tmpfs of its own that has room for `bytes`.
-fn small_tmpfs(bytes: u64) -> io::Result<File> {
-    own_tmpfs("size", &bytes.to_string())
-}
-
-/// A file on a tmpfs of its own, mounted nowhere.
-fn own_tmpfs(option: &str, value: &str) -> io::Result<File> {
-    use rustix::mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
-        fsopen,
-    };
+/// A file on a tmpfs of its own, mounted nowhere, and the mount.
+fn own_tmpfs(option: &str, value: &str) -> io::Result<(File, OwnedFd)> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, option, value)?;
     fsconfig_create(&context)?;
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
-    Ok(File::from(rustix::fs::openat(&mount, "ram", flags, Mode::RWXU)?))
+    Ok((File::from(rustix::fs::openat(&mount, "ram", flags, Mode::RWXU)?), mount))
+}
+
+/// How much a tmpfs has room for.
+pub struct Room(OwnedFd);
+
+impl Room {
+    /// Changes it, bytes.
+    pub fn set(&self, bytes: u64) -> io::Result<()> {
+        let flags = FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC;
+        let context = fspick(&self.0, "", flags)?;
+        fsconfig_set_string(&context, "size", bytes.to_string())?;
+        Ok(fsconfig_reconfigure(&context)?)
+    }
 }
 
 /// The machine's pool of huge pages, raised for as long as the value lives.
@@ -183,10 +192,10 @@ impl Side {
     }
 
     /// With memory of which there is only so much.
-    pub fn with_room(bytes: u64, plugged: &BlockBitmap) -> io::Result<Self> {
-        let file = small_tmpfs(bytes)?;
+    pub fn with_room(bytes: u64, plugged: &BlockBitmap) -> io::Result<(Self, Room)> {
+        let (file, mount) = own_tmpfs("size", &bytes.to_string())?;
         file.set_len(plugged.nr_blocks() as u64 * BLOCK)?;
-        Self::on(file, plugged)
+        Ok((Self::on(file, plugged)?, Room(mount)))
     }
 
     fn on(file: File, plugged: &BlockBitmap) -> io::Result<Self> {

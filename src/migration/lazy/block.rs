@@ -1,6 +1,7 @@
 //! One block whose pages arrive on demand.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use crate::migration::error::MigrationError;
 use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::migration::ram::MigrationBlock;
 use crate::migration::stream::TARGET_PAGE_SIZE;
-use crate::sys::page_faults::{PageFaults, Placed};
+use crate::sys::page_faults::{NotPlaced, PageFaults, Placed};
 
 /// The most ranges that are registered for one block: each splits the process's mapping of it,
 /// of which the kernel allows some ten thousands. The largest gaps are left out.
@@ -165,35 +166,36 @@ impl LazyBlock {
         Ok(())
     }
 
+    /// Places what is outstanding. What was placed before an error has `arrived`.
     pub(super) fn place(
         &self,
         faults: &PageFaults,
         offset: u64,
         bytes: &[u8],
-    ) -> Result<Arrived, MigrationError> {
+        arrived: &mut Arrived,
+    ) -> Result<(), MigrationError> {
         let Some(range) = ByteRange::new(offset, bytes.len() as u64) else {
-            return Ok(Arrived::default());
+            return Ok(());
         };
         self.check(range)?;
-        let mut arrived = Arrived::default();
         let mut state = self.state.lock();
         let runs: Vec<_> = state.outstanding.runs(pages_touched(range)).collect();
         for run in runs {
             let part = bytes_of(run.clone());
             let first = (part.start() - offset) as usize;
             let bytes = &bytes[first..first + part.len() as usize];
-            let placed = faults.place(self.mapping, part.start(), bytes);
-            match placed.map_err(self.failed("place a page"))? {
-                Placed::Done => {}
-                Placed::Exists(done) => {
-                    return Err(self.failed("place a page where there is one")(
-                        std::io::Error::other(format!("at {:#x}", part.start() + done)),
-                    ));
+            let (done, result) = match faults.place(self.mapping, part.start(), bytes) {
+                Ok(Placed::Done) => (part.len(), Ok(())),
+                Ok(Placed::Exists(done)) => {
+                    let at = io::Error::other(format!("at {:#x}", part.start() + done));
+                    (done, Err(self.failed("place a page where there is one")(at)))
                 }
-            }
-            state.arrive(run, &mut arrived);
+                Err(NotPlaced { done, error }) => (done, Err(self.failed("place a page")(error))),
+            };
+            state.arrive(run.start..run.start + done / TARGET_PAGE_SIZE, arrived);
+            result?;
         }
-        Ok(arrived)
+        Ok(())
     }
 
     pub(super) fn place_zeros(
@@ -240,13 +242,14 @@ impl LazyBlock {
         } else {
             faults.place(self.mapping, page.start(), &vec![0; page.len() as usize])
         };
-        match placed.map_err(self.failed("fill a page with zeros"))? {
-            Placed::Done => Ok(Resolution::Zero),
-            Placed::Exists(_) => {
+        match placed {
+            Ok(Placed::Done) => Ok(Resolution::Zero),
+            Ok(Placed::Exists(_)) => {
                 let woken = faults.wake(self.mapping, page);
                 woken.map_err(self.failed("wake who waits for a page"))?;
                 Ok(Resolution::Arrived)
             }
+            Err(NotPlaced { error, .. }) => Err(self.failed("fill a page with zeros")(error)),
         }
     }
 
@@ -285,7 +288,7 @@ impl LazyBlock {
         Err(MigrationError::Page { at: 0, what })
     }
 
-    fn failed(&self, what: &'static str) -> impl FnOnce(std::io::Error) -> MigrationError {
+    fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> MigrationError {
         MigrationError::memory(self.id(), what)
     }
 }

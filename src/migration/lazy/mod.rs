@@ -125,14 +125,17 @@ impl LazyRam {
     ///
     /// # Errors
     ///
-    /// When there is no memory for them, or somebody else put something there.
+    /// When there is no memory for them, or somebody else put something there. What was placed
+    /// before is not outstanding any more, so the same pages may come again.
     pub fn place(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), MigrationError> {
-        let placed = self.blocks[block].place(&self.faults, offset, bytes)?;
-        self.arrived(placed);
+        let mut arrived = block::Arrived::default();
+        let placed = self.blocks[block].place(&self.faults, offset, bytes, &mut arrived);
+        self.arrived(arrived);
+        // Whoever waits for a page that was not placed faults again.
         if let Some(range) = ByteRange::new(offset, bytes.len() as u64) {
             self.wake_clients(block, range);
         }
-        Ok(())
+        placed
     }
 
     /// Pages of zeros arrived. They take no memory before somebody touches them.

@@ -107,3 +107,20 @@ fn memory_that_is_still_there_is_refused() {
     // And nobody waits for anything.
     assert_eq!(read(&side, 5), 0);
 }
+
+#[test]
+fn of_pages_that_do_not_all_fit_those_that_do_have_arrived() {
+    let side = Side::new(&[0, 1]);
+    let (lazy, _handler) = lazy(&side, 0..100);
+    // Behind the end of the file there is no memory to be had.
+    let len = side.region.metadata().unwrap().len();
+    side.region.set_len(20 * PAGE).unwrap();
+    lazy.place(0, 0, &[7; 64 * PAGE as usize]).unwrap_err();
+    assert_eq!(lazy.outstanding_of(0).next_run(0, 100, 100), Some(20..100));
+    side.region.set_len(len).unwrap();
+    // A page that was written meanwhile stays, also when the source sends it again.
+    side.blocks.get("vmem0").unwrap().mapping().write(3 * PAGE, &[9; 16]);
+    lazy.place(0, 0, &[7; 100 * PAGE as usize]).unwrap();
+    assert_eq!((read(&side, 3), read(&side, 19), read(&side, 20), read(&side, 99)), (9, 7, 7, 7));
+    lazy.finish().unwrap();
+}
