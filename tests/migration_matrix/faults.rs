@@ -1,10 +1,19 @@
 //! What goes wrong besides channels: memory that is not there, pages that do not fit.
 
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
+use virtio_mem::migration::MigrationError;
+use virtio_mem::migration::lazy::{
+    FaultHandler, HandlerFailed, LazyRam, SharedFaults, SharedRange,
+};
+use virtio_mem::migration::page_bitmap::PageBitmap;
 use virtio_mem::migration::postcopy::SwitchWhen;
 use virtio_mem::migration::precopy::Guest;
+use virtio_mem::sys::HostMapping;
+use virtio_mem::sys::shared_faults::OfferedFaults;
 
 use crate::guest::{Vm, no_work};
 use crate::memory::{BLOCK, Kind, Pattern, Pool, Side, say};
@@ -145,4 +154,52 @@ fn a_full_tmpfs_pauses_postcopy_until_there_is_room() {
         to.block.mapping().read(page * PAGE, &mut content);
         assert_eq!(u64::from_le_bytes(content), page);
     }
+}
+
+/// Passes on why faults are not answered any more.
+struct Tell(mpsc::Sender<String>);
+
+impl HandlerFailed for Tell {
+    fn handler_failed(&self, error: &MigrationError) {
+        self.0.send(error.to_string()).unwrap();
+    }
+}
+
+#[test]
+fn who_touches_a_hole_with_no_room_left_waits_until_there_is_some() {
+    let _alone = alone();
+    let plugged = Pattern::None.plugged(1);
+    let (side, room) = match Side::with_room(10 * PAGE, &plugged) {
+        Ok(side) => side,
+        Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
+    };
+    // A hole in a gap that is too small not to be registered.
+    let mut outstanding = PageBitmap::new(BLOCK / PAGE);
+    outstanding.set_range(0..10);
+    outstanding.set(100);
+    let lazy = Arc::new(LazyRam::new(vec![(Arc::clone(&side.block), outstanding)]).unwrap());
+    let (tell, failed) = mpsc::channel();
+    let _handler = FaultHandler::start(Arc::clone(&lazy), Arc::new(Tell(tell.clone()))).unwrap();
+    lazy.place(0, 0, &[7; 10 * PAGE as usize]).unwrap();
+    // A back-end that shares the memory, and has all of it registered.
+    let file = side.block.ram().backing().file();
+    let client = Arc::new(HostMapping::map(file, 0, BLOCK).unwrap());
+    let offered = OfferedFaults::open().unwrap();
+    let address = client.addr() as u64;
+    offered.register(address, BLOCK).unwrap();
+    let copy = offered.copy().unwrap();
+    let shared = SharedFaults::start(Arc::clone(&lazy), copy, Arc::new(Tell(tell))).unwrap();
+    shared.set_ranges(vec![SharedRange { address, len: BLOCK, block: 0, offset: 0 }]).unwrap();
+    let readers = [(Arc::clone(side.block.mapping()), 50), (client, 60)].map(|(mapping, page)| {
+        thread::spawn(move || {
+            let mut byte = [1];
+            mapping.read(page * PAGE, &mut byte);
+            byte[0]
+        })
+    });
+    assert_eq!(failed.recv_timeout(Duration::from_millis(200)).ok(), None);
+    room.set(BLOCK).unwrap();
+    assert_eq!(readers.map(|reader| reader.join().unwrap()), [0, 0]);
+    lazy.place(0, 100 * PAGE, &[7; PAGE as usize]).unwrap();
+    lazy.finish().unwrap();
 }

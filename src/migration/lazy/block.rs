@@ -60,6 +60,8 @@ pub(super) enum Resolution {
     Request(ByteRange),
     /// It was asked for already.
     Requested,
+    /// Nothing comes from elsewhere for it, and there is no memory to fill it with zeros.
+    NoMemory,
 }
 
 impl LazyBlock {
@@ -249,6 +251,7 @@ impl LazyBlock {
                 woken.map_err(self.failed("wake who waits for a page"))?;
                 Ok(Resolution::Arrived)
             }
+            Err(NotPlaced { error, .. }) if is_no_memory(&error) => Ok(Resolution::NoMemory),
             Err(NotPlaced { error, .. }) => Err(self.failed("fill a page with zeros")(error)),
         }
     }
@@ -313,6 +316,11 @@ impl State {
             }
         }
     }
+}
+
+/// Whether a page could be placed later.
+pub(super) fn is_no_memory(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOSPC))
 }
 
 /// The ranges to register so that every outstanding page is in one: as few as the largest gaps

@@ -1,18 +1,22 @@
 //! The thread that answers faults.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 use super::LazyRam;
 use super::block::Resolution;
 use crate::migration::error::MigrationError;
 use crate::sys::page_faults::Fault;
+
+/// How often it is looked whether there is memory by now for a page of zeros.
+pub(super) const MEMORY_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
 /// Is told when faults cannot be answered any more: whoever needs a page waits for ever, so the
 /// guest must be stopped. Its memory is not lost.
@@ -94,31 +98,43 @@ impl Drop for FaultHandler {
 
 fn serve(lazy: &LazyRam, stop: &Stop) -> Result<(), MigrationError> {
     let mut found = Vec::new();
+    // For which there was no memory, and since when: mapping and offset, since vCPUs that are
+    // interrupted fault again and again.
+    let mut starved: BTreeMap<(usize, u64), (Fault, Instant)> = BTreeMap::new();
     while !stop.is_stopped() {
         let mut fds = [PollFd::new(&lazy.faults, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, (!starved.is_empty()).then_some(&MEMORY_POLL)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(MigrationError::io("wait for faults")(errno.into())),
         }
         lazy.faults.read(&mut found).map_err(MigrationError::io("read faults"))?;
-        let since = Instant::now();
-        for fault in found.drain(..) {
-            lazy.answer(&fault, since)?;
+        let (since, again) = (Instant::now(), std::mem::take(&mut starved));
+        let waited = !again.is_empty();
+        let found = found.drain(..).map(|fault| (fault, since));
+        for (fault, since) in again.into_values().chain(found) {
+            if !lazy.answer(&fault, since)? {
+                starved.entry((fault.mapping, fault.offset)).or_insert((fault, since));
+            }
+        }
+        if !waited && !starved.is_empty() {
+            tracing::warn!("no memory for pages of zeros; who touches them waits");
         }
     }
     Ok(())
 }
 
 impl LazyRam {
-    fn answer(&self, fault: &Fault, since: Instant) -> Result<(), MigrationError> {
+    /// Answers a fault; false when there is no memory to do it now.
+    fn answer(&self, fault: &Fault, since: Instant) -> Result<bool, MigrationError> {
         let Some(index) = self.blocks.iter().position(|block| block.mapping == fault.mapping)
         else {
-            return Ok(());
+            return Ok(true);
         };
         match self.blocks[index].fault(&self.faults, fault.offset, fault.thread)? {
             Resolution::Zero => self.statistics.lock().zero.add(since.elapsed()),
             Resolution::Arrived => self.statistics.lock().arrived += 1,
             Resolution::Requested => {}
+            Resolution::NoMemory => return Ok(false),
             Resolution::Request(range) => {
                 if let Err(error) = self.request(index, range) {
                     // It is asked for again once there is somebody to ask.
@@ -126,6 +142,6 @@ impl LazyRam {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 }

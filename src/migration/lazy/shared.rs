@@ -7,7 +7,7 @@
 //! only has to be woken. What will never arrive, discarded memory above all, is filled with
 //! zeros where the client misses it, on the spot.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::LazyRam;
-use super::block::Resolution;
-use super::handler::{HandlerFailed, Stop};
+use super::block::{Resolution, is_no_memory};
+use super::handler::{HandlerFailed, MEMORY_POLL, Stop};
 use crate::ByteRange;
 use crate::migration::error::MigrationError;
 use crate::sys::page_faults::Placed;
@@ -151,10 +151,12 @@ impl State {
 impl Client {
     fn serve(&self, lazy: &LazyRam, stop: &Stop) -> Result<(), MigrationError> {
         let mut found = Vec::new();
+        // For which there was no memory, by address.
+        let mut starved = BTreeMap::new();
         while !stop.is_stopped() {
             let mut fds =
                 [PollFd::new(&self.faults, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-            match poll(&mut fds, None) {
+            match poll(&mut fds, (!starved.is_empty()).then_some(&MEMORY_POLL)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(MigrationError::io("wait for faults")(errno.into())),
             }
@@ -165,9 +167,13 @@ impl Client {
             }
             let read = self.faults.read(&mut found);
             read.map_err(MigrationError::io("read faults of a client"))?;
-            for fault in found.drain(..) {
+            let again = std::mem::take(&mut starved);
+            for fault in again.into_values().chain(found.drain(..)) {
                 match self.answer(lazy, fault) {
                     Ok(()) => {}
+                    Err(error) if is_no_memory(&error) => {
+                        starved.insert(fault.address, fault);
+                    }
                     // The client has ended.
                     Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
                     Err(error) => {
