@@ -7,6 +7,7 @@
 #![allow(unsafe_code, reason = "system calls and mappings; each block says why it is sound")]
 
 pub mod gather;
+pub mod huge_pages;
 pub mod kvm;
 pub mod mapping;
 pub mod page_faults;

@@ -13,6 +13,7 @@ use crate::migration::error::MigrationError;
 use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::migration::ram::MigrationBlock;
 use crate::migration::stream::TARGET_PAGE_SIZE;
+use crate::sys::huge_pages::NoHugePages;
 use crate::sys::page_faults::{NotPlaced, PageFaults, Placed};
 
 /// The most ranges that are registered for one block: each splits the process's mapping of it,
@@ -40,6 +41,8 @@ struct State {
     requested: BTreeMap<u64, (Instant, u32)>,
     /// Whether faults are the kernel's again.
     ended: bool,
+    /// Until then: a huge page for a hole would fill outstanding pages beside it with zeros.
+    no_huge_pages: Option<NoHugePages>,
 }
 
 /// What arrived with a call.
@@ -83,8 +86,15 @@ impl LazyBlock {
         for range in block.discarded()? {
             outstanding.clear_range(pages_touched(range));
         }
+        // Pages of hugetlb are outstanding as a whole.
+        let forbid = || NoHugePages::of(Arc::clone(block.mapping()));
+        let forbidden = block.tells_holes().then(forbid).transpose();
+        let no_huge_pages =
+            forbidden.map_err(MigrationError::memory(block.id(), "forbid huge pages"))?;
         let registered = ranges_to_register(&outstanding, page_size);
-        let state = Mutex::new(State { outstanding, requested: BTreeMap::new(), ended: false });
+        let requested = BTreeMap::new();
+        let state = State { outstanding, requested, ended: false, no_huge_pages };
+        let state = Mutex::new(state);
         Ok(Self { block, mapping, page_size, registered, state })
     }
 
@@ -125,6 +135,7 @@ impl LazyBlock {
             let unregistered = faults.unregister(self.mapping, range);
             unregistered.map_err(self.failed("end waiting for its pages"))?;
         }
+        state.no_huge_pages = None;
         Ok(())
     }
 

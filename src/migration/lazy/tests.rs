@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::migration::test_support::{PAGE, Side, fill};
+use crate::sys::huge_pages::testing::{flags, has_huge_pages};
 
 struct NoFailure;
 
@@ -122,5 +123,24 @@ fn of_pages_that_do_not_all_fit_those_that_do_have_arrived() {
     side.blocks.get("vmem0").unwrap().mapping().write(3 * PAGE, &[9; 16]);
     lazy.place(0, 0, &[7; 100 * PAGE as usize]).unwrap();
     assert_eq!((read(&side, 3), read(&side, 19), read(&side, 20), read(&side, 99)), (9, 7, 7, 7));
+    lazy.finish().unwrap();
+}
+
+#[test]
+fn huge_pages_are_forbidden_while_pages_are_outstanding() {
+    if !has_huge_pages() {
+        return eprintln!("skipped: no transparent huge pages");
+    }
+    let side = Side::of_region(8 << 20);
+    let block = Arc::clone(side.blocks.get("vmem0").unwrap());
+    let mut outstanding = PageBitmap::new(block.used_length() / PAGE);
+    // With gaps that are not registered.
+    outstanding.set_range(0..100);
+    outstanding.set_range(2000..2001);
+    let lazy = LazyRam::new(vec![(Arc::clone(&block), outstanding)]).unwrap();
+    let parts = flags(block.mapping());
+    assert!(parts.len() > 2, "{parts:?}");
+    assert!(parts.iter().all(|flags| flags.contains(" nh ")), "{parts:?}");
+    lazy.place_zeros(0, block.used().unwrap()).unwrap();
     lazy.finish().unwrap();
 }
