@@ -6,8 +6,8 @@ use std::path::Path;
 
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
-use vhost_user_mem::backend::{AtomicMemory, MAX_QUEUE_SIZE};
-use vhost_user_mem::queue::Memory;
+use vhost_user_mem::backend::MAX_QUEUE_SIZE;
+use vhost_user_mem::queue::{AtomicMemory, Memory};
 use virtio_mem::device::Response;
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddressSpace};

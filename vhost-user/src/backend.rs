@@ -11,15 +11,13 @@ use vhost::vhost_user::message::{
     VhostUserVirtioFeatures,
 };
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use vhost_user_backend::{VhostUserBackend, VringRwLock, VringState, VringT};
+use vhost_user_backend::{VhostUserBackend, VringState, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_mem::controller::MemController;
 use virtio_mem::memory::RamBlock;
 use virtio_queue::QueueT;
-use vm_memory::{
-    Address, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion,
-};
+use vm_memory::{Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::device_state::blob;
@@ -27,7 +25,8 @@ use crate::device_state::transfer::{Channel, SILENCE_MAX, Transfers};
 use crate::gate::Gate;
 use crate::metrics::Metrics;
 use crate::postcopy::Postcopy;
-use crate::queue::{self, Memory, UsableMemory};
+use crate::queue::{self, AtomicMemory, Memory, UsableMemory};
+use crate::vring::{Calls, Vring};
 
 /// VIRTIO_MEM_F_ACPI_PXM: node_id is valid (5.15.3).
 const VIRTIO_MEM_F_ACPI_PXM: u32 = 0;
@@ -47,9 +46,6 @@ pub const END_EVENT: u16 = NUM_QUEUES as u16 + 1;
 /// While a batch of requests goes on, the guest hears of finished ones at least this often.
 const MAX_SILENCE: Duration = Duration::from_micros(200);
 
-/// Guest memory that is replaced as a whole.
-pub type AtomicMemory = GuestMemoryAtomic<Memory>;
-type Vring = VringRwLock<AtomicMemory>;
 type Ring = VringState<AtomicMemory>;
 
 /// Answers that are in the ring, and what is still to follow.
@@ -74,6 +70,7 @@ struct Shared {
     memory: AtomicMemory,
     config_write_logged: AtomicBool,
     ended: AtomicBool,
+    calls: Calls,
     /// Guest requests that were taken off the ring.
     served: AtomicU64,
     transfers: Arc<Transfers>,
@@ -104,6 +101,7 @@ impl MemBackend {
             memory,
             config_write_logged: AtomicBool::new(false),
             ended: AtomicBool::new(false),
+            calls: Calls::default(),
             served: AtomicU64::new(0),
             transfers: Transfers::new(SILENCE_MAX)?,
             postcopy,
@@ -155,10 +153,12 @@ impl MemBackend {
         self.shared.transfers.end();
     }
 
-    /// The connection has ended: no request is served any more. A guest that makes requests
-    /// without end would otherwise keep the worker from ending with it.
+    /// The connection has ended: no request is served any more, and nobody waits to signal one. A
+    /// guest that makes requests without end, or a front-end without room for a signal, would
+    /// otherwise keep the worker from ending with it.
     pub fn end(&self) {
         self.shared.ended.store(true, Ordering::Release);
+        self.shared.calls.end();
     }
 
     /// Serves the queue until it is empty, then once more if something came in between.
@@ -253,7 +253,7 @@ impl MemBackend {
     fn signal(&self, vring: &Vring, batch: &mut Batch) {
         if batch.unsignalled.take().is_some()
             && self.wants_signal(vring)
-            && let Err(error) = vring.signal_used_queue()
+            && let Err(error) = vring.signal(&self.shared.calls)
         {
             tracing::debug!(%error, "cannot signal the guest");
         }

@@ -16,9 +16,9 @@ use virtio_mem::controller::FreezeHolder;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use crate::backend::{AtomicMemory, END_EVENT, MemBackend};
+use crate::backend::{END_EVENT, MemBackend};
 use crate::front_door::{ConnectionEvents, Notifier, Relay};
-use crate::queue::Memory;
+use crate::queue::{AtomicMemory, Memory};
 use crate::service::Service;
 
 /// Serves front-ends, one after the other, with the same device.
@@ -112,6 +112,8 @@ impl Connections {
             Relay::run(front, crate_side, events, Arc::clone(&self.notifier))
                 .context("front-end connection")
         });
+        // Before anything that waits for the worker, or for the crate's thread, which may do so.
+        backend.end();
         if let Err(error) = backend.abandon_postcopy() {
             // A thread waits for a page for good, and letting it go on could harm the guest. The
             // state file is good at every instruction.
@@ -124,7 +126,6 @@ impl Connections {
         // The crate's own error is the relay's, told less precisely.
         daemon.request_shutdown();
         let _ = daemon.wait();
-        backend.end();
         end.write(1)?;
         // Joins the worker: after this nobody uses the front-end's memory.
         drop(daemon);

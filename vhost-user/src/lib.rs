@@ -3,7 +3,7 @@
 //! - [`args`]: the command line.
 //! - [`front_door`]: the connection to the front-end, and config-change messages to it.
 //! - [`connection`]: one front-end at a time, from its arrival until it has left.
-//! - [`backend`], [`queue`], [`gate`]: the vhost-user device and its queue.
+//! - [`backend`], [`queue`], [`vring`], [`gate`]: the vhost-user device and its queue.
 //! - [`device_state`]: the device's state on its way to or from another daemon.
 //! - [`postcopy`]: guest memory that is used while it still arrives.
 //! - [`service`]: what the management API sees of the device.
@@ -30,6 +30,7 @@ mod start;
 pub mod state_file;
 mod sys;
 pub mod vmemctl;
+pub mod vring;
 
 use std::sync::Arc;
 

@@ -11,10 +11,15 @@ use virtio_mem::device::{REQUEST_LEN, RESPONSE_LEN, Request, Response};
 use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{self, GuestMemorySliceIterator};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap, Permissions,
+    VolatileSlice,
+};
 
 /// Guest memory with the front-end's dirty log.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
+/// Guest memory that is replaced as a whole.
+pub type AtomicMemory = GuestMemoryAtomic<Memory>;
 
 /// Part of a guest buffer, as it is mapped.
 type Part<'a> = VolatileSlice<'a, BS<'a, BitmapMmapRegion>>;

@@ -4,11 +4,15 @@
 mod common;
 
 use std::fs;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use common::{BLOCK, REGION, RING, connect, gpa, options, ram};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{OFlags, fcntl_setfl};
 use test_vmm::connection::Connection;
 use test_vmm::daemon::Daemon;
 use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
@@ -47,6 +51,24 @@ fn assert_serves(daemon: &Daemon, plugged: u64) {
     assert_eq!(frontend.config().unwrap().plugged_size, plugged);
     assert_eq!(driver.state(gpa(0), 1).unwrap().kind(), ResponseType::Ack);
     frontend.disconnect();
+}
+
+#[expect(clippy::host_endian_bytes, reason = "eventfds count in the byte order of the host")]
+fn event(count: u64) -> OwnedFd {
+    let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    rustix::io::write(&event, &count.to_ne_bytes()).unwrap();
+    event
+}
+
+/// Gives the daemon an eventfd, and then has it block again.
+fn set_blocking(frontend: &Frontend, request: Request, event: &OwnedFd) {
+    frontend.set_vring_fd(request, 0, Some(event.as_fd())).unwrap();
+    fcntl_setfl(event, OFlags::empty()).unwrap();
+}
+
+/// Nothing tells when somebody has begun to wait.
+fn let_it_wait() {
+    std::thread::sleep(Duration::from_millis(50));
 }
 
 /// The API's own connections come and go, so that a few more are no leak; tens would be.
@@ -277,5 +299,86 @@ fn rings_that_overlap_end_with_their_connection() {
     std::thread::sleep(Duration::from_millis(50));
     frontend.disconnect();
     assert_serves(&daemon, 0);
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn a_call_without_room_holds_nobody_up() {
+    let mut daemon = common::daemon(options());
+    let ram = ram();
+    let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+    let call = event(u64::MAX - 1);
+    frontend.set_vring_fd(Request::SetVringCall, 0, Some(call.as_fd())).unwrap();
+    let state = MemRequest::new(RequestType::State, gpa(0), 1).to_bytes();
+    for _ in 0..2 {
+        driver.submit(&state, &Shape::default()).unwrap();
+        driver.ring().force_kick().unwrap();
+        driver.ring_mut().poll_used(common::PATIENCE).unwrap();
+    }
+    assert_eq!(frontend.get_vring_base(0).unwrap(), 2);
+    frontend.disconnect();
+    assert_serves(&daemon, 0);
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn a_call_that_blocks_ends_with_its_connection() {
+    let mut daemon = common::daemon(options());
+    let ram = ram();
+    // The others wait for the worker in turn: in the crate, and in the relay.
+    for waits in [None, Some(Request::GetVringBase), Some(Request::ResetDevice)] {
+        let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+        let call = event(u64::MAX - 1);
+        set_blocking(&frontend, Request::SetVringCall, &call);
+        let state = MemRequest::new(RequestType::State, gpa(0), 1).to_bytes();
+        driver.submit(&state, &Shape::default()).unwrap();
+        driver.ring().force_kick().unwrap();
+        driver.ring_mut().poll_used(common::PATIENCE).unwrap();
+        let_it_wait();
+        if let Some(request) = waits {
+            let body: &[u8] = if request == Request::GetVringBase { &[0; 8] } else { &[] };
+            frontend.connection().send(request, 0, body, &[]).unwrap();
+            let_it_wait();
+        }
+        frontend.disconnect();
+        assert_serves(&daemon, 0);
+    }
+    assert!(daemon.is_running());
+}
+
+/// The worker hears of the first kick and reads the second one.
+#[test]
+fn a_kick_that_blocks_ends_with_its_connection() {
+    let mut daemon = common::daemon(options());
+    let ram = ram();
+    let (frontend, _channel, driver) = connect(&daemon, &ram);
+    let silent = event(0);
+    set_blocking(&frontend, Request::SetVringKick, &silent);
+    driver.ring().force_kick().unwrap();
+    let_it_wait();
+    frontend.disconnect();
+    assert_serves(&daemon, 0);
+    assert!(daemon.is_running());
+}
+
+/// A pipe with less than eight bytes is readable, and reading eight waits.
+#[test]
+fn kicks_and_calls_that_are_no_eventfds_are_refused_with_the_reason() {
+    let mut daemon = common::daemon(options());
+    let ram = ram();
+    for (request, name) in [
+        (Request::SetVringKick, "SET_VRING_KICK"),
+        (Request::SetVringCall, "SET_VRING_CALL"),
+        (Request::SetVringErr, "SET_VRING_ERR"),
+    ] {
+        let (frontend, _channel, _driver) = connect(&daemon, &ram);
+        let (read, mut write) = std::io::pipe().unwrap();
+        write.write_all(&[1; 7]).unwrap();
+        assert!(frontend.set_vring_fd(request, 0, Some(read.as_fd())).is_err());
+        let reason = format!("{name} with a descriptor that is not an eventfd: pipe:[");
+        assert!(daemon.wait_logged(&reason, common::PATIENCE), "{}", daemon.stderr());
+        frontend.disconnect();
+        assert_serves(&daemon, 0);
+    }
     assert!(daemon.is_running());
 }

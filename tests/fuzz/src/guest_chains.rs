@@ -9,11 +9,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
-use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
-use vhost_user_mem::backend::{AtomicMemory, MemBackend};
+use vhost_user_backend::{VhostUserBackend, VringT};
+use vhost_user_mem::backend::MemBackend;
 use vhost_user_mem::gate::Gate;
 use vhost_user_mem::metrics::Metrics;
-use vhost_user_mem::queue::Memory;
+use vhost_user_mem::queue::{AtomicMemory, Memory};
+use vhost_user_mem::vring::Vring;
 use virtio_mem::controller::{MemController, Start};
 use virtio_mem::device::{BlockSpan, Geometry, Request, VirtioMem};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace};
@@ -49,7 +50,7 @@ struct Guest {
     memory: AtomicMemory,
     controller: Arc<MemController>,
     backend: MemBackend,
-    vring: VringRwLock<AtomicMemory>,
+    vring: Vring,
 }
 
 /// All the guest's memory, as it is at one moment.
@@ -183,7 +184,7 @@ impl Guest {
             controller.execute(Request::Plug(span));
             controller.answered();
         }
-        let vring = VringRwLock::new(memory.clone(), QUEUE as u16).unwrap();
+        let vring = Vring::new(memory.clone(), QUEUE as u16).unwrap();
         let guest = Self { size, boot, region, memory, controller, backend, vring };
         guest.start(size, event_idx);
         guest

@@ -16,6 +16,7 @@
 mod channel;
 mod dirty_log;
 mod error;
+mod eventfd;
 mod link;
 mod message;
 mod notifier;

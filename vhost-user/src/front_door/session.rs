@@ -6,6 +6,7 @@ use tracing::{debug, trace, warn};
 
 use super::dirty_log::DirtyLog;
 use super::error::RelayError;
+use super::eventfd;
 use super::link::{Link, Side, Stop};
 use super::message::{FrontendRequest, Header, Message, Reply, protocol};
 use super::notifier::Notifier;
@@ -139,6 +140,10 @@ impl<'a> Session<'a> {
         let count = message.fds.len();
         if count < shape.fds.0 || count > shape.fds.1 {
             return Err(RelayError::Fds { request, count });
+        }
+        use FrontendRequest as R;
+        if let R::SET_VRING_KICK | R::SET_VRING_CALL | R::SET_VRING_ERR = request {
+            eventfd::check(request, &message.fds)?;
         }
         Ok(())
     }

@@ -12,11 +12,12 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
 use test_vmm::memory::{GuestRam, Layout};
-use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
-use vhost_user_mem::backend::{AtomicMemory, MAX_QUEUE_SIZE, MemBackend};
+use vhost_user_backend::{VhostUserBackend, VringT};
+use vhost_user_mem::backend::{MAX_QUEUE_SIZE, MemBackend};
 use vhost_user_mem::gate::Gate;
 use vhost_user_mem::metrics::{Metrics, MetricsListener};
-use vhost_user_mem::queue::Memory;
+use vhost_user_mem::queue::{AtomicMemory, Memory};
+use vhost_user_mem::vring::Vring;
 use vm_memory::{FileOffset, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
@@ -34,7 +35,7 @@ const ROUNDS: u64 = 1000;
 struct Guest {
     driver: MemDriver,
     backend: MemBackend,
-    vrings: [VringRwLock<AtomicMemory>; 1],
+    vrings: [Vring; 1],
 }
 
 impl Guest {
@@ -54,7 +55,7 @@ impl Guest {
         let backend = MemBackend::new(controller, metrics, gate, memory.clone())?;
         backend.update_memory(memory.clone())?;
 
-        let vring = VringRwLock::new(memory, MAX_QUEUE_SIZE as u16)?;
+        let vring = Vring::new(memory, MAX_QUEUE_SIZE as u16)?;
         let ring = driver.ring();
         vring.set_queue_size(ring.size());
         vring.set_queue_info(ring.desc_addr(), ring.avail_addr(), ring.used_addr())?;

@@ -2,13 +2,14 @@
 
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::super::RelayError;
 use super::super::message::{FDS_MAX, FrontendRequest as R, Header, protocol};
-use super::harness::{Bench, OFFERED, state, witness};
+use super::harness::{Bench, OFFERED, event, memfd, state, witness};
 
 fn ends(request: u32, flags: u32, body: &[u8]) -> RelayError {
     let mut bench = Bench::negotiated();
@@ -120,6 +121,25 @@ fn a_channel_must_be_a_unix_stream() {
 }
 
 #[test]
+fn what_signals_a_ring_must_be_an_eventfd() {
+    let (_kept, pipe) = witness();
+    let (file, socket) = (memfd(8), UnixStream::pair().unwrap().0);
+    for request in [R::SET_VRING_KICK, R::SET_VRING_CALL, R::SET_VRING_ERR] {
+        for (fd, name) in [
+            (pipe.as_fd(), "eventfd: pipe:["),
+            (file.as_fd(), "eventfd: /memfd:test"),
+            (socket.as_fd(), "eventfd: socket:["),
+        ] {
+            let mut bench = Bench::negotiated();
+            assert_eq!(bench.ask(request, &[0; 8], &[fd]), 1);
+            let error = bench.outcome().unwrap_err().to_string();
+            assert!(error.contains(request.name()) && error.contains(name), "{error}");
+            assert_eq!(bench.take_journal(), [""; 0]);
+        }
+    }
+}
+
+#[test]
 fn half_a_message_and_gone() {
     let mut bench = Bench::negotiated();
     (&bench.front.stream).write_all(&[1, 0, 0, 0, 1]).unwrap();
@@ -158,11 +178,13 @@ proptest! {
             (0..R::ALL.len(), 0usize..48, any::<u8>(), 0usize..3, any::<bool>()), 0..20)
     ) {
         let mut bench = Bench::negotiated();
-        let (kept, pipe) = witness();
+        let ((kept, pipe), event) = (witness(), event());
         for (which, size, fill, count, asks) in requests {
             let header = Header::request(R::ALL[which] as u32, size);
             let header = if asks { header.asking() } else { header };
-            let fds = vec![pipe.as_fd(); count];
+            let rings = [R::SET_VRING_KICK, R::SET_VRING_CALL, R::SET_VRING_ERR];
+            let of_ring = rings.contains(&R::ALL[which]) && fill & 4 == 0;
+            let fds = vec![if of_ring { event.as_fd() } else { pipe.as_fd() }; count];
             if !bench.front.send(header, &vec![fill & 3; size], &fds) {
                 break;
             }

@@ -3,8 +3,10 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use rustix::fs::{OFlags, fcntl_getfl};
+
 use super::super::message::{FrontendRequest as R, Header};
-use super::harness::{Bench, Peer, state, witness};
+use super::harness::{Bench, Peer, event, state, witness};
 
 /// A bench with a channel that answers nothing.
 fn with_channel() -> (Bench, Peer) {
@@ -64,6 +66,18 @@ fn rings_without_the_enable_message_run_after_set_features() {
     bench.notifier.notify();
     assert_eq!(bench.ask(R::SET_FEATURES, &[0; 8], &[]), 0);
     assert_notified(&channel);
+}
+
+#[test]
+fn eventfds_are_passed_on_and_do_not_block_and_may_be_left_out() {
+    let bench = Bench::negotiated();
+    for request in [R::SET_VRING_KICK, R::SET_VRING_CALL, R::SET_VRING_ERR] {
+        let event = event();
+        assert_eq!(bench.ask(request, &[0; 8], &[event.as_fd()]), 0);
+        assert!(fcntl_getfl(&event).unwrap().contains(OFlags::NONBLOCK), "{request}");
+        assert_eq!(bench.ask(request, &(1u64 << 8).to_le_bytes(), &[]), 0);
+        assert_eq!(bench.take_journal(), vec![format!("crate {request}"); 2]);
+    }
 }
 
 #[test]
