@@ -1,14 +1,14 @@
 //! Server-sent events for one reader.
 
 use std::convert::Infallible;
-use std::sync::Arc;
 
 use axum::response::sse;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{Event, Management};
+use super::Event;
+use super::caller::Caller;
 
 /// Events that wait for the reader here; those behind them wait in the bounded channel of the
 /// device, which drops the oldest.
@@ -20,13 +20,13 @@ const AHEAD: usize = 16;
 /// A change between reading the state and the first event is sent, too, since the subscription
 /// is older than the state.
 pub(super) fn follow(
-    management: Arc<dyn Management>,
+    caller: Caller,
     shutdown: watch::Receiver<bool>,
     permit: OwnedSemaphorePermit,
 ) -> ReceiverStream<Result<sse::Event, Infallible>> {
     let (sender, receiver) = mpsc::channel(AHEAD);
     tokio::spawn(async move {
-        forward(management, shutdown, &sender).await;
+        forward(caller, shutdown, &sender).await;
         drop(permit);
     });
     ReceiverStream::new(receiver)
@@ -34,13 +34,9 @@ pub(super) fn follow(
 
 type Sender = mpsc::Sender<Result<sse::Event, Infallible>>;
 
-async fn forward(
-    management: Arc<dyn Management>,
-    mut shutdown: watch::Receiver<bool>,
-    sender: &Sender,
-) {
-    let mut events = management.subscribe();
-    if send_state(&management, sender).await.is_err() {
+async fn forward(caller: Caller, mut shutdown: watch::Receiver<bool>, sender: &Sender) {
+    let mut events = caller.subscribe();
+    if send_state(&caller, sender).await.is_err() {
         return;
     }
     loop {
@@ -54,7 +50,7 @@ async fn forward(
             Err(RecvError::Lagged(missed)) => {
                 let comment = format!("{missed} events missed; the state follows");
                 match sender.send(Ok(sse::Event::default().comment(comment))).await {
-                    Ok(()) => send_state(&management, sender).await,
+                    Ok(()) => send_state(&caller, sender).await,
                     Err(_) => Err(()),
                 }
             }
@@ -66,9 +62,8 @@ async fn forward(
     }
 }
 
-async fn send_state(management: &Arc<dyn Management>, sender: &Sender) -> Result<(), ()> {
-    let management = Arc::clone(management);
-    let device = tokio::task::spawn_blocking(move || management.device()).await.map_err(drop)?;
+async fn send_state(caller: &Caller, sender: &Sender) -> Result<(), ()> {
+    let device = caller.call(|management| management.device()).await.map_err(drop)?;
     for event in Event::state(&device) {
         sender.send(Ok(encode(event))).await.map_err(drop)?;
     }

@@ -5,6 +5,7 @@
 //! - [`openapi()`] describes all of it, and is served at `/openapi.json`.
 
 mod body;
+mod caller;
 mod device;
 mod event;
 mod event_stream;

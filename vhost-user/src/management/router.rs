@@ -11,6 +11,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use tokio::sync::{Semaphore, watch};
 
+use super::caller::Caller;
 use super::{
     Blocks, DeviceInfo, Management, MigrationSetting, Populated, Problem, Refusal, RequestedSize,
     body, event_stream, openapi,
@@ -25,23 +26,22 @@ const EVENT_READERS: usize = 32;
 /// What the handlers need.
 #[derive(Clone)]
 pub(super) struct Api {
-    management: Arc<dyn Management>,
+    caller: Caller,
     shutdown: watch::Receiver<bool>,
     readers: Arc<Semaphore>,
 }
 
 impl Api {
     pub(super) fn new(management: Arc<dyn Management>, shutdown: watch::Receiver<bool>) -> Self {
-        Self { management, shutdown, readers: Arc::new(Semaphore::new(EVENT_READERS)) }
+        let readers = Arc::new(Semaphore::new(EVENT_READERS));
+        Self { caller: Caller::new(management), shutdown, readers }
     }
 
-    /// Calls the device where blocking does no harm.
     async fn call<T: Send + 'static>(
         &self,
         call: impl FnOnce(&dyn Management) -> T + Send + 'static,
     ) -> Result<T, Problem> {
-        let management = Arc::clone(&self.management);
-        tokio::task::spawn_blocking(move || call(&*management)).await.map_err(|error| {
+        self.caller.call(call).await.map_err(|error| {
             tracing::error!(%error, "a management call failed");
             let detail = "The device failed to carry out the request.";
             Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
@@ -194,7 +194,7 @@ pub(super) async fn events(State(api): State<Api>) -> Response {
         let detail = format!("{EVENT_READERS} clients read events already.");
         return Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).into_response();
     };
-    let events = event_stream::follow(api.management, api.shutdown, permit);
+    let events = event_stream::follow(api.caller, api.shutdown, permit);
     Sse::new(events).keep_alive(KeepAlive::default()).into_response()
 }
 

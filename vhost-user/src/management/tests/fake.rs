@@ -34,6 +34,10 @@ pub(crate) struct Fake {
     pub(crate) events: broadcast::Sender<Event>,
     pub(crate) calls: AtomicUsize,
     pub(crate) reset_takes: Mutex<Duration>,
+    /// Resets wait while it is locked.
+    pub(crate) reset_waits: Mutex<()>,
+    /// Resets that were begun.
+    pub(crate) resets: AtomicUsize,
     pub(crate) populated: Mutex<Populated>,
 }
 
@@ -44,6 +48,8 @@ impl Fake {
             events: broadcast::channel(BACKLOG).0,
             calls: AtomicUsize::new(0),
             reset_takes: Mutex::default(),
+            reset_waits: Mutex::default(),
+            resets: AtomicUsize::new(0),
             populated: Mutex::default(),
         })
     }
@@ -98,6 +104,8 @@ impl Management for Fake {
     }
 
     fn system_reset(&self) -> Result<DeviceInfo, Refusal> {
+        self.resets.fetch_add(1, Ordering::Relaxed);
+        drop(self.reset_waits.lock());
         let takes = *self.reset_takes.lock();
         std::thread::sleep(takes);
         self.calls.fetch_add(1, Ordering::Relaxed);

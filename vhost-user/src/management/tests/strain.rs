@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -20,6 +21,31 @@ fn a_long_reset_blocks_nobody_and_no_shutdown() {
     assert_eq!(get(dir.path(), "/v1/device").status, 200);
     server.shutdown();
     assert!(start.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn calls_that_outlive_their_connections_are_bounded() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let waits = fake.reset_waits.lock();
+    let request = b"POST /v1/device/system-reset HTTP/1.1\r\nHost: x\r\n\r\n";
+    for _ in 0..10 {
+        let mut clients: Vec<_> = (0..16).map(|_| connect(dir.path())).collect();
+        clients.iter_mut().for_each(|client| client.write_all(request).unwrap());
+        // Needs no call; once it is answered, what came before was read.
+        assert_eq!(get(dir.path(), "/openapi.json").status, 200);
+    }
+    let begun = || fake.resets.load(Ordering::Relaxed);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while begun() < 16 {
+        assert!(Instant::now() < deadline, "{} calls", begun());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Time for what was read to be begun, were there a place.
+    assert_eq!(get(dir.path(), "/openapi.json").status, 200);
+    assert_eq!(begun(), 16);
+    drop(waits);
+    assert_eq!(get(dir.path(), "/v1/device").status, 200);
 }
 
 #[test]
