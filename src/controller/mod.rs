@@ -257,9 +257,9 @@ impl MemController {
     /// `granularity` (bytes, rounded up to a multiple of the block size) is the resolution: ranges
     /// consist of whole units of that size, counted from the start of the region and cut off at
     /// its end, of which the host holds any byte. So their sum may be more than
-    /// [`populated_size`](Self::populated_size), and memory that is populated page by page costs
-    /// no more than a few searches a unit. In hugetlb memory, plugged blocks count, as they do
-    /// there.
+    /// [`populated_size`](Self::populated_size). Each unit that counts costs one short search, so
+    /// `granularity` bounds the cost in a region of very many blocks. In hugetlb memory, plugged
+    /// blocks count, as they do there.
     pub fn populated_ranges(&self, granularity: u64) -> Option<Vec<ByteRange>> {
         let section = self.geometry.section()?;
         let granularity = granularity.clamp(1, self.geometry.region_size());

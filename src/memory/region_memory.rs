@@ -184,8 +184,10 @@ impl RegionMemory {
     /// `unit` bytes, counted from the start of the region. Of hugetlb memory, that is where
     /// `plugged` (ascending) is. `None` when nothing is mapped or the backing does not tell.
     ///
-    /// What lies within a unit is not looked at, so that the cost is bounded by the number of
-    /// units, however finely the memory is populated.
+    /// Each unit that the host holds something of costs one short search, however finely or
+    /// densely it is populated: what else lies within it is not looked at. Where the data ends is
+    /// not searched, since that keeps whoever gives memory back waiting, for seconds in a large
+    /// region that is full.
     ///
     /// # Panics
     ///
@@ -210,15 +212,14 @@ impl RegionMemory {
                 });
                 continue;
             }
-            let mut rest = Some(file_range);
-            while let Some(range) = rest
-                && let Some(data) = block.backing().first_data(range).ok()?
+            let mut at = file_range.start();
+            while at < file_range.end()
+                && let Some(data) = block.backing().next_data(at).ok()?
+                && data < file_range.end()
             {
-                let offset = data.start() - file_range.start();
-                let end = found.add(ByteRange::new(part.start() + offset, data.len())?);
-                // Nothing more is to be learned of the last unit.
-                let next = file_range.start().saturating_add(end - part.start());
-                rest = ByteRange::from_bounds(next, file_range.end());
+                let offset = data - file_range.start();
+                let end = found.add(ByteRange::new(part.start() + offset, 1)?);
+                at = file_range.start().saturating_add(end - part.start());
             }
         }
         Some(found.ranges)
@@ -454,6 +455,27 @@ mod tests {
         memory.replace(vec![block(ADDR, 16 * BLOCK, &file, 0)]);
         assert_eq!(held(&file), 13 * BLOCK);
         assert_eq!(memory.populated(section(0, 4)), Some(BLOCK));
+    }
+
+    #[test]
+    fn finding_populated_units_takes_a_search_each_however_full_they_are() {
+        use super::super::backing::{SEARCHES, Searches};
+        let memory = region();
+        let file = memfd(16 * BLOCK);
+        memory.replace(vec![block(ADDR, 16 * BLOCK, &file, 0)]);
+        file.write_all_at(&vec![1; 8 << 20], BLOCK).unwrap();
+        file.write_all_at(&[1], 12 * BLOCK).unwrap();
+        for (unit, expected, data) in [
+            // The last one finds nothing.
+            (BLOCK, vec![section(1, 9), section(12, 13)], 10),
+            (4 * BLOCK, vec![section(0, 16)], 4),
+            (64 * BLOCK, vec![section(0, 16)], 1),
+        ] {
+            SEARCHES.take();
+            let found = memory.populated_units(section(0, 16), unit, &[]);
+            assert_eq!(found, Some(expected));
+            assert_eq!(SEARCHES.take(), Searches { data, holes: 0 }, "{unit:#x}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod gather;
 pub mod huge_pages;
 pub mod kvm;
 pub mod mapping;
+pub(crate) mod page_cache;
 pub mod page_faults;
 pub mod pagemap;
 pub mod shared_faults;
