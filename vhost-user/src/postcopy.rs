@@ -48,17 +48,17 @@ struct Faults {
     listening: bool,
     /// The front-end's memory while it is registered. Keeps it mapped.
     memory: Option<Arc<Memory>>,
-    /// Sections of the region that are plugged, ascending and apart.
-    plugged: Vec<ByteRange>,
+    /// Sections of the region that are plugged, ascending and apart. `None` from when they are too
+    /// many to be followed: all of the region is waited for then.
+    plugged: Option<Vec<ByteRange>>,
 }
 
 impl Postcopy {
     /// Nothing is advised yet.
     pub fn new(controller: Arc<MemController>) -> Self {
         let geometry = *controller.geometry();
-        let faults =
-            Faults { geometry, offered: None, listening: false, memory: None, plugged: Vec::new() };
-        Self { controller, faults: Arc::new(Mutex::new(faults)), listener: Mutex::default() }
+        let faults = Arc::new(Mutex::new(Faults::new(geometry)));
+        Self { controller, faults, listener: Mutex::default() }
     }
 
     /// POSTCOPY_ADVISE: opens a userfaultfd and gives a copy for the front-end.
@@ -95,6 +95,7 @@ impl Postcopy {
                 return Err(io::Error::other("memory was mapped before POSTCOPY_LISTEN"));
             }
             faults.listening = true;
+            faults.plugged = Some(Vec::new());
         }
         self.controller.freeze(FreezeHolder::Incoming)?;
         if self.controller.geometry().region_size() != 0 {
@@ -116,7 +117,7 @@ impl Postcopy {
             return Ok(());
         }
         guest_memory::forbid_huge_pages(&memory);
-        let wanted = ranges::wanted(&memory, faults.geometry.region(), &faults.plugged);
+        let wanted = ranges::wanted(&memory, faults.geometry.region(), faults.plugged.as_deref());
         // Whatever was registered before and is mapped no more is forgotten by the kernel.
         faults.memory = Some(memory);
         wanted.into_iter().try_for_each(|range| faults.register(range))
@@ -194,6 +195,30 @@ fn mapped(memory: Option<&Memory>) -> impl Iterator<Item = (u64, u64)> {
 }
 
 impl Faults {
+    fn new(geometry: Geometry) -> Self {
+        let plugged = Some(Vec::new());
+        Self { geometry, offered: None, listening: false, memory: None, plugged }
+    }
+
+    /// Follows a change of `section`, unless all of the region is waited for, or is from now on.
+    fn follow(
+        &mut self,
+        section: ByteRange,
+        change: impl Fn(&mut Vec<ByteRange>, ByteRange),
+        call: impl Fn(&OfferedFaults, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let Some(plugged) = &mut self.plugged else { return Ok(()) };
+        change(plugged, section);
+        if plugged.len() <= ranges::RANGES_MAX {
+            let range = section.shifted_up(self.geometry.addr());
+            return range.map_or(Ok(()), |range| self.for_each_mapped(range, call));
+        }
+        // One mapping again, where there were thousands.
+        self.geometry.region().map_or(Ok(()), |region| self.register(region))?;
+        self.plugged = None;
+        Ok(())
+    }
+
     /// Registers guest-physical `range`, as far as it is mapped.
     fn register(&self, range: ByteRange) -> io::Result<()> {
         self.for_each_mapped(range, OfferedFaults::register)
@@ -214,10 +239,6 @@ impl Faults {
         }
         Ok(())
     }
-
-    fn at(&self, section: ByteRange) -> Option<ByteRange> {
-        section.shifted_up(self.geometry.addr())
-    }
 }
 
 /// Keeps what is registered in step with what is plugged.
@@ -230,22 +251,61 @@ impl RamDiscardListener for Listener {
 
     fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
         let mut faults = self.0.lock();
-        if let Some(range) = faults.at(section) {
-            faults
-                .register(range)
-                .map_err(|error| format!("cannot wait for its pages: {error}"))?;
-        }
-        ranges::add(&mut faults.plugged, section);
-        Ok(())
+        faults.follow(section, ranges::add, OfferedFaults::register).map_err(|error| {
+            if let Some(plugged) = &mut faults.plugged {
+                ranges::remove(plugged, section);
+            }
+            format!("cannot wait for its pages: {error}")
+        })
     }
 
     fn notify_discard(&mut self, section: ByteRange) {
-        let mut faults = self.0.lock();
-        ranges::remove(&mut faults.plugged, section);
-        if let Some(range) = faults.at(section)
-            && let Err(error) = faults.for_each_mapped(range, OfferedFaults::unregister)
-        {
+        let followed = self.0.lock().follow(section, ranges::remove, OfferedFaults::unregister);
+        if let Err(error) = followed {
             tracing::error!(%section, %error, "discarded memory is still waited for");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: u64 = 4096;
+    const MAX: u64 = ranges::RANGES_MAX as u64;
+
+    fn listener() -> Listener {
+        let geometry = Geometry::new(1 << 32, 1 << 30, BLOCK, None).unwrap();
+        Listener(Arc::new(Mutex::new(Faults::new(geometry))))
+    }
+
+    fn blocks(start: u64, end: u64) -> ByteRange {
+        ByteRange::from_bounds(start * BLOCK, end * BLOCK).unwrap()
+    }
+
+    #[test]
+    fn a_region_in_tatters_is_not_followed() {
+        let mut listener = listener();
+        let followed = |listener: &Listener| listener.0.lock().plugged.as_ref().map(Vec::len);
+        for block in 0..MAX {
+            listener.notify_populate(blocks(2 * block, 2 * block + 1)).unwrap();
+        }
+        assert_eq!(followed(&listener), Some(ranges::RANGES_MAX));
+        listener.notify_populate(blocks(2 * MAX, 2 * MAX + 1)).unwrap();
+        assert_eq!(followed(&listener), None);
+        listener.notify_discard(blocks(0, 2 * MAX + 1));
+        listener.notify_populate(blocks(0, 1)).unwrap();
+        assert_eq!(followed(&listener), None, "it may be registered in part only");
+    }
+
+    #[test]
+    fn a_region_that_is_torn_by_discards_is_not_followed() {
+        let mut listener = listener();
+        listener.notify_populate(blocks(0, 2 * MAX + 1)).unwrap();
+        for block in (1..=MAX).rev() {
+            assert!(listener.0.lock().plugged.is_some());
+            listener.notify_discard(blocks(2 * block - 1, 2 * block));
+        }
+        assert!(listener.0.lock().plugged.is_none());
     }
 }

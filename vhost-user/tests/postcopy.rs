@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use common::{ADDR, BLOCK, BOOT, PATIENCE, REGION, RING, gpa, options};
 use test_vmm::backend_channel::{BackendChannel, Behaviour};
 use test_vmm::daemon::Daemon;
+use test_vmm::device_state;
 use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::memory::GuestRam;
@@ -30,6 +31,8 @@ use virtio_mem::migration::ram::{BlockOptions, MigrationBlock};
 const PAGE: u64 = 4096;
 /// So that the available ring is in another page than the used ring.
 const SPLIT_RING: u64 = RING + 0x700;
+/// Where in a device state the plugged size is, before the bitmap.
+const SIZE_AT: usize = 80;
 const PROTOCOL: u64 = USUAL_PROTOCOL_FEATURES | protocol_feature::PAGEFAULT;
 
 /// The other host: has the pages of boot memory, and gives them away unless it is silent.
@@ -357,6 +360,56 @@ fn state_that_comes_after_the_memory_says_what_is_waited_for() {
     let maps = std::fs::read_to_string(format!("/proc/{}/smaps", destination.daemon.pid()));
     let waited = flags_of(&maps.unwrap(), "virtio-mem", "um");
     assert_eq!(waited, [BLOCK >> 10], "the plugged block and nothing else, KiB");
+}
+
+/// A state of a device with blocks of 4 KiB, the bitmap of which repeats one byte.
+fn state_of_small_blocks(plugged: u8) -> Vec<u8> {
+    let rig = common::rig_with(options().block_size(PAGE), common::ram());
+    rig.frontend.get_vring_base(0).unwrap();
+    let mut state = device_state::save(&rig.frontend).unwrap().unwrap();
+    let bitmap = SIZE_AT + 8..SIZE_AT + 8 + (REGION / PAGE / 8) as usize;
+    let size = bitmap.len() as u64 * u64::from(plugged.count_ones()) * PAGE;
+    state[SIZE_AT..bitmap.start].copy_from_slice(&size.to_be_bytes());
+    state[bitmap].fill(plugged);
+    let end = state.len() - 4;
+    let checksum = crc32fast::hash(&state[..end]).to_be_bytes();
+    state[end..].copy_from_slice(&checksum);
+    state
+}
+
+#[test]
+fn a_state_in_tatters_takes_few_mappings_whenever_it_comes() {
+    // More ranges than a process may have mappings.
+    let (full, tatters) = (state_of_small_blocks(0xff), state_of_small_blocks(0x55));
+    // The last is torn by what is discarded.
+    let cases = [(None, Some(&tatters)), (Some(&tatters), None), (Some(&full), Some(&tatters))];
+    for (before, after) in cases {
+        let daemon = common::daemon(options().block_size(PAGE));
+        let frontend = Frontend::connect(&daemon.socket()).unwrap();
+        let agreed = frontend.negotiate(USUAL_FEATURES, PROTOCOL).unwrap();
+        if agreed.protocol & protocol_feature::PAGEFAULT == 0 {
+            return eprintln!("skipped: no postcopy in this environment");
+        }
+        let load = |state: Option<&Vec<u8>>| {
+            let loaded = state.is_none_or(|state| device_state::load(&frontend, state).unwrap());
+            assert!(loaded, "{}", daemon.stderr());
+        };
+        load(before);
+        let _userfaultfd = frontend.postcopy_advise().unwrap().unwrap();
+        frontend.postcopy_listen().unwrap();
+        let ram = common::ram();
+        frontend.set_mem_table_postcopy(&ram).unwrap();
+        frontend.confirm_memory(Request::SetMemTable).unwrap();
+        load(after);
+        assert_eq!(frontend.config().unwrap().plugged_size, REGION / 2);
+        let waited = || {
+            let maps = std::fs::read_to_string(format!("/proc/{}/smaps", daemon.pid()));
+            flags_of(&maps.unwrap(), "virtio-mem", "um")
+        };
+        assert_eq!(waited(), [REGION >> 10], "all of it, as one");
+        assert_eq!(frontend.postcopy_end().unwrap(), 0);
+        assert_eq!(waited(), [0; 0]);
+    }
 }
 
 /// Sizes (KiB) of the mappings of a file that have a flag, by `/proc/PID/smaps`.
