@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 
+use super::served::Sweep;
 use super::{BlockUpdate, FreezeHolder, JournalUpdate, MemController, StateRecord};
 use crate::ByteRange;
 use crate::device::{BlockBitmap, DeviceState, DeviceStateError, VirtioMem};
@@ -42,13 +43,13 @@ impl MemController {
 
     /// Becomes what `state` says. Listeners are told of every block that changes, those that
     /// become plugged first. Huge pages are taken for all that are plugged. What unplugged blocks
-    /// hold is given back now, or once it is mapped;
-    /// what plugged ones hold is left alone, since it may have come before the state. The guest
-    /// is told to read its configuration again.
+    /// hold is given back now, or once it is mapped; what plugged ones hold is left alone, since it
+    /// may have come before the state. The guest is told to read its configuration again.
     ///
     /// # Errors
     ///
-    /// When the state breaks a rule, blocks are frozen, a listener refuses or it cannot be saved.
+    /// When the state breaks a rule, blocks are frozen, there are too few huge pages, a listener
+    /// refuses or it cannot be saved.
     /// Nothing has changed then, and listeners have been told so.
     pub fn load_state(&self, state: DeviceState) -> Result<(), LoadStateError> {
         let device = VirtioMem::restore(self.geometry, state)?;
@@ -80,7 +81,7 @@ impl MemController {
         self.memory.set_loading(false);
         loaded?;
         self.take_back(&mut transaction, &unplugged);
-        self.sweep_mapped();
+        self.sweep_or(Sweep::WhenMapped);
         self.state().tell(|observer| observer.config_changed());
         Ok(())
     }

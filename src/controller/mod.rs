@@ -48,9 +48,9 @@ pub enum FreezeHolder {
     Api,
     /// Another party, such as a client of the discard channel.
     Client(u64),
-    /// Memory arrives here while the guest runs (postcopy, a lazy restore). The state that belongs to it may
-    /// still be loaded: it comes by the same migration. No huge page is taken for what is plugged
-    /// meanwhile, or nobody would miss what is still to come: see
+    /// Memory arrives here while the guest runs (postcopy, a lazy restore). The state that belongs
+    /// to it may still be loaded: it comes by the same migration. No huge page is taken for what is
+    /// plugged meanwhile, or nobody would miss what is still to come: see
     /// [`reserve_memory`](MemController::reserve_memory).
     Incoming,
 }
@@ -385,7 +385,7 @@ impl MemController {
         self.reserve(&blocks, || self.served.ranges(true))?;
         self.memory.replace(blocks);
         if self.state().sweep == Sweep::WhenMapped {
-            self.sweep_mapped();
+            self.sweep_or(Sweep::WhenMapped);
         }
         Ok(())
     }
@@ -393,10 +393,12 @@ impl MemController {
     /// The guest runs, or is about to: no state can come any more. What unplugged blocks may have
     /// been left with is given back.
     pub fn running(&self) {
-        let _no_change_under_way = self.manager.begin();
-        if self.state().sweep != Sweep::Done {
-            self.sweep_mapped();
+        // Asked with every change of the rings, which need not wait for a change of blocks.
+        if self.state().sweep == Sweep::Done {
+            return;
         }
+        let _no_change_under_way = self.manager.begin();
+        self.sweep_or(Sweep::WhenMapped);
     }
 
     /// Takes huge pages for all plugged blocks that have none, where the memory is hugetlb. To be
@@ -438,30 +440,20 @@ impl MemController {
             plugged.iter().rev().for_each(|&s| transaction.notify_discard(self.source, s));
         }
         // Unlike UNPLUG ALL, a reset also takes what the guest touched without plugging it.
-        self.sweep();
-        let mut state = self.state();
-        state.sweep = match self.memory.is_complete() {
-            true => Sweep::Done,
-            false => Sweep::WhenRunning,
-        };
-        state.tell(|observer| observer.config_changed());
+        self.sweep_or(Sweep::WhenRunning);
+        self.state().tell(|observer| observer.config_changed());
         Ok(())
     }
 
-    /// Gives back what discarded ranges hold, now or as soon as it is mapped.
-    fn sweep_mapped(&self) {
-        self.sweep();
-        let complete = self.memory.is_complete();
-        self.state().sweep = if complete { Sweep::Done } else { Sweep::WhenMapped };
-    }
-
-    /// Gives back what discarded ranges hold.
-    fn sweep(&self) {
+    /// Gives back what discarded ranges hold, of what is not mapped `later`.
+    fn sweep_or(&self, later: Sweep) {
         for section in self.served.ranges(false) {
             if let Err(error) = self.memory.sweep(section) {
                 tracing::error!(%section, %error, "cannot give back memory of unplugged blocks");
             }
         }
+        let complete = self.memory.is_complete();
+        self.state().sweep = if complete { Sweep::Done } else { later };
     }
 }
 

@@ -83,8 +83,9 @@ impl RegionMemory {
         self.incoming.store(incoming, Ordering::Release);
     }
 
-    /// Says whether a state is being loaded. Until it is there, its listener gives nothing back: the
-    /// memory of blocks that become plugged may have come before, and must stay if they do not.
+    /// Says whether a state is being loaded. Until it is there, its listener takes nothing, since that
+    /// was done before, and gives nothing back: the memory of blocks that become plugged may have come
+    /// before, and must stay if they do not.
     pub(crate) fn set_loading(&self, loading: bool) {
         self.loading.store(loading, Ordering::Release);
     }
@@ -323,11 +324,10 @@ impl RamDiscardListener for MemoryListener {
     /// hugetlb pages are taken now, since a guest that touches a page which the pool does not
     /// have dies of SIGBUS. Other memory is taken when it is touched: cost follows use.
     fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        let (pieces, _) = self.0.pieces(section);
+        let pieces = if self.0.is_loading() { Pieces::new() } else { self.0.pieces(section).0 };
         for (done, (block, _)) in pieces.iter().enumerate() {
             if let Err(error) = self.0.reserve(block, &[section]) {
-                let undone = if self.0.is_loading() { 0 } else { done + 1 };
-                for (block, file_range) in pieces[..undone].iter().rev() {
+                for (block, file_range) in pieces[..=done].iter().rev() {
                     let _ = block.backing().discard(*file_range);
                 }
                 return Err(error.to_string());

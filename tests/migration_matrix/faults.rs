@@ -42,6 +42,17 @@ fn assert_stayed(here: &Arc<Vm>, there: &Arc<Vm>) {
     assert_eq!(there.visited(), 0);
 }
 
+/// Precopy is refused for want of memory, and the guest stays.
+fn assert_no_room_for_precopy(from: &Side, to: &Side) {
+    let (here, there) = guests(from, to);
+    let links = vec![UnixStream::pair().unwrap()];
+    let (sent, received) = run(from, to, &here, &there, None, links, || {});
+    let error = received.unwrap_err().to_string();
+    assert!(error.contains("\"vmem0\": cannot write a page"), "{error}");
+    assert!(sent.is_err());
+    assert_stayed(&here, &there);
+}
+
 #[test]
 fn a_destination_without_room_refuses_and_the_guest_stays() {
     let _alone = alone();
@@ -51,13 +62,7 @@ fn a_destination_without_room_refuses_and_the_guest_stays() {
         Ok(to) => to,
         Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
     };
-    let (here, there) = guests(&from, &to);
-    let links = vec![UnixStream::pair().unwrap()];
-    let (sent, received) = run(&from, &to, &here, &there, None, links, || {});
-    let error = received.unwrap_err().to_string();
-    assert!(error.contains("\"vmem0\": cannot write a page"), "{error}");
-    assert!(sent.is_err());
-    assert_stayed(&here, &there);
+    assert_no_room_for_precopy(&from, &to);
 }
 
 #[test]
@@ -115,13 +120,7 @@ fn an_empty_pool_of_huge_pages_refuses_precopy_and_the_guest_stays() {
     };
     let from = Side::new(Kind::Hugetlb, &plugged).unwrap();
     let to = Side::new(Kind::Hugetlb, &plugged).unwrap();
-    let (here, there) = guests(&from, &to);
-    let links = vec![UnixStream::pair().unwrap()];
-    let (sent, received) = run(&from, &to, &here, &there, None, links, || {});
-    let error = received.unwrap_err().to_string();
-    assert!(error.contains("\"vmem0\": cannot write a page"), "{error}");
-    assert!(sent.is_err());
-    assert_stayed(&here, &there);
+    assert_no_room_for_precopy(&from, &to);
 }
 
 #[test]
