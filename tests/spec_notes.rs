@@ -1,7 +1,7 @@
 //! The tables of `spec-notes/` name tests that exist.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The `file::function` names in the last column of a note's table rows.
 fn named_tests(note: &str) -> Vec<(String, String)> {
@@ -27,11 +27,18 @@ fn missing(note: &Path) -> Vec<String> {
         .collect()
 }
 
+/// The notes in a folder and in the folders inside it.
+fn notes(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries
+        .flat_map(|path| if path.is_dir() { notes(&path) } else { vec![path] })
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .collect()
+}
+
 #[test]
 fn every_test_that_a_note_names_exists() {
-    let notes = Path::new(env!("CARGO_MANIFEST_DIR")).join("spec-notes");
-    let files = fs::read_dir(notes).unwrap().map(|entry| entry.unwrap().path());
-    let files: Vec<_> = files.filter(|path| path.extension().is_some_and(|e| e == "md")).collect();
+    let files = notes(&Path::new(env!("CARGO_MANIFEST_DIR")).join("spec-notes"));
     assert!(!files.is_empty());
     let missing: Vec<String> = files.iter().flat_map(|path| missing(path)).collect();
     assert!(missing.is_empty(), "tests that do not exist:\n{}", missing.join("\n"));
