@@ -10,6 +10,9 @@
 //! - [`discard_channel`]: tells VMMs in other processes what is populated and discarded.
 //! - [`management`], [`vmemctl`]: the API's server and client; [`metrics`].
 //! - [`state_file`]: the device's state between two lives of the daemon.
+//! - [`log`]: lines on stderr that nothing waits for.
+
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod args;
 pub mod backend;
@@ -19,6 +22,7 @@ pub mod discard_channel;
 pub mod front_door;
 pub mod gate;
 mod listener;
+pub mod log;
 pub mod management;
 pub mod metrics;
 pub mod postcopy;
@@ -45,11 +49,7 @@ use service::Service;
 use socket::{FrontEnds, Shutdown};
 
 /// What `--print-capabilities` prints.
-pub const CAPABILITIES: &str = r#"{"type":"mem","features":[]}"#;
-
-/// What is logged unless RUST_LOG says otherwise. The crate reports the planned end of its
-/// workers as an error.
-pub const DEFAULT_LOG_FILTER: &str = "info,vhost_user_backend::handler=off";
+pub const CAPABILITIES: &str = r#"{"type":"mem"}"#;
 
 /// Runs the daemon until a signal ends it, or the one front-end that came with `--fd` leaves.
 ///
@@ -130,5 +130,6 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     if let Some(server) = &api {
         server.shutdown();
     }
+    tracing::info!("ended");
     Ok(())
 }

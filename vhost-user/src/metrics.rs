@@ -47,6 +47,7 @@ pub struct Metrics {
     discarded_bytes: Counter,
     discard_failures: Counter,
     discard_clients_dropped: Counter,
+    log_lines_lost: Counter,
     region: Gauge,
     usable: Gauge,
     plugged: Gauge,
@@ -90,6 +91,8 @@ impl Metrics {
             "discard_clients_dropped",
             "Clients of the discard channel dropped for silence or for breaking the protocol",
         );
+        let log_lines_lost =
+            counter("log_lines_lost", "Lines of the log that stderr did not take in time");
         let mut bytes = |name, help| {
             let counter = Counter::default();
             registry.register_with_unit(name, help, Unit::Bytes, counter.clone());
@@ -126,6 +129,7 @@ impl Metrics {
             discarded_bytes,
             discard_failures,
             discard_clients_dropped,
+            log_lines_lost,
             region,
             usable,
             plugged,
@@ -186,6 +190,8 @@ impl Metrics {
         let failures = controller.memory().discard_failures();
         let counted = self.discard_failures.get();
         self.discard_failures.inc_by(failures.saturating_sub(counted));
+        let lost = crate::log::lost();
+        self.log_lines_lost.inc_by(lost.saturating_sub(self.log_lines_lost.get()));
         let mut encoded = String::new();
         text::encode(&mut encoded, &self.registry).expect("a String takes any text");
         encoded

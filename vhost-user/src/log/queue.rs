@@ -1,0 +1,277 @@
+//! The queue of lines, and the thread that writes them.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::Level;
+
+use super::limit::{INTERVAL, Limit};
+use super::notice;
+
+/// Lines that wait, at most.
+const LINES: usize = 1024;
+
+/// Bytes of a line, at most: it may hold what a peer has sent.
+const LINE: usize = 4096;
+
+/// Between two looks at a queue that is full.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// The queue.
+pub(super) struct Queue {
+    entries: SyncSender<Entry>,
+    lost: Arc<Lost>,
+    colours: bool,
+}
+
+enum Entry {
+    Line(Vec<u8>),
+    /// Everything before it was written once this is answered.
+    Flush(SyncSender<()>),
+}
+
+/// Lines that were not written.
+#[derive(Default)]
+struct Lost {
+    total: AtomicU64,
+    told: AtomicU64,
+}
+
+impl Queue {
+    /// Starts the thread that writes to `sink`, which may block and fail. `colours` says whether
+    /// lines have them.
+    pub(super) fn start(
+        sink: impl Write + Send + 'static,
+        limit: Arc<Limit>,
+        colours: bool,
+    ) -> io::Result<Self> {
+        let (entries, taken) = sync_channel(LINES);
+        let lost = Arc::new(Lost::default());
+        let mut thread = Thread { sink, limit, lost: Arc::clone(&lost), torn: false };
+        thread::Builder::new().name("log".to_owned()).spawn(move || thread.run(&taken))?;
+        Ok(Self { entries, lost, colours })
+    }
+
+    /// Puts a line in, or counts it as lost. Never waits.
+    pub(super) fn push(&self, line: &[u8]) {
+        if self.entries.try_send(Entry::Line(one_line(line, self.colours))).is_err() {
+            self.lost.total.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Lines that were lost.
+    pub(super) fn lost(&self) -> u64 {
+        self.lost.total.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the lines before are written, at most for `bound`.
+    pub(super) fn flush(&self, bound: Duration) {
+        let deadline = Instant::now() + bound;
+        let (done, waiter) = sync_channel(1);
+        let mut entry = Entry::Flush(done);
+        while let Err(TrySendError::Full(back)) = self.entries.try_send(entry) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            entry = back;
+            thread::sleep(RETRY);
+        }
+        let _ = waiter.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
+}
+
+struct Thread<W> {
+    sink: W,
+    limit: Arc<Limit>,
+    lost: Arc<Lost>,
+    /// A line was written in part.
+    torn: bool,
+}
+
+impl<W: Write> Thread<W> {
+    fn run(&mut self, entries: &Receiver<Entry>) {
+        let mut due = Instant::now();
+        loop {
+            // While nothing is counted, nothing is ever due.
+            let entry = if self.limit.is_idle() {
+                let entry = entries.recv();
+                due = due.max(Instant::now() + INTERVAL);
+                entry.map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                entries.recv_timeout(due.saturating_duration_since(Instant::now()))
+            };
+            if Instant::now() >= due {
+                due = Instant::now() + INTERVAL;
+                self.tell_repeated();
+            }
+            match entry {
+                Ok(Entry::Line(line)) => {
+                    self.tell_lost();
+                    self.write(&line);
+                }
+                Ok(Entry::Flush(done)) => {
+                    self.tell_repeated();
+                    self.tell_lost();
+                    let _ = done.try_send(());
+                }
+                Err(RecvTimeoutError::Timeout) => self.tell_lost(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn tell_repeated(&mut self) {
+        for line in self.limit.repeated() {
+            self.write(line.as_bytes());
+        }
+    }
+
+    fn tell_lost(&mut self) {
+        let total = self.lost.total.load(Ordering::Relaxed);
+        let lines = total - self.lost.told.load(Ordering::Relaxed);
+        if lines == 0 {
+            return;
+        }
+        let text = format!("{lines} lines were lost: stderr did not take them in time");
+        if self.put(notice(Level::WARN, "log", &text).as_bytes()).is_ok() {
+            self.lost.told.store(total, Ordering::Relaxed);
+        }
+    }
+
+    fn write(&mut self, line: &[u8]) {
+        if self.put(line).is_err() {
+            self.lost.total.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn put(&mut self, line: &[u8]) -> io::Result<()> {
+        if self.torn {
+            self.sink.write_all(b"\n")?;
+        }
+        // How much of it was written is not known after an error.
+        self.torn = true;
+        self.sink.write_all(line)?;
+        self.torn = false;
+        Ok(())
+    }
+}
+
+/// One line of bounded length without control characters, whatever was formatted: a peer's text
+/// may not pass for another line, nor change a terminal.
+fn one_line(text: &[u8], colours: bool) -> Vec<u8> {
+    let text = text.strip_suffix(b"\n").unwrap_or(text);
+    let (text, cut) = match text.get(..LINE) {
+        Some(start) if start.len() < text.len() => (start, true),
+        _ => (text, false),
+    };
+    let mut line = String::with_capacity(text.len() + 4);
+    for char in String::from_utf8_lossy(text).chars() {
+        // The formatter's colours are the only ones: it escapes those of a message.
+        if char.is_control() && char != '\t' && !(colours && char == '\u{1b}') {
+            line.extend(char.escape_default());
+        } else {
+            line.push(char);
+        }
+    }
+    if cut {
+        line.push_str("...");
+    }
+    line.push('\n');
+    line.into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parking_lot::{Mutex, MutexGuard};
+
+    /// Takes what the test lets it take.
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<(Vec<u8>, bool)>>);
+
+    impl Sink {
+        fn text(&self) -> String {
+            String::from_utf8(self.0.lock().0.clone()).unwrap()
+        }
+    }
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut inner: MutexGuard<'_, _> = self.0.lock();
+            if inner.1 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            inner.0.extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn queue(sink: &Sink) -> Queue {
+        Queue::start(sink.clone(), Arc::default(), false).unwrap()
+    }
+
+    #[test]
+    fn lines_that_do_not_fit_are_counted_and_told_while_the_writer_is_stuck() {
+        let sink = Sink::default();
+        let queue = queue(&sink);
+        let stuck = sink.0.lock();
+        // One more may be in the hands of the thread.
+        for _ in 0..LINES + 1 + 50 {
+            queue.push(b"a line\n");
+        }
+        let lost = queue.lost();
+        assert!((50..=51).contains(&lost), "{lost}");
+        drop(stuck);
+        queue.flush(Duration::from_secs(60));
+        let told = format!("{lost} lines were lost");
+        assert!(sink.text().contains(&told), "{}", sink.text());
+        assert_eq!(sink.text().matches("a line\n").count() as u64, LINES as u64 + 51 - lost);
+    }
+
+    #[test]
+    fn errors_are_survived_counted_and_told() {
+        let sink = Sink::default();
+        let queue = queue(&sink);
+        sink.0.lock().1 = true;
+        for _ in 0..3 {
+            queue.push(b"lost\n");
+        }
+        queue.flush(Duration::from_secs(60));
+        assert_eq!(queue.lost(), 3);
+        sink.0.lock().1 = false;
+        queue.push(b"written\n");
+        queue.flush(Duration::from_secs(60));
+        let text = sink.text();
+        assert!(text.contains("3 lines were lost") && text.ends_with("written\n"), "{text}");
+        assert!(!text.contains("lost\n"), "{text}");
+    }
+
+    #[test]
+    fn a_stuck_writer_does_not_hold_up_a_flush() {
+        let sink = Sink::default();
+        let queue = queue(&sink);
+        let _stuck = sink.0.lock();
+        for _ in 0..2 * LINES {
+            queue.push(b"a line\n");
+        }
+        queue.flush(Duration::from_millis(1));
+    }
+
+    #[test]
+    fn a_line_stays_one_line() {
+        let line = |text: &[u8], colours| String::from_utf8(one_line(text, colours)).unwrap();
+        assert_eq!(line(b"a\nb\r\x1b[31m\xff\n", false), "a\\nb\\r\\u{1b}[31m\u{fffd}\n");
+        assert_eq!(line(b"\x1b[2mtime\x1b[0m a\nb\n", true), "\x1b[2mtime\x1b[0m a\\nb\n");
+        let long = line(&[b'x'; LINE + 1], false);
+        assert_eq!(long, format!("{}...\n", "x".repeat(LINE)));
+        assert_eq!(line(&[b'x'; LINE], false).len(), LINE + 1);
+    }
+}
