@@ -11,6 +11,10 @@
 //!
 //! It opens no sockets and knows no transport; the daemon `vhost-user-mem` is its first user.
 
+#[cfg(test)]
+#[path = "../tests/common/huge_page_pool.rs"]
+mod huge_page_pool;
+
 pub mod controller;
 pub mod device;
 pub mod memory;

@@ -10,9 +10,12 @@ use thiserror::Error;
 use crate::ByteRange;
 use crate::sys::page_cache;
 
-/// One fallocate call gives back at most this much, so that a request for much memory does not
-/// hold the inode's locks for long.
+/// One fallocate call discards at most this much, or one page of the backing where that is larger,
+/// so that a request for much memory does not hold the inode's locks for long.
 const DISCARD_CHUNK: u64 = 256 << 20;
+
+/// Resident pages are looked at in windows of this size, aligned in the file.
+const WINDOW: u64 = 2 << 20;
 
 /// One call counts at most this much, since it cannot be interrupted.
 const COUNT_CHUNK: u64 = 1 << 30;
@@ -166,16 +169,34 @@ impl Backing {
         forbidding.into_iter().find(|(seal, _)| seals.contains(*seal)).map(|(_, name)| name)
     }
 
-    /// Gives the memory of `range` (bytes of the file, whole pages) back to the host.
+    /// Discards the memory of `range` (bytes of the file, whole pages): the host frees it, and it
+    /// reads as zeros.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses; what lies before the failing chunk is given back.
+    /// `InvalidInput` for parts of hugetlb pages, of which the kernel would free nothing and say that
+    /// it did. When the kernel refuses; what lies before the failing chunk is discarded.
     pub fn discard(&self, range: ByteRange) -> io::Result<()> {
-        for chunk in range.chunks(DISCARD_CHUNK) {
+        // Of whole pages a punch leaves none in the file, also of those that are pinned.
+        let whole = [range.start(), range.end()].iter().all(|at| at.is_multiple_of(self.page_size));
+        if self.kind == BackingKind::Hugetlb && !whole {
+            let what = format!(
+                "{range} is not made of whole pages of {:#x} bytes, of which alone memory can be \
+                 discarded",
+                self.page_size
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        for chunk in range.chunks(self.chunk()) {
             punch(&self.file, chunk.start(), chunk.len())?;
         }
         Ok(())
+    }
+
+    /// The most that one call discards or takes: whole pages of the backing.
+    fn chunk(&self) -> u64 {
+        // Both are powers of two.
+        DISCARD_CHUNK.max(self.page_size)
     }
 
     /// Takes host memory for all of `range` (bytes of the file).
@@ -185,7 +206,7 @@ impl Backing {
     /// When there is not enough; what was taken stays, since only the caller knows what was there
     /// before.
     pub fn reserve(&self, range: ByteRange) -> io::Result<()> {
-        for chunk in range.chunks(DISCARD_CHUNK) {
+        for chunk in range.chunks(self.chunk()) {
             let flags = FallocateFlags::KEEP_SIZE;
             let reserve = || fs::fallocate(&self.file, flags, chunk.start(), chunk.len());
             rustix::io::retry_on_intr(reserve)?;
@@ -235,26 +256,88 @@ impl Backing {
     /// Bytes of `range` that a file in memory holds data in. A search for the end of the data
     /// would hold the inode's lock, which giving memory back needs, for as long as that goes on.
     fn search_pages(&self, range: ByteRange) -> io::Result<u64> {
-        let (mut pages, mut at) = (0, range.start());
-        while let Some(data) = self.next_data(at)?.filter(|data| *data < range.end()) {
-            pages += 1;
-            at = data.saturating_add(1).next_multiple_of(self.page_size);
-        }
-        Ok(pages * self.page_size)
+        let mut held = 0;
+        self.for_each_data_page(range, |pages| held += pages.len())?;
+        Ok(held)
     }
 
-    /// Gives back what `range` (bytes of the file) holds, if anything. Cheap where it is empty.
+    /// Discards what `range` (bytes of the file, whole pages) holds, if anything. Costs one short
+    /// search where it is empty, and what lies past its end costs nothing.
     ///
     /// # Errors
     ///
     /// When the file cannot be searched or the kernel refuses.
     pub fn sweep(&self, range: ByteRange) -> io::Result<()> {
-        match self.kind {
-            BackingKind::Hugetlb => self.discard(range),
-            BackingKind::Shmem | BackingKind::File => {
-                self.for_each_data(range, |data| self.discard(data))
-            }
+        if self.kind == BackingKind::Hugetlb {
+            return self.discard(range);
         }
+        // Where the data ends is not searched: to punch what is empty costs less.
+        let mut rest = Some(range);
+        while let Some(range) = rest
+            && let Some(data) = self.next_data(range.start())?
+        {
+            let start = data / self.page_size * self.page_size;
+            let from = ByteRange::from_bounds(start.max(range.start()), range.end());
+            let Some(part) = from.and_then(|from| from.chunks(self.chunk()).next()) else { break };
+            self.discard(part)?;
+            rest = ByteRange::from_bounds(part.end(), range.end());
+        }
+        Ok(())
+    }
+
+    /// Calls `visit` with the parts of `range` (bytes of the file, whole pages) that hold data,
+    /// ascending; pages that were only reserved may be among them. Unlike
+    /// [`for_each_data`](Self::for_each_data) it costs nothing that there is data past the range.
+    /// hugetlb files do not tell their holes.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be searched.
+    pub(crate) fn for_each_resident(
+        &self,
+        range: ByteRange,
+        mut visit: impl FnMut(ByteRange),
+    ) -> io::Result<()> {
+        let mut rest = Some(range);
+        while let Some(range) = rest
+            && let Some(data) = self.next_data(range.start())?
+        {
+            let start = (data / self.page_size * self.page_size).max(range.start());
+            let end = (start + 1).next_multiple_of(WINDOW).min(range.end());
+            let Some(window) = ByteRange::from_bounds(start, end) else { break };
+            rest = ByteRange::from_bounds(window.end(), range.end());
+            let held = page_cache::pages_held(&self.file, window).ok();
+            if self.kind == BackingKind::Shmem
+                && held.and_then(|pages| pages.checked_mul(self.page_size)) == Some(window.len())
+            {
+                visit(window);
+                continue;
+            }
+            self.for_each_data_page(window, &mut visit)?;
+        }
+        Ok(())
+    }
+
+    /// Calls `visit` with the runs of pages of `range` that hold data, by a short search for each.
+    fn for_each_data_page(
+        &self,
+        range: ByteRange,
+        mut visit: impl FnMut(ByteRange),
+    ) -> io::Result<()> {
+        let mut run: Option<ByteRange> = None;
+        let mut at = range.start();
+        while let Some(data) = self.next_data(at)?.filter(|data| *data < range.end()) {
+            let start = (data / self.page_size * self.page_size).max(range.start());
+            let end = (start + 1).next_multiple_of(self.page_size).min(range.end());
+            let before = run.filter(|run| run.end() == start);
+            if before.is_none() {
+                run.into_iter().for_each(&mut visit);
+            }
+            run = ByteRange::from_bounds(before.map_or(start, ByteRange::start), end);
+            at = end;
+        }
+        run.into_iter().for_each(visit);
+        Ok(())
     }
 
     /// Calls `visit` with each maximal part of `range` (bytes of the file) that holds data,
@@ -339,19 +422,20 @@ fn seek(file: &File, to: SeekFrom) -> rustix::io::Result<u64> {
 /// is as long as the data.
 #[cfg(test)]
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Searches {
-    pub(super) data: usize,
-    pub(super) holes: usize,
+pub(crate) struct Searches {
+    pub(crate) data: usize,
+    pub(crate) holes: usize,
 }
 
 #[cfg(test)]
 thread_local! {
-    pub(super) static SEARCHES: std::cell::RefCell<Searches> = std::cell::RefCell::default();
+    pub(crate) static SEARCHES: std::cell::RefCell<Searches> = std::cell::RefCell::default();
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::huge_page_pool::Pool;
     use rustix::fs::MemfdFlags;
     use std::os::unix::fs::{FileExt, MetadataExt};
 
@@ -405,6 +489,69 @@ mod tests {
         let backing = Backing::new(file.try_clone().unwrap()).unwrap();
         backing.sweep(range(4 * PAGE, 60 * PAGE)).unwrap();
         assert_eq!(file.metadata().unwrap().blocks() * 512, PAGE);
+    }
+
+    #[test]
+    fn a_sweep_and_a_look_at_what_is_resident_search_no_end_of_the_data() {
+        let file = memfd(4096 * PAGE);
+        file.write_all_at(&vec![1; 4096 * 4096], 0).unwrap();
+        let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+        let resident = |range| {
+            let mut found = Vec::new();
+            backing.for_each_resident(range, |part| found.push(part)).unwrap();
+            found
+        };
+        SEARCHES.take();
+        assert_eq!(resident(range(PAGE, PAGE)), [range(PAGE, PAGE)]);
+        backing.sweep(range(PAGE, PAGE)).unwrap();
+        backing.sweep(range(1023 * PAGE, 2 * PAGE)).unwrap();
+        assert_eq!(SEARCHES.take().holes, 0);
+        assert_eq!(file.metadata().unwrap().blocks() * 512, 4093 * PAGE);
+        assert_eq!(resident(range(0, 3 * PAGE)), [range(0, PAGE), range(2 * PAGE, PAGE)]);
+        let across = [range(1022 * PAGE, PAGE), range(1025 * PAGE, 2 * PAGE)];
+        assert_eq!(resident(range(1022 * PAGE, 5 * PAGE)), across);
+        assert_eq!(SEARCHES.take().holes, 0);
+    }
+
+    #[test]
+    fn a_chunk_is_never_smaller_than_a_page() {
+        let mut backing = Backing::new(memfd(PAGE)).unwrap();
+        for page_size in [4 << 10, 2 << 20, 1 << 30, 16 << 30] {
+            backing.page_size = page_size;
+            assert!(backing.chunk().is_multiple_of(page_size), "{page_size:#x}");
+        }
+    }
+
+    /// A memfd of two huge pages, and a pool that has them; `None`, having said why, where it cannot
+    /// be had.
+    fn huge(page_size: u64, size: MemfdFlags) -> Option<(Pool, Backing)> {
+        let pool = Pool::with_free(page_size, 2);
+        let pool = pool.inspect_err(|error| eprintln!("skipped: {error}")).ok()?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size;
+        let file = File::from(fs::memfd_create("backing-test", flags).unwrap());
+        file.set_len(2 * page_size).unwrap();
+        Some((pool, Backing::new(file).unwrap()))
+    }
+
+    #[test]
+    fn huge_pages_that_are_discarded_are_in_the_pool_again() {
+        for (page_size, size) in [(2 << 20, MemfdFlags::HUGE_2MB), (1 << 30, MemfdFlags::HUGE_1GB)]
+        {
+            let Some((pool, backing)) = huge(page_size, size) else { continue };
+            assert_eq!(backing.page_size(), page_size);
+            let held = || backing.file().metadata().unwrap().blocks() * 512;
+            backing.reserve(range(0, 2 * page_size)).unwrap();
+            assert_eq!((held(), pool.free()), (2 * page_size, 0));
+            backing.discard(range(page_size, page_size)).unwrap();
+            assert_eq!((held(), pool.free()), (page_size, 1));
+            for part in [range(0, page_size / 2), range(4096, page_size)] {
+                let refused = backing.discard(part).unwrap_err();
+                assert_eq!(refused.kind(), io::ErrorKind::InvalidInput, "{part}");
+            }
+            assert_eq!(held(), page_size);
+            backing.sweep(range(0, 2 * page_size)).unwrap();
+            assert_eq!((held(), pool.free()), (0, 2));
+        }
     }
 
     #[test]

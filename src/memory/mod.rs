@@ -8,6 +8,8 @@ mod ram_block;
 mod region_memory;
 
 pub use backing::{Backing, BackingError, BackingKind};
+#[cfg(test)]
+pub(crate) use backing::{SEARCHES, Searches};
 pub use ram_block::{RamBlock, RamBlockError};
 pub(crate) use region_memory::MemoryListener;
 pub use region_memory::{NotReady, RegionMemory};

@@ -459,7 +459,7 @@ mod tests {
 
     #[test]
     fn finding_populated_units_takes_a_search_each_however_full_they_are() {
-        use super::super::backing::{SEARCHES, Searches};
+        use super::super::{SEARCHES, Searches};
         let memory = region();
         let file = memfd(16 * BLOCK);
         memory.replace(vec![block(ADDR, 16 * BLOCK, &file, 0)]);

@@ -16,7 +16,8 @@ use virtio_mem::sys::HostMapping;
 use virtio_mem::sys::shared_faults::OfferedFaults;
 
 use crate::guest::{Vm, no_work};
-use crate::memory::{BLOCK, Kind, Pattern, Pool, Side, say};
+use crate::huge_page_pool::Pool;
+use crate::memory::{BLOCK, Kind, Pattern, Side, say};
 use crate::{ALONE, SMALL, run};
 
 const PAGE: u64 = 4096;
@@ -90,7 +91,7 @@ fn an_empty_pool_of_huge_pages_pauses_postcopy_until_there_are_some() {
     let _alone = alone();
     let plugged = Pattern::None.plugged(SMALL);
     let nr_pages = SMALL as u64;
-    let pool = match Pool::with_free(nr_pages + 2) {
+    let pool = match Pool::with_free(BLOCK, nr_pages + 2) {
         Ok(pool) => Arc::new(pool),
         Err(error) => return say(&format!("skipped: hugetlb: {error}")),
     };
@@ -114,7 +115,7 @@ fn an_empty_pool_of_huge_pages_pauses_postcopy_until_there_are_some() {
 fn an_empty_pool_of_huge_pages_refuses_precopy_and_the_guest_stays() {
     let _alone = alone();
     let plugged = Pattern::None.plugged(SMALL);
-    let _pool = match Pool::with_free(SMALL as u64 + 2) {
+    let _pool = match Pool::with_free(BLOCK, SMALL as u64 + 2) {
         Ok(pool) => pool,
         Err(error) => return say(&format!("skipped: hugetlb: {error}")),
     };

@@ -8,6 +8,8 @@
 mod device;
 mod faults;
 mod guest;
+#[path = "../common/huge_page_pool.rs"]
+mod huge_page_pool;
 mod memory;
 
 use std::io;
@@ -19,7 +21,8 @@ use std::time::Duration;
 
 use device::Reserving;
 use guest::{Vm, no_work};
-use memory::{BLOCK, Kind, Pattern, Pool, Side, say};
+use huge_page_pool::Pool;
+use memory::{BLOCK, Kind, Pattern, Side, say};
 use virtio_mem::migration::MigrationError;
 use virtio_mem::migration::channel::Channel;
 use virtio_mem::migration::devices::NoDevices;
@@ -53,17 +56,20 @@ enum Way {
 fn all(way: Way, nr_blocks: usize) {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     for kind in Kind::ALL {
-        let pool = match kind {
-            Kind::Hugetlb => match Pool::with_free(2 * nr_blocks as u64 + 4) {
-                Ok(pool) => Some(pool),
-                Err(error) => {
-                    say(&format!("skipped: {way:?} on {kind:?}: {error}"));
-                    continue;
-                }
-            },
-            _ => None,
+        // A page of 1 GiB on each side is what most machines can be had to give.
+        let (nr_blocks, patterns, nr_pages) = match kind {
+            Kind::Gigantic => (2, &[Pattern::Alternating][..], 2),
+            _ => (nr_blocks, &Pattern::ALL[..], 2 * nr_blocks as u64 + 4),
         };
-        for pattern in Pattern::ALL {
+        let pool = kind.has_pool().then(|| Pool::with_free(kind.block_size(), nr_pages));
+        let pool = match pool.transpose() {
+            Ok(pool) => pool,
+            Err(error) => {
+                say(&format!("skipped: {way:?} on {kind:?}: {error}"));
+                continue;
+            }
+        };
+        for &pattern in patterns {
             let plugged = pattern.plugged(nr_blocks);
             let sides = Side::new(kind, &plugged).and_then(|a| Ok((a, Side::new(kind, &plugged)?)));
             let (from, to) = match sides {
@@ -181,7 +187,9 @@ fn run(
     });
     let mut parameters = Parameters::new(Configuration::new("matrix"));
     // The vCPUs never rest, so that precopy has to stop them with something left.
-    parameters.downtime_limit = Duration::from_secs(2);
+    // A page of 1 GiB is written as a whole with every byte.
+    let gigantic = from.block.page_size() >= 1 << 30;
+    parameters.downtime_limit = Duration::from_secs(if gigantic { 60 } else { 2 });
     let outgoing = Outgoing {
         parameters,
         guest: &**here,

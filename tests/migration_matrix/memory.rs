@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags};
@@ -17,7 +17,7 @@ use virtio_mem::memory::RamBlock;
 use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use virtio_mem::ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
 
-/// Size of a device block: a huge page.
+/// Size of a device block: a huge page. Blocks of larger pages are as large as these.
 pub const BLOCK: u64 = 2 << 20;
 
 /// What the guest's memory is made of.
@@ -31,10 +31,23 @@ pub enum Kind {
     Tmpfs,
     /// hugetlb pages of 2 MiB.
     Hugetlb,
+    /// hugetlb pages of 1 GiB.
+    Gigantic,
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::Memfd, Self::HugeShmem, Self::Tmpfs, Self::Hugetlb];
+    pub const ALL: [Self; 5] =
+        [Self::Memfd, Self::HugeShmem, Self::Tmpfs, Self::Hugetlb, Self::Gigantic];
+
+    /// Size of a device block on this memory.
+    pub fn block_size(self) -> u64 {
+        if self == Self::Gigantic { 1 << 30 } else { BLOCK }
+    }
+
+    /// Whether pages are taken from a pool of a fixed size.
+    pub fn has_pool(self) -> bool {
+        matches!(self, Self::Hugetlb | Self::Gigantic)
+    }
 
     /// An empty file, or why there is none of this kind.
     fn file(self, size: u64) -> io::Result<File> {
@@ -44,6 +57,7 @@ impl Kind {
         let file = match self {
             Self::Memfd => memfd(MemfdFlags::empty())?,
             Self::Hugetlb => memfd(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?,
+            Self::Gigantic => memfd(MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB)?,
             Self::Tmpfs => tempfile::tempfile_in("/dev/shm")?,
             Self::HugeShmem => huge_shmem()?,
         };
@@ -77,51 +91,6 @@ impl Room {
         let context = fspick(&self.0, "", flags)?;
         fsconfig_set_string(&context, "size", bytes.to_string())?;
         Ok(fsconfig_reconfigure(&context)?)
-    }
-}
-
-/// The machine's pool of huge pages, raised for as long as the value lives.
-pub struct Pool {
-    setting: File,
-    before: u64,
-}
-
-impl Pool {
-    const DIR: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-
-    /// A pool with `pages` free pages; the reason when there is none.
-    pub fn with_free(pages: u64) -> io::Result<Self> {
-        let path = format!("{}/nr_hugepages", Self::DIR);
-        let setting = File::options().read(true).write(true).open(path)?;
-        rustix::fs::flock(&setting, rustix::fs::FlockOperation::LockExclusive)?;
-        let before = Self::read("nr_hugepages")?;
-        let pool = Self { setting, before };
-        pool.make_free(pages)?;
-        Ok(pool)
-    }
-
-    /// Changes how many pages are free.
-    pub fn make_free(&self, pages: u64) -> io::Result<()> {
-        self.set(Self::read("nr_hugepages")? - Self::read("free_hugepages")? + pages)?;
-        match Self::read("free_hugepages")? {
-            free if free >= pages => Ok(()),
-            free => Err(io::Error::other(format!("{free} of {pages} huge pages are to be had"))),
-        }
-    }
-
-    fn read(file: &str) -> io::Result<u64> {
-        let text = std::fs::read_to_string(format!("{}/{file}", Self::DIR))?;
-        text.trim().parse().map_err(io::Error::other)
-    }
-
-    fn set(&self, pages: u64) -> io::Result<()> {
-        self.setting.write_all_at(pages.to_string().as_bytes(), 0)
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        let _ = self.set(self.before);
     }
 }
 
@@ -160,22 +129,26 @@ impl Pattern {
 }
 
 /// A source of block state that never changes, as while migration runs.
-struct Frozen(BlockBitmap);
+struct Frozen {
+    plugged: BlockBitmap,
+    block_size: u64,
+}
 
 impl RamDiscardSource for Frozen {
     fn region_size(&self) -> u64 {
-        self.0.nr_blocks() as u64 * BLOCK
+        self.plugged.nr_blocks() as u64 * self.block_size
     }
 
     fn granularity(&self) -> u64 {
-        BLOCK
+        self.block_size
     }
 
     fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
-        let first = usize::try_from(section.start() / BLOCK).ok()?;
-        let end = usize::try_from(section.end().div_ceil(BLOCK)).ok()?;
-        let run = self.0.next_run(first..end, populated)?;
-        ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?
+        let size = self.block_size;
+        let first = usize::try_from(section.start() / size).ok()?;
+        let end = usize::try_from(section.end().div_ceil(size)).ok()?;
+        let run = self.plugged.next_run(first..end, populated)?;
+        ByteRange::from_bounds(run.start as u64 * size, run.end as u64 * size)?
             .intersection(section)
     }
 }
@@ -188,23 +161,25 @@ pub struct Side {
 
 impl Side {
     pub fn new(kind: Kind, plugged: &BlockBitmap) -> io::Result<Self> {
-        Self::on(kind.file(plugged.nr_blocks() as u64 * BLOCK)?, plugged)
+        let block_size = kind.block_size();
+        Self::on(kind.file(plugged.nr_blocks() as u64 * block_size)?, plugged, block_size)
     }
 
     /// With memory of which there is only so much.
     pub fn with_room(bytes: u64, plugged: &BlockBitmap) -> io::Result<(Self, Room)> {
         let (file, mount) = own_tmpfs("size", &bytes.to_string())?;
         file.set_len(plugged.nr_blocks() as u64 * BLOCK)?;
-        Ok((Self::on(file, plugged)?, Room(mount)))
+        Ok((Self::on(file, plugged, BLOCK)?, Room(mount)))
     }
 
-    fn on(file: File, plugged: &BlockBitmap) -> io::Result<Self> {
-        let size = plugged.nr_blocks() as u64 * BLOCK;
+    fn on(file: File, plugged: &BlockBitmap, block_size: u64) -> io::Result<Self> {
+        let size = plugged.nr_blocks() as u64 * block_size;
         let ram =
             RamBlock::new("vmem0".into(), 4 << 30, size, file, 0).map_err(io::Error::other)?;
         let block = MigrationBlock::map(Arc::new(ram), BlockOptions::migratable())?;
         let manager = LocalRamDiscardManager::new(size);
-        manager.add_source(Arc::new(Frozen(plugged.clone()))).map_err(io::Error::other)?;
+        let source = Frozen { plugged: plugged.clone(), block_size };
+        manager.add_source(Arc::new(source)).map_err(io::Error::other)?;
         block.set_discard_manager(0, Arc::new(manager) as Arc<dyn RamDiscardManager>);
         let block = Arc::new(block);
         let mut blocks = RamBlocks::new();
@@ -220,6 +195,11 @@ impl Side {
     /// Bytes that the host holds for discarded ranges.
     pub fn leaked(&self) -> u64 {
         let mut leaked = 0;
+        if !self.block.tells_holes() {
+            let held = self.block.ram().backing().file().metadata().unwrap().blocks() * 512;
+            let populated = self.populated().iter().map(|range| range.len()).sum();
+            leaked = held.saturating_sub(populated);
+        }
         if self.block.tells_holes() {
             for range in self.block.discarded().unwrap() {
                 self.block.for_each_data(range, |data| leaked += data.len()).unwrap();

@@ -3,66 +3,25 @@
 //! The tests need a pool of a known size. Where it cannot be had they say so and are skipped.
 
 mod common;
+#[path = "../../tests/common/huge_page_pool.rs"]
+mod huge_page_pool;
 
-use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{ADDR, BLOCK, BOOT, REGION, connect, gpa, options, rig_with};
+use huge_page_pool::Pool;
 use test_vmm::device_state::{load, save};
 use test_vmm::driver::{BlockState, RequestType, ResponseType};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::memory::{GuestRam, Layout};
 use test_vmm::protocol::{Request, protocol_feature};
 
-/// Pages of 2 MiB: the size of a block.
-const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-
-/// A pool with a known number of free pages. Dropping it restores the machine's setting.
-struct Pool {
-    setting: File,
-    before: u64,
-}
-
-impl Pool {
-    /// Takes the pool for as long as the value lives: it is the machine's, so one test at a time
-    /// has it. Says why when it cannot be had.
-    fn with_free(pages: u64) -> Option<Self> {
-        let set_up = || -> io::Result<Self> {
-            let path = format!("{POOL}/nr_hugepages");
-            let setting = File::options().read(true).write(true).open(path)?;
-            rustix::fs::flock(&setting, rustix::fs::FlockOperation::LockExclusive)?;
-            let before = read("nr_hugepages")?;
-            let pool = Self { setting, before };
-            pool.set(before - read("free_hugepages")? + pages)?;
-            match read("free_hugepages")? {
-                free if free == pages => Ok(pool),
-                free => Err(io::Error::other(format!("{free} of {pages} pages are to be had"))),
-            }
-        };
-        set_up().inspect_err(|error| say_skipped(&format!("no pool of huge pages: {error}"))).ok()
-    }
-
-    fn set(&self, pages: u64) -> io::Result<()> {
-        self.setting.write_all_at(pages.to_string().as_bytes(), 0)
-    }
-
-    fn free(&self) -> u64 {
-        read("free_hugepages").unwrap()
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        self.set(self.before).expect("the setting can be restored as it was made");
-    }
-}
-
-fn read(file: &str) -> io::Result<u64> {
-    let text = fs::read_to_string(format!("{POOL}/{file}"))?;
-    text.trim().parse().map_err(io::Error::other)
+/// A pool with so many free pages of 2 MiB, the size of a block. Says why when it cannot be had.
+fn pool_with_free(pages: u64) -> Option<Pool> {
+    let pool = Pool::with_free(BLOCK, pages);
+    pool.inspect_err(|error| say_skipped(&format!("no pool of huge pages: {error}"))).ok()
 }
 
 /// Past the test harness, which shows the output of failed tests only.
@@ -77,7 +36,7 @@ fn huge_region() -> Arc<GuestRam> {
 
 #[test]
 fn plug_takes_pages_from_the_pool_and_unplug_gives_them_back() {
-    let Some(pool) = Pool::with_free(4) else { return };
+    let Some(pool) = pool_with_free(4) else { return };
     let mut rig = rig_with(options(), huge_region());
     assert_eq!(pool.free(), 4, "memory that is only mapped takes nothing");
     assert_eq!(rig.plug(0, 3), ResponseType::Ack);
@@ -99,7 +58,7 @@ fn plug_takes_pages_from_the_pool_and_unplug_gives_them_back() {
 
 #[test]
 fn an_empty_pool_makes_the_guest_busy_and_nothing_is_changed() {
-    let Some(pool) = Pool::with_free(2) else { return };
+    let Some(pool) = pool_with_free(2) else { return };
     let mut rig = rig_with(options(), huge_region());
     assert_eq!(rig.plug(7, 1), ResponseType::Ack);
     rig.stamp(7, 8);
@@ -133,7 +92,7 @@ fn blocks_smaller_than_the_page_are_refused_with_the_reason() {
 
 #[test]
 fn huge_pages_that_the_front_end_takes_away_end_its_connection_only() {
-    let Some(_pool) = Pool::with_free(1) else { return };
+    let Some(_pool) = pool_with_free(1) else { return };
     let mut daemon = common::daemon(options());
     let layout = Layout::new().hugetlb("boot", 0, BOOT).unwrap();
     let ram = layout.memfd("virtio-mem", ADDR, REGION).unwrap();
@@ -158,7 +117,7 @@ fn state_of_three_blocks() -> Vec<u8> {
 #[test]
 fn plugged_blocks_get_their_pages_when_memory_comes_after_their_state() {
     let state = state_of_three_blocks();
-    let Some(pool) = Pool::with_free(2) else { return };
+    let Some(pool) = pool_with_free(2) else { return };
     let daemon = common::daemon(options());
     let early = || {
         let frontend = Frontend::connect(&daemon.socket()).unwrap();
@@ -177,7 +136,7 @@ fn plugged_blocks_get_their_pages_when_memory_comes_after_their_state() {
         std::thread::sleep(Duration::from_millis(1));
     }
     drop(pool);
-    let Some(pool) = Pool::with_free(4) else { return };
+    let Some(pool) = pool_with_free(4) else { return };
     let ram = huge_region();
     ram.write_stamps(gpa(1)..gpa(2), 1).unwrap();
     let frontend = early();
@@ -194,7 +153,7 @@ fn plugged_blocks_get_their_pages_when_memory_comes_after_their_state() {
 #[test]
 fn no_page_is_taken_for_what_is_still_to_come_by_postcopy() {
     let state = state_of_three_blocks();
-    let Some(pool) = Pool::with_free(4) else { return };
+    let Some(pool) = pool_with_free(4) else { return };
     let daemon = common::daemon(options());
     let frontend = Frontend::connect(&daemon.socket()).unwrap();
     let protocol = USUAL_PROTOCOL_FEATURES | protocol_feature::PAGEFAULT;

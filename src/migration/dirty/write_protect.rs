@@ -104,11 +104,10 @@ impl WriteProtect {
             let base = file_offset(file);
             for part in chunks.iter().flat_map(parts) {
                 let in_file = part.shifted_up(base).ok_or(io::ErrorKind::InvalidInput)?;
-                file.backing().for_each_data(in_file, |data| {
+                file.backing().for_each_resident(in_file, |data| {
                     if let Some(data) = data.shifted_down(base) {
                         dirty.set_range(pages_within(data, dirty));
                     }
-                    Ok(())
                 })?;
             }
         }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -47,6 +48,14 @@ pub struct BlockOptions {
     /// into pages that stay pinned: a background snapshot then saves it while the guest is stopped,
     /// since it cannot see such writes.
     pub written_elsewhere: bool,
+    /// Whether its resident pages stay the ones that they are while it is loaded into, because they are
+    /// pinned (vfio, vDPA, fixed buffers of io_uring), locked or preallocated. Zeros are then written where
+    /// other blocks discard: a page that is discarded while it is pinned is replaced for the guest, but
+    /// not for the device. Ranges that are discarded by contract are no part of this, and it cannot be
+    /// the destination of postcopy or of a lazy restore, which need pages to be missing.
+    ///
+    /// What pins a block without it attaches when the guest has been told to run, not before.
+    pub keep_resident: bool,
     /// Its used length, bytes, where that may change up to the length of the block, as firmware's
     /// does. The destination then follows the source.
     pub resizable: Option<u64>,
@@ -305,22 +314,51 @@ impl MigrationBlock {
         self.for_each_data(range, visit)
     }
 
-    /// Gives `range` back to the host: it reads as zeros.
+    /// Discards `range`: it reads as zeros, and the host holds nothing for it.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// `Unsupported` when the block [keeps its resident pages](BlockOptions::keep_resident), or why the
+    /// kernel refuses.
     pub fn discard(&self, range: ByteRange) -> io::Result<()> {
+        if self.options.keep_resident {
+            let what = "the VMM said that its resident pages must stay (keep_resident)";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+        }
         self.backing().discard(self.in_file(range)?)
     }
 
-    /// Gives back what `range` holds. Cheap where it holds nothing.
+    /// Discards what `range` holds, which is discarded by contract or not in use. Cheap where it holds
+    /// nothing.
     ///
     /// # Errors
     ///
     /// When the kernel refuses.
     pub fn sweep(&self, range: ByteRange) -> io::Result<()> {
         self.backing().sweep(self.in_file(range)?)
+    }
+
+    /// Discards what the block holds, also past its used length.
+    pub(super) fn sweep_all(&self) -> io::Result<()> {
+        self.sweep(ByteRange::new(0, self.ram.range().len()).ok_or(io::ErrorKind::InvalidInput)?)
+    }
+
+    /// Takes host memory for `range`.
+    pub(in crate::migration) fn reserve(&self, range: ByteRange) -> io::Result<()> {
+        self.backing().reserve(self.in_file(range)?)
+    }
+
+    /// Writes zeros to `range`, of which the host pages stay.
+    pub(super) fn write_zeros(&self, range: ByteRange) -> io::Result<()> {
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        if !self.tells_holes() {
+            // hugetlb files cannot be written, but mapped.
+            self.mapping.fill_zero(range.start(), range.len());
+            return Ok(());
+        }
+        self.in_file(range)?.chunks(ZEROS.len() as u64).try_for_each(|chunk| {
+            self.backing().file().write_all_at(&ZEROS[..chunk.len() as usize], chunk.start())
+        })
     }
 
     /// Where in the file the block starts, bytes.

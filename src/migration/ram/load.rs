@@ -7,12 +7,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::MigrationBlock;
+use super::prepare::prepare;
 use super::registry::{ListOptions, RamBlocks};
 use super::zero_runs::ZeroRun;
 use crate::ByteRange;
 use crate::migration::error::MigrationError;
 use crate::migration::handler::LoadHandler;
-use crate::migration::page_bitmap::{PageBitmap, pages_touched};
+use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::migration::progress::{Counters, Progress};
 use crate::migration::stream::{
     BlockList, ListLimits, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, SectionKind,
@@ -29,6 +30,12 @@ const BATCH_PAGES: usize = 1024;
 const POPULATED_AHEAD: u64 = 4 << 20;
 
 /// The "ram" handler of the destination.
+///
+/// When it begins, before any device loads its state, it discards what the blocks hold: nothing may have
+/// pinned them by then, other than blocks that [keep what is resident], and what holds on to their
+/// pages (vfio, vDPA, io_uring) attaches after the guest was told to run.
+///
+/// [keep what is resident]: super::BlockOptions::keep_resident
 pub struct RamLoad {
     registry: Arc<RamBlocks>,
     options: ListOptions,
@@ -227,13 +234,6 @@ impl RamLoad {
         let list = BlockList::read(reader, total, limits, &mut |_, _| Ok(()))?;
         let accepted = self.registry.accept(&list, self.options)?;
         for block in accepted {
-            if !(self.options.ignore_shared && block.options().shared)
-                && let Some(used) = block.used()
-            {
-                // What never comes is zero, and costs nothing.
-                let swept = block.sweep(used);
-                swept.map_err(MigrationError::memory(block.id(), "give memory back"))?;
-            }
             let nr_pages = block.used_length() / TARGET_PAGE_SIZE;
             let base = block.file_base();
             let received = PageBitmap::new(nr_pages);
@@ -294,9 +294,7 @@ impl LoadBlock {
         } else {
             // hugetlb files cannot be written, but mapped: a page that the pool does not have would
             // raise SIGBUS there.
-            let reserved = range
-                .shifted_up(self.base)
-                .map_or(Ok(()), |range| self.block.ram().backing().reserve(range));
+            let reserved = self.block.reserve(range);
             reserved.map_err(MigrationError::memory(self.block.id(), "write a page"))?;
             for (i, &at) in pages.iter().enumerate() {
                 let offset = range.start() + (i * PAGE) as u64;
@@ -312,15 +310,11 @@ impl LoadBlock {
     /// Makes `range` zero: only where something came before, since the rest is empty.
     fn zero(&mut self, range: ByteRange) -> Result<(), MigrationError> {
         let pages = pages_touched(range);
-        if self.block.tells_holes() {
-            if self.received.next_set(pages.start, pages.end).is_some() {
-                let freed = self.block.sweep(range);
-                freed.map_err(MigrationError::memory(self.block.id(), "zero a page"))?;
-            }
-        } else {
-            for page in pages.clone().filter(|&page| self.received.test(page)) {
-                self.block.mapping().fill_zero(page * TARGET_PAGE_SIZE, TARGET_PAGE_SIZE);
-            }
+        let keep = self.block.options().keep_resident || !self.block.tells_holes();
+        for came in self.received.runs(pages.clone()).map(bytes_of) {
+            // What came is there: it need not be searched.
+            let zeroed = if keep { self.block.write_zeros(came) } else { self.block.discard(came) };
+            zeroed.map_err(MigrationError::memory(self.block.id(), "zero a page"))?;
         }
         // What is zero needs no zeroing again.
         self.received.clear_range(pages);
@@ -372,9 +366,9 @@ impl LoadHandler for RamLoad {
     }
 
     fn load_setup(&mut self) -> Result<(), MigrationError> {
-        // Refused before anything comes: somebody's bug here.
-        self.registry.migratable()?;
-        Ok(())
+        // Blocks that nothing was said of are refused before anything comes, too. What never comes is
+        // zero, and costs nothing.
+        prepare(&self.registry, self.options)
     }
 
     fn load(&mut self, kind: SectionKind, reader: &mut dyn WireRead) -> Result<(), MigrationError> {
@@ -415,3 +409,6 @@ impl LoadHandler for RamLoad {
         self.blocks.clear();
     }
 }
+
+#[cfg(test)]
+mod tests;

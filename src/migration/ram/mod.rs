@@ -2,6 +2,7 @@
 
 mod block;
 mod load;
+mod prepare;
 mod records;
 mod registry;
 mod save;
@@ -9,6 +10,7 @@ mod zero_runs;
 
 pub use block::{BlockOptions, Migratable, MigrationBlock, ZeroPageDetection};
 pub use load::RamLoad;
+pub(in crate::migration) use prepare::prepare;
 pub(crate) use records::RamRecords;
 pub use registry::{BlockError, ListOptions, RamBlocks};
 pub use save::{RamSave, SaveBlock};

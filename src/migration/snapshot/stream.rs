@@ -12,7 +12,7 @@ use crate::migration::handler::LoadHandler;
 use crate::migration::loader::{Loader, out_of_place};
 use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks};
+use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks, prepare};
 use crate::migration::stream::{
     BlockList, Configuration, FormatError, ListLimits, MappedRamHeader, PageHeader, RAM_SECTION,
     RAM_VERSION, Record, SectionKind, TARGET_PAGE_SIZE, read_header, read_record,
@@ -89,9 +89,7 @@ impl MappedLoad<'_> {
         let accepted = self.blocks.accept(&list, ListOptions::default())?;
         let mut placed = Vec::new();
         for (block, entry) in accepted.into_iter().zip(&list.entries) {
-            if let (Some(header), Some(used)) = (entry.mapped, block.used()) {
-                let swept = block.sweep(used);
-                swept.map_err(MigrationError::memory(block.id(), "give memory back"))?;
+            if let Some(header) = entry.mapped.filter(|_| block.used().is_some()) {
                 let pages = read_bitmap(&block, header, self.file)?;
                 let pages_offset = header.pages_offset;
                 Counters::add(&self.progress.counters.total, pages.count() * TARGET_PAGE_SIZE);
@@ -178,8 +176,7 @@ impl LoadHandler for MappedLoad<'_> {
     }
 
     fn load_setup(&mut self) -> Result<(), MigrationError> {
-        self.blocks.migratable()?;
-        Ok(())
+        prepare(&self.blocks, ListOptions::default())
     }
 
     fn load(&mut self, kind: SectionKind, reader: &mut dyn WireRead) -> Result<(), MigrationError> {
