@@ -1,27 +1,39 @@
 //! Frames sections, on a channel or in a file.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::channel::Sink;
 use super::devices::DeviceSection;
 use super::error::MigrationError;
 use super::handler::SaveHandler;
 use super::stream::{
-    SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_continued, put_footer, put_section,
+    Configuration, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_continued, put_footer,
+    put_header, put_section,
 };
 
 /// Frames sections, and remembers what they were for the description.
-#[derive(Default)]
 pub(super) struct Framing {
+    configuration: Value,
     handlers: u32,
-    devices: Vec<serde_json::Value>,
+    devices: Vec<Value>,
     next_id: u32,
 }
 
 impl Framing {
-    /// For the sections of handlers that have begun.
-    pub(super) fn of(handlers: &[Box<dyn SaveHandler + '_>]) -> Self {
-        Self { handlers: u32::try_from(handlers.len()).unwrap_or(u32::MAX), ..Self::default() }
+    /// Begins a stream: magic, version and configuration.
+    pub(super) fn begin(
+        out: &mut dyn Sink,
+        configuration: &Configuration,
+    ) -> Result<Self, MigrationError> {
+        let mut bytes = Vec::new();
+        put_header(&mut bytes, configuration);
+        write(out, &bytes)?;
+        Ok(Self {
+            configuration: configuration.description(),
+            handlers: 0,
+            devices: Vec::new(),
+            next_id: 0,
+        })
     }
 
     /// Section ids of handlers are their index; those of devices follow.
@@ -48,7 +60,7 @@ impl Framing {
     }
 
     pub(super) fn continued(
-        &mut self,
+        &self,
         out: &mut dyn Sink,
         index: usize,
         kind: SectionKind,
@@ -88,11 +100,61 @@ impl Framing {
 
     /// The JSON at the end of a stream.
     pub(super) fn description(&self) -> Vec<u8> {
-        json!({ "page_size": TARGET_PAGE_SIZE, "devices": self.devices }).to_string().into_bytes()
+        let mut json = json!({
+            "configuration": self.configuration,
+            "page_size": TARGET_PAGE_SIZE,
+            "devices": self.devices,
+        })
+        .to_string()
+        .into_bytes();
+        let fits = (json.len()..).find(|&len| !hides_its_start(len));
+        let padding = fits.unwrap_or(json.len()) - json.len();
+        json.splice(1..1, std::iter::repeat_n(b' ', padding));
+        json
     }
+}
+
+/// Whether QEMU's `scripts/analyze-migration.py` would take a byte of the length of a description
+/// for its first brace: it looks for the last byte in the file that is 0, one of the length's, and
+/// from there for the brace.
+fn hides_its_start(len: usize) -> bool {
+    let len = u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
+    let after_zero = len.iter().rposition(|byte| *byte == 0).map_or(0, |index| index + 1);
+    len[after_zero..].contains(&b'{')
 }
 
 /// Writes bytes to a stream.
 pub(super) fn write(out: &mut dyn Sink, bytes: &[u8]) -> Result<(), MigrationError> {
     out.write(bytes).map_err(MigrationError::io("send"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::channel::BufferSink;
+
+    /// Where the analyser finds the description in a file that ends with it.
+    fn found(text: &[u8]) -> usize {
+        let mut file = vec![0x06];
+        file.extend(u32::try_from(text.len()).unwrap().to_be_bytes());
+        file.extend(text);
+        let zero = file.iter().rposition(|byte| *byte == 0).unwrap();
+        zero + file[zero..].iter().position(|byte| *byte == b'{').unwrap()
+    }
+
+    #[test]
+    fn a_description_is_found_by_its_brace_whatever_its_length() {
+        let mut padded = 0;
+        let mut framing =
+            Framing::begin(&mut BufferSink::default(), &Configuration::new("m")).unwrap();
+        for len in (0..300).chain(0x7a00..0x7d00) {
+            framing.devices = vec!["x".repeat(len).into()];
+            let text = framing.description();
+            assert_eq!(found(&text), 5, "{} bytes", text.len());
+            let plain: Value = serde_json::from_slice(&text).unwrap();
+            padded += usize::from(plain.to_string().len() != text.len());
+        }
+        // Lengths whose last or last but one byte is a brace.
+        assert!(padded > 256, "{padded}");
+    }
 }

@@ -18,7 +18,7 @@ use crate::migration::postcopy::{
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::stream::{
     AdvisedSizes, Command, Configuration, DISCARD_RANGES_MAX, SectionKind, TARGET_PAGE_SIZE,
-    put_command, put_description, put_eof, put_header,
+    put_command, put_description, put_eof,
 };
 use crate::ram_discard::FreezeBlockState;
 
@@ -152,9 +152,8 @@ impl Outgoing<'_> {
             }
         }
         let out = &mut channel;
-        let mut framing = Framing::default();
+        let mut framing = Framing::begin(out, &self.parameters.configuration)?;
         let mut bytes = Vec::new();
-        put_header(&mut bytes, &self.parameters.configuration);
         put_command(&mut bytes, &Command::OpenReturnPath);
         put_command(&mut bytes, &Command::Ping(1));
         if self.postcopy.is_some() {
@@ -169,7 +168,7 @@ impl Outgoing<'_> {
             framing.start(out, &mut **handler)?;
         }
         self.progress.set_status(Status::Active);
-        let next = self.iterate(out, &back)?;
+        let next = self.iterate(out, &back, &framing)?;
         // From here on the guest stands still.
         self.progress.set_status(Status::Device);
         self.progress.guest_stopped();
@@ -310,8 +309,12 @@ impl Outgoing<'_> {
 
     /// Sends memory until the rest can be sent within the downtime that is allowed, or the guest
     /// is to go first.
-    fn iterate(&mut self, out: &mut Channel, back: &ReturnPath) -> Result<Next, MigrationError> {
-        let mut framing = Framing::of(&self.handlers);
+    fn iterate(
+        &mut self,
+        out: &mut Channel,
+        back: &ReturnPath,
+        framing: &Framing,
+    ) -> Result<Next, MigrationError> {
         let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
         let mut throttle = Throttle::new(self.parameters.throttle);
         let mut switchover = Switchover::new(self.parameters.downtime_limit);

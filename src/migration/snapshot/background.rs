@@ -20,12 +20,12 @@ use super::{PIECE, with_mapped_ram};
 use crate::ByteRange;
 use crate::migration::devices::{DeviceSection, Devices};
 use crate::migration::error::MigrationError;
-use crate::migration::framing::{Framing, write};
+use crate::migration::framing::Framing;
 use crate::migration::page_bitmap::{PageBitmap, bytes_of};
 use crate::migration::precopy::Guest;
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::ram::{MigrationBlock, RamBlocks};
-use crate::migration::stream::{Configuration, MappedRamHeader, TARGET_PAGE_SIZE, put_header};
+use crate::migration::stream::{Configuration, MappedRamHeader, TARGET_PAGE_SIZE};
 use crate::ram_discard::FreezeBlockState;
 use crate::sys::GatherWrite;
 use crate::sys::page_faults::{Fault, FaultKind, PageFaults};
@@ -127,10 +127,7 @@ fn protect_all(
     out: &mut FileSink<'_>,
     progress: &Progress,
 ) -> Result<(Vec<Saved>, Framing, Vec<DeviceSection>), MigrationError> {
-    let mut framing = Framing::default();
-    let mut bytes = Vec::new();
-    put_header(&mut bytes, &with_mapped_ram(configuration));
-    write(out, &bytes)?;
+    let mut framing = Framing::begin(out, &with_mapped_ram(configuration))?;
     for section in devices.save(true)? {
         framing.full(out, section)?;
     }

@@ -17,7 +17,7 @@ use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks};
 use crate::migration::stream::{
     BlockEntry, Configuration, MappedRamHeader, RAM_SECTION, RAM_VERSION, SectionHeader,
     SectionKind, TARGET_PAGE_SIZE, entry_len, put_description, put_end_of_section, put_entry,
-    put_eof, put_footer, put_header, put_list_start, put_section,
+    put_eof, put_footer, put_list_start, put_section,
 };
 use crate::ram_discard::FreezeBlockState;
 use crate::sys::GatherWrite;
@@ -88,10 +88,7 @@ fn save_stopped(snapshot: Snapshot<'_>, file: &File) -> Result<(), MigrationErro
     let Snapshot { configuration, blocks, devices, frozen, progress } = snapshot;
     let mut out = FileSink::of_empty(file)?;
     let _frozen = Frozen::new(&frozen)?;
-    let mut framing = Framing::default();
-    let mut bytes = Vec::new();
-    put_header(&mut bytes, &with_mapped_ram(&configuration));
-    write(&mut out, &bytes)?;
+    let mut framing = Framing::begin(&mut out, &with_mapped_ram(&configuration))?;
     for section in devices.save(true)? {
         framing.full(&mut out, section)?;
     }

@@ -1,5 +1,7 @@
 //! The configuration section: what must be alike on both sides.
 
+use serde_json::{Value, json};
+
 use super::FormatError;
 use crate::migration::wire::{WireRead, WireWrite};
 
@@ -38,6 +40,35 @@ impl Configuration {
     /// Whether a capability is on.
     pub fn has(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|name| name == capability)
+    }
+
+    /// What is in the section, as the description at the end of a stream tells it. QEMU's analyser
+    /// learns the capabilities from it.
+    pub(in crate::migration) fn description(&self) -> Value {
+        let field = |name: &str, kind: &str, size: usize| json!({ "name": name, "type": kind, "size": size });
+        let subsection = |name: &str, fields: Vec<Value>| json!({ "vmsd_name": name, "version": SUBSECTION_VERSION, "fields": fields });
+        let mut subsections = Vec::new();
+        if self.target_page_bits.is_some() {
+            subsections
+                .push(subsection(TARGET_PAGE_BITS, vec![field("target_page_bits", "uint32", 4)]));
+        }
+        if !self.capabilities.is_empty() {
+            let mut fields = vec![field("caps_count", "uint32", 4)];
+            fields.extend(self.capabilities.iter().enumerate().map(|(index, name)| {
+                let (size, kind) = (1 + name.len(), "capability");
+                json!({ "name": "capabilities", "index": index, "type": kind, "size": size })
+            }));
+            subsections.push(subsection(CAPABILITIES, fields));
+        }
+        if let Some(uuid) = &self.uuid {
+            subsections.push(subsection(UUID, vec![field("uuid", "buffer", uuid.len())]));
+        }
+        json!({
+            "vmsd_name": "configuration",
+            "version": 1,
+            "fields": [field("len", "uint32", 4), field("name", "buffer", self.machine.len())],
+            "subsections": subsections,
+        })
     }
 
     pub(super) fn put(&self, out: &mut Vec<u8>) {

@@ -1,5 +1,7 @@
 use super::*;
 use crate::migration::wire::{WireRead, WireReader};
+use serde_json::json;
+
 use proptest::prelude::*;
 
 fn reader(bytes: &[u8]) -> WireReader<&[u8]> {
@@ -30,6 +32,36 @@ fn golden_header_with_configuration() {
     let mut reader = reader(&out);
     assert_eq!(read_header(&mut reader).unwrap(), configuration);
     assert_eq!(read_record(&mut reader).unwrap(), Record::Eof);
+}
+
+#[test]
+fn a_configuration_is_described_as_it_is_sent() {
+    let configuration = Configuration {
+        target_page_bits: Some(12),
+        capabilities: vec![CAPABILITY_MAPPED_RAM.into(), CAPABILITY_IGNORE_SHARED.into()],
+        uuid: Some([9; 16]),
+        ..Configuration::new("pc")
+    };
+    let expected = json!({
+        "vmsd_name": "configuration",
+        "version": 1,
+        "fields": [
+            {"name": "len", "type": "uint32", "size": 4},
+            {"name": "name", "type": "buffer", "size": 2},
+        ],
+        "subsections": [
+            {"vmsd_name": "configuration/target-page-bits", "version": 1,
+             "fields": [{"name": "target_page_bits", "type": "uint32", "size": 4}]},
+            {"vmsd_name": "configuration/capabilities", "version": 1, "fields": [
+                {"name": "caps_count", "type": "uint32", "size": 4},
+                {"name": "capabilities", "index": 0, "type": "capability", "size": 11},
+                {"name": "capabilities", "index": 1, "type": "capability", "size": 16},
+            ]},
+            {"vmsd_name": "configuration/uuid", "version": 1,
+             "fields": [{"name": "uuid", "type": "buffer", "size": 16}]},
+        ],
+    });
+    assert_eq!(configuration.description(), expected);
 }
 
 #[test]

@@ -241,6 +241,17 @@ fn what_was_saved_is_described() {
 }
 
 #[test]
+fn an_array_without_elements_is_not_described() {
+    let mut state = Whole { len: 0, ports: vec![], bits: vec![], parts: vec![], ..sample() };
+    let described = WHOLE.save(&mut state, &properties(), &mut Vec::new()).unwrap();
+    let names: Vec<_> =
+        described["fields"].as_array().unwrap().iter().map(|field| &field["name"]).collect();
+    let expected =
+        ["on", "size", "len", "unused", "name", "masks", "times", "bits", "inner", "sum"];
+    assert_eq!(names, expected);
+}
+
+#[test]
 fn subsections_come_when_needed_and_are_default_when_they_do_not() {
     let mut slow = properties();
     slow.set(FAST, false).unwrap();
