@@ -117,7 +117,7 @@ fn unpacked_debian(cache: &Path, mirror: Option<&str>) -> Result<PathBuf> {
 }
 
 /// The first Debian archive that this host's own apt uses.
-fn configured_mirror() -> Option<String> {
+pub fn configured_mirror() -> Option<String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(parts) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(parts.flatten().map(|part| part.path()));

@@ -1,0 +1,163 @@
+//! What this project writes of a guest with a virtio-mem device.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use rustix::fs::MemfdFlags;
+use virtio_mem::controller::{MemController, Start};
+use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
+use virtio_mem::memory::RamBlock;
+use virtio_mem::migration::precopy::Guest;
+use virtio_mem::migration::progress::Progress;
+use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
+use virtio_mem::migration::snapshot::{self, BackgroundSnapshot, Snapshot};
+use virtio_mem::migration::stream::Configuration;
+use virtio_mem::migration::virtio_mem as sections;
+use virtio_mem::migration::vmstate::DeviceRegistry;
+
+const PAGE: u64 = 4096;
+const ADDR: u64 = 1 << 32;
+const BLOCK: u64 = 512 << 10;
+const NR_BLOCKS: u64 = 100;
+const BOOT: u64 = 1 << 20;
+
+/// A file, and what QEMU's script must find in it.
+pub struct Written {
+    pub what: &'static str,
+    pub path: PathBuf,
+    /// Whether it is in the mapped-ram layout.
+    pub mapped_ram: bool,
+    /// The guest's memory, by RAM block.
+    pub memory: Vec<(String, Vec<u8>)>,
+}
+
+/// A guest that does nothing.
+struct Idle;
+
+impl Guest for Idle {
+    fn stop(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// A guest's memory and its device.
+struct Machine {
+    blocks: RamBlocks,
+    device: Arc<MemController>,
+    level: &'static str,
+}
+
+impl Machine {
+    fn new(level: &'static str) -> Result<Self> {
+        let geometry = Geometry::new(ADDR, NR_BLOCKS * BLOCK, BLOCK, Some(1))?;
+        let device = Arc::new(MemController::new(Start::volatile(VirtioMem::new(geometry, 0)?)));
+        device.load_state(DeviceState {
+            requested_size: 70 * BLOCK,
+            usable_region_size: NR_BLOCKS * BLOCK,
+            plugged: vec![0x0f0f_0000_ffff_0001, 0x8_0000_0001],
+        })?;
+        let mut blocks = RamBlocks::new();
+        let region = file(NR_BLOCKS * BLOCK)?;
+        let boot = file(BOOT)?;
+        for (page, byte) in [(0, 1), (1, 2), (100, 3), (64 * 128, 4), (64 * 128 + 127, 5)] {
+            region.write_all_at(&[byte; PAGE as usize], page * PAGE)?;
+        }
+        // Zeros, and what is discarded.
+        region.write_all_at(&[0; PAGE as usize], 16 * 128 * PAGE)?;
+        region.write_all_at(&[9; PAGE as usize], 4 * 128 * PAGE)?;
+        boot.write_all_at(&[6; 3 * PAGE as usize], 7 * PAGE)?;
+        for (id, gpa, size, file) in
+            [("0000:00:01.0/vmem", ADDR, NR_BLOCKS * BLOCK, region), ("ram", 0, BOOT, boot)]
+        {
+            let ram = Arc::new(RamBlock::new(id.to_owned(), gpa, size, file, 0)?);
+            let block = MigrationBlock::map(ram, BlockOptions::migratable())?;
+            if gpa == ADDR {
+                block.set_discard_manager(0, Arc::clone(device.manager()) as Arc<_>);
+            }
+            blocks.register(Arc::new(block))?;
+        }
+        Ok(Self { blocks, device, level })
+    }
+
+    fn devices(&self) -> Result<DeviceRegistry> {
+        let mut properties = sections::properties();
+        properties.apply_level(sections::COMPAT_LEVELS, self.level)?;
+        let mut registry = DeviceRegistry::new(properties);
+        sections::register(&mut registry, "0000:00:01.0", &self.device)?;
+        Ok(registry)
+    }
+
+    /// What a destination has of the guest's memory: nothing of what is discarded.
+    fn memory(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut memory = Vec::new();
+        for block in self.blocks.iter() {
+            let mut bytes = vec![0; usize::try_from(block.used_length())?];
+            for range in block.populated()? {
+                let part = range.start() as usize..range.end() as usize;
+                block.mapping().read(range.start(), &mut bytes[part]);
+            }
+            memory.push((block.id().to_owned(), bytes));
+        }
+        Ok(memory)
+    }
+}
+
+fn file(size: u64) -> Result<File> {
+    let file = File::from(rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC)?);
+    file.set_len(size)?;
+    Ok(file)
+}
+
+fn configuration() -> Configuration {
+    Configuration { uuid: Some([0xab; 16]), ..Configuration::new("test-machine") }
+}
+
+/// Everything that can be written, in files in `folder`.
+pub fn write_all(folder: &Path) -> Result<Vec<Written>> {
+    type Write = fn(&Machine, &File) -> Result<()>;
+    let kinds: [(&str, &str, bool, Write); 3] = [
+        ("a snapshot", "8.0", true, snapshot),
+        ("a snapshot of level 7.2", "7.2", true, snapshot),
+        ("a background snapshot", "8.0", true, background),
+    ];
+    let mut written = Vec::new();
+    for (index, (what, level, mapped_ram, write)) in kinds.into_iter().enumerate() {
+        let machine = Machine::new(level)?;
+        let path = folder.join(format!("guest-{index}"));
+        let mut options = File::options();
+        let file = options.read(true).write(true).create_new(true).open(&path)?;
+        write(&machine, &file).with_context(|| format!("cannot write {what}"))?;
+        written.push(Written { what, path, mapped_ram, memory: machine.memory()? });
+    }
+    Ok(written)
+}
+
+fn snapshot(machine: &Machine, file: &File) -> Result<()> {
+    let snapshot = Snapshot {
+        configuration: configuration(),
+        blocks: &machine.blocks,
+        devices: &mut machine.devices()?,
+        frozen: Vec::new(),
+        progress: Arc::new(Progress::new()),
+    };
+    Ok(snapshot::save(snapshot, file)?)
+}
+
+fn background(machine: &Machine, file: &File) -> Result<()> {
+    let snapshot = BackgroundSnapshot {
+        configuration: configuration(),
+        blocks: &machine.blocks,
+        devices: &mut machine.devices()?,
+        guest: &Idle,
+        frozen: Vec::new(),
+        progress: Arc::new(Progress::new()),
+    };
+    Ok(snapshot::save_in_background(snapshot, file)?)
+}
