@@ -24,7 +24,7 @@ use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{
     BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave, ZeroPageDetection,
 };
-use virtio_mem::migration::stream::SectionKind;
+use virtio_mem::migration::stream::{RAM_VERSION, SectionKind};
 use virtio_mem::migration::wire::WireReader;
 use virtio_mem::sys::{GatherWrite, HostMapping};
 
@@ -223,10 +223,10 @@ fn decode(to: &Side, bytes: &[u8]) -> Duration {
     let mut load = RamLoad::new(Arc::clone(&to.blocks), ListOptions::default(), progress);
     let mut reader = WireReader::with_capacity(bytes, READ_AHEAD);
     load.load_setup().unwrap();
-    load.load(SectionKind::Start, &mut reader).unwrap();
+    load.load(SectionKind::Start, RAM_VERSION, &mut reader).unwrap();
     let load = || {
         while !reader.is_at_end().unwrap() {
-            load.load(SectionKind::Part, &mut reader).unwrap();
+            load.load(SectionKind::Part, RAM_VERSION, &mut reader).unwrap();
         }
     };
     busy(load) / PAGES

@@ -48,6 +48,9 @@ pub trait Devices {
     ///
     /// When something is missing or does not fit.
     fn loaded(&mut self) -> Result<(), MigrationError>;
+
+    /// The load goes on no further: devices become what they were before it.
+    fn abandon(&mut self) {}
 }
 
 /// A VM without devices.

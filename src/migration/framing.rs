@@ -46,7 +46,7 @@ impl Framing {
             kind: SectionKind::Start,
             section_id: self.handlers,
             idstr: handler.idstr().to_owned(),
-            instance_id: 0,
+            instance_id: handler.instance_id(),
             version_id: handler.version_id(),
         };
         self.handlers += 1;

@@ -16,6 +16,11 @@ pub trait SaveHandler {
     /// Id string of its sections.
     fn idstr(&self) -> &str;
 
+    /// The instance among handlers of the same id string.
+    fn instance_id(&self) -> u32 {
+        0
+    }
+
     /// Version of its sections.
     fn version_id(&self) -> u32;
 
@@ -112,8 +117,18 @@ pub trait LoadHandler {
     /// Id string of its sections.
     fn idstr(&self) -> &str;
 
-    /// The version of its sections that it understands.
+    /// The instance among handlers of the same id string.
+    fn instance_id(&self) -> u32 {
+        0
+    }
+
+    /// The newest version of its sections that it understands.
     fn version_id(&self) -> u32;
+
+    /// The oldest version that it understands.
+    fn minimum_version_id(&self) -> u32 {
+        self.version_id()
+    }
 
     /// Begins, before the first section.
     ///
@@ -122,12 +137,18 @@ pub trait LoadHandler {
     /// When it cannot; [`cleanup`](Self::cleanup) is called then.
     fn load_setup(&mut self) -> Result<(), MigrationError>;
 
-    /// Loads the payload of a section.
+    /// Loads the payload of a section, written as `version_id`: one that is understood, and the same
+    /// for all sections of a stream.
     ///
     /// # Errors
     ///
     /// When it is refused.
-    fn load(&mut self, kind: SectionKind, reader: &mut dyn WireRead) -> Result<(), MigrationError>;
+    fn load(
+        &mut self,
+        kind: SectionKind,
+        version_id: u32,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), MigrationError>;
 
     /// All sections were loaded: the last chance to refuse.
     ///

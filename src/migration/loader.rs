@@ -1,5 +1,7 @@
 //! Loads sections in the order of a stream, from a channel or a file.
 
+use std::fmt::Write as _;
+
 use super::devices::Devices;
 use super::error::MigrationError;
 use super::handler::LoadHandler;
@@ -10,9 +12,16 @@ use super::wire::WireRead;
 pub(super) struct Loader<'a> {
     handlers: Vec<Box<dyn LoadHandler + 'a>>,
     devices: &'a mut dyn Devices,
-    /// Section ids of the handlers, in their order.
-    section_ids: Vec<Option<u32>>,
+    /// What the handlers began with, in their order.
+    started: Vec<Option<Started>>,
     loaded: bool,
+}
+
+/// The START section of a handler.
+#[derive(Clone, Copy, Debug)]
+struct Started {
+    section_id: u32,
+    version_id: u32,
 }
 
 impl<'a> Loader<'a> {
@@ -21,8 +30,15 @@ impl<'a> Loader<'a> {
         handlers: Vec<Box<dyn LoadHandler + 'a>>,
         devices: &'a mut dyn Devices,
     ) -> Result<Self, MigrationError> {
-        let section_ids = vec![None; handlers.len()];
-        let mut loader = Self { handlers, devices, section_ids, loaded: false };
+        for (index, handler) in handlers.iter().enumerate() {
+            let key = (handler.idstr(), handler.instance_id());
+            if handlers[..index].iter().any(|other| (other.idstr(), other.instance_id()) == key) {
+                let what = "two handlers here are of this id string and instance";
+                return Err(out_of_place(handler.idstr(), 0, what));
+            }
+        }
+        let started = vec![None; handlers.len()];
+        let mut loader = Self { handlers, devices, started, loaded: false };
         loader.handlers.iter_mut().try_for_each(|handler| handler.load_setup())?;
         Ok(loader)
     }
@@ -53,6 +69,12 @@ impl<'a> Loader<'a> {
         if theirs != ours {
             return differs("capabilities", &theirs, &ours);
         }
+        // As QEMU's validate-uuid: a side that has none does not mind.
+        if let (Some(theirs), Some(ours)) = (&stream.uuid, &local.uuid)
+            && theirs != ours
+        {
+            return differs("UUID", &uuid_text(theirs), &uuid_text(ours));
+        }
         Ok(())
     }
 
@@ -63,27 +85,35 @@ impl<'a> Loader<'a> {
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
         let at = reader.offset();
-        let handler = self.handlers.iter().position(|handler| handler.idstr() == header.idstr);
-        match (header.kind, handler) {
+        let key = (&*header.idstr, header.instance_id);
+        let known =
+            self.handlers.iter().position(|known| (known.idstr(), known.instance_id()) == key);
+        match (header.kind, known) {
             (SectionKind::Start, Some(index)) => {
                 let handler = &mut self.handlers[index];
-                if self.section_ids[index].is_some() || header.instance_id != 0 {
+                if self.started[index].is_some() {
                     return Err(out_of_place(&header.idstr, at, "it starts a second time"));
                 }
-                if header.version_id != handler.version_id() {
-                    let (found, known) = (header.version_id, handler.version_id());
-                    let what = format!("version {found}; only {known} is understood");
+                let SectionHeader { section_id, version_id, .. } = *header;
+                if self.started.iter().flatten().any(|other| other.section_id == section_id) {
+                    let what = format!("section id {section_id} is another handler's");
                     return Err(out_of_place(&header.idstr, at, &what));
                 }
-                self.section_ids[index] = Some(header.section_id);
-                handler.load(header.kind, reader)?;
+                let (oldest, newest) = (handler.minimum_version_id(), handler.version_id());
+                if !(oldest..=newest).contains(&version_id) {
+                    let what = format!("version {version_id}; {oldest} to {newest} are understood");
+                    return Err(out_of_place(&header.idstr, at, &what));
+                }
+                self.started[index] = Some(Started { section_id, version_id });
+                handler.load(header.kind, version_id, reader)?;
             }
             (SectionKind::Full, None) => {
-                let early = self.section_ids.iter().all(Option::is_none);
+                let early = self.started.iter().all(Option::is_none);
                 self.devices.load(header, early, reader)?;
             }
             (kind, _) => {
-                let what = format!("not known as a {kind:?} section");
+                let instance = header.instance_id;
+                let what = format!("instance {instance} is not known as a {kind:?} section");
                 return Err(out_of_place(&header.idstr, at, &what));
             }
         }
@@ -98,12 +128,16 @@ impl<'a> Loader<'a> {
         at: u64,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
-        let known = self.section_ids.iter().position(|id| *id == Some(section_id));
-        let Some(index) = known else {
+        let mut handlers = self.handlers.iter_mut().zip(&self.started);
+        let known = handlers.find_map(|(handler, started)| {
+            let started = started.filter(|started| started.section_id == section_id)?;
+            Some((handler, started.version_id))
+        });
+        let Some((handler, version_id)) = known else {
             let section = format!("#{section_id}");
-            return Err(out_of_place(&section, at, "it goes on and never started"));
+            return Err(out_of_place(&section, at, "it continues and never started"));
         };
-        self.handlers[index].load(kind, reader)?;
+        handler.load(kind, version_id, reader)?;
         Ok(read_footer(reader, section_id)?)
     }
 
@@ -124,12 +158,26 @@ impl Loader<'_> {
     /// The section id of the handler of that id string, once it has started.
     pub(super) fn section_id(&self, idstr: &str) -> Option<u32> {
         let index = self.handlers.iter().position(|handler| handler.idstr() == idstr)?;
-        self.section_ids[index]
+        self.started[index].map(|started| started.section_id)
     }
+}
+
+fn uuid_text(uuid: &[u8; 16]) -> String {
+    let mut text = String::new();
+    for (index, byte) in uuid.iter().enumerate() {
+        if [4, 6, 8, 10].contains(&index) {
+            text.push('-');
+        }
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 impl Drop for Loader<'_> {
     fn drop(&mut self) {
+        if !self.loaded {
+            self.devices.abandon();
+        }
         self.handlers.iter_mut().for_each(|handler| handler.cleanup());
     }
 }
@@ -137,4 +185,42 @@ impl Drop for Loader<'_> {
 /// An error about a section that is not where it should be.
 pub(super) fn out_of_place(section: &str, at: u64, what: &str) -> MigrationError {
     MigrationError::Section { section: section.to_owned(), at, what: what.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn differ(change: impl Fn(&mut Configuration, &mut Configuration)) -> String {
+        let uuid = Some([0x5a; 16]);
+        let same = Configuration { uuid, target_page_bits: Some(12), ..Configuration::new("q35") };
+        let (mut stream, mut local) = (same.clone(), same);
+        Loader::check(&local, &stream).unwrap();
+        change(&mut stream, &mut local);
+        Loader::check(&local, &stream).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_configured_otherwise_is_named_with_both_values() {
+        let machine = differ(|stream, _| stream.machine = "virt".to_owned());
+        assert_eq!(machine, r#"machine type: "virt" in the stream, "q35" here"#);
+        let bits = differ(|stream, _| stream.target_page_bits = Some(14));
+        assert_eq!(bits, r#"target page bits: "14" in the stream, "12" here"#);
+        let bits = differ(|_, local| local.target_page_bits = None);
+        assert_eq!(bits, r#"target page bits: "12" in the stream, "default" here"#);
+        let capabilities = differ(|_, local| local.capabilities.push("x-other".to_owned()));
+        assert_eq!(capabilities, r#"capabilities: "" in the stream, "x-other" here"#);
+        let uuid = differ(|stream, _| stream.uuid = Some(std::array::from_fn(|i| i as u8)));
+        let (theirs, ours) =
+            ("00010203-0405-0607-0809-0a0b0c0d0e0f", "5a5a5a5a-5a5a-5a5a-5a5a-5a5a5a5a5a5a");
+        assert_eq!(uuid, format!("UUID: {theirs:?} in the stream, {ours:?} here"));
+    }
+
+    #[test]
+    fn a_side_without_a_uuid_takes_any() {
+        let with = Configuration { uuid: Some([1; 16]), ..Configuration::new("q35") };
+        let without = Configuration::new("q35");
+        Loader::check(&with, &without).unwrap();
+        Loader::check(&without, &with).unwrap();
+    }
 }

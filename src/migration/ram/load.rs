@@ -371,7 +371,12 @@ impl LoadHandler for RamLoad {
         prepare(&self.registry, self.options)
     }
 
-    fn load(&mut self, kind: SectionKind, reader: &mut dyn WireRead) -> Result<(), MigrationError> {
+    fn load(
+        &mut self,
+        kind: SectionKind,
+        _version_id: u32,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), MigrationError> {
         if kind != SectionKind::Start && self.blocks.is_empty() {
             return Err(bad_page(reader.offset(), "pages before the list of RAM blocks"));
         }

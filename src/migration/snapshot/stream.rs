@@ -179,7 +179,12 @@ impl LoadHandler for MappedLoad<'_> {
         prepare(&self.blocks, ListOptions::default())
     }
 
-    fn load(&mut self, kind: SectionKind, reader: &mut dyn WireRead) -> Result<(), MigrationError> {
+    fn load(
+        &mut self,
+        kind: SectionKind,
+        _version_id: u32,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), MigrationError> {
         loop {
             let at = reader.offset();
             match PageHeader::parse(reader.be64("the list of RAM blocks")?, at)? {

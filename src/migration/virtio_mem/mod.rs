@@ -44,8 +44,12 @@ pub struct VirtioMemState {
     region_size: u64,
     block_size: u64,
     node: u32,
-    plugged_size: u64,
-    device: DeviceState,
+    /// Bytes that are plugged.
+    size: u64,
+    usable_region_size: u64,
+    requested_size: u64,
+    /// One bit a block; set: plugged.
+    bitmap: Vec<u64>,
 }
 
 type State = VirtioMemState;
@@ -54,19 +58,19 @@ const ADDR: Field<State> = Field::u64("addr", Access::Immutable(|s| s.addr));
 const REGION_SIZE: Field<State> = Field::u64("region_size", Access::Immutable(|s| s.region_size));
 const BLOCK_SIZE: Field<State> = Field::u64("block_size", Access::Immutable(|s| s.block_size));
 const NODE: Field<State> = Field::u32("node", Access::Immutable(|s| s.node));
-const SIZE: Field<State> = Field::u64("size", Access::DerivedChecked(|s| s.plugged_size));
+const SIZE: Field<State> = Field::u64("size", Access::DerivedChecked(|s| s.size));
 const BITMAP: Field<State> = Field::bitmap(
     "bitmap",
     Count::From { count: State::nr_blocks, limit: MAX_BLOCKS },
-    SliceAccess::Mutable(|s| &s.device.plugged, |s, words| s.device.plugged = words),
+    SliceAccess::Mutable(|s| &s.bitmap, |s, words| s.bitmap = words),
 );
 const USABLE_REGION_SIZE: Field<State> = Field::u64(
     "usable_region_size",
-    Access::Mutable(|s| s.device.usable_region_size, |s, size| s.device.usable_region_size = size),
+    Access::Mutable(|s| s.usable_region_size, |s, size| s.usable_region_size = size),
 );
 const REQUESTED_SIZE: Field<State> = Field::u64(
     "requested_size",
-    Access::Mutable(|s| s.device.requested_size, |s, size| s.device.requested_size = size),
+    Access::Mutable(|s| s.requested_size, |s, size| s.requested_size = size),
 );
 
 /// The section before RAM.
@@ -101,14 +105,17 @@ pub static NORMAL: VmState<State> = VmState::new(
 impl VirtioMemState {
     /// The state of a device, of one moment.
     pub fn of(controller: &MemController) -> Self {
-        let (geometry, device) = (controller.geometry(), controller.save_state());
+        let geometry = controller.geometry();
+        let DeviceState { requested_size, usable_region_size, plugged } = controller.save_state();
         let mut state = Self {
             addr: geometry.addr(),
             region_size: geometry.region_size(),
             block_size: geometry.block_size(),
             node: geometry.node_id().map_or(0, u32::from),
-            plugged_size: 0,
-            device,
+            size: 0,
+            usable_region_size,
+            requested_size,
+            bitmap: plugged,
         };
         state.recount();
         state
@@ -116,7 +123,8 @@ impl VirtioMemState {
 
     /// What [`MemController::load_state`] takes. The geometry was compared.
     pub fn into_device(self) -> DeviceState {
-        self.device
+        let Self { usable_region_size, requested_size, bitmap: plugged, .. } = self;
+        DeviceState { requested_size, usable_region_size, plugged }
     }
 
     fn nr_blocks(&self) -> u64 {
@@ -129,15 +137,15 @@ impl VirtioMemState {
     }
 
     fn recount(&mut self) {
-        let blocks: u64 = self.device.plugged.iter().map(|w| u64::from(w.count_ones())).sum();
-        self.plugged_size = blocks * self.block_size;
+        let blocks: u64 = self.bitmap.iter().map(|w| u64::from(w.count_ones())).sum();
+        self.size = blocks * self.block_size;
     }
 
     /// Bytes from the start of the region to the end of the last plugged block.
     fn plugged_end(&self) -> u64 {
-        let last = self.device.plugged.iter().rposition(|word| *word != 0);
+        let last = self.bitmap.iter().rposition(|word| *word != 0);
         let blocks = last.map_or(0, |index| {
-            (index as u64 + 1) * 64 - u64::from(self.device.plugged[index].leading_zeros())
+            (index as u64 + 1) * 64 - u64::from(self.bitmap[index].leading_zeros())
         });
         blocks * self.block_size
     }
@@ -154,10 +162,9 @@ impl Migratable for Early {
     }
 
     /// The usable region comes later, and is at least what is plugged.
-    fn take_over(&mut self, state: State) -> Result<(), Reason> {
-        let usable_region_size = state.device.usable_region_size.max(state.plugged_end());
-        let device = DeviceState { usable_region_size, ..state.device };
-        Ok(self.0.load_state(device)?)
+    fn take_over(&mut self, mut state: State) -> Result<(), Reason> {
+        state.usable_region_size = state.usable_region_size.max(state.plugged_end());
+        Ok(self.0.load_state(state.into_device())?)
     }
 }
 

@@ -104,6 +104,27 @@ fn all_descriptions_are_valid() {
 }
 
 #[test]
+fn every_member_of_the_state_is_sent() {
+    let members = crate::members!(VirtioMemState {
+        addr,
+        region_size,
+        block_size,
+        node,
+        size,
+        usable_region_size,
+        requested_size,
+        bitmap,
+    });
+    for level in COMPAT_LEVELS {
+        let mut properties = properties();
+        properties.apply_level(COMPAT_LEVELS, level.name).unwrap();
+        assert_eq!(members.missing(&[&EARLY, &NORMAL], &properties), [""; 0], "{}", level.name);
+    }
+    let late = ["usable_region_size", "requested_size"];
+    assert_eq!(members.missing(&[&EARLY], &properties()), late);
+}
+
+#[test]
 fn the_sections_have_qemus_bytes() {
     let [early, normal] = save(&controller(sample()), &properties());
     let of = |sections: &[DeviceSection]| {

@@ -10,9 +10,10 @@ pub(super) enum Role {
     Derived,
     DerivedChecked,
     Unused,
+    NotSent,
 }
 
-/// Where a number of a state `T` is, and its role.
+/// Where a number or text of a state `T` is, and its role.
 pub enum Access<T, V> {
     /// Saved and restored.
     Mutable(fn(&T) -> V, fn(&mut T, V)),
@@ -127,23 +128,31 @@ pub(super) trait Number: Copy + Default + PartialEq + std::fmt::Display + 'stati
 
     /// Reads one; the byte that stands for none where not every byte does.
     fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Result<Self, u8>, WireError>;
+
+    /// Whether two are the same on the wire.
+    fn same(&self, other: &Self) -> bool {
+        self == other
+    }
 }
 
 macro_rules! number {
     ($type:ty, $name:literal, $put:ident, $take:ident) => {
+        number!($type, $name, $put, $take, |value| value, |value| value);
+    };
+    ($type:ty, $name:literal, $put:ident, $take:ident, $to_wire:expr, $from_wire:expr) => {
         impl Number for $type {
             const SIZE: usize = size_of::<$type>();
             const TYPE: &'static str = $name;
 
             fn put(self, out: &mut Vec<u8>) {
-                out.$put(self);
+                out.$put(($to_wire)(self));
             }
 
             fn take(
                 reader: &mut dyn WireRead,
                 what: &'static str,
             ) -> Result<Result<Self, u8>, WireError> {
-                reader.$take(what).map(Ok)
+                reader.$take(what).map($from_wire).map(Ok)
             }
         }
     };
@@ -153,6 +162,28 @@ number!(u8, "uint8", put_u8, u8);
 number!(u16, "uint16", put_be16, be16);
 number!(u32, "uint32", put_be32, be32);
 number!(u64, "uint64", put_be64, be64);
+number!(i8, "int8", put_u8, u8, i8::cast_unsigned, u8::cast_signed);
+number!(i16, "int16", put_be16, be16, i16::cast_unsigned, u16::cast_signed);
+number!(i32, "int32", put_be32, be32, i32::cast_unsigned, u32::cast_signed);
+number!(i64, "int64", put_be64, be64, i64::cast_unsigned, u64::cast_signed);
+
+impl Number for f64 {
+    const SIZE: usize = 8;
+    const TYPE: &'static str = "float64";
+
+    fn put(self, out: &mut Vec<u8>) {
+        out.put_be64(self.to_bits());
+    }
+
+    fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Result<Self, u8>, WireError> {
+        Ok(Ok(Self::from_bits(reader.be64(what)?)))
+    }
+
+    /// What is not a number is the same as itself, and the two zeros differ.
+    fn same(&self, other: &Self) -> bool {
+        self.to_bits() == other.to_bits()
+    }
+}
 
 impl Number for bool {
     const SIZE: usize = 1;

@@ -139,6 +139,12 @@ pub(super) enum Kind<T: 'static> {
     U16(Access<T, u16>),
     U32(Access<T, u32>),
     U64(Access<T, u64>),
+    I8(Access<T, i8>),
+    I16(Access<T, i16>),
+    I32(Access<T, i32>),
+    I64(Access<T, i64>),
+    F64(Access<T, f64>),
+    Text(Text<T>),
     Bytes(Sequence<T, u8>),
     ArrayU16(Sequence<T, u16>),
     ArrayU32(Sequence<T, u32>),
@@ -147,6 +153,13 @@ pub(super) enum Kind<T: 'static> {
     Nested(&'static dyn Nested<T>),
     Unused(u64),
     Recomputed,
+    NotSent,
+}
+
+/// Text, and the most bytes that it has.
+pub(super) struct Text<T> {
+    pub(super) limit: u32,
+    pub(super) access: Access<T, String>,
 }
 
 impl<T: 'static> Field<T> {
@@ -177,6 +190,36 @@ impl<T: 'static> Field<T> {
     /// 64 bits.
     pub const fn u64(name: &'static str, access: Access<T, u64>) -> Self {
         Self::of(name, Kind::U64(access))
+    }
+
+    /// A byte with a sign.
+    pub const fn i8(name: &'static str, access: Access<T, i8>) -> Self {
+        Self::of(name, Kind::I8(access))
+    }
+
+    /// 16 bits with a sign.
+    pub const fn i16(name: &'static str, access: Access<T, i16>) -> Self {
+        Self::of(name, Kind::I16(access))
+    }
+
+    /// 32 bits with a sign.
+    pub const fn i32(name: &'static str, access: Access<T, i32>) -> Self {
+        Self::of(name, Kind::I32(access))
+    }
+
+    /// 64 bits with a sign, such as a timer's nanoseconds.
+    pub const fn i64(name: &'static str, access: Access<T, i64>) -> Self {
+        Self::of(name, Kind::I64(access))
+    }
+
+    /// A floating-point number of 64 bits, with every bit as it is.
+    pub const fn f64(name: &'static str, access: Access<T, f64>) -> Self {
+        Self::of(name, Kind::F64(access))
+    }
+
+    /// Text: be32 bytes, and the bytes. More than `limit` bytes are refused.
+    pub const fn text(name: &'static str, limit: u32, access: Access<T, String>) -> Self {
+        Self::of(name, Kind::Text(Text { limit, access }))
     }
 
     /// Bytes as they are.
@@ -232,6 +275,12 @@ impl<T: 'static> Field<T> {
         Self::of(name, Kind::Recomputed)
     }
 
+    /// A member that this description does not send, since it is in another section or belongs to
+    /// this host. Named so that [`Members::missing`](super::Members::missing) knows of it.
+    pub const fn not_sent(name: &'static str) -> Self {
+        Self::of(name, Kind::NotSent)
+    }
+
     /// Is there from this version of the section on.
     pub const fn since(mut self, version: u32) -> Self {
         self.since = version;
@@ -252,6 +301,12 @@ impl<T: 'static> Field<T> {
             Kind::U16(access) => access.role(),
             Kind::U32(access) => access.role(),
             Kind::U64(access) => access.role(),
+            Kind::I8(access) => access.role(),
+            Kind::I16(access) => access.role(),
+            Kind::I32(access) => access.role(),
+            Kind::I64(access) => access.role(),
+            Kind::F64(access) => access.role(),
+            Kind::Text(text) => text.access.role(),
             Kind::Bytes(sequence) => sequence.access.role(),
             Kind::ArrayU16(sequence) => sequence.access.role(),
             Kind::ArrayU32(sequence) => sequence.access.role(),
@@ -259,6 +314,7 @@ impl<T: 'static> Field<T> {
             Kind::Nested(_) => Role::Mutable,
             Kind::Unused(_) => Role::Unused,
             Kind::Recomputed => Role::Derived,
+            Kind::NotSent => Role::NotSent,
         }
     }
 }

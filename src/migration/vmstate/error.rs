@@ -73,6 +73,9 @@ pub enum Problem {
     /// A byte that is neither false nor true.
     #[error("{0} is no truth value")]
     NotBool(u8),
+    /// A byte that says neither that a structure is there nor that it is not.
+    #[error("{0:#x} where 0x30 (absent) or 0x31 (present) was expected")]
+    NotMark(u8),
     /// More elements or bits than are possible.
     #[error("{count} elements, at most {limit} are possible")]
     TooMany {

@@ -1,7 +1,7 @@
 //! Bytes into state.
 
 use super::access::{Access, Number, Sequence, SliceAccess};
-use super::description::{Field, Kind, VmState};
+use super::description::{Field, Kind, Text, VmState};
 use super::error::{Problem, VmStateError};
 use super::properties::Properties;
 use super::save::SUBSECTION;
@@ -85,6 +85,12 @@ impl<T: 'static> VmState<T> {
             Kind::U16(access) => load_value(access, name, state, loader),
             Kind::U32(access) => load_value(access, name, state, loader),
             Kind::U64(access) => load_value(access, name, state, loader),
+            Kind::I8(access) => load_value(access, name, state, loader),
+            Kind::I16(access) => load_value(access, name, state, loader),
+            Kind::I32(access) => load_value(access, name, state, loader),
+            Kind::I64(access) => load_value(access, name, state, loader),
+            Kind::F64(access) => load_value(access, name, state, loader),
+            Kind::Text(text) => text.load(name, state, loader),
             Kind::Bytes(sequence) => sequence.load(name, state, loader),
             Kind::ArrayU16(sequence) => sequence.load(name, state, loader),
             Kind::ArrayU32(sequence) => sequence.load(name, state, loader),
@@ -94,7 +100,7 @@ impl<T: 'static> VmState<T> {
             Kind::Unused(len) => {
                 loader.reader.skip(*len, name).map(|()| None).map_err(Problem::from)
             }
-            Kind::Recomputed => Ok(None),
+            Kind::Recomputed | Kind::NotSent => Ok(None),
         };
         let check = loaded.map_err(|problem| self.error(Some(name), offset, problem))?;
         claims.extend(check.map(|check| Claim { field: name, offset, check }));
@@ -163,11 +169,21 @@ fn load_value<T: 'static, V: Number>(
     loader: &mut Loader<'_>,
 ) -> Loaded<T> {
     let found = V::take(loader.reader, name)?.map_err(Problem::NotBool)?;
+    give(access, found, state, V::same)
+}
+
+/// Gives a value to what its role asks for.
+fn give<T: 'static, V: std::fmt::Display + 'static>(
+    access: &Access<T, V>,
+    found: V,
+    state: &mut T,
+    same: fn(&V, &V) -> bool,
+) -> Loaded<T> {
     match *access {
         Access::Mutable(_, set) => set(state, found),
         Access::Immutable(get) => {
             let expected = get(state);
-            if found != expected {
+            if !same(&found, &expected) {
                 let (found, expected) = (found.to_string(), expected.to_string());
                 return Err(Problem::Immutable { found, expected });
             }
@@ -176,7 +192,7 @@ fn load_value<T: 'static, V: Number>(
         Access::DerivedChecked(get) => {
             return Ok(Some(Box::new(move |state| {
                 let expected = get(state);
-                if found == expected {
+                if same(&found, &expected) {
                     return Ok(());
                 }
                 let (found, expected) = (found.to_string(), expected.to_string());
@@ -185,6 +201,17 @@ fn load_value<T: 'static, V: Number>(
         }
     }
     Ok(None)
+}
+
+impl<T: 'static> Text<T> {
+    fn load(&self, name: &'static str, state: &mut T, loader: &mut Loader<'_>) -> Loaded<T> {
+        let len = loader.reader.be32(name)?;
+        let offset = loader.reader.offset();
+        let bytes = loader.reader.bytes(len.into(), self.limit.into(), name)?;
+        let text = String::from_utf8(bytes);
+        let text = text.map_err(|_| WireError::NotText { offset, what: name })?;
+        give(&self.access, text, state, String::eq)
+    }
 }
 
 impl<T: 'static, V: Number> Sequence<T, V> {

@@ -9,9 +9,13 @@
 //! | immutable | yes | compared; a difference is an error with both values |
 //! | derived | yes, or not at all | dropped or compared, and recomputed by `post_load` |
 //! | unused | zeros | passed over |
+//! | not sent | no | stays as it is |
 //!
-//! State is loaded into a value of its own, made from what the device is now, and handed to the
-//! device when all of it was read and checked: a load that is refused changes nothing.
+//! State is loaded into a value of its own, made from what the device is now. The device takes it
+//! over when all devices' state was read and checked; that of an early section at once, since memory
+//! cannot come without it. A load that is refused changes nothing.
+//!
+//! A description says nothing of a member that was forgotten: [`Members`] does.
 //!
 //! A [`DeviceRegistry`] holds the sections of a VM's devices, in the order of their priorities.
 //! What a section has in it may hang on a property; a [`CompatLevel`] sets properties to what an
@@ -27,6 +31,7 @@ mod describe;
 mod description;
 mod error;
 mod load;
+mod members;
 mod nested;
 mod properties;
 mod registry;
@@ -38,7 +43,10 @@ mod validate;
 pub use access::{Access, Count, SliceAccess};
 pub use description::{Field, Hook, Priority, VersionHook, VmState};
 pub use error::{Place, Problem, Reason, VmStateError};
-pub use nested::{Nested, Struct, StructArray};
+pub use members::Members;
+pub use nested::{Nested, OptionalStruct, Struct, StructArray};
 pub use properties::{CompatLevel, Properties, Property, PropertyError};
-pub use registry::{Described, DeviceRegistry, Migratable, RegistryError, StateSection};
+pub use registry::{
+    Described, DeviceRegistry, Migratable, RegistryError, StagedState, StateSection,
+};
 pub use validate::Flaw;

@@ -10,9 +10,10 @@ use super::load::Loader;
 use super::properties::Properties;
 use super::save::Saver;
 use super::validate::Flaw;
+use crate::migration::wire::WireWrite;
 
-/// A structure, or an array of them, within a state `T`. Implemented by [`Struct`] and
-/// [`StructArray`].
+/// A structure, an optional one, or an array of them, within a state `T`. Implemented by
+/// [`Struct`], [`OptionalStruct`] and [`StructArray`].
 pub trait Nested<T>: Sync + private::Sealed {
     /// Name of the description.
     fn name(&self) -> &'static str;
@@ -43,6 +44,7 @@ pub trait Nested<T>: Sync + private::Sealed {
 mod private {
     pub trait Sealed {}
     impl<T, U> Sealed for super::Struct<T, U> {}
+    impl<T, U> Sealed for super::OptionalStruct<T, U> {}
     impl<T, U> Sealed for super::StructArray<T, U> {}
 }
 
@@ -79,6 +81,77 @@ impl<T, U> Nested<T> for Struct<T, U> {
         loader: &mut Loader<'_>,
     ) -> Result<Result<(), Problem>, VmStateError> {
         self.vmstate.load_from((self.get)(state), self.vmstate.version, loader).map(Ok)
+    }
+
+    fn flaws(&self, properties: &Properties, flaws: &mut Vec<Flaw>) {
+        self.vmstate.inner_flaws(properties, flaws);
+    }
+}
+
+/// What stands for a structure that is not there: QEMU's mark of a null pointer.
+const ABSENT: u8 = b'0';
+/// What stands before one that is.
+const PRESENT: u8 = b'1';
+
+/// A structure `U` within a state `T` that may not be there, as QEMU's pointers that may be null:
+/// a byte that says so, and the structure.
+pub struct OptionalStruct<T: 'static, U: 'static> {
+    /// What is in it.
+    pub vmstate: &'static VmState<U>,
+    /// Where it is.
+    pub get: fn(&mut T) -> Option<&mut U>,
+    /// Makes one to load into.
+    pub make: fn(&T) -> U,
+    /// Takes over what was loaded.
+    pub set: fn(&mut T, Option<U>),
+}
+
+impl<T, U> Nested<T> for OptionalStruct<T, U> {
+    fn name(&self) -> &'static str {
+        self.vmstate.name
+    }
+
+    fn save(
+        &self,
+        field: &'static str,
+        state: &mut T,
+        saver: &mut Saver<'_>,
+        described: &mut Vec<Value>,
+    ) -> Result<Result<(), Problem>, VmStateError> {
+        let Some(inner) = (self.get)(state) else {
+            saver.out.put_u8(ABSENT);
+            described.push(describe::field(field, "nullptr", 1, None));
+            return Ok(Ok(()));
+        };
+        saver.out.put_u8(PRESENT);
+        described.push(describe::field(&format!("{field}_present"), "uint8", 1, None));
+        let start = saver.out.len();
+        let inner = self.vmstate.save_to(inner, saver)?;
+        let size = (saver.out.len() - start) as u64;
+        described.push(describe::structure(field, size, None, inner));
+        Ok(Ok(()))
+    }
+
+    fn load(
+        &self,
+        state: &mut T,
+        loader: &mut Loader<'_>,
+    ) -> Result<Result<(), Problem>, VmStateError> {
+        let mark = match loader.reader.u8("whether a structure is there") {
+            Ok(mark) => mark,
+            Err(error) => return Ok(Err(error.into())),
+        };
+        let inner = match mark {
+            ABSENT => None,
+            PRESENT => {
+                let mut inner = (self.make)(state);
+                self.vmstate.load_from(&mut inner, self.vmstate.version, loader)?;
+                Some(inner)
+            }
+            other => return Ok(Err(Problem::NotMark(other))),
+        };
+        (self.set)(state, inner);
+        Ok(Ok(()))
     }
 
     fn flaws(&self, properties: &Properties, flaws: &mut Vec<Flaw>) {

@@ -1,5 +1,7 @@
 //! The sections of a VM's devices, in the order in which they are saved and loaded.
 
+use std::any::Any;
+
 use serde_json::Value;
 use thiserror::Error;
 
@@ -16,7 +18,7 @@ use crate::migration::wire::WireRead;
 /// A device whose state is described.
 pub trait Migratable: Send {
     /// What is sent of it, and what for checks only.
-    type State: 'static;
+    type State: Send + 'static;
 
     /// The state as it is now, of one moment.
     ///
@@ -25,14 +27,18 @@ pub trait Migratable: Send {
     /// When it cannot be told.
     fn snapshot(&mut self) -> Result<Self::State, Reason>;
 
-    /// Becomes what was loaded into a [`snapshot`](Self::snapshot). Guest memory may not be there
-    /// yet, and must not be looked at.
+    /// Becomes what was loaded into a [`snapshot`](Self::snapshot), or what it was before when a load
+    /// is undone. A device has one early and one other section at most, since nothing is taken over
+    /// between those of a kind. Guest memory may not be there yet, and must not be looked at.
     ///
     /// # Errors
     ///
     /// When it cannot; nothing has changed then.
     fn take_over(&mut self, state: Self::State) -> Result<(), Reason>;
 }
+
+/// The state of a device of whatever type.
+pub type StagedState = Box<dyn Any + Send>;
 
 /// A section of a device of whatever type.
 pub trait StateSection: Send {
@@ -65,17 +71,24 @@ pub trait StateSection: Send {
         out: &mut Vec<u8>,
     ) -> Result<Option<Value>, VmStateError>;
 
-    /// Loads the device's state and has the device take it over.
+    /// Reads the device's state, to be taken over later.
     ///
     /// # Errors
     ///
-    /// When it is refused; nothing has changed then.
+    /// When it is refused.
     fn load(
         &mut self,
         version_id: u32,
         properties: &Properties,
         reader: &mut dyn WireRead,
-    ) -> Result<(), VmStateError>;
+    ) -> Result<StagedState, VmStateError>;
+
+    /// Has the device become what [`load`](Self::load) read; what it was before.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot; nothing has changed then.
+    fn take_over(&mut self, state: StagedState) -> Result<StagedState, Reason>;
 }
 
 /// A device with the description of its state.
@@ -130,19 +143,24 @@ impl<D: Migratable> StateSection for Described<D> {
         version_id: u32,
         properties: &Properties,
         reader: &mut dyn WireRead,
-    ) -> Result<(), VmStateError> {
+    ) -> Result<StagedState, VmStateError> {
         let start = reader.offset();
         let snapshot = self.device.snapshot();
         let mut state =
             snapshot.map_err(|reason| self.vmstate.error(None, start, Problem::Device(reason)))?;
         self.vmstate.load(&mut state, version_id, properties, reader)?;
-        let end = reader.offset();
-        let taken = self.device.take_over(state);
-        taken.map_err(|reason| self.vmstate.error(None, end, Problem::Device(reason)))
+        Ok(Box::new(state))
+    }
+
+    fn take_over(&mut self, state: StagedState) -> Result<StagedState, Reason> {
+        let state = state.downcast().map_err(|_| "the state is of another device")?;
+        let before = self.device.snapshot()?;
+        self.device.take_over(*state)?;
+        Ok(Box::new(before))
     }
 }
 
-/// Why a section is not registered, or not loaded. Nothing has changed.
+/// Why a section is not registered or not loaded.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RegistryError {
@@ -202,6 +220,14 @@ pub enum RegistryError {
     /// A section that did not come.
     #[error("{0} did not come")]
     Missing(String),
+    /// The device does not become what was loaded.
+    #[error("{idstr}: {reason}")]
+    Refused {
+        /// Its id string.
+        idstr: String,
+        /// Why, in the device's words.
+        reason: Reason,
+    },
     /// The section itself is wrong.
     #[error(transparent)]
     State(#[from] VmStateError),
@@ -219,13 +245,44 @@ struct Entry {
     idstr: String,
     instance_id: u32,
     section: Box<dyn StateSection>,
-    loaded: bool,
+    load: Load,
+}
+
+/// How far the load of a section is.
+#[derive(Default)]
+enum Load {
+    /// It did not come.
+    #[default]
+    Awaited,
+    /// It was read and checked.
+    Staged(StagedState),
+    /// The device has become it, and was this before.
+    TakenOver(StagedState),
 }
 
 impl Entry {
     /// What the order follows: early ones first, then the highest priority.
     fn rank(&self) -> (bool, Priority) {
         (self.section.is_early(), self.section.priority())
+    }
+
+    fn is_loaded(&self) -> bool {
+        !matches!(self.load, Load::Awaited)
+    }
+
+    /// Has the device take over what was read, if that has not happened yet.
+    fn take_over(&mut self) -> Result<(), RegistryError> {
+        self.load = match std::mem::take(&mut self.load) {
+            Load::Staged(state) => {
+                let taken = self.section.take_over(state);
+                let idstr = || self.idstr.clone();
+                Load::TakenOver(
+                    taken.map_err(|reason| RegistryError::Refused { idstr: idstr(), reason })?,
+                )
+            }
+            other => other,
+        };
+        Ok(())
     }
 }
 
@@ -262,7 +319,7 @@ impl DeviceRegistry {
         if !flaws.is_empty() {
             return Err(RegistryError::Flaws { idstr, flaws });
         }
-        let entry = Entry { idstr, instance_id, section, loaded: false };
+        let entry = Entry { idstr, instance_id, section, load: Load::Awaited };
         let place = self.entries.partition_point(|other| other.rank() >= entry.rank());
         self.entries.insert(place, entry);
         Ok(())
@@ -296,7 +353,8 @@ impl DeviceRegistry {
         Ok(sections)
     }
 
-    /// Loads a section whose header was read. `early` while no RAM came yet.
+    /// Loads a section whose header was read. `early` while no RAM came yet: such a section is taken
+    /// over at once, since memory cannot come without it; others when all have come.
     ///
     /// # Errors
     ///
@@ -318,10 +376,10 @@ impl DeviceRegistry {
         if entry.section.is_early() != early {
             return Err(RegistryError::Phase { idstr, early: !early });
         }
-        if entry.loaded {
+        if entry.is_loaded() {
             return Err(RegistryError::Twice(idstr));
         }
-        if let Some(loaded) = self.entries[index + 1..].iter().find(|later| later.loaded) {
+        if let Some(loaded) = self.entries[index + 1..].iter().find(|later| later.is_loaded()) {
             return Err(RegistryError::Order {
                 late: idstr,
                 late_priority: entry.section.priority(),
@@ -331,31 +389,49 @@ impl DeviceRegistry {
         }
         let entry = &mut self.entries[index];
         let loaded = entry.section.load(header.version_id, &self.properties, reader);
-        loaded.map_err(|error| named(error, &idstr))?;
-        entry.loaded = true;
-        Ok(())
+        entry.load = Load::Staged(loaded.map_err(|error| named(error, &idstr))?);
+        if early { entry.take_over() } else { Ok(()) }
     }
 
-    /// Ends a load: every section must have come, except those that are not always needed. What
-    /// is loaded next is another stream.
+    /// Ends a load: every section must have come, except those that are not always needed, and all
+    /// devices take their state over. What is loaded next is another stream.
     ///
     /// # Errors
     ///
-    /// The first section that is missing.
+    /// The first section that is missing, or that its device does not take over: all devices are
+    /// what they were before the load then.
     pub fn finish_load(&mut self) -> Result<(), RegistryError> {
+        let finished = self.take_over_all();
+        match finished {
+            Ok(()) => self.entries.iter_mut().for_each(|entry| entry.load = Load::Awaited),
+            Err(_) => self.abandon_load(),
+        }
+        finished
+    }
+
+    fn take_over_all(&mut self) -> Result<(), RegistryError> {
         let properties = &self.properties;
         let missing = self.entries.iter().find(|entry| {
             let section = &entry.section;
-            !entry.loaded && section.is_required() && section.is_expected(properties)
+            !entry.is_loaded() && section.is_required() && section.is_expected(properties)
         });
-        let missing = missing.map(|entry| entry.idstr.clone());
-        self.abandon_load();
-        missing.map_or(Ok(()), |idstr| Err(RegistryError::Missing(idstr)))
+        match missing {
+            Some(entry) => Err(RegistryError::Missing(entry.idstr.clone())),
+            None => self.entries.iter_mut().try_for_each(Entry::take_over),
+        }
     }
 
-    /// Forgets what was loaded of a stream that goes on no further.
+    /// Forgets what was loaded of a stream that goes on no further. Devices become what they were
+    /// before, the last first.
     pub fn abandon_load(&mut self) {
-        self.entries.iter_mut().for_each(|entry| entry.loaded = false);
+        for entry in self.entries.iter_mut().rev() {
+            if let Load::TakenOver(before) = std::mem::take(&mut entry.load)
+                && let Err(error) = entry.section.take_over(before)
+            {
+                let device = &entry.idstr;
+                tracing::warn!(%error, device, "the device keeps the state of a load that failed");
+            }
+        }
     }
 
     fn find(&self, idstr: &str, instance_id: u32) -> Option<usize> {
@@ -392,18 +468,26 @@ impl Devices for DeviceRegistry {
                 RegistryError::State(error) => {
                     MigrationError::Device { section, reason: error.to_string() }
                 }
+                RegistryError::Refused { reason, .. } => {
+                    MigrationError::Device { section, reason: reason.to_string() }
+                }
                 error => MigrationError::Section { section, at, what: error.to_string() },
             }
         })
     }
 
     fn loaded(&mut self) -> Result<(), MigrationError> {
-        self.finish_load().map_err(|error| MigrationError::Device {
-            section: match &error {
-                RegistryError::Missing(idstr) => idstr.clone(),
-                _ => String::new(),
-            },
-            reason: error.to_string(),
+        self.finish_load().map_err(|error| {
+            let (section, reason) = match error {
+                RegistryError::Missing(idstr) => (idstr, "it did not come".to_owned()),
+                RegistryError::Refused { idstr, reason } => (idstr, reason.to_string()),
+                other => (String::new(), other.to_string()),
+            };
+            MigrationError::Device { section, reason }
         })
+    }
+
+    fn abandon(&mut self) {
+        self.abandon_load();
     }
 }

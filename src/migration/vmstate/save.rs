@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::access::{Access, Number, Sequence};
 use super::describe;
-use super::description::{Field, Kind, VmState};
+use super::description::{Field, Kind, Text, VmState};
 use super::error::{Place, Problem, Reason, VmStateError};
 use super::properties::Properties;
 use crate::migration::wire::WireWrite;
@@ -100,6 +100,15 @@ impl<T: 'static> VmState<T> {
             Kind::U16(access) => Ok(value(name, access, state, saver)),
             Kind::U32(access) => Ok(value(name, access, state, saver)),
             Kind::U64(access) => Ok(value(name, access, state, saver)),
+            Kind::I8(access) => Ok(value(name, access, state, saver)),
+            Kind::I16(access) => Ok(value(name, access, state, saver)),
+            Kind::I32(access) => Ok(value(name, access, state, saver)),
+            Kind::I64(access) => Ok(value(name, access, state, saver)),
+            Kind::F64(access) => Ok(value(name, access, state, saver)),
+            Kind::Text(text) => text.put(state, saver).map(|count| {
+                described.push(describe::field(&format!("{name}_len"), "uint32", 4, None));
+                describe::field(name, "buffer", count, None)
+            }),
             Kind::Bytes(sequence) => sequence
                 .put(state, saver, |count| count)
                 .map(|count| describe::field(name, "buffer", count, None)),
@@ -120,7 +129,7 @@ impl<T: 'static> VmState<T> {
                 saver.out.resize(end, 0);
                 Ok(describe::field(name, "unused_buffer", *len, None))
             }
-            Kind::Recomputed => return Ok(()),
+            Kind::Recomputed | Kind::NotSent => return Ok(()),
         };
         let saved = saved.map_err(|problem| self.error(Some(name), start, problem))?;
         // QEMU's analyser reads an element of an array wherever one is described.
@@ -149,6 +158,20 @@ fn array<T, V: Number>(
 ) -> Result<Value, Problem> {
     let count = sequence.put(state, saver, |count| count)?;
     Ok(describe::field(name, V::TYPE, V::SIZE as u64, Some(count)))
+}
+
+impl<T> Text<T> {
+    /// Appends it, and returns how many bytes of text it has.
+    fn put(&self, state: &T, saver: &mut Saver<'_>) -> Result<u64, Problem> {
+        let text = (self.access.get())(state);
+        let len = u32::try_from(text.len()).ok().filter(|len| *len <= self.limit);
+        let Some(len) = len else {
+            return Err(Problem::TooMany { count: text.len() as u64, limit: self.limit.into() });
+        };
+        saver.out.put_be32(len);
+        saver.out.put(text.as_bytes());
+        Ok(len.into())
+    }
 }
 
 impl<T, V: Number> Sequence<T, V> {

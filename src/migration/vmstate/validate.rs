@@ -137,6 +137,7 @@ fn length_of<T>(field: &Field<T>) -> Option<u64> {
         Kind::ArrayU32(sequence) => Some(sequence.count.limit()),
         Kind::ArrayU64(sequence) | Kind::Bitmap(sequence) => Some(sequence.count.limit()),
         Kind::Unused(len) => Some(*len),
+        Kind::Text(text) => Some(text.limit.into()),
         _ => None,
     }
 }

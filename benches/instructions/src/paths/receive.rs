@@ -10,7 +10,7 @@ use virtio_mem::migration::channel::Sink;
 use virtio_mem::migration::handler::{LoadHandler, SaveHandler};
 use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{BlockOptions, ListOptions, RamLoad};
-use virtio_mem::migration::stream::SectionKind;
+use virtio_mem::migration::stream::{RAM_VERSION, SectionKind};
 use virtio_mem::migration::wire::WireReader;
 use virtio_mem::sys::GatherWrite;
 
@@ -58,8 +58,8 @@ pub fn pages(dirty: Dirty) -> Result<u64> {
     let mut load = RamLoad::new(Arc::new(blocks), ListOptions::default(), Arc::clone(&progress));
     let mut reader = WireReader::with_capacity(stream.file, READ_AHEAD);
     load.load_setup()?;
-    load.load(SectionKind::Start, &mut reader)?;
-    counted(|| load.load(SectionKind::Part, &mut reader))?;
+    load.load(SectionKind::Start, RAM_VERSION, &mut reader)?;
+    counted(|| load.load(SectionKind::Part, RAM_VERSION, &mut reader))?;
     ensure!(reader.is_at_end()?, "the section was all there is");
     let got = progress.snapshot();
     let got = if dirty == Dirty::Zeros { got.duplicate } else { got.normal };

@@ -69,7 +69,7 @@ fn handler(blocks: &Arc<RamBlocks>) -> RamLoad {
 }
 
 fn load(ram: &mut RamLoad, kind: SectionKind, section: &[u8]) {
-    ram.load(kind, &mut WireReader::new(section)).unwrap();
+    ram.load(kind, RAM_VERSION, &mut WireReader::new(section)).unwrap();
 }
 
 fn keeping() -> BlockOptions {

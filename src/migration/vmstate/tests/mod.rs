@@ -1,5 +1,6 @@
 //! Descriptions of every kind of field.
 
+mod kinds;
 mod registry;
 
 use super::*;

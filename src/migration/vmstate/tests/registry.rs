@@ -132,3 +132,81 @@ fn levels_add_up_from_the_newest() {
     assert_eq!(error, "unknown compatibility level \"0\"; known are 3, 2, 1");
     assert_eq!(properties().set("c", true), Err(PropertyError::Unknown("c".to_owned())));
 }
+
+/// A device that notes what it becomes, and refuses to become some things.
+struct Kept {
+    now: Arc<Mutex<Vec<u8>>>,
+    index: usize,
+}
+
+impl Migratable for Kept {
+    type State = u8;
+
+    fn snapshot(&mut self) -> Result<u8, Reason> {
+        Ok(self.now.lock()[self.index])
+    }
+
+    fn take_over(&mut self, state: u8) -> Result<(), Reason> {
+        if state == 13 {
+            return Err("thirteen".into());
+        }
+        self.now.lock()[self.index] = state;
+        Ok(())
+    }
+}
+
+/// One early section and three others, of devices that were 1, 2, 3 and 4.
+fn kept() -> (DeviceRegistry, Arc<Mutex<Vec<u8>>>) {
+    let now = Arc::new(Mutex::new(vec![1, 2, 3, 4]));
+    let mut registry = DeviceRegistry::new(properties());
+    for (index, vmstate) in [&SOON, &PLAIN, &PLAIN, &PLAIN].into_iter().enumerate() {
+        let device = Kept { now: Arc::clone(&now), index };
+        registry
+            .register(&format!("d{index}"), 0, Box::new(Described { vmstate, device }))
+            .unwrap();
+    }
+    (registry, now)
+}
+
+fn stage(registry: &mut DeviceRegistry, states: &[u8]) -> Result<(), RegistryError> {
+    for (index, state) in states.iter().enumerate() {
+        let header = header(&format!("d{index}"));
+        registry.load_section(&header, index == 0, &mut WireReader::new(&[*state][..]))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn state_is_taken_over_when_all_of_it_has_come_and_early_state_at_once() {
+    let (mut registry, now) = kept();
+    stage(&mut registry, &[21, 22, 23, 24]).unwrap();
+    assert_eq!(*now.lock(), [21, 2, 3, 4]);
+    registry.finish_load().unwrap();
+    assert_eq!(*now.lock(), [21, 22, 23, 24]);
+    registry.abandon_load();
+    assert_eq!(*now.lock(), [21, 22, 23, 24], "what was finished stays");
+}
+
+#[test]
+fn a_load_that_fails_at_any_point_leaves_all_devices_as_they_were() {
+    let (mut registry, now) = kept();
+    stage(&mut registry, &[21, 22]).unwrap();
+    assert_eq!(registry.finish_load().unwrap_err().to_string(), "d2 did not come");
+    assert_eq!(*now.lock(), [1, 2, 3, 4]);
+
+    stage(&mut registry, &[21, 22, 23]).unwrap();
+    registry.abandon_load();
+    assert_eq!(*now.lock(), [1, 2, 3, 4]);
+
+    for refused in 1..4 {
+        let mut states = [21, 22, 23, 24];
+        states[refused] = 13;
+        stage(&mut registry, &states).unwrap();
+        let error = registry.finish_load().unwrap_err().to_string();
+        assert_eq!(error, format!("d{refused}: thirteen"));
+        assert_eq!(*now.lock(), [1, 2, 3, 4]);
+    }
+    stage(&mut registry, &[31, 32, 33, 34]).unwrap();
+    registry.finish_load().unwrap();
+    assert_eq!(*now.lock(), [31, 32, 33, 34]);
+}
