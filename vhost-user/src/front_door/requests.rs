@@ -57,6 +57,7 @@ impl Session<'_> {
             }
             R::SET_VRING_NUM => self.set_vring_num(message),
             R::SET_VRING_KICK => self.set_vring_kick(message),
+            R::SET_VRING_CALL => self.set_vring_call(message),
             R::SET_VRING_ENABLE => self.set_vring_enable(message),
             R::GET_VRING_BASE => {
                 // From the moment of the answer, the front-end may not be spoken to.
@@ -110,9 +111,7 @@ impl Session<'_> {
             self.notifier.suspend();
             let quiesced = Quiesced::new(self.events, self.link)?;
             for index in self.rings.enabled() {
-                let mut body = index.to_le_bytes().to_vec();
-                body.extend_from_slice(&0u32.to_le_bytes());
-                self.inject(FrontendRequest::SET_VRING_ENABLE, &body, &[])?;
+                self.inject_enable(index, false)?;
             }
             self.rings.reset();
             self.events.rings_reset();
@@ -262,12 +261,52 @@ impl Session<'_> {
 
     fn set_vring_kick(&mut self, message: Message) -> Result<(), Stop> {
         let (header, value) = (message.header, message.u64_at(0));
-        self.forward(FrontendRequest::SET_VRING_KICK, message)?;
+        self.forward_disabled(FrontendRequest::SET_VRING_KICK, message)?;
         if value & NO_FD == 0 {
             self.rings.start(u32::from(value as u8));
             self.follow_rings();
         }
         self.acknowledge(header, 0)
+    }
+
+    fn set_vring_call(&mut self, message: Message) -> Result<(), Stop> {
+        let header = message.header;
+        self.forward_disabled(FrontendRequest::SET_VRING_CALL, message)?;
+        self.acknowledge(header, 0)
+    }
+
+    /// Passes on what replaces a descriptor of a ring. The crate would go on watching the kick of a
+    /// ring that runs, and not watch the new one; only when a ring is disabled and enabled, it
+    /// changes what it watches. And a new call is signalled once, which the ring's worker does
+    /// when it is enabled.
+    fn forward_disabled(&mut self, request: FrontendRequest, message: Message) -> Result<(), Stop> {
+        let index = u32::from(message.u64_at(0) as u8);
+        if !self.rings.runs(index) {
+            return self.forward(request, message).map(drop);
+        }
+        let with_protocol = self.features & PROTOCOL_FEATURES != 0;
+        if !with_protocol {
+            // Without it, the crate enables and disables nothing.
+            self.inject_features(self.features | PROTOCOL_FEATURES)?;
+        }
+        self.inject_enable(index, false)?;
+        self.forward(request, message)?;
+        self.inject_enable(index, true)?;
+        if !with_protocol {
+            self.inject_features(self.features)?;
+        }
+        Ok(())
+    }
+
+    fn inject_features(&self, features: u64) -> Result<(), Stop> {
+        let request = FrontendRequest::SET_FEATURES;
+        self.inject(request, &features.to_le_bytes(), &[]).map(drop)
+    }
+
+    fn inject_enable(&self, index: u32, on: bool) -> Result<(), Stop> {
+        let mut body = index.to_le_bytes().to_vec();
+        body.extend_from_slice(&u32::from(on).to_le_bytes());
+        self.inject(FrontendRequest::SET_VRING_ENABLE, &body, &[]).map(drop)
     }
 
     fn set_vring_enable(&mut self, message: Message) -> Result<(), Stop> {

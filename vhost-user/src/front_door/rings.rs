@@ -58,6 +58,11 @@ impl Rings {
         (0..RINGS).filter(move |&index| enabled & Self::bit(index) != 0)
     }
 
+    /// Whether requests of the ring are served.
+    pub(super) fn runs(&self, index: u32) -> bool {
+        !self.reset && self.started & self.enabled & Self::bit(index) != 0
+    }
+
     /// Whether the device may not speak: all rings are stopped, or were reset.
     pub(super) fn suspended(&self) -> bool {
         self.reset || self.started == 0

@@ -145,3 +145,33 @@ fn log_events_are_taken_and_not_used() {
     assert_eq!(bench.ask(R::SET_LOG_FD, &[], &[pipe.as_fd()]), 0);
     assert_eq!(bench.take_journal(), [""; 0]);
 }
+
+#[test]
+fn descriptors_of_a_running_ring_are_replaced_while_it_is_disabled() {
+    let bench = Bench::negotiated();
+    let replace = |request: R, expected: &[&str]| {
+        for fd in [true, false] {
+            let event = event();
+            let fds = if fd { vec![event.as_fd()] } else { Vec::new() };
+            let value = if fd { 0u64 } else { 1 << 8 };
+            assert_eq!(bench.ask(request, &value.to_le_bytes(), &fds), 0);
+            assert_eq!(bench.take_journal(), expected, "{request}");
+        }
+    };
+    let disabled = |request| ["crate SET_VRING_ENABLE", request, "crate SET_VRING_ENABLE"];
+    replace(R::SET_VRING_CALL, &["crate SET_VRING_CALL"]);
+    bench.start_ring();
+    bench.take_journal();
+    replace(R::SET_VRING_KICK, &disabled("crate SET_VRING_KICK"));
+    replace(R::SET_VRING_CALL, &disabled("crate SET_VRING_CALL"));
+    replace(R::SET_VRING_ERR, &["crate SET_VRING_ERR"]);
+    assert_eq!(bench.ask(R::SET_FEATURES, &[0; 8], &[]), 0);
+    bench.take_journal();
+    let mut expected = vec!["crate SET_FEATURES"];
+    expected.extend(disabled("crate SET_VRING_KICK"));
+    expected.push("crate SET_FEATURES");
+    replace(R::SET_VRING_KICK, &expected);
+    bench.get(R::GET_VRING_BASE, &state(0, 0));
+    bench.take_journal();
+    replace(R::SET_VRING_CALL, &["crate SET_VRING_CALL"]);
+}
