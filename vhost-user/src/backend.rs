@@ -39,8 +39,10 @@ const VIRTIO_MEM_F_PERSISTENT_SUSPEND: u32 = 2;
 pub const MAX_QUEUE_SIZE: usize = 128;
 /// The guest-request queue is the only one.
 const NUM_QUEUES: usize = 1;
-/// What the front-end may read; past the device's fields there are zeros.
-const CONFIG_SPACE: usize = 256;
+/// What the front-end may read; past the device's fields there are zeros. As much as a message can
+/// ask for: a guest may read any part of the window that its VMM has, and a VMM that waits for the
+/// content hangs at an answer without any.
+const CONFIG_SPACE: usize = 4096;
 /// Token of the event that ends the worker; above the crate's own for queues and its exit event.
 pub const END_EVENT: u16 = NUM_QUEUES as u16 + 1;
 /// While a batch of requests goes on, the guest hears of finished ones at least this often.
@@ -202,6 +204,14 @@ impl MemBackend {
         if !self.is_running(&ring) {
             return false;
         }
+        if vring.is_new() {
+            let signal = vring.resume(&mut ring);
+            drop(ring);
+            if signal {
+                self.signal_start(vring);
+            }
+            ring = vring.get_mut();
+        }
         let Some(chain) = ring.get_queue_mut().pop_descriptor_chain(&usable) else {
             return false;
         };
@@ -276,6 +286,16 @@ impl MemBackend {
         self.shared.abandoned.load(Ordering::SeqCst)
     }
 
+    /// Signals a ring that has started, for an interrupt that may have been lost before.
+    fn signal_start(&self, vring: &Vring) {
+        let by_index = vring.get_ref().get_queue().event_idx_enabled();
+        if (by_index || self.wants_interrupts(&vring.get_ref()))
+            && let Err(error) = vring.signal(&self.shared.calls)
+        {
+            tracing::debug!(%error, "cannot signal the guest");
+        }
+    }
+
     /// Whether the ring runs and the guest wants to hear of used buffers. The crate answers for
     /// EVENT_IDX only.
     fn wants_signal(&self, vring: &Vring) -> bool {
@@ -283,14 +303,18 @@ impl MemBackend {
         if !self.is_running(&ring) {
             return false;
         }
-        let queue = ring.get_queue();
-        if queue.event_idx_enabled() {
+        if ring.get_queue().event_idx_enabled() {
             return ring.needs_notification().unwrap_or(true);
         }
+        self.wants_interrupts(&ring)
+    }
+
+    /// What the driver's flag says, which counts without EVENT_IDX.
+    fn wants_interrupts(&self, ring: &Ring) -> bool {
         const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
         let flags: Result<u16, _> = vm_memory::Bytes::read_obj(
             &*self.shared.memory.memory(),
-            vm_memory::GuestAddress(queue.avail_ring()),
+            vm_memory::GuestAddress(ring.get_queue().avail_ring()),
         );
         flags.map_or(true, |flags| u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }

@@ -64,6 +64,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let start = start::open(&config)?;
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
+    if config.state_file.is_some() {
+        // The process before may have ended between a change and its message.
+        notifier.notify();
+    }
     let service = Service::new(controller, Arc::clone(&notifier))?;
     let sockets = match &config.endpoint {
         Endpoint::Path(path) => Some(path),

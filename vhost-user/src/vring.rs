@@ -2,17 +2,23 @@
 //!
 //! Both are eventfds that the front-end has as well, and with them their flags: what was made not to
 //! block, it can make block again. So a kick is read in a way to which the flags do not matter. There is
-//! none for writing: whoever waits in that is let go on at the end of the connection, by [`Calls`].
+//! none for writing: a worker that waits in that is released at the end of the connection, by
+//! [`Calls`].
+//!
+//! A ring that starts may have been left in the middle of a request by a back-end that was killed:
+//! see [`Vring::resume`].
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, retry_on_intr};
-use vhost_user_backend::{VringRwLock, VringStateGuard, VringStateMutGuard, VringT};
+use vhost_user_backend::{VringRwLock, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::QueueT;
 
 use crate::queue::AtomicMemory;
 
@@ -30,9 +36,46 @@ pub struct Vring {
     /// The crate has another descriptor of it, to wait for kicks with.
     kick: Arc<RwLock<Option<File>>>,
     call: Arc<RwLock<Option<Arc<File>>>>,
+    start: Arc<Start>,
+}
+
+/// What is outstanding since the ring was set up anew.
+#[derive(Debug, Default)]
+struct Start {
+    /// The front-end has set where to continue.
+    base: AtomicBool,
+    /// The ring was enabled, or its call replaced.
+    call: AtomicBool,
 }
 
 impl Vring {
+    /// Whether the ring was set up anew since it was last served: then [`resume`](Self::resume)
+    /// comes first.
+    pub fn is_new(&self) -> bool {
+        self.start.base.load(Ordering::Acquire) || self.start.call.load(Ordering::Acquire)
+    }
+
+    /// Continues where the back-end before has stopped; `ring` is this one, and runs. True when the
+    /// guest is to be signalled once, whatever has become of the last interrupt: it may have been
+    /// lost with a back-end that was killed, and a superfluous one is allowed.
+    ///
+    /// Requests are answered in order, one at a time, so that what lies between the used index and
+    /// the base was available, but never answered. Front-ends that cannot know that set the base
+    /// to the available index; those that can, to the used index, which changes nothing here.
+    #[must_use]
+    pub fn resume(&self, ring: &mut VringState<AtomicMemory>) -> bool {
+        if self.start.base.swap(false, Ordering::AcqRel) {
+            let queue = ring.get_queue_mut();
+            let (base, used) = (queue.next_avail(), queue.next_used());
+            let unanswered = base.wrapping_sub(used);
+            if unanswered != 0 && unanswered <= queue.size() {
+                tracing::info!(base, used, "continuing at the used index: requests were left");
+                queue.set_next_avail(used);
+            }
+        }
+        self.start.call.swap(false, Ordering::AcqRel)
+    }
+
     /// Signals used buffers to the guest, unless the connection has ended.
     ///
     /// # Errors
@@ -124,7 +167,7 @@ impl<'a> VringStateMutGuard<'a, AtomicMemory> for Vring {
 impl VringT<AtomicMemory> for Vring {
     fn new(memory: AtomicMemory, max_queue_size: u16) -> Outcome<Self> {
         let ring = Ring::new(memory, max_queue_size)?;
-        Ok(Self { ring, kick: Arc::default(), call: Arc::default() })
+        Ok(Self { ring, kick: Arc::default(), call: Arc::default(), start: Arc::default() })
     }
 
     fn get_ref(&self) -> <Self as VringStateGuard<'_, AtomicMemory>>::G {
@@ -148,19 +191,23 @@ impl VringT<AtomicMemory> for Vring {
         self.ring.set_kick(file);
     }
 
-    /// An error, which ends the worker, where the front-end took the kick itself, or has replaced
-    /// the one that was signalled: without it the worker would find the same again for ever.
+    /// False without an error where the kick is not there any more: the front-end may take it itself
+    /// when it stops the ring, or may have replaced the descriptor since it was found readable. An
+    /// error ends the worker, and with it the connection.
     fn read_kick(&self) -> io::Result<bool> {
         if let Some(kick) = &*self.kick.read() {
-            take(kick).inspect_err(|error| {
-                tracing::warn!(%error, "a kick is not there: the ring is no longer served");
-            })?;
+            match take(kick) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                taken => taken?,
+            }
         }
         Ok(self.ring.get_ref().is_enabled())
     }
 
     fn set_call(&self, file: Option<File>) {
-        *self.call.write() = file.map(Arc::new);
+        let mut call = self.call.write();
+        self.start.call.store(file.is_some(), Ordering::Release);
+        *call = file.map(Arc::new);
     }
 
     fn signal_used_queue(&self) -> io::Result<()> {
@@ -188,6 +235,10 @@ impl VringT<AtomicMemory> for Vring {
     }
 
     fn set_enabled(&self, enabled: bool) {
+        if enabled {
+            // No interrupt is sent while it is not enabled, and none of those is made up for.
+            self.start.call.store(true, Ordering::Release);
+        }
         self.ring.set_enabled(enabled);
     }
 
@@ -201,6 +252,7 @@ impl VringT<AtomicMemory> for Vring {
 
     fn set_queue_next_avail(&self, base: u16) {
         self.ring.set_queue_next_avail(base);
+        self.start.base.store(true, Ordering::Release);
     }
 
     fn set_queue_next_used(&self, idx: u16) {
@@ -253,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_at_a_full_call_goes_on_at_the_end() {
+    fn a_wait_at_a_full_call_ends_with_the_connection() {
         let (vring, calls, call) = (vring(), Calls::default(), event());
         vring.set_call(Some(call.try_clone().unwrap()));
         add(&call, u64::MAX - 2);
@@ -286,18 +338,58 @@ mod tests {
     }
 
     #[test]
-    fn a_kick_that_is_not_there_is_not_waited_for() {
+    fn a_kick_that_is_not_there_is_neither_waited_for_nor_an_error() {
         let (vring, kick) = (vring(), event());
         assert!(!vring.read_kick().unwrap());
+        vring.set_enabled(true);
         vring.set_kick(Some(kick.try_clone().unwrap()));
         assert!(vring.get_ref().get_kick().is_some());
-        assert_eq!(vring.read_kick().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert!(!vring.read_kick().unwrap());
         add(&kick, 2);
-        vring.set_enabled(true);
         assert!(vring.read_kick().unwrap());
-        assert!(vring.read_kick().is_err());
+        assert!(!vring.read_kick().unwrap());
         vring.set_kick(None);
         assert!(vring.get_ref().get_kick().is_none());
         assert!(vring.read_kick().unwrap());
+    }
+
+    #[test]
+    fn a_ring_with_a_new_base_continues_at_the_used_index_if_that_is_near() {
+        for (used, base, continues) in [
+            (7u16, 7u16, 7u16),
+            (7, 9, 7),
+            (7, 135, 7),
+            (7, 136, 136),
+            (7, 6, 6),
+            (u16::MAX, 3, u16::MAX),
+            (0, 0x8000, 0x8000),
+        ] {
+            let vring = vring();
+            vring.set_queue_size(128);
+            vring.set_queue_next_used(used);
+            vring.set_queue_next_avail(base);
+            assert!(vring.is_new());
+            assert!(!vring.resume(&mut vring.get_mut()));
+            assert_eq!(vring.queue_next_avail(), continues, "{used} {base}");
+            // Only once: what is taken off the ring later stays so.
+            vring.get_mut().get_queue_mut().set_next_avail(used.wrapping_add(1));
+            assert!(!vring.is_new() && !vring.resume(&mut vring.get_mut()));
+            assert_eq!(vring.queue_next_avail(), used.wrapping_add(1));
+        }
+    }
+
+    #[test]
+    fn each_start_and_each_new_call_is_signalled_once() {
+        let vring = vring();
+        vring.set_call(Some(event()));
+        assert!(vring.is_new() && vring.resume(&mut vring.get_mut()));
+        assert!(!vring.is_new() && !vring.resume(&mut vring.get_mut()));
+        vring.set_enabled(true);
+        assert!(vring.resume(&mut vring.get_mut()));
+        vring.set_enabled(false);
+        assert!(!vring.is_new());
+        vring.set_call(Some(event()));
+        vring.set_call(None);
+        assert!(!vring.is_new());
     }
 }

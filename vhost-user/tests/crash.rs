@@ -12,24 +12,37 @@ use std::time::{Duration, Instant};
 use common::{ADDR, BLOCK, connect, gpa, options, ram};
 use rustix::net::{AddressFamily, SocketType};
 use rustix::process::{Pid, Signal, kill_process};
+use test_vmm::backend_channel::{BackendChannel, Behaviour};
+use test_vmm::daemon::Daemon;
 use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::memory::GuestRam;
 use test_vmm::protocol::Request;
 
-/// Connects again as QEMU does: the ring goes on from the used index.
-fn resume(daemon: &test_vmm::daemon::Daemon, ram: &GuestRam, driver: &MemDriver) -> Frontend {
+/// Connects again: the ring continues from `base`.
+fn resume_from(daemon: &Daemon, ram: &GuestRam, driver: &MemDriver, base: u16) -> Frontend {
     let frontend = Frontend::connect(&daemon.socket()).unwrap();
     frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
     frontend.set_mem_table(ram).unwrap();
     let ring = driver.ring();
     frontend.set_vring_num(0, u32::from(ring.size())).unwrap();
-    frontend.set_vring_base(0, u32::from(ring.used_idx().unwrap())).unwrap();
+    frontend.set_vring_base(0, u32::from(base)).unwrap();
     frontend.set_vring_addr(0, ring, None).unwrap();
     frontend.set_vring_fd(Request::SetVringCall, 0, Some(ring.call_fd())).unwrap();
     frontend.set_vring_fd(Request::SetVringKick, 0, Some(ring.kick_fd())).unwrap();
     frontend.enable(0, true).unwrap();
     frontend
+}
+
+/// Connects again as QEMU does: the ring continues from the used index.
+fn resume(daemon: &Daemon, ram: &GuestRam, driver: &MemDriver) -> Frontend {
+    resume_from(daemon, ram, driver, driver.ring().used_idx().unwrap())
+}
+
+/// Connects again as Cloud Hypervisor does: the ring continues from the available index, whatever
+/// was answered. It does not kick.
+fn resume_blindly(daemon: &Daemon, ram: &GuestRam, driver: &MemDriver) -> Frontend {
+    resume_from(daemon, ram, driver, driver.ring().next_avail())
 }
 
 #[test]
@@ -57,16 +70,20 @@ fn killed_at_any_moment_every_request_is_done_once_and_answered() {
         daemon.restart().unwrap();
         let answered = driver.ring().used_idx().unwrap() != driver.ring().next_used();
         unanswered += usize::from(!answered);
-        let frontend = if answered || round % 3 != 0 {
-            resume(&daemon, &ram, &driver)
+        let frontend = if round % 3 == 1 {
+            resume_blindly(&daemon, &ram, &driver)
+        } else if answered || round % 3 == 2 {
+            let frontend = resume(&daemon, &ram, &driver);
+            driver.ring().force_kick().unwrap();
+            frontend
         } else {
             // A front-end that starts over: a fresh ring, and the same request again.
             let (frontend, _, fresh) = connect(&daemon, &ram);
             driver = fresh;
             driver.submit(&request, &Shape::default()).unwrap();
+            driver.ring().force_kick().unwrap();
             frontend
         };
-        driver.ring().force_kick().unwrap();
         assert_eq!(driver.complete().unwrap().kind(), ResponseType::Ack, "round {round}");
         plugged[block] = !plugged[block];
         let count = plugged.iter().filter(|plugged| **plugged).count() as u64;
@@ -81,6 +98,88 @@ fn killed_at_any_moment_every_request_is_done_once_and_answered() {
         }
     }
     assert!(unanswered > 0, "no kill came before an answer");
+}
+
+#[test]
+fn requests_that_no_daemon_has_seen_are_served_without_a_kick() {
+    let mut daemon = common::daemon(options().state_file());
+    let ram = ram();
+    let (_first, _channel, mut driver) = connect(&daemon, &ram);
+    for _ in 0..3 {
+        assert_eq!(driver.plug(ADDR, 1).unwrap().kind(), ResponseType::Ack);
+        assert_eq!(driver.unplug(ADDR, 1).unwrap().kind(), ResponseType::Ack);
+    }
+    daemon.kill().unwrap();
+    for block in 0..4 {
+        let request = MemRequest::new(RequestType::Plug, gpa(block), 1).to_bytes();
+        driver.submit(&request, &Shape::default()).unwrap();
+    }
+    daemon.restart().unwrap();
+    let frontend = resume_blindly(&daemon, &ram, &driver);
+    for _ in 0..4 {
+        assert_eq!(driver.complete().unwrap().kind(), ResponseType::Ack);
+    }
+    assert_eq!(frontend.config().unwrap().plugged_size, 4 * BLOCK);
+    assert_eq!(driver.plug(gpa(4), 1).unwrap().kind(), ResponseType::Ack);
+}
+
+#[test]
+fn an_interrupt_that_was_lost_with_the_daemon_comes_when_the_ring_starts() {
+    let mut daemon = common::daemon(options().state_file());
+    let ram = ram();
+    let (_frontend, _channel, mut driver) = connect(&daemon, &ram);
+    let request = MemRequest::new(RequestType::Plug, ADDR, 1).to_bytes();
+    driver.submit(&request, &Shape::default()).unwrap();
+    driver.ring_mut().kick().unwrap();
+    let deadline = Instant::now() + common::PATIENCE;
+    while driver.ring().used_idx().unwrap() == driver.ring().next_used() {
+        assert!(Instant::now() < deadline, "no answer");
+        std::thread::yield_now();
+    }
+    daemon.kill().unwrap();
+    // As if it had been killed before it signalled the answer.
+    driver.ring().calls().unwrap();
+    daemon.restart().unwrap();
+    let _frontend = resume(&daemon, &ram, &driver);
+    assert!(driver.ring().wait_call(common::PATIENCE).unwrap(), "the driver waits for ever");
+    assert_eq!(driver.complete().unwrap().kind(), ResponseType::Ack);
+}
+
+#[test]
+fn a_change_that_the_killed_daemon_did_not_tell_is_told_by_the_next() {
+    let mut daemon = common::daemon(options().state_file());
+    let ram = ram();
+    for sent in [false, true] {
+        let (frontend, channel, driver) = connect(&daemon, &ram);
+        if sent {
+            let seen = channel.config_changes();
+            assert!(daemon.api().resize(5 * BLOCK).unwrap().is_success());
+            assert!(channel.wait_beyond(seen, common::PATIENCE));
+        } else {
+            frontend.get_vring_base(0).unwrap();
+            assert!(daemon.api().resize(7 * BLOCK).unwrap().is_success());
+        }
+        daemon.restart().unwrap();
+        let frontend = resume(&daemon, &ram, &driver);
+        let channel = BackendChannel::open(&frontend, Behaviour::AckAfterGetConfig).unwrap();
+        assert!(channel.wait_beyond(0, common::PATIENCE), "sent before: {sent}");
+        let requested = channel.last_config().unwrap().requested_size;
+        assert_eq!(requested, if sent { 5 } else { 7 } * BLOCK);
+    }
+}
+
+#[test]
+fn a_change_that_was_not_acknowledged_is_told_to_the_next_front_end() {
+    let daemon = common::daemon(options());
+    let ram = ram();
+    let (frontend, first, _) = connect(&daemon, &ram);
+    drop(first);
+    let silent = BackendChannel::open(&frontend, Behaviour::NeverAck).unwrap();
+    assert!(daemon.api().resize(5 * BLOCK).unwrap().is_success());
+    assert!(silent.wait_beyond(0, common::PATIENCE));
+    frontend.disconnect();
+    let (_frontend, channel, _) = connect(&daemon, &ram);
+    assert!(channel.wait_beyond(0, common::PATIENCE));
 }
 
 #[test]

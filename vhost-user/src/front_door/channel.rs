@@ -37,15 +37,29 @@ pub(super) struct Channel {
     /// Until when the acknowledgement of the last message is waited for.
     deadline: Option<Instant>,
     answer: Vec<u8>,
+    /// A message was sent, and the front-end has not said that it took it.
+    unconfirmed: bool,
 }
 
 impl Channel {
     pub(super) fn new(socket: OwnedFd, reply_ack: bool) -> Self {
-        Self { socket: Arc::new(socket), ask: reply_ack, deadline: None, answer: Vec::new() }
+        Self {
+            socket: Arc::new(socket),
+            ask: reply_ack,
+            deadline: None,
+            answer: Vec::new(),
+            unconfirmed: false,
+        }
     }
 
     pub(super) fn socket(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.socket)
+    }
+
+    /// Whether a message may have been lost in the channel: it was not acknowledged, or the
+    /// front-end does not acknowledge any.
+    pub(super) fn may_have_lost(&self) -> bool {
+        self.unconfirmed
     }
 
     /// When the wait for an acknowledgement ends, if there is one.
@@ -61,6 +75,7 @@ impl Channel {
         }
         match send_some(self.socket.as_fd(), &header.to_bytes(), &[]) {
             Ok(HEADER_SIZE) => {
+                self.unconfirmed = true;
                 self.deadline = self.ask.then(|| now + ACK_TIMEOUT);
                 Sent::Whole
             }
@@ -108,6 +123,7 @@ impl Channel {
                 debug!("the front-end could not handle a configuration change");
             }
             self.deadline = None;
+            self.unconfirmed = false;
         } else {
             self.stop_asking("its acknowledgement is malformed");
         }

@@ -23,7 +23,8 @@ const RETRY: Duration = Duration::from_millis(100);
 /// Tells the front-end that the configuration space has changed.
 ///
 /// Several calls of [`notify`](Self::notify) may end in one message, but one is always sent after
-/// the last call: what cannot be delivered now waits for a channel and for a running ring.
+/// the last call: what cannot be delivered now waits for a channel and for a running ring. A message
+/// that was not acknowledged when its channel ended is sent again over the next one.
 #[derive(Debug)]
 pub struct Notifier {
     shared: Arc<Shared>,
@@ -73,13 +74,16 @@ impl Notifier {
     /// Sends over `socket` from now on, instead of any earlier one. With `reply_ack`, the
     /// front-end is asked to acknowledge.
     pub fn attach(&self, socket: OwnedFd, reply_ack: bool) {
-        self.shared.state.lock().channel = Some(Channel::new(socket, reply_ack));
+        let mut state = self.shared.state.lock();
+        state.close();
+        state.channel = Some(Channel::new(socket, reply_ack));
+        drop(state);
         self.shared.wake();
     }
 
-    /// Closes the channel; what is pending stays so.
+    /// Closes the channel; what is pending stays so, and what was not acknowledged is again.
     pub fn detach(&self) {
-        self.shared.state.lock().channel = None;
+        self.shared.state.lock().close();
         self.shared.wake();
     }
 
@@ -160,6 +164,12 @@ impl Shared {
 }
 
 impl State {
+    /// Closes the channel. A message in it may never have been read.
+    fn close(&mut self) {
+        let channel = self.channel.take();
+        self.pending |= channel.is_some_and(|channel| channel.may_have_lost());
+    }
+
     /// Reads and sends what can be read and sent at once.
     fn step(&mut self, now: Instant) -> Wait {
         if self.stopping {
@@ -171,7 +181,7 @@ impl State {
         };
         if !channel.read(now) {
             debug!("the front-end closed the configuration channel");
-            self.channel = None;
+            self.close();
             return idle;
         }
         let mut until = channel.deadline();
@@ -187,7 +197,7 @@ impl State {
                     until = Some(now + RETRY);
                 }
                 Sent::Closed => {
-                    self.channel = None;
+                    self.close();
                     return idle;
                 }
             }
