@@ -120,13 +120,14 @@ pub struct Start {
     pub api_migration: bool,
     /// Whether a system reset was put off until migration ends.
     pub reset_pending: bool,
-    /// Whether unplugged blocks may still hold memory, because the process before was killed:
-    /// they are swept when the guest runs.
+    /// Whether unplugged blocks may hold memory, because the process before was killed or because the
+    /// memory was used before there was this device: it is discarded when the guest runs.
     pub sweep: bool,
 }
 
 impl Start {
-    /// A new device whose state ends with the process.
+    /// A new device whose state ends with the process. What its memory held before, in blocks that it
+    /// does not have plugged, is discarded when the guest runs.
     pub fn volatile(device: VirtioMem) -> Self {
         Self {
             device,
@@ -134,7 +135,7 @@ impl Start {
             journal: None,
             api_migration: false,
             reset_pending: false,
-            sweep: false,
+            sweep: true,
         }
     }
 }
@@ -372,8 +373,9 @@ impl MemController {
     }
 
     /// Takes over the VMM's memory; blocks outside the region are of no interest. Requests use
-    /// the new memory from now on. After a [`load_state`](Self::load_state), what unplugged blocks
-    /// hold is given back. Blocks that are plugged already get their huge pages.
+    /// the new memory from now on. What unplugged blocks hold in memory that was not there before is
+    /// discarded: after a [`load_state`](Self::load_state) at once, else when the guest
+    /// [runs](Self::running). Blocks that are plugged already get their huge pages.
     ///
     /// # Errors
     ///
@@ -383,15 +385,19 @@ impl MemController {
         blocks.iter().try_for_each(|block| self.memory.check(block))?;
         let _no_change_under_way = self.manager.begin();
         self.reserve(&blocks, || self.served.ranges(true))?;
-        self.memory.replace(blocks);
-        if self.state().sweep == Sweep::WhenMapped {
+        let before = self.memory.replace(blocks);
+        let is_new = |block: &Arc<RamBlock>| !before.iter().any(|old| old.is_same_memory(block));
+        let sweep = self.state().sweep;
+        if sweep == Sweep::WhenMapped {
             self.sweep_or(Sweep::WhenMapped);
+        } else if sweep == Sweep::Done && self.memory.blocks().iter().any(is_new) {
+            self.state().sweep = Sweep::WhenRunning;
         }
         Ok(())
     }
 
     /// The guest runs, or is about to: no state can come any more. What unplugged blocks may have
-    /// been left with is given back.
+    /// been left with is discarded. A request of the guest says so, too.
     pub fn running(&self) {
         // Asked with every change of the rings, which need not wait for a change of blocks.
         if self.state().sweep == Sweep::Done {

@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 
+use super::served::Sweep;
 use super::{BlockUpdate, JournalUpdate, MemController, ResetError};
 use crate::ByteRange;
 use crate::device::{Change, Request, Response, Verdict, VirtioMem};
@@ -44,6 +45,10 @@ impl MemController {
             return response;
         }
         let mut transaction = self.manager.begin();
+        if self.state().sweep != Sweep::Done && self.memory.is_mapped() {
+            // A guest that asks runs, and what it plugs must be zeros.
+            self.sweep_or(Sweep::WhenMapped);
+        }
         let state = self.state();
         if state.journal == Some(request) && state.device.is_done(request) {
             drop(state);

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 
 use thiserror::Error;
 
@@ -93,6 +94,14 @@ impl RamBlock {
     /// Page size of the backing, bytes.
     pub fn page_size(&self) -> u64 {
         self.backing.page_size()
+    }
+
+    /// Whether the other block is the same part of the same file, at the same guest-physical address.
+    pub(crate) fn is_same_memory(&self, other: &Self) -> bool {
+        let of =
+            |block: &Self| block.backing.file().metadata().map(|file| (file.dev(), file.ino()));
+        (self.range, self.fd_offset) == (other.range, other.fd_offset)
+            && matches!((of(self), of(other)), (Ok(one), Ok(another)) if one == another)
     }
 
     /// The bytes of the file behind the part of `gpa_range` that this block covers.
