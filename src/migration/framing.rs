@@ -13,7 +13,7 @@ use super::stream::{
 
 /// Frames sections, and remembers what they were for the description.
 pub(super) struct Framing {
-    configuration: Value,
+    configuration: Configuration,
     handlers: u32,
     devices: Vec<Value>,
     next_id: u32,
@@ -29,7 +29,7 @@ impl Framing {
         put_header(&mut bytes, configuration);
         write(out, &bytes)?;
         Ok(Self {
-            configuration: configuration.description(),
+            configuration: configuration.clone(),
             handlers: 0,
             devices: Vec::new(),
             next_id: 0,
@@ -42,6 +42,7 @@ impl Framing {
         out: &mut dyn Sink,
         handler: &mut dyn SaveHandler,
     ) -> Result<(), MigrationError> {
+        handler.configure(&self.configuration)?;
         let header = SectionHeader {
             kind: SectionKind::Start,
             section_id: self.handlers,
@@ -101,7 +102,7 @@ impl Framing {
     /// The JSON at the end of a stream.
     pub(super) fn description(&self) -> Vec<u8> {
         let mut json = json!({
-            "configuration": self.configuration,
+            "configuration": self.configuration.description(),
             "page_size": TARGET_PAGE_SIZE,
             "devices": self.devices,
         })

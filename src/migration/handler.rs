@@ -6,7 +6,7 @@
 use super::channel::Sink;
 use super::error::MigrationError;
 use super::page_bitmap::PageBitmap;
-use super::stream::SectionKind;
+use super::stream::{Configuration, SectionKind};
 use super::wire::WireRead;
 use crate::ByteRange;
 use crate::sys::GatherWrite;
@@ -23,6 +23,15 @@ pub trait SaveHandler {
 
     /// Version of its sections.
     fn version_id(&self) -> u32;
+
+    /// Told what the stream is configured with, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// When the handler was made for another configuration.
+    fn configure(&mut self, _configuration: &Configuration) -> Result<(), MigrationError> {
+        Ok(())
+    }
 
     /// Begins: writes the payload of the START section. The guest runs.
     ///
@@ -128,6 +137,15 @@ pub trait LoadHandler {
     /// The oldest version that it understands.
     fn minimum_version_id(&self) -> u32 {
         self.version_id()
+    }
+
+    /// Told what the stream is configured with, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// When the handler was made for another configuration.
+    fn configure(&mut self, _configuration: &Configuration) -> Result<(), MigrationError> {
+        Ok(())
     }
 
     /// Begins, before the first section.

@@ -29,6 +29,7 @@ impl<'a> Loader<'a> {
     pub(super) fn new(
         handlers: Vec<Box<dyn LoadHandler + 'a>>,
         devices: &'a mut dyn Devices,
+        configuration: &Configuration,
     ) -> Result<Self, MigrationError> {
         for (index, handler) in handlers.iter().enumerate() {
             let key = (handler.idstr(), handler.instance_id());
@@ -39,7 +40,10 @@ impl<'a> Loader<'a> {
         }
         let started = vec![None; handlers.len()];
         let mut loader = Self { handlers, devices, started, loaded: false };
-        loader.handlers.iter_mut().try_for_each(|handler| handler.load_setup())?;
+        for handler in &mut loader.handlers {
+            handler.configure(configuration)?;
+            handler.load_setup()?;
+        }
         Ok(loader)
     }
 

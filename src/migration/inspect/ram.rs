@@ -193,8 +193,8 @@ impl Ram {
         let Some(MappedRamHeader { bitmap_offset, pages_offset, .. }) = entry.mapped else {
             return Ok(());
         };
-        // Shared memory that is not sent has neither.
-        if (bitmap_offset, pages_offset) == (0, 0) {
+        // Shared memory that is not sent has neither; only x-ignore-shared tells addresses.
+        if entry.gpa.is_some() && (bitmap_offset, pages_offset) == (0, 0) {
             return Ok(());
         }
         let words = (entry.used_length / TARGET_PAGE_SIZE).div_ceil(64);

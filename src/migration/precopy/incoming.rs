@@ -61,7 +61,7 @@ impl Incoming<'_> {
     pub fn run(self, channel: Channel) -> Result<(), MigrationError> {
         let Self { configuration, guest, handlers, devices, postcopy, progress } = self;
         progress.set_status(Status::Setup);
-        let result = Loader::new(handlers, devices).and_then(|loader| {
+        let result = Loader::new(handlers, devices, &configuration).and_then(|loader| {
             let progress = Arc::clone(&progress);
             let postcopy = postcopy.map(|postcopy| Arriving::new(postcopy, Arc::clone(&progress)));
             let mut session = Session { loader, postcopy, channel, back: None, progress };

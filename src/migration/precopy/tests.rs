@@ -2,6 +2,7 @@
 
 mod handover;
 mod hostile;
+mod shared;
 
 use std::fs::File;
 use std::io;

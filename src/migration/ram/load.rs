@@ -16,8 +16,8 @@ use crate::migration::handler::LoadHandler;
 use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::migration::progress::{Counters, Progress};
 use crate::migration::stream::{
-    BlockList, ListLimits, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, SectionKind,
-    TARGET_PAGE_SIZE,
+    BlockList, Configuration, ListLimits, PageHeader, PageKind, RAM_SECTION, RAM_VERSION,
+    SectionKind, TARGET_PAGE_SIZE,
 };
 use crate::migration::wire::WireRead;
 
@@ -164,7 +164,7 @@ impl RamLoad {
             return Err(MigrationError::Page { at, what });
         };
         let block = &self.blocks[index].block;
-        if self.options.ignore_shared && block.options().shared {
+        if self.options.leaves_out(block) {
             let what = format!("a page of block {:?}, which both sides share", block.id());
             return Err(MigrationError::Page { at, what });
         }
@@ -363,6 +363,10 @@ impl LoadHandler for RamLoad {
 
     fn version_id(&self) -> u32 {
         RAM_VERSION
+    }
+
+    fn configure(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
+        self.options.check(configuration)
     }
 
     fn load_setup(&mut self) -> Result<(), MigrationError> {

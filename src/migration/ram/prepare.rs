@@ -18,7 +18,7 @@ pub(in crate::migration) fn prepare(
     options: ListOptions,
 ) -> Result<(), MigrationError> {
     for block in blocks.migratable()? {
-        if options.ignore_shared && block.options().shared {
+        if options.leaves_out(&block) {
             continue;
         }
         if block.options().keep_resident {

@@ -6,7 +6,10 @@ use parking_lot::RwLock;
 use thiserror::Error;
 
 use super::{Migratable, MigrationBlock};
-use crate::migration::stream::{BlockEntry, BlockList, TARGET_PAGE_SIZE};
+use crate::migration::error::MigrationError;
+use crate::migration::stream::{
+    BlockEntry, BlockList, CAPABILITY_IGNORE_SHARED, Configuration, TARGET_PAGE_SIZE,
+};
 
 /// Why a block cannot be registered, sent, or loaded. Nothing was changed.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -118,7 +121,9 @@ impl RamBlocks {
         Ok(())
     }
 
-    /// Has addresses looked up in the VMM's memory table instead of the blocks' own first ones.
+    /// Has addresses looked up in the VMM's memory table instead of the blocks' own first ones. QEMU
+    /// sends a block's address in the memory region that contains it, so a VMM that nests regions as
+    /// QEMU does tells that.
     pub fn set_memory_table(
         &self,
         address_of: impl Fn(&str) -> Option<u64> + Send + Sync + 'static,
@@ -155,7 +160,8 @@ impl RamBlocks {
         Ok(migratable)
     }
 
-    /// The guest-physical address of a block now; 0 when it is not in the memory table.
+    /// The address of a block now, in the memory region that contains it: guest-physical where that
+    /// is the whole of memory. 0 when it is not in the memory table.
     pub fn address_of(&self, block: &MigrationBlock) -> u64 {
         match &*self.address_of.read() {
             Some(address_of) => address_of(block.id()).unwrap_or(0),
@@ -242,7 +248,7 @@ impl RamBlocks {
                 return Err(BlockError::PageSize { id, stream, local });
             }
         }
-        if options.ignore_shared && block.options().shared {
+        if options.leaves_out(block) {
             let (stream, local) = (entry.gpa.unwrap_or(0), self.address_of(block));
             if stream != local {
                 return Err(BlockError::Address { id, stream, local });
@@ -255,8 +261,38 @@ impl RamBlocks {
 /// What the list of blocks tells, by the capabilities of the migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ListOptions {
-    /// Addresses, since shared blocks are not sent (x-ignore-shared).
+    /// Addresses, since shared blocks are not sent. Must be as the capability x-ignore-shared of the
+    /// configuration, which [`of`](Self::of) sees to; anything else is refused.
     pub ignore_shared: bool,
     /// Page sizes where they are not the usual ones (postcopy-ram).
     pub postcopy: bool,
+}
+
+impl ListOptions {
+    /// As the capabilities of a configuration have it; without postcopy, which no capability of the
+    /// stream tells.
+    pub fn of(configuration: &Configuration) -> Self {
+        Self { ignore_shared: configuration.has(CAPABILITY_IGNORE_SHARED), postcopy: false }
+    }
+
+    /// Whether a block is listed, but none of its pages are sent: both sides share it.
+    pub(in crate::migration) fn leaves_out(self, block: &MigrationBlock) -> bool {
+        self.ignore_shared && block.options().shared
+    }
+
+    /// Refuses a configuration that says otherwise: the sides would read each other wrongly.
+    pub(in crate::migration) fn check(
+        self,
+        configuration: &Configuration,
+    ) -> Result<(), MigrationError> {
+        let shown = |on: bool| if on { "on" } else { "off" }.to_owned();
+        match Self::of(configuration).ignore_shared {
+            on if on == self.ignore_shared => Ok(()),
+            on => Err(MigrationError::Configuration {
+                what: CAPABILITY_IGNORE_SHARED,
+                stream: shown(on),
+                local: shown(self.ignore_shared),
+            }),
+        }
+    }
 }

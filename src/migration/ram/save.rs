@@ -19,7 +19,8 @@ use crate::migration::handler::{PostcopySave, SaveHandler};
 use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::migration::progress::{Counters, Progress};
 use crate::migration::stream::{
-    PageHeader, PageKind, RAM_SECTION, RAM_VERSION, TARGET_PAGE_SIZE, put_end_of_section, put_list,
+    Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, TARGET_PAGE_SIZE,
+    put_end_of_section, put_list,
 };
 use crate::migration::wire::WireWrite;
 use crate::sys::GatherWrite;
@@ -50,6 +51,7 @@ pub struct SaveBlock {
 /// The "ram" handler of the source.
 pub struct RamSave {
     blocks: Vec<SaveBlock>,
+    options: ListOptions,
     list: Vec<u8>,
     progress: Arc<Progress>,
     gathered: GatherWrite,
@@ -247,13 +249,13 @@ impl RamSave {
         put_list(&mut list, &blocks.list(options)?);
         put_end_of_section(&mut list);
         let sent = blocks.migratable()?.into_iter();
-        let blocks =
-            sent.filter(|block| !(options.ignore_shared && block.options().shared)).map(|block| {
-                let tracker = tracker_of(&block);
-                SaveBlock::new(block, tracker)
-            });
+        let blocks = sent.filter(|block| !options.leaves_out(block)).map(|block| {
+            let tracker = tracker_of(&block);
+            SaveBlock::new(block, tracker)
+        });
         Ok(Self {
             blocks: blocks.collect(),
+            options,
             list,
             progress,
             gathered: GatherWrite::new(),
@@ -367,6 +369,10 @@ impl SaveHandler for RamSave {
 
     fn version_id(&self) -> u32 {
         RAM_VERSION
+    }
+
+    fn configure(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
+        self.options.check(configuration)
     }
 
     fn setup(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {

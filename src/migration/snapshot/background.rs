@@ -24,7 +24,7 @@ use crate::migration::framing::Framing;
 use crate::migration::page_bitmap::{PageBitmap, bytes_of};
 use crate::migration::precopy::Guest;
 use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::{MigrationBlock, RamBlocks};
+use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks};
 use crate::migration::stream::{Configuration, MappedRamHeader, TARGET_PAGE_SIZE};
 use crate::ram_discard::FreezeBlockState;
 use crate::sys::GatherWrite;
@@ -93,7 +93,8 @@ fn save_protected(snapshot: BackgroundSnapshot<'_>, file: &File) -> Result<(), M
     // All that can be refused comes first.
     let mut faults = PageFaults::open(FaultKind::WriteProtected)
         .map_err(MigrationError::io("use userfaultfd"))?;
-    for block in blocks.migratable()? {
+    let options = ListOptions::of(&configuration);
+    for block in blocks.migratable()?.into_iter().filter(|block| !options.leaves_out(block)) {
         let mapping = faults.add(Arc::clone(block.mapping()));
         if let Some(used) = block.used() {
             let registered = faults.register(mapping, used);
@@ -133,7 +134,8 @@ fn protect_all(
     }
     let rest = devices.save(false)?;
     let mut saved = Vec::new();
-    for (mapping, (block, header)) in put_ram_start(out, blocks)?.into_iter().enumerate() {
+    let placed = put_ram_start(out, blocks, ListOptions::of(configuration))?;
+    for (mapping, (block, header)) in placed.into_iter().enumerate() {
         let mut todo = find_pages(&block, progress)?;
         let mut written = PageBitmap::new(todo.nr_pages());
         if block.options().written_elsewhere {

@@ -93,7 +93,7 @@ fn save_stopped(snapshot: Snapshot<'_>, file: &File) -> Result<(), MigrationErro
         framing.full(&mut out, section)?;
     }
     progress.set_status(Status::Active);
-    for (block, header) in put_ram_start(&mut out, blocks)? {
+    for (block, header) in put_ram_start(&mut out, blocks, ListOptions::of(&configuration))? {
         let pages = find_pages(&block, &progress)?;
         let written = write_pages(&block, &pages, header, file, &progress)?;
         write_bitmap(&written, header, file).map_err(MigrationError::io("write a bitmap"))?;
@@ -123,12 +123,13 @@ pub(super) fn put_end(
 }
 
 /// Writes the START section of RAM: after each entry of the list the stream leaves room for the
-/// bitmap and the pages.
+/// bitmap and the pages. Returns the blocks whose pages are saved.
 pub(super) fn put_ram_start(
     out: &mut FileSink<'_>,
     blocks: &RamBlocks,
+    options: ListOptions,
 ) -> Result<Vec<(Arc<MigrationBlock>, MappedRamHeader)>, MigrationError> {
-    let list = blocks.list(ListOptions::default())?;
+    let list = blocks.list(options)?;
     let mut bytes = Vec::new();
     let header = SectionHeader {
         kind: SectionKind::Start,
@@ -142,6 +143,13 @@ pub(super) fn put_ram_start(
     write(out, &bytes)?;
     let mut placed = Vec::new();
     for (block, entry) in blocks.migratable()?.into_iter().zip(&list.entries) {
+        if options.leaves_out(&block) {
+            bytes.clear();
+            let nowhere = Some(MappedRamHeader::nowhere());
+            put_entry(&mut bytes, &BlockEntry { mapped: nowhere, ..entry.clone() });
+            write(out, &bytes)?;
+            continue;
+        }
         let mapped = place(out.position + entry_len(entry), entry.used_length);
         let mapped = mapped.ok_or_else(|| MigrationError::Io {
             what: "place the pages in the file",

@@ -29,12 +29,14 @@ pub(super) fn load(
     file: &File,
     with_pages: &mut dyn FnMut(Vec<Placed>) -> Result<(), MigrationError>,
 ) -> Result<(), MigrationError> {
-    let ram = MappedLoad { blocks, file, progress, with_pages, placed: None };
+    let configuration = with_mapped_ram(configuration);
+    let options = ListOptions::of(&configuration);
+    let ram = MappedLoad { blocks, options, file, progress, with_pages, placed: None };
     let length = file.metadata().map_err(MigrationError::io("look at the file"))?.len();
     let mut reader = FileReader::new(file, length).map_err(MigrationError::io("read the file"))?;
-    let mut loader = Loader::new(vec![Box::new(ram)], devices)?;
+    let mut loader = Loader::new(vec![Box::new(ram)], devices, &configuration)?;
     let stream = read_header(&mut reader)?;
-    Loader::check(&with_mapped_ram(configuration), &stream)?;
+    Loader::check(&configuration, &stream)?;
     progress.set_status(Status::Active);
     loop {
         let at = reader.offset();
@@ -56,6 +58,7 @@ pub(super) fn load(
 /// The "ram" handler of a mapped-ram file.
 struct MappedLoad<'a> {
     blocks: Arc<RamBlocks>,
+    options: ListOptions,
     file: &'a File,
     progress: &'a Progress,
     with_pages: &'a mut dyn FnMut(Vec<Placed>) -> Result<(), MigrationError>,
@@ -77,19 +80,24 @@ impl MappedLoad<'_> {
             let what = "a second list of RAM blocks".to_owned();
             return Err(MigrationError::Page { at, what });
         }
-        let limits = ListLimits { mapped_ram: true, ..ListLimits::default() };
-        let registry = Arc::clone(&self.blocks);
+        let ignore_shared = self.options.ignore_shared;
+        let limits = ListLimits { mapped_ram: true, ignore_shared, ..ListLimits::default() };
+        let (registry, options) = (Arc::clone(&self.blocks), self.options);
         let list = BlockList::read(reader, total, limits, &mut |reader, entry| {
             // An unknown block is refused below; its length is not believed before.
             match (registry.get(&entry.id), &entry.mapped) {
+                (Some(block), Some(header)) if options.leaves_out(block) => {
+                    pass_nowhere(reader, header)
+                }
                 (Some(_), Some(header)) => pass_pages(reader, header, entry.used_length),
                 _ => Ok(()),
             }
         })?;
-        let accepted = self.blocks.accept(&list, ListOptions::default())?;
+        let accepted = self.blocks.accept(&list, self.options)?;
         let mut placed = Vec::new();
         for (block, entry) in accepted.into_iter().zip(&list.entries) {
-            if let Some(header) = entry.mapped.filter(|_| block.used().is_some()) {
+            let is_sent = block.used().is_some() && !self.options.leaves_out(&block);
+            if let Some(header) = entry.mapped.filter(|_| is_sent) {
                 let pages = read_bitmap(&block, header, self.file)?;
                 let pages_offset = header.pages_offset;
                 Counters::add(&self.progress.counters.total, pages.count() * TARGET_PAGE_SIZE);
@@ -151,10 +159,6 @@ fn pass_pages(
 ) -> Result<(), FormatError> {
     let here = reader.offset();
     let impossible = |what, found| FormatError::Value { offset: here, what, found };
-    if (header.bitmap_offset, header.pages_offset) == (0, 0) {
-        // A block whose pages are not in the file.
-        return Ok(());
-    }
     let bitmap_end = header.bitmap_offset.checked_add(bitmap_len(used_length));
     if header.bitmap_offset < here || bitmap_end.is_none_or(|end| end > header.pages_offset) {
         return Err(impossible("offset of a bitmap", header.bitmap_offset));
@@ -164,6 +168,15 @@ fn pass_pages(
         return Err(impossible("offset of pages", header.pages_offset));
     };
     Ok(reader.skip(end - here, "the pages of a block")?)
+}
+
+/// A block that both sides share has no pages in the file.
+fn pass_nowhere(reader: &dyn WireRead, header: &MappedRamHeader) -> Result<(), FormatError> {
+    if *header == MappedRamHeader::nowhere() {
+        return Ok(());
+    }
+    let what = "place of the pages of a block that both sides share";
+    Err(FormatError::Value { offset: reader.offset(), what, found: header.pages_offset })
 }
 
 impl LoadHandler for MappedLoad<'_> {
@@ -176,7 +189,7 @@ impl LoadHandler for MappedLoad<'_> {
     }
 
     fn load_setup(&mut self) -> Result<(), MigrationError> {
-        prepare(&self.blocks, ListOptions::default())
+        prepare(&self.blocks, self.options)
     }
 
     fn load(

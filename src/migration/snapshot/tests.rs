@@ -1,3 +1,5 @@
+mod shared;
+
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 

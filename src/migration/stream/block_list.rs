@@ -61,6 +61,11 @@ impl MappedRamHeader {
     /// Bytes of an encoded header.
     pub const LEN: u64 = 28;
 
+    /// Of a block whose pages are not in the file, since both sides share it (x-ignore-shared).
+    pub fn nowhere() -> Self {
+        Self { page_size: TARGET_PAGE_SIZE, bitmap_offset: 0, pages_offset: 0 }
+    }
+
     fn put(&self, out: &mut Vec<u8>) {
         out.put_be32(MAPPED_RAM_VERSION);
         out.put_be64(self.page_size);

@@ -14,7 +14,7 @@ use virtio_mem::migration::precopy::Guest;
 use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use virtio_mem::migration::snapshot::{self, BackgroundSnapshot, Snapshot};
-use virtio_mem::migration::stream::Configuration;
+use virtio_mem::migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
 use virtio_mem::migration::virtio_mem as sections;
 use virtio_mem::migration::vmstate::DeviceRegistry;
 
@@ -52,10 +52,12 @@ struct Machine {
     blocks: RamBlocks,
     device: Arc<MemController>,
     level: &'static str,
+    /// Whether the other side has the file of the boot memory, too.
+    shares: bool,
 }
 
 impl Machine {
-    fn new(level: &'static str) -> Result<Self> {
+    fn new(level: &'static str, shares: bool) -> Result<Self> {
         let geometry = Geometry::new(ADDR, NR_BLOCKS * BLOCK, BLOCK, Some(1))?;
         let device = Arc::new(MemController::new(Start::volatile(VirtioMem::new(geometry, 0)?)));
         device.load_state(DeviceState {
@@ -77,13 +79,15 @@ impl Machine {
             [("0000:00:01.0/vmem", ADDR, NR_BLOCKS * BLOCK, region), ("ram", 0, BOOT, boot)]
         {
             let ram = Arc::new(RamBlock::new(id.to_owned(), gpa, size, file, 0)?);
-            let block = MigrationBlock::map(ram, BlockOptions::migratable())?;
+            let shared = shares && gpa == 0;
+            let options = BlockOptions { shared, ..BlockOptions::migratable() };
+            let block = MigrationBlock::map(ram, options)?;
             if gpa == ADDR {
                 block.set_discard_manager(0, Arc::clone(device.manager()) as Arc<_>);
             }
             blocks.register(Arc::new(block))?;
         }
-        Ok(Self { blocks, device, level })
+        Ok(Self { blocks, device, level, shares })
     }
 
     fn devices(&self) -> Result<DeviceRegistry> {
@@ -94,12 +98,22 @@ impl Machine {
         Ok(registry)
     }
 
-    /// What a destination has of the guest's memory: nothing of what is discarded.
+    fn configuration(&self) -> Configuration {
+        let mut configuration = Configuration::new("test-machine");
+        configuration.uuid = Some([0xab; 16]);
+        if self.shares {
+            configuration.capabilities.push(CAPABILITY_IGNORE_SHARED.to_owned());
+        }
+        configuration
+    }
+
+    /// What a file has of the guest's memory: nothing of what is discarded or shared.
     fn memory(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let mut memory = Vec::new();
         for block in self.blocks.iter() {
             let mut bytes = vec![0; usize::try_from(block.used_length())?];
-            for range in block.populated()? {
+            let sent = if block.options().shared { Vec::new() } else { block.populated()? };
+            for range in sent {
                 let part = range.start() as usize..range.end() as usize;
                 block.mapping().read(range.start(), &mut bytes[part]);
             }
@@ -115,21 +129,18 @@ fn file(size: u64) -> Result<File> {
     Ok(file)
 }
 
-fn configuration() -> Configuration {
-    Configuration { uuid: Some([0xab; 16]), ..Configuration::new("test-machine") }
-}
-
 /// Everything that can be written, in files in `folder`.
 pub fn write_all(folder: &Path) -> Result<Vec<Written>> {
     type Write = fn(&Machine, &File) -> Result<()>;
-    let kinds: [(&str, &str, bool, Write); 3] = [
-        ("a snapshot", "8.0", true, snapshot),
-        ("a snapshot of level 7.2", "7.2", true, snapshot),
-        ("a background snapshot", "8.0", true, background),
+    let kinds: [(&str, &str, bool, bool, Write); 4] = [
+        ("a snapshot", "8.0", false, true, snapshot),
+        ("a snapshot of level 7.2", "7.2", false, true, snapshot),
+        ("a snapshot without shared memory", "8.0", true, true, snapshot),
+        ("a background snapshot", "8.0", false, true, background),
     ];
     let mut written = Vec::new();
-    for (index, (what, level, mapped_ram, write)) in kinds.into_iter().enumerate() {
-        let machine = Machine::new(level)?;
+    for (index, (what, level, shares, mapped_ram, write)) in kinds.into_iter().enumerate() {
+        let machine = Machine::new(level, shares)?;
         let path = folder.join(format!("guest-{index}"));
         let mut options = File::options();
         let file = options.read(true).write(true).create_new(true).open(&path)?;
@@ -141,7 +152,7 @@ pub fn write_all(folder: &Path) -> Result<Vec<Written>> {
 
 fn snapshot(machine: &Machine, file: &File) -> Result<()> {
     let snapshot = Snapshot {
-        configuration: configuration(),
+        configuration: machine.configuration(),
         blocks: &machine.blocks,
         devices: &mut machine.devices()?,
         frozen: Vec::new(),
@@ -152,7 +163,7 @@ fn snapshot(machine: &Machine, file: &File) -> Result<()> {
 
 fn background(machine: &Machine, file: &File) -> Result<()> {
     let snapshot = BackgroundSnapshot {
-        configuration: configuration(),
+        configuration: machine.configuration(),
         blocks: &machine.blocks,
         devices: &mut machine.devices()?,
         guest: &Idle,
