@@ -42,6 +42,15 @@ pub trait Devices {
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError>;
 
+    /// Memory follows: what must be known before it has come.
+    ///
+    /// # Errors
+    ///
+    /// When something is missing.
+    fn early_loaded(&mut self) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
     /// All sections were loaded: takes the states over, or refuses.
     ///
     /// # Errors

@@ -108,6 +108,9 @@ impl<'a> Loader<'a> {
                     let what = format!("version {version_id}; {oldest} to {newest} are understood");
                     return Err(out_of_place(&header.idstr, at, &what));
                 }
+                if self.started.iter().all(Option::is_none) {
+                    self.devices.early_loaded()?;
+                }
                 self.started[index] = Some(Started { section_id, version_id });
                 handler.load(header.kind, version_id, reader)?;
             }

@@ -220,6 +220,9 @@ pub enum RegistryError {
     /// A section that did not come.
     #[error("{0} did not come")]
     Missing(String),
+    /// A section that did not come before RAM.
+    #[error("{0} did not come before RAM: do both sides have the same properties?")]
+    MissingEarly(String),
     /// The device does not become what was loaded.
     #[error("{idstr}: {reason}")]
     Refused {
@@ -410,15 +413,30 @@ impl DeviceRegistry {
     }
 
     fn take_over_all(&mut self) -> Result<(), RegistryError> {
-        let properties = &self.properties;
-        let missing = self.entries.iter().find(|entry| {
-            let section = &entry.section;
-            !entry.is_loaded() && section.is_required() && section.is_expected(properties)
-        });
-        match missing {
-            Some(entry) => Err(RegistryError::Missing(entry.idstr.clone())),
-            None => self.entries.iter_mut().try_for_each(Entry::take_over),
+        if let Some(entry) = self.missing().next() {
+            return Err(RegistryError::Missing(entry.idstr.clone()));
         }
+        self.entries.iter_mut().try_for_each(Entry::take_over)
+    }
+
+    /// Whether all sections came that belong before RAM, which follows.
+    ///
+    /// # Errors
+    ///
+    /// The first that is missing: the other side's properties may differ.
+    pub fn finish_early(&self) -> Result<(), RegistryError> {
+        match self.missing().find(|entry| entry.section.is_early()) {
+            Some(entry) => Err(RegistryError::MissingEarly(entry.idstr.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// What must come and did not.
+    fn missing(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(|entry| {
+            let section = &entry.section;
+            !entry.is_loaded() && section.is_required() && section.is_expected(&self.properties)
+        })
     }
 
     /// Forgets what was loaded of a stream that goes on no further. Devices become what they were
@@ -484,6 +502,17 @@ impl Devices for DeviceRegistry {
                 other => (String::new(), other.to_string()),
             };
             MigrationError::Device { section, reason }
+        })
+    }
+
+    fn early_loaded(&mut self) -> Result<(), MigrationError> {
+        self.finish_early().map_err(|error| {
+            let RegistryError::MissingEarly(section) = error else {
+                let (section, reason) = (String::new(), error.to_string());
+                return MigrationError::Device { section, reason };
+            };
+            let reason = "it did not come before RAM: do both sides have the same properties?";
+            MigrationError::Device { section, reason: reason.to_owned() }
         })
     }
 

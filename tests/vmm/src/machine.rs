@@ -43,6 +43,8 @@ pub struct MachineOptions {
     pub incoming: bool,
     /// Whether a guest that came from elsewhere waits for [`Machine::cont`].
     pub paused: bool,
+    /// The release whose state the devices send and take; the newest when not given.
+    pub compat_level: Option<String>,
 }
 
 /// A machine with its guest.

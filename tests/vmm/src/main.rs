@@ -56,6 +56,9 @@ enum Command {
         /// Do not let a guest run that came from elsewhere before it is told to.
         #[arg(long)]
         paused: bool,
+        /// Send and take the state of devices as this release of QEMU's machine types does.
+        #[arg(long, value_name = "LEVEL")]
+        compat_level: Option<String>,
     },
 }
 
@@ -65,7 +68,15 @@ fn main() -> ExitCode {
             let parts = Parts { postcopy, break_channel, snapshot };
             demo::run(&DemoOptions { daemon, region_size, tcp, parts })
         }
-        Command::Guest { socket, discard_socket, addr, region_size, incoming, paused } => {
+        Command::Guest {
+            socket,
+            discard_socket,
+            addr,
+            region_size,
+            incoming,
+            paused,
+            compat_level,
+        } => {
             let machine = MachineOptions {
                 socket,
                 discard_socket,
@@ -73,6 +84,7 @@ fn main() -> ExitCode {
                 region_size,
                 incoming: incoming.is_some(),
                 paused,
+                compat_level,
             };
             let incoming = incoming.filter(|from| from != "defer");
             guest::run(GuestOptions { machine, incoming }, stdin().lock(), stdout().lock())

@@ -24,6 +24,8 @@ pub struct VmmOptions {
     pub incoming: bool,
     /// Whether such a guest waits for [`Command::Cont`].
     pub paused: bool,
+    /// The release whose state the devices send and take; the newest when not given.
+    pub compat_level: Option<&'static str>,
 }
 
 /// A running VMM. Dropping it kills it.
@@ -53,6 +55,9 @@ impl Vmm {
         }
         if options.paused {
             process.arg("--paused");
+        }
+        if let Some(level) = options.compat_level {
+            process.args(["--compat-level", level]);
         }
         let mut child = process
             .stdin(Stdio::piped())

@@ -87,6 +87,32 @@ fn a_device_of_another_geometry_is_refused_by_name_with_both_values() {
 }
 
 #[test]
+fn sides_of_an_older_release_understand_each_other_and_no_newer_one() {
+    let old = Some("7.2");
+    let (mut from, mut to, mut newest) =
+        (Host::with_guest_of(old), Host::waiting_of(old), Host::waiting());
+    let address = newest.listen();
+    from.migrate(&address);
+    assert_eq!(from.outcome().status, "failed");
+    let error = newest.outcome().error_desc.unwrap();
+    let expected = "\"vmem0/virtio-mem-device-early\": it did not come before RAM";
+    assert!(error.contains(expected), "{error}");
+    from.assert_guest_works();
+    let mut new = Host::with_guest();
+    let address = to.listen();
+    new.migrate(&address);
+    assert_eq!(new.outcome().status, "failed");
+    let error = to.outcome().error_desc.unwrap();
+    assert!(error.contains("is not sent with the properties of this side"), "{error}");
+
+    // What is discarded comes after memory, and is not sent all the same.
+    let address = unix(&to);
+    let sent = migrate(&mut from, &mut to, &address, true);
+    assert_eq!(sent.ram.discarded, (REGION - PLUGGED) / PAGE);
+    assert_eq!(to.vmm.report().unwrap().held, TOUCHED);
+}
+
+#[test]
 fn a_guest_that_was_written_to_a_file_goes_on_from_there() {
     let (mut from, mut to) = (Host::with_guest(), Host::waiting());
     let file = from.daemon.socket().with_file_name("snapshot");

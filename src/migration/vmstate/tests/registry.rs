@@ -188,6 +188,15 @@ fn state_is_taken_over_when_all_of_it_has_come_and_early_state_at_once() {
 }
 
 #[test]
+fn early_sections_are_missed_when_memory_follows() {
+    let (mut registry, _) = kept();
+    let error = registry.finish_early().unwrap_err().to_string();
+    assert_eq!(error, "d0 did not come before RAM: do both sides have the same properties?");
+    stage(&mut registry, &[21]).unwrap();
+    registry.finish_early().unwrap();
+}
+
+#[test]
 fn a_load_that_fails_at_any_point_leaves_all_devices_as_they_were() {
     let (mut registry, now) = kept();
     stage(&mut registry, &[21, 22]).unwrap();

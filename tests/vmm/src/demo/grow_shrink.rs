@@ -37,7 +37,8 @@ struct Step {
 pub(super) fn run(daemon: &Path, region_size: u64) -> anyhow::Result<Vec<String>> {
     let start = Instant::now();
     let mut daemon = Daemon::start(daemon, DaemonOptions::new(ADDR, region_size))?;
-    let options = VmmOptions { addr: ADDR, region_size, incoming: false, paused: false };
+    let options =
+        VmmOptions { addr: ADDR, region_size, incoming: false, paused: false, compat_level: None };
     let mut guest = Vmm::start(&env::current_exe()?, &daemon, &options)?;
     println!(
         "The guest may grow by {}. One character is {}: · discarded  ░ plugged  █ plugged and populated\n",

@@ -58,8 +58,13 @@ impl Host {
     /// With a guest that writes a quarter of its memory a second.
     pub(super) fn with_guest(daemon: &Path, sizes: Sizes) -> anyhow::Result<Self> {
         let Sizes { region, plugged, touched } = sizes;
-        let options =
-            VmmOptions { addr: ADDR, region_size: region, incoming: false, paused: false };
+        let options = VmmOptions {
+            addr: ADDR,
+            region_size: region,
+            incoming: false,
+            paused: false,
+            compat_level: None,
+        };
         let mut host = Self::start(daemon, plugged, &options)?;
         host.vmm.tell(Command::Settle { requested: plugged })?;
         for (offset, size) in sizes.written() {
@@ -71,7 +76,13 @@ impl Host {
 
     /// That waits for a guest, which may have to wait as well.
     pub(super) fn waiting(daemon: &Path, sizes: Sizes, paused: bool) -> anyhow::Result<Self> {
-        let options = VmmOptions { addr: ADDR, region_size: sizes.region, incoming: true, paused };
+        let options = VmmOptions {
+            addr: ADDR,
+            region_size: sizes.region,
+            incoming: true,
+            paused,
+            compat_level: None,
+        };
         Self::start(daemon, 0, &options)
     }
 

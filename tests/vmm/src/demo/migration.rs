@@ -84,8 +84,13 @@ fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyho
     let Sizes { region, plugged, touched } = sizes;
     let vmm = env::current_exe()?;
     let daemon_options = DaemonOptions::new(ADDR, region).discard_socket();
-    let options =
-        |incoming| VmmOptions { addr: ADDR, region_size: region, incoming, paused: incoming };
+    let options = |incoming| VmmOptions {
+        addr: ADDR,
+        region_size: region,
+        incoming,
+        paused: incoming,
+        compat_level: None,
+    };
     let mut from_daemon = Daemon::start(daemon, daemon_options.clone().requested_size(plugged))?;
     let mut from = Vmm::start(&vmm, &from_daemon, &options(false))?;
     from.tell(Command::Settle { requested: plugged })?;

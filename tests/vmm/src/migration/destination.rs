@@ -100,9 +100,9 @@ fn prepare(
     machine.tear_down_ring()?;
     machine.expect_memory(arriving);
     let blocks = Arc::new(blocks::blocks(machine, discard_aware)?);
-    let devices = MachineDevices::of_destination(machine, arriving)?;
+    let mut devices = MachineDevices::of_destination(machine, arriving)?;
     if let (true, Some(region)) = (discard_aware, blocks.get(REGION)) {
-        region.set_discard_manager(0, devices.manager());
+        devices.guard(region);
     }
     Ok((blocks, devices))
 }

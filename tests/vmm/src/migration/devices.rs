@@ -16,13 +16,16 @@ mod cpus;
 mod driver;
 mod shadow;
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anyhow::Context;
+use virtio_mem::ByteRange;
 use virtio_mem::migration::MigrationError;
 use virtio_mem::migration::devices::{DeviceSection, Devices};
+use virtio_mem::migration::ram::MigrationBlock;
 use virtio_mem::migration::stream::SectionHeader;
-use virtio_mem::migration::virtio_mem as sections;
+use virtio_mem::migration::virtio_mem::{self as sections, EARLY_MIGRATION};
 use virtio_mem::migration::vmstate::{Described, DeviceRegistry};
 use virtio_mem::migration::wire::WireRead;
 use virtio_mem::ram_discard::RamDiscardManager;
@@ -45,6 +48,8 @@ pub(super) struct MachineDevices {
     manager: Option<Arc<RemoteRamDiscardManager>>,
     /// On the destination: whether devices are loaded before all memory is there.
     arriving: bool,
+    /// On the destination: the region, where what is discarded of it is known only after its pages.
+    late_region: Option<Arc<MigrationBlock>>,
 }
 
 impl MachineDevices {
@@ -73,7 +78,11 @@ impl MachineDevices {
         shadow: Shadow,
         manager: Option<Arc<RemoteRamDiscardManager>>,
     ) -> anyhow::Result<Self> {
-        let mut registry = DeviceRegistry::new(sections::properties());
+        let mut properties = sections::properties();
+        if let Some(level) = &machine.options().compat_level {
+            properties.apply_level(sections::COMPAT_LEVELS, level)?;
+        }
+        let mut registry = DeviceRegistry::new(properties);
         sections::register(&mut registry, REGION, shadow.controller())?;
         let frontend = machine.frontend().clone();
         let back_end = BackEnd { frontend, saves: manager.is_some() };
@@ -83,11 +92,37 @@ impl MachineDevices {
         registry.register("cpus", 0, Box::new(cpus))?;
         let driver = Described { vmstate: &driver::VMSTATE, device: Driver(machine.clone()) };
         registry.register(&format!("{REGION}/driver"), 0, Box::new(driver))?;
-        Ok(Self { machine: machine.clone(), registry, shadow, manager, arriving: false })
+        let machine = machine.clone();
+        Ok(Self { machine, registry, shadow, manager, arriving: false, late_region: None })
+    }
+
+    /// Has `region` be held to what is discarded: while its pages come, or when all have come, for
+    /// a source that tells it no sooner.
+    pub(super) fn guard(&mut self, region: &Arc<MigrationBlock>) {
+        if self.registry.properties().is_on(EARLY_MIGRATION) {
+            region.set_discard_manager(0, self.manager());
+        } else {
+            self.late_region = Some(Arc::clone(region));
+        }
+    }
+
+    /// Discards what came for discarded memory before that was known.
+    fn sweep_late(&self) -> Result<(), MigrationError> {
+        let (manager, mut result) = (self.manager(), Ok(()));
+        let Some((region, all)) =
+            self.late_region.as_ref().zip(ByteRange::new(0, manager.region_size()))
+        else {
+            return Ok(());
+        };
+        let _ = manager.replay_discarded(all, &mut |range| {
+            result = region.sweep(range);
+            if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        result.map_err(|error| device_error(&format!("cannot discard memory: {error}")))
     }
 
     /// Who knows what is discarded by what came before RAM.
-    pub(super) fn manager(&self) -> Arc<dyn RamDiscardManager> {
+    fn manager(&self) -> Arc<dyn RamDiscardManager> {
         Arc::clone(self.shadow.controller().manager()) as Arc<dyn RamDiscardManager>
     }
 
@@ -121,8 +156,17 @@ impl Devices for MachineDevices {
         self.registry.load(header, early, reader)
     }
 
+    fn early_loaded(&mut self) -> Result<(), MigrationError> {
+        self.registry.early_loaded()
+    }
+
+    fn abandon(&mut self) {
+        self.registry.abandon();
+    }
+
     fn loaded(&mut self) -> Result<(), MigrationError> {
         self.registry.loaded()?;
+        self.sweep_late()?;
         self.agree().map_err(|error| device_error(&describe(&error)))
     }
 }

@@ -54,8 +54,14 @@ pub fn to_address(to: &str) -> MigrateOptions {
 impl Host {
     /// A host whose guest has plugged and written memory, and keeps writing it.
     pub fn with_guest() -> Self {
+        Self::with_guest_of(None)
+    }
+
+    /// The same, with devices that send and take the state of an older release.
+    pub fn with_guest_of(compat_level: Option<&'static str>) -> Self {
+        let (incoming, paused) = (false, false);
         let options =
-            VmmOptions { addr: ADDR, region_size: REGION, incoming: false, paused: false };
+            VmmOptions { addr: ADDR, region_size: REGION, incoming, paused, compat_level };
         let mut host = Self::start(PLUGGED, &options);
         host.vmm.tell(Command::Settle { requested: PLUGGED }).unwrap();
         // At both ends of what is plugged, with a hole between.
@@ -71,15 +77,30 @@ impl Host {
         Self::waiting_at(ADDR, REGION)
     }
 
+    /// A host that waits for a guest, with devices of an older release.
+    pub fn waiting_of(compat_level: Option<&'static str>) -> Self {
+        let (incoming, paused) = (true, false);
+        let options =
+            VmmOptions { addr: ADDR, region_size: REGION, incoming, paused, compat_level };
+        Self::start(0, &options)
+    }
+
     /// A host that waits for a guest, with its region elsewhere or of another size.
     pub fn waiting_at(addr: u64, region_size: u64) -> Self {
-        let options = VmmOptions { addr, region_size, incoming: true, paused: false };
+        let options =
+            VmmOptions { addr, region_size, incoming: true, paused: false, compat_level: None };
         Self::start(0, &options)
     }
 
     /// A host that waits for a guest, which is to wait there.
     pub fn paused() -> Self {
-        let options = VmmOptions { addr: ADDR, region_size: REGION, incoming: true, paused: true };
+        let options = VmmOptions {
+            addr: ADDR,
+            region_size: REGION,
+            incoming: true,
+            paused: true,
+            compat_level: None,
+        };
         Self::start(0, &options)
     }
 
