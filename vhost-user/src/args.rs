@@ -6,7 +6,9 @@ use clap::Parser;
 use thiserror::Error;
 use virtio_mem::device::{Geometry, GeometryError, VirtioMem};
 
+use crate::listener::Access;
 use crate::size::parse_size;
+use crate::sys;
 
 /// vhost-user back-end for virtio-mem.
 ///
@@ -57,6 +59,19 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub state_file: Option<PathBuf>,
 
+    /// Offer postcopy (PAGEFAULT): a front-end that asks for it is trusted with this process,
+    /// which starts itself anew before it serves another
+    #[arg(long)]
+    pub postcopy: bool,
+
+    /// Permissions of all sockets, octal, whatever the umask
+    #[arg(long, value_name = "MODE", default_value = "0600", allow_hyphen_values = true)]
+    pub socket_mode: String,
+
+    /// Group of all sockets, a name or a number [default: the group of the process]
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
+
     /// Print the back-end's capabilities as JSON and exit; other options are ignored
     #[arg(long)]
     pub print_capabilities: bool,
@@ -86,6 +101,10 @@ pub struct Config {
     pub discard_socket: Option<PathBuf>,
     /// Where the state is kept.
     pub state_file: Option<PathBuf>,
+    /// Whether front-ends may use postcopy.
+    pub postcopy: bool,
+    /// Who may connect to the sockets.
+    pub access: Access,
 }
 
 /// An option that breaks a rule.
@@ -149,7 +168,8 @@ impl TryFrom<Args> for Config {
                 return Err(ArgsError::new("socket-path", "", "neither it nor --fd is given"));
             }
         };
-        let Args { api_socket, discard_socket, state_file, .. } = args;
+        let (api_socket, discard_socket, state_file) =
+            (args.api_socket, args.discard_socket, args.state_file);
         let socket_path = match &endpoint {
             Endpoint::Path(path) => Some(path),
             Endpoint::Fd(_) => None,
@@ -168,7 +188,46 @@ impl TryFrom<Args> for Config {
                 return Err(ArgsError::new(option, &path.to_string_lossy(), rule));
             }
         }
-        Ok(Self { endpoint, geometry, requested_size, api_socket, discard_socket, state_file })
+        let access = Access {
+            mode: mode(&args.socket_mode)
+                .map_err(|rule| ArgsError::new("socket-mode", &args.socket_mode, rule))?,
+            group: match &args.socket_group {
+                None => None,
+                Some(text) => {
+                    Some(group(text).map_err(|rule| ArgsError::new("socket-group", text, rule))?)
+                }
+            },
+        };
+        let postcopy = args.postcopy;
+        Ok(Self {
+            endpoint,
+            geometry,
+            requested_size,
+            api_socket,
+            discard_socket,
+            state_file,
+            postcopy,
+            access,
+        })
+    }
+}
+
+/// Permission bits in octal.
+fn mode(text: &str) -> Result<u32, &'static str> {
+    let rule = "not permission bits in octal, from 0 to 0777";
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    let is_octal = !digits.is_empty() && digits.bytes().all(|digit| (b'0'..=b'7').contains(&digit));
+    let mode = u32::from_str_radix(digits, 8).ok().filter(|&mode| is_octal && mode <= 0o777);
+    mode.ok_or(rule)
+}
+
+/// The id of a group.
+fn group(text: &str) -> Result<u32, String> {
+    // A name may consist of digits, too.
+    match sys::group::id_of(text) {
+        Ok(Some(id)) => Ok(id),
+        Ok(None) => number(text).ok_or_else(|| "there is no such group".to_owned()),
+        Err(error) => Err(format!("cannot look for the group: {error}")),
     }
 }
 
@@ -232,6 +291,10 @@ mod tests {
             ("--node-id 65536", "--node-id 65536: "),
             ("--node-id -1", "--node-id -1: "),
             ("--api-socket s", "--api-socket s: "),
+            ("--socket-mode 0800", "--socket-mode 0800: "),
+            ("--socket-mode +7", "--socket-mode +7: "),
+            ("--socket-mode 1777", "--socket-mode 1777: "),
+            ("--socket-group no-such-group", "--socket-group no-such-group: "),
             ("--api-socket a --discard-socket a", "--discard-socket a: "),
             ("--api-socket a --state-file a", "--state-file a: "),
         ] {

@@ -6,8 +6,8 @@ use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use parking_lot::Mutex;
@@ -26,8 +26,9 @@ pub struct Connections {
     service: Arc<Service>,
     notifier: Arc<Notifier>,
     current: Mutex<Current>,
-    sockets: Vec<PathBuf>,
     postcopy: bool,
+    /// A front-end was given the page faults of this process.
+    exposed: AtomicBool,
 }
 
 #[derive(Default)]
@@ -37,9 +38,10 @@ struct Current {
 }
 
 impl Connections {
-    /// Nobody is connected yet. `sockets` are the daemon's own, for a hasty end.
-    pub fn new(service: Arc<Service>, notifier: Arc<Notifier>, sockets: Vec<PathBuf>) -> Self {
-        Self { service, notifier, current: Mutex::default(), sockets, postcopy: false }
+    /// Nobody is connected yet.
+    pub fn new(service: Arc<Service>, notifier: Arc<Notifier>) -> Self {
+        let (current, exposed) = (Mutex::default(), AtomicBool::new(false));
+        Self { service, notifier, current, postcopy: false, exposed }
     }
 
     /// Whether front-ends may use postcopy: they may not, unless told so here.
@@ -48,11 +50,10 @@ impl Connections {
         Self { postcopy, ..self }
     }
 
-    /// Removes the daemon's sockets, for an end that cannot wait.
-    pub fn remove_sockets(&self) {
-        for path in &self.sockets {
-            let _ = std::fs::remove_file(path);
-        }
+    /// Whether a front-end was given the page faults of this process, which it could still fill
+    /// with anything: no other one may be served by it.
+    pub fn is_exposed(&self) -> bool {
+        self.exposed.load(Ordering::Relaxed)
     }
 
     /// Serves one front-end until it leaves. Block state outlives it; its memory does not.
@@ -112,13 +113,17 @@ impl Connections {
             Relay::run(front, crate_side, events, Arc::clone(&self.notifier))
                 .context("front-end connection")
         });
+        if backend.postcopy().was_advised() {
+            self.exposed.store(true, Ordering::Relaxed);
+        }
         // Before anything that waits for the worker, or for the crate's thread, which may do so.
         backend.end();
         if let Err(error) = backend.abandon_postcopy() {
             // A thread waits for a page for good, and letting it go on could harm the guest. The
             // state file is good at every instruction.
             tracing::error!(%error, "cannot let go of memory that did not arrive; ending");
-            self.remove_sockets();
+            crate::listener::remove_all();
+            crate::log::flush();
             std::process::exit(1);
         }
         // Whoever waits for a transfer would wait in the crate's thread.

@@ -27,6 +27,7 @@ pub mod management;
 pub mod metrics;
 pub mod postcopy;
 pub mod queue;
+mod renew;
 pub mod service;
 pub mod size;
 mod socket;
@@ -47,6 +48,7 @@ use front_door::Notifier;
 use management::Server;
 use service::Service;
 use socket::{FrontEnds, Shutdown};
+use sys::signals::Signals;
 
 /// What `--print-capabilities` prints.
 pub const CAPABILITIES: &str = r#"{"type":"mem"}"#;
@@ -58,10 +60,15 @@ pub const CAPABILITIES: &str = r#"{"type":"mem"}"#;
 /// When it cannot start: a socket or the state file is not to be had. An [`ArgsError`] when the
 /// descriptor is none that could be used.
 pub fn run(config: Config) -> anyhow::Result<()> {
-    if let Err(error) = sys::lost_memory::install() {
-        tracing::warn!(%error, "a front-end that takes its memory away can end this process");
-    }
-    let start = start::open(&config)?;
+    // Before there is a second thread, which would not know what is blocked.
+    let signals = Signals::watch().context("cannot watch signals")?;
+    log::start().context("cannot start the log")?;
+    sys::lost_memory::install().context(
+        "/proc/self/maps is needed to survive memory that a front-end takes away: mount /proc",
+    )?;
+    listener::allow(config.access);
+    let left = renew::left()?;
+    let (start, state) = start::open(&config, left)?;
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
     if config.state_file.is_some() {
@@ -69,21 +76,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         notifier.notify();
     }
     let service = Service::new(controller, Arc::clone(&notifier))?;
-    let sockets = match &config.endpoint {
-        Endpoint::Path(path) => Some(path),
-        Endpoint::Fd(_) => None,
-    };
-    let sockets = sockets.into_iter().chain(&config.api_socket).chain(&config.discard_socket);
-    let sockets = sockets.cloned().collect();
-    let postcopy = postcopy::probe();
-    if let Err(error) = &postcopy {
-        tracing::info!(%error, "PAGEFAULT is not offered: postcopy needs userfaultfd(2)");
-    }
-    let connections =
-        Connections::new(Arc::clone(&service), notifier, sockets).offer_postcopy(postcopy.is_ok());
-    let connections = Arc::new(connections);
+    let connections = Connections::new(Arc::clone(&service), notifier);
+    let connections = Arc::new(connections.offer_postcopy(config.postcopy && can_postcopy()));
     // Before there is a socket that a signal would leave behind.
-    let shutdown = Shutdown::on_signals(Arc::clone(&connections))?;
+    let shutdown = Shutdown::on_signals(signals, Arc::clone(&connections))
+        .context("cannot wait for signals")?;
     let front_ends =
         match &config.endpoint {
             Endpoint::Path(path) => FrontEnds::bind(path)
@@ -125,6 +122,15 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             Ok(()) => tracing::info!("front-end disconnected"),
             Err(error) => tracing::warn!(error = format!("{error:#}"), "connection ended"),
         }
+        if connections.is_exposed()
+            && front_ends.may_bring_more()
+            && let Some(state) = &state
+        {
+            tracing::info!("starting anew: a front-end had the page faults of this process");
+            if let Some(error) = shutdown.unless_requested(|| renew::renew(&state.current())) {
+                return Err(error);
+            }
+        }
     }
     tracing::info!("ending");
     connections.end();
@@ -136,4 +142,13 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     }
     tracing::info!("ended");
     Ok(())
+}
+
+/// Whether PAGEFAULT can be offered; says so if not.
+fn can_postcopy() -> bool {
+    let probed = postcopy::probe();
+    if let Err(error) = &probed {
+        tracing::warn!(%error, "--postcopy: PAGEFAULT is not offered, since userfaultfd(2) fails");
+    }
+    probed.is_ok()
 }

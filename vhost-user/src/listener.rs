@@ -1,52 +1,239 @@
-//! Unix sockets to listen on.
+//! Unix sockets to listen on, and their files.
+//!
+//! Beside each socket is a file `PATH.lock`, which is locked while the socket is served: of two
+//! daemons that are started on one path, the second is refused, and neither removes what the other
+//! has bound. A file that was left by a killed daemon is replaced; it is removed by identity, since
+//! another program may have put something else there.
+//!
+//! A process has one table of what it has bound, for an end that cannot wait and for a start anew.
 
-use std::fs;
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Binds `path`. A socket file that nobody answers at was left by a killed daemon and is
-/// replaced; one that somebody answers at is not, nor is anything that is no socket.
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, chmodat, fchmod, flock};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// Who may connect to the sockets of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// Permission bits, whatever the umask.
+    pub mode: u32,
+    /// The group of the files, if it is not the process's.
+    pub group: Option<u32>,
+}
+
+/// Unless it is said otherwise: the user who runs the daemon.
+const OWNER_ONLY: Access = Access { mode: 0o600, group: None };
+
+static ACCESS: OnceLock<Access> = OnceLock::new();
+static NEXT: AtomicU64 = AtomicU64::new(0);
+static BOUND: Mutex<Vec<(u64, Bound)>> = Mutex::new(Vec::new());
+/// What the process before this one had bound, until it is bound here.
+static LEFT: Mutex<Vec<Bound>> = Mutex::new(Vec::new());
+
+/// A socket of this process.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    pub(crate) path: PathBuf,
+    /// Device and inode of the socket's file.
+    pub(crate) identity: (u64, u64),
+    pub(crate) listener: UnixListener,
+    pub(crate) lock: File,
+}
+
+/// Says who may connect to the sockets that are bound from now on. The first call counts.
+pub(crate) fn allow(access: Access) {
+    let _ = ACCESS.set(access);
+}
+
+/// Binds `path`. A socket file that no process answers at was left by a killed daemon and is
+/// replaced; one that is answered at is not, nor is anything that is not a socket.
 pub(crate) fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let refuse = |kind, reason| Err(io::Error::new(kind, reason));
-            if !fs::symlink_metadata(path)?.file_type().is_socket() {
-                return refuse(error.kind(), "the path exists and is not a socket");
-            }
-            match UnixStream::connect(path) {
-                Ok(_) => return refuse(error.kind(), "in use: another process is listening there"),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-                // Gone since: as good as replaced.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => UnixListener::bind(path)?,
-            }
+    let bound = match take(&LEFT, |bound| bound.path == path) {
+        Some(left) => left,
+        None => {
+            let lock = lock(path)?;
+            remove_left(path)?;
+            create(path, lock)?
         }
-        other => other?,
     };
-    let metadata = fs::symlink_metadata(path)?;
-    let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
-    listener.set_nonblocking(true)?;
-    Ok((listener, file))
+    let listener = match bound.listener.try_clone() {
+        Ok(listener) => listener,
+        Err(error) => {
+            remove(bound);
+            return Err(error);
+        }
+    };
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    BOUND.lock().push((number, bound));
+    Ok((listener, SocketFile { number }))
+}
+
+/// Takes over what the process before this one had bound, to be found by [`bind`].
+pub(crate) fn continue_with(left: Vec<Bound>) {
+    *LEFT.lock() = left;
+}
+
+/// Calls `look` with everything that is bound.
+pub(crate) fn with_bound<T>(look: impl FnOnce(&mut dyn Iterator<Item = &Bound>) -> T) -> T {
+    look(&mut BOUND.lock().iter().map(|(_, bound)| bound))
+}
+
+/// Removes all sockets of this process, for an end that cannot wait.
+pub(crate) fn remove_all() {
+    let bound = std::mem::take(&mut *BOUND.lock());
+    bound.into_iter().for_each(|(_, bound)| remove(bound));
 }
 
 /// Removes the file of a socket when dropped, unless another socket has taken its place.
+#[derive(Debug)]
 pub(crate) struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
+    number: u64,
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
-        if ours {
-            let _ = fs::remove_file(&self.path);
+        if let Some((_, bound)) = take(&BOUND, |(number, _)| *number == self.number) {
+            remove(bound);
+        }
+    }
+}
+
+fn take<T>(table: &Mutex<Vec<T>>, is: impl Fn(&T) -> bool) -> Option<T> {
+    let mut table = table.lock();
+    let at = table.iter().position(is)?;
+    Some(table.swap_remove(at))
+}
+
+fn remove(bound: Bound) {
+    let Bound { path, identity, listener, lock } = bound;
+    remove_same(&path, identity);
+    drop(listener);
+    // Before the lock is released: who waits for it looks whether the file is still there.
+    if let Ok(metadata) = lock.metadata() {
+        remove_same(&lock_path(&path), (metadata.dev(), metadata.ino()));
+    }
+}
+
+/// Removes a file if it is still the one that is meant.
+fn remove_same(path: &Path, identity: (u64, u64)) {
+    if identity_of(path).is_ok_and(|found| found == identity) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+fn refuse<T>(reason: String) -> io::Result<T> {
+    Err(io::Error::new(io::ErrorKind::AddrInUse, reason))
+}
+
+fn lock_path(path: &Path) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(".lock");
+    name.into()
+}
+
+/// Excludes other daemons from `path`.
+fn lock(path: &Path) -> io::Result<File> {
+    let beside = lock_path(path);
+    let failed = |error: io::Error| {
+        io::Error::new(error.kind(), format!("cannot lock {}: {error}", beside.display()))
+    };
+    loop {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+            .open(&beside)
+            .map_err(failed)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let beside = beside.display();
+                return refuse(format!("in use: another process holds {beside}"));
+            }
+            Err(error) => return Err(failed(error.into())),
+        }
+        let metadata = file.metadata().map_err(failed)?;
+        // Its holder may have removed it before it was locked here.
+        match identity_of(&beside) {
+            Ok(found) if found == (metadata.dev(), metadata.ino()) => return Ok(file),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+}
+
+/// Removes what a killed daemon has left at `path`.
+fn remove_left(path: &Path) -> io::Result<()> {
+    let metadata = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    if !metadata.file_type().is_socket() {
+        return refuse("the path exists and is not a socket".to_owned());
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match connect(&probe, &SocketAddrUnix::new(path)?) {
+        // With a queue of connections that is full, it is listened to as well.
+        Ok(()) | Err(Errno::AGAIN) => {
+            refuse("in use: another process is listening there".to_owned())
+        }
+        Err(Errno::CONNREFUSED) => {
+            remove_same(path, (metadata.dev(), metadata.ino()));
+            Ok(())
+        }
+        Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn create(path: &Path, lock: File) -> io::Result<Bound> {
+    let Access { mode, group } = *ACCESS.get().unwrap_or(&OWNER_ONLY);
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket: OwnedFd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // The file gets the bits of the socket, less the umask: never more than is wanted.
+    fchmod(&socket, Mode::from_raw_mode(mode & OWNER_ONLY.mode))?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    let bound = Bound {
+        path: path.to_owned(),
+        identity: identity_of(path)?,
+        listener: socket.into(),
+        lock,
+    };
+    let opened = || -> io::Result<()> {
+        if group.is_some() {
+            std::os::unix::fs::lchown(path, None, group)?;
+        }
+        chmodat(CWD, path, Mode::from_raw_mode(mode), AtFlags::empty())?;
+        Ok(rustix::net::listen(&bound.listener, BACKLOG)?)
+    };
+    match opened() {
+        Ok(()) => Ok(bound),
+        Err(error) => {
+            remove(bound);
+            Err(error)
         }
     }
 }
@@ -54,23 +241,30 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    fn place() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        (dir, path)
+    }
 
     #[test]
     fn a_left_socket_is_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api");
+        let (dir, path) = place();
         drop(UnixListener::bind(&path).unwrap());
+        fs::write(lock_path(&path), "").unwrap();
         assert!(path.exists());
         let (listener, file) = bind(&path).unwrap();
         UnixStream::connect(&path).unwrap();
         drop((listener, file));
-        assert!(!path.exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
     fn a_served_socket_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api");
+        let (_dir, path) = place();
         let _other = UnixListener::bind(&path).unwrap();
         let error = bind(&path).err().unwrap();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
@@ -79,9 +273,47 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_whose_queue_is_full_is_in_use() {
+        let (_dir, path) = place();
+        let flags = SocketFlags::CLOEXEC;
+        let other = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::bind(&other, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&other, 0).unwrap();
+        let _waiting = UnixStream::connect(&path).unwrap();
+        let error = bind(&path).err().unwrap();
+        assert!(error.to_string().contains("in use: another process is listening"), "{error}");
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_second_daemon_is_refused_before_it_looks_at_the_socket() {
+        let (_dir, path) = place();
+        let (listener, file) = bind(&path).unwrap();
+        // As between the two steps of a start: the file is there, and does not answer.
+        drop(listener);
+        let (number, Bound { listener, lock, .. }) =
+            take(&BOUND, |(_, bound)| bound.path == path).unwrap();
+        drop(listener);
+        let error = bind(&path).err().unwrap();
+        assert!(error.to_string().contains("another process holds"), "{error}");
+        assert!(error.to_string().contains("api.lock"), "{error}");
+        assert!(path.exists() && number == file.number);
+        drop(lock);
+        bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_cannot_be_had_is_told_from_one_that_is_held() {
+        let (_dir, path) = place();
+        std::os::unix::fs::symlink("elsewhere", lock_path(&path)).unwrap();
+        let error = bind(&path).err().unwrap();
+        assert!(error.to_string().contains("cannot lock"), "{error}");
+        assert!(error.to_string().contains("api.lock"), "{error}");
+    }
+
+    #[test]
     fn a_file_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api");
+        let (_dir, path) = place();
         fs::write(&path, "precious").unwrap();
         let error = bind(&path).err().unwrap();
         assert!(error.to_string().contains("not a socket"), "{error}");
@@ -90,12 +322,20 @@ mod tests {
 
     #[test]
     fn a_successor_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api");
+        let (dir, path) = place();
         let (_listener, file) = bind(&path).unwrap();
         fs::rename(&path, dir.path().join("aside")).unwrap();
         let _successor = UnixListener::bind(&path).unwrap();
         drop(file);
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn only_the_owner_may_connect_unless_it_is_said() {
+        let (_dir, path) = place();
+        let _bound = bind(&path).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(fs::metadata(lock_path(&path)).unwrap().permissions().mode() & 0o777, 0o600);
     }
 }

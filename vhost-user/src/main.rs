@@ -40,7 +40,7 @@ fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    let done = log::start().map_err(Into::into).and_then(|()| vhost_user_mem::run(config));
+    let done = vhost_user_mem::run(config);
     log::flush();
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -12,6 +12,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use virtio_mem::ByteRange;
@@ -40,6 +41,7 @@ pub struct Postcopy {
     controller: Arc<MemController>,
     faults: Arc<Mutex<Faults>>,
     listener: Mutex<Option<ListenerId>>,
+    advised: AtomicBool,
 }
 
 struct Faults {
@@ -58,7 +60,7 @@ impl Postcopy {
     pub fn new(controller: Arc<MemController>) -> Self {
         let geometry = *controller.geometry();
         let faults = Arc::new(Mutex::new(Faults::new(geometry)));
-        Self { controller, faults, listener: Mutex::default() }
+        Self { controller, faults, listener: Mutex::default(), advised: AtomicBool::new(false) }
     }
 
     /// POSTCOPY_ADVISE: opens a userfaultfd and gives a copy for the front-end.
@@ -74,7 +76,13 @@ impl Postcopy {
         let offered = OfferedFaults::open()?;
         let copy = offered.copy()?;
         faults.offered = Some(offered);
+        self.advised.store(true, Ordering::Relaxed);
         Ok(copy)
+    }
+
+    /// Whether the front-end was given a userfaultfd of this process.
+    pub fn was_advised(&self) -> bool {
+        self.advised.load(Ordering::Relaxed)
     }
 
     /// POSTCOPY_LISTEN: memory that is mapped from now on may have missing pages; there must be

@@ -1,11 +1,10 @@
 //! Where front-ends come from, and what ends the wait for them.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -13,11 +12,11 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::connection::Connections;
 use crate::listener::{self, SocketFile};
+use crate::sys::inherited;
+use crate::sys::signals::{SIGINT, SIGTERM, Signals};
 
 /// A signal ends the daemon within 2 s; what has not ended by itself until then is left.
 const GRACE: Duration = Duration::from_millis(1500);
@@ -55,9 +54,10 @@ impl FrontEnds {
     pub fn inherit(fd: i32) -> io::Result<Self> {
         let refuse = |rule| Err(io::Error::other(rule));
         // A duplicate, since nothing tells that nobody else in this process uses the number.
-        let myself = pidfd_open(getpid(), PidfdFlags::empty())?;
-        let fd: OwnedFd = match pidfd_getfd(myself, fd, PidfdGetfdFlags::empty()) {
-            Err(Errno::BADF) => return refuse("no such file descriptor"),
+        let fd = match inherited::duplicate(fd) {
+            Err(error) if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) => {
+                return refuse("no such file descriptor");
+            }
             other => other?,
         };
         let is_unix = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX);
@@ -77,6 +77,11 @@ impl FrontEnds {
         Ok(Self::Connected(Mutex::new(Some(stream))))
     }
 
+    /// Whether there can be another front-end.
+    pub fn may_bring_more(&self) -> bool {
+        matches!(self, Self::Listening { .. })
+    }
+
     /// The next front-end; `None` when there will be none.
     ///
     /// # Errors
@@ -86,7 +91,7 @@ impl FrontEnds {
         match self {
             Self::Connected(stream) => Ok(stream.lock().take()),
             Self::Listening { listener, .. } => loop {
-                if shutdown.requested.load(Ordering::Acquire) {
+                if shutdown.is_requested() {
                     return Ok(None);
                 }
                 let mut fds = [
@@ -119,7 +124,14 @@ impl FrontEnds {
 /// Becomes readable when the daemon is to end.
 pub struct Shutdown {
     wake: UnixStream,
-    requested: Arc<AtomicBool>,
+    state: Arc<State>,
+}
+
+struct State {
+    signals: Signals,
+    /// Locked from before a signal is read until it is seen to, so that none is lost when the
+    /// process is replaced.
+    requested: Mutex<bool>,
 }
 
 impl Shutdown {
@@ -127,25 +139,13 @@ impl Shutdown {
     ///
     /// # Errors
     ///
-    /// When signals cannot be watched.
-    pub fn on_signals(connections: Arc<Connections>) -> anyhow::Result<Self> {
+    /// When there is no thread to be had.
+    pub fn on_signals(signals: Signals, connections: Arc<Connections>) -> io::Result<Self> {
         let (wake, waker) = UnixStream::pair()?;
-        let requested = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&requested);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        // Registered before anything else starts, so that no signal finds the default action.
-        let (mut term, mut int) = {
-            let _inside = runtime.enter();
-            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
-        };
+        let state = Arc::new(State { signals, requested: Mutex::new(false) });
+        let watched = Arc::clone(&state);
         std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-            runtime.block_on(async {
-                tokio::select! {
-                    _ = term.recv() => {}
-                    _ = int.recv() => {}
-                }
-            });
-            flag.store(true, Ordering::Release);
+            watched.wait_for_end();
             drop(waker);
             // Not on this thread, which may wait for nothing.
             let ending = Arc::clone(&connections);
@@ -156,9 +156,46 @@ impl Shutdown {
             std::thread::sleep(GRACE);
             // The state file is good at every instruction, so there is nothing to wait for, and
             // nothing is told: the log says "ended" when all of it did.
-            connections.remove_sockets();
+            listener::remove_all();
             std::process::exit(0);
         })?;
-        Ok(Self { wake, requested })
+        Ok(Self { wake, state })
+    }
+
+    /// Whether the daemon is to end.
+    pub fn is_requested(&self) -> bool {
+        *self.state.requested.lock()
+    }
+
+    /// Does what cannot be undone, unless the daemon is to end. A signal that comes meanwhile
+    /// waits.
+    pub fn unless_requested<T>(&self, act: impl FnOnce() -> T) -> Option<T> {
+        let requested = self.state.requested.lock();
+        (!*requested).then(act)
+    }
+}
+
+impl State {
+    /// Returns when a signal has come that ends the daemon.
+    fn wait_for_end(&self) {
+        loop {
+            // An error may only be an interruption; a signal that is there is read in any case.
+            let _ = poll(&mut [PollFd::new(&self.signals, PollFlags::IN)], None);
+            let mut requested = self.requested.lock();
+            match self.signals.next() {
+                Ok(Some(SIGTERM | SIGINT)) => {
+                    *requested = true;
+                    return;
+                }
+                Ok(Some(signal)) => {
+                    tracing::info!(signal, "ignoring a signal: nothing is read anew");
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!(%error, "cannot read signals");
+                    std::thread::sleep(GRACE);
+                }
+            }
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! What the device starts with: the state file, or the command line.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 
@@ -8,37 +9,69 @@ use virtio_mem::controller::{BlockUpdate, JournalUpdate, Start, StateRecord, Sta
 use virtio_mem::device::{Change, DeviceState, Request, VirtioMem};
 
 use crate::args::Config;
-use crate::state_file::{Commit, Delta, Geometry, JournalUpdate as SavedJournal, Saved, StateFile};
+use crate::state_file::{
+    Commit, Current, Delta, Geometry, JournalUpdate as SavedJournal, Saved, StateFile,
+};
 
-/// Opens the state file, if there is to be one, and makes the device.
+/// Opens the state file, if there is to be one, and makes the device. `left` is what the daemon
+/// kept its state in until it started itself anew.
+///
+/// The second value is where the state is kept, if it outlives the process.
 ///
 /// # Errors
 ///
 /// When the state file cannot be used; it is then left as it was.
-pub fn open(config: &Config) -> anyhow::Result<Start> {
+pub fn open(config: &Config, left: Option<File>) -> anyhow::Result<(Start, Option<Current>)> {
     let device = VirtioMem::new(config.geometry, config.requested_size)?;
-    let Some(path) = &config.state_file else { return Ok(Start::volatile(device)) };
-    // The errors name the file.
-    let option = || "--state-file";
     let geometry = Geometry {
         addr: config.geometry.addr(),
         region_size: config.geometry.region_size(),
         block_size: config.geometry.block_size(),
         node_id: config.geometry.node_id(),
     };
-    if !path.try_exists().with_context(|| format!("--state-file: {}", path.display()))? {
-        let (requested, usable) = (device.requested_size(), device.usable_region_size());
-        let file = StateFile::create(path, &geometry, requested, usable).with_context(option)?;
-        return Ok(Start { store: Box::new(Store(file)), ..Start::volatile(device) });
-    }
-    let (file, saved) = StateFile::open(path, &geometry).with_context(option)?;
+    let (requested, usable) = (device.requested_size(), device.usable_region_size());
+    let (file, saved, whence) = if let Some(left) = left {
+        let path = config.state_file.as_deref();
+        let (file, saved) = StateFile::continue_with(left, path, &geometry)
+            .context("the state of the daemon before it started anew")?;
+        (file, saved, "the daemon before")
+    } else {
+        let Some(path) = &config.state_file else {
+            if !config.postcopy {
+                return Ok((Start::volatile(device), None));
+            }
+            let file = StateFile::in_memory(&geometry, requested, usable)
+                .context("cannot keep the state for a start anew")?;
+            let current = file.current();
+            let store = Box::new(Store(file));
+            return Ok((Start { store, ..Start::volatile(device) }, Some(current)));
+        };
+        // The errors name the file.
+        let option = || "--state-file";
+        if !path.try_exists().with_context(|| format!("--state-file: {}", path.display()))? {
+            let file =
+                StateFile::create(path, &geometry, requested, usable).with_context(option)?;
+            let current = file.current();
+            let store = Box::new(Store(file));
+            return Ok((Start { store, ..Start::volatile(device) }, Some(current)));
+        }
+        let (file, saved) = StateFile::open(path, &geometry).with_context(option)?;
+        (file, saved, "the state file")
+    };
     let Saved { requested_size, usable_region_size, plugged, journal, .. } = saved;
     let (api_migration, reset_pending) = (saved.api_migration, saved.reset_pending);
-    let state = DeviceState { requested_size, usable_region_size, plugged };
-    let device = VirtioMem::restore(config.geometry, state).with_context(option)?;
+    let state_of = || format!("state of {whence}");
+    let device = if saved.other_boot {
+        tracing::info!("the host was started anew, and the guest is gone: no block is plugged");
+        VirtioMem::new(config.geometry, requested_size).with_context(state_of)?
+    } else {
+        let state = DeviceState { requested_size, usable_region_size, plugged };
+        VirtioMem::restore(config.geometry, state).with_context(state_of)?
+    };
     let plugged_size = device.plugged_size();
-    tracing::info!(plugged_size, requested_size, "state taken over from the state file");
-    Ok(Start {
+    tracing::info!(plugged_size, requested_size, "state taken over from {whence}");
+    let current = file.current();
+    let start = Start {
         device,
         store: Box::new(Store(file)),
         journal: journal
@@ -47,7 +80,8 @@ pub fn open(config: &Config) -> anyhow::Result<Start> {
         api_migration,
         reset_pending,
         sweep: true,
-    })
+    };
+    Ok((start, Some(current)))
 }
 
 fn delta_of(change: &Change) -> Delta {

@@ -263,6 +263,99 @@ fn sigterm_ends_it_in_time_with_its_sockets_removed() {
     assert!(!daemon.socket().exists() && !daemon.api_socket().exists());
 }
 
+/// A host that was started anew has another boot id, and nothing of the guest.
+#[test]
+fn after_a_start_of_the_host_the_requested_size_is_left_and_nothing_else() {
+    let mut daemon = common::daemon(options().state_file());
+    let ram = ram();
+    let (_frontend, _channel, mut driver) = connect(&daemon, &ram);
+    assert_eq!(driver.plug(gpa(3), 2).unwrap().kind(), ResponseType::Ack);
+    assert!(daemon.api().resize(7 * BLOCK).unwrap().is_success());
+    assert!(daemon.api().set_migration(true).unwrap().is_success());
+    daemon.kill().unwrap();
+    let mut bytes = fs::read(daemon.state_file()).unwrap();
+    // The head, with another boot id (spec-notes/state-file.md), and a bitmap that never got to
+    // the disk.
+    bytes[48] ^= 1;
+    let crc = u64::from(crc32fast::hash(&bytes[..64])).to_le_bytes();
+    bytes[64..72].copy_from_slice(&crc);
+    bytes[24576..].fill(0);
+    fs::write(daemon.state_file(), bytes).unwrap();
+    for _ in 0..2 {
+        daemon.restart().unwrap();
+        let device = daemon.api().device().unwrap();
+        assert_eq!(device["requested_size"], 7 * BLOCK);
+        assert_eq!(device["usable_region_size"], (256 << 20) + 7 * BLOCK);
+        assert_eq!(
+            (&device["plugged_size"], &device["migration_active"]),
+            (&0.into(), &false.into())
+        );
+        let said = "the host was started anew";
+        assert!(daemon.wait_logged(said, common::PATIENCE), "{}", daemon.stderr());
+    }
+    let (_frontend, _channel, mut driver) = connect(&daemon, &ram);
+    assert_eq!(driver.plug(gpa(0), 1).unwrap().kind(), ResponseType::Ack);
+    assert!(daemon.api().resize(6 * BLOCK).unwrap().is_success());
+    daemon.restart().unwrap();
+    let device = daemon.api().device().unwrap();
+    assert_eq!(
+        (&device["plugged_size"], &device["requested_size"]),
+        (&BLOCK.into(), &(6 * BLOCK).into())
+    );
+}
+
+#[test]
+fn new_state_files_at_once_in_separate_process_namespaces_are_not_mixed_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let spawn = |name: &str| {
+        Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", env!("CARGO_BIN_EXE_vhost-user-mem")])
+            .args(["--addr", "0x140000000", "--region-size", "1G", "--socket-path"])
+            .arg(dir.path().join(name))
+            .arg("--state-file")
+            .arg(&state)
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+    };
+    if !Command::new("unshare")
+        .args(["--pid", "--fork", "true"])
+        .status()
+        .is_ok_and(|s| s.success())
+    {
+        return eprintln!("skipped: no process namespaces in this environment");
+    }
+    for round in 0..5 {
+        let _ = fs::remove_file(&state);
+        let mut daemons: Vec<_> = (0..3).map(|n| spawn(&format!("{round}-{n}")).unwrap()).collect();
+        let deadline = Instant::now() + common::PATIENCE;
+        let running = loop {
+            let ended = daemons.iter_mut().filter_map(|d| d.try_wait().unwrap()).count();
+            if ended == 2 {
+                break 1;
+            }
+            assert!(Instant::now() < deadline, "two share a file");
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        assert_eq!(running, 1);
+        let size = fs::metadata(&state).unwrap().len();
+        assert!(size > 24576, "{size}");
+        assert_eq!(
+            fs::read_dir(dir.path())
+                .unwrap()
+                .filter(|entry| {
+                    entry.as_ref().unwrap().file_name().to_string_lossy().contains(".new-")
+                })
+                .count(),
+            0
+        );
+        for daemon in &mut daemons {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}
+
 #[test]
 fn sigterm_during_the_start_leaves_no_socket() {
     for socket in ["vhost.sock", "api.sock"] {

@@ -154,7 +154,7 @@ fn plugged_blocks_get_their_pages_when_memory_comes_after_their_state() {
 fn no_page_is_taken_for_what_is_still_to_come_by_postcopy() {
     let state = state_of_three_blocks();
     let Some(pool) = pool_with_free(4) else { return };
-    let daemon = common::daemon(options());
+    let daemon = common::daemon(options().arg("--postcopy"));
     let frontend = Frontend::connect(&daemon.socket()).unwrap();
     let protocol = USUAL_PROTOCOL_FEATURES | protocol_feature::PAGEFAULT;
     let agreed = frontend.negotiate(USUAL_FEATURES, protocol).unwrap().protocol;

@@ -88,7 +88,7 @@ struct Destination {
 
 /// `None` where the tests cannot run; says why.
 fn destination(requests: &[MemRequest], never_come: &[u64]) -> Option<Destination> {
-    let daemon = common::daemon(options());
+    let daemon = common::daemon(options().arg("--postcopy"));
     let ram = common::ram();
     let mut driver = MemDriver::at(&ram, SPLIT_RING, 128, true).unwrap();
     for request in requests {
@@ -180,12 +180,10 @@ impl Destination {
         self.lazy.finish().unwrap();
     }
 
+    /// Waits until the connection has ended and the daemon serves the next.
     fn wait_disconnected(&self) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.daemon.api().device().unwrap()["connected"] == true {
-            assert!(Instant::now() < deadline, "{}", self.daemon.stderr());
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let anew = "state taken over from the daemon before";
+        assert!(self.daemon.wait_logged(anew, PATIENCE), "{}", self.daemon.stderr());
     }
 }
 
@@ -384,7 +382,7 @@ fn a_state_in_tatters_takes_few_mappings_whenever_it_comes() {
     // The last is torn by what is discarded.
     let cases = [(None, Some(&tatters)), (Some(&tatters), None), (Some(&full), Some(&tatters))];
     for (before, after) in cases {
-        let daemon = common::daemon(options().block_size(PAGE));
+        let daemon = common::daemon(options().block_size(PAGE).arg("--postcopy"));
         let frontend = Frontend::connect(&daemon.socket()).unwrap();
         let agreed = frontend.negotiate(USUAL_FEATURES, PROTOCOL).unwrap();
         if agreed.protocol & protocol_feature::PAGEFAULT == 0 {

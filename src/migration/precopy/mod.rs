@@ -6,7 +6,6 @@
 //! it could tell the source so.
 
 mod convergence;
-mod handlers;
 mod incoming;
 mod outgoing;
 mod return_path;

@@ -1,9 +1,7 @@
 //! Whole migrations between two sides in one process, over a socket pair, of real memory.
 
-mod handlers;
 mod handover;
 mod hostile;
-mod one_way;
 mod shared;
 
 use std::fs::File;

@@ -2,7 +2,7 @@
 //!
 //! What is promised: no panic; refused, or taken over with sums that agree; a file that is refused
 //! is left as it was; what is taken over can be changed and found again; no allocation of a size
-//! that only the file's content names.
+//! that only the file's content names. A file of another boot of the host is one of a new device.
 
 use std::alloc::System;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use tempfile::TempDir;
 use vhost_user_mem::state_file::{
-    Commit, Delta, Geometry, JournalUpdate, Saved, StateFile, StateFileError,
+    BootId, Commit, Delta, Geometry, JournalUpdate, Saved, StateFile, StateFileError,
 };
 use virtio_mem::device::{self, DeviceState, VirtioMem};
 
@@ -24,12 +24,16 @@ const BLOCK: u64 = 4096;
 const SMALL: usize = 64 << 10;
 
 // From spec-notes/state-file.md.
-const HEAD_CRC: usize = 48;
+const HEAD_CRC: usize = 64;
 const SLOTS: [usize; 2] = [4096, 8192];
 const SLOT_CRC: usize = 104;
 const SLOT_PLUGGED: usize = 24;
 const SLOT_CHECKSUM: usize = 32;
-const BITMAP: usize = 16384;
+const LASTING: [usize; 2] = [16384, 20480];
+const LASTING_CRC: usize = 16;
+const BITMAP: usize = 24576;
+/// Of a host that was started anew.
+const OTHER_BOOT: BootId = BootId([0x5a; 16]);
 
 /// Bounds the time of one input.
 const EDITS: usize = 64;
@@ -101,6 +105,7 @@ fn place(input: &mut Input<'_>, len: usize) -> usize {
         0 => at % 64,
         1 | 2 => SLOTS[0] + at % 120,
         3 | 4 => SLOTS[1] + at % 120,
+        5 if at % 3 == 0 => LASTING[at % 2] + at % 24,
         5 => 12288 + at % 16,
         6 => BITMAP + at,
         _ => usize::from(input.u16()) % len.max(1),
@@ -136,7 +141,9 @@ fn edit(bytes: &mut Vec<u8>, input: &mut Input<'_>) {
 
 /// Makes the checksums of head and slots right again, so that edits get further.
 fn repair(bytes: &mut [u8]) {
-    for (start, len) in [(0, HEAD_CRC), (SLOTS[0], SLOT_CRC), (SLOTS[1], SLOT_CRC)] {
+    let slots = [(SLOTS[0], SLOT_CRC), (SLOTS[1], SLOT_CRC)];
+    let lasting = [(LASTING[0], LASTING_CRC), (LASTING[1], LASTING_CRC)];
+    for (start, len) in [(0, HEAD_CRC)].into_iter().chain(slots).chain(lasting) {
         if let Some(covered) = bytes.get(start..start + len)
             && covered.iter().any(|&byte| byte != 0)
         {
@@ -182,6 +189,9 @@ fn assert_consistent(saved: &Saved, blocks: u64) {
 fn restore(saved: &Saved, asked: &Geometry) -> Option<VirtioMem> {
     let Geometry { addr, region_size, block_size, node_id } = *asked;
     let geometry = device::Geometry::new(addr, region_size, block_size, node_id).unwrap();
+    if saved.other_boot {
+        return VirtioMem::new(geometry, saved.requested_size).ok();
+    }
     let Saved { requested_size, usable_region_size, plugged, .. } = saved.clone();
     VirtioMem::restore(geometry, DeviceState { requested_size, usable_region_size, plugged }).ok()
 }
@@ -191,10 +201,11 @@ fn open(
     folder: &Folder,
     bytes: &[u8],
     asked: &Geometry,
+    boot: BootId,
 ) -> Result<(StateFile, Saved), StateFileError> {
     std::fs::write(folder.path(), bytes).unwrap();
     let region = Region::new(ALLOCATOR);
-    let result = StateFile::open(&folder.path(), asked);
+    let result = StateFile::open_in(&folder.path(), asked, boot);
     let allocated = region.change().bytes_allocated;
     assert!(
         allocated <= 4 * bytes.len() + SMALL,
@@ -234,10 +245,16 @@ pub fn run(data: &[u8]) {
         }
         bytes
     };
-    let Ok((mut file, saved)) = open(&folder, &bytes, &asked) else { return };
+    let this = BootId::of_host().unwrap();
+    let boot = if choice & 0x80 == 0 { this } else { OTHER_BOOT };
+    let Ok((mut file, saved)) = open(&folder, &bytes, &asked, boot) else { return };
+    if saved.other_boot {
+        assert!(saved.plugged_blocks == 0 && saved.journal.is_none());
+        assert!(!saved.api_migration && !saved.reset_pending);
+    }
     assert_consistent(&saved, blocks);
     drop(file);
-    let (again, same) = StateFile::open(&folder.path(), &asked).unwrap();
+    let (again, same) = StateFile::open_in(&folder.path(), &asked, boot).unwrap();
     assert_eq!(same, saved, "the second look shows something else");
     file = again;
     let change = Commit {
@@ -250,7 +267,7 @@ pub fn run(data: &[u8]) {
     };
     file.commit(&change).unwrap();
     drop(file);
-    let (_, changed) = StateFile::open(&folder.path(), &asked).unwrap();
+    let (_, changed) = StateFile::open_in(&folder.path(), &asked, boot).unwrap();
     assert_consistent(&changed, blocks);
     let mut plugged = saved.plugged;
     let last = usize::try_from(blocks - 1).unwrap();

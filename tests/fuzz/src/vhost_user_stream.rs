@@ -52,7 +52,7 @@ static DEVICE: LazyLock<Device> = LazyLock::new(|| {
     let controller = Arc::new(MemController::new(Start::volatile(device)));
     let notifier = Arc::new(Notifier::new().unwrap());
     let service = Service::new(controller, Arc::clone(&notifier)).unwrap();
-    let connections = Arc::new(Connections::new(service, notifier, Vec::new()));
+    let connections = Arc::new(Connections::new(service, notifier));
     let layout = Layout::boot_and_device(2 << 20, ADDR, REGION).unwrap();
     Device { connections, ram: Arc::new(GuestRam::new(layout).unwrap()) }
 });

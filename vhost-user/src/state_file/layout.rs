@@ -3,18 +3,20 @@
 use std::ops::Range;
 use std::path::Path;
 
-use super::{Delta, Geometry, StateFileError};
+use super::{BootId, Delta, Geometry, StateFileError};
 
 const MAGIC: [u8; 8] = *b"VMEMSTAT";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const PAGE: u64 = 4096;
 
 /// The two slots, each within one page.
 pub(super) const SLOTS: [u64; 2] = [PAGE, 2 * PAGE];
 /// The mark that the journaled request was answered.
 pub(super) const ANSWERED: u64 = 3 * PAGE;
+/// The requested size that survives the host: two slots, each within one page.
+pub(super) const LASTING: [u64; 2] = [4 * PAGE, 5 * PAGE];
 /// The bitmap's words.
-pub(super) const BITMAP: u64 = 4 * PAGE;
+pub(super) const BITMAP: u64 = 6 * PAGE;
 /// What comes before the bitmap.
 pub(super) const FILE_HEAD: u64 = BITMAP;
 
@@ -24,7 +26,8 @@ const ADDR_AT: usize = VERSION_AT + 8;
 const REGION_AT: usize = ADDR_AT + 8;
 const BLOCK_AT: usize = REGION_AT + 8;
 const NODE_AT: usize = BLOCK_AT + 8;
-const HEAD_CRC_AT: usize = NODE_AT + 8;
+const BOOT_AT: usize = NODE_AT + 8;
+const HEAD_CRC_AT: usize = BOOT_AT + 16;
 pub(super) const HEADER_LEN: usize = HEAD_CRC_AT + 8;
 
 // A slot.
@@ -43,6 +46,10 @@ const SLOT_CRC_AT: usize = JOURNAL_AT + 24;
 pub(super) const SLOT_LEN: usize = SLOT_CRC_AT + 8;
 
 pub(super) const ANSWERED_LEN: usize = 16;
+pub(super) const LASTING_LEN: usize = 24;
+
+/// Commits have lower numbers: more than can ever be made, and far from where they would wrap.
+const SEQ_MAX: u64 = 1 << 62;
 
 const FLAG_API_MIGRATION: u64 = 1;
 const FLAG_JOURNAL: u64 = 2;
@@ -73,11 +80,11 @@ fn get(bytes: &[u8], at: usize) -> u64 {
 }
 
 /// The head of a file.
-pub(super) struct Header<'a>(&'a Geometry);
+pub(super) struct Header<'a>(&'a Geometry, BootId);
 
 impl<'a> Header<'a> {
-    pub(super) fn new(geometry: &'a Geometry) -> Self {
-        Self(geometry)
+    pub(super) fn new(geometry: &'a Geometry, boot: BootId) -> Self {
+        Self(geometry, boot)
     }
 
     pub(super) fn to_bytes(&self) -> [u8; HEADER_LEN] {
@@ -88,17 +95,18 @@ impl<'a> Header<'a> {
         put(&mut bytes, REGION_AT, self.0.region_size);
         put(&mut bytes, BLOCK_AT, self.0.block_size);
         put(&mut bytes, NODE_AT, node(self.0));
+        bytes[BOOT_AT..HEAD_CRC_AT].copy_from_slice(&self.1.0);
         let crc = crc32fast::hash(&bytes[..HEAD_CRC_AT]);
         put(&mut bytes, HEAD_CRC_AT, u64::from(crc));
         bytes
     }
 
-    /// Checks a head against the geometry that is asked for.
+    /// Checks a head against the geometry that is asked for; gives the boot it was written in.
     pub(super) fn check(
         bytes: &[u8; HEADER_LEN],
         geometry: &Geometry,
         path: &Path,
-    ) -> Result<(), StateFileError> {
+    ) -> Result<BootId, StateFileError> {
         let damaged =
             |what: &str| StateFileError::Damaged { path: path.to_owned(), what: what.to_owned() };
         if bytes[..MAGIC.len()] != MAGIC {
@@ -109,6 +117,9 @@ impl<'a> Header<'a> {
         if version > u64::from(VERSION) {
             let found = u32::try_from(version).unwrap_or(u32::MAX);
             return Err(StateFileError::Newer { path: path.to_owned(), found, known: VERSION });
+        }
+        if version != 0 && version < u64::from(VERSION) {
+            return Err(damaged(&format!("version {version} is older than {VERSION}")));
         }
         let crc = u64::from(crc32fast::hash(&bytes[..HEAD_CRC_AT]));
         if version != u64::from(VERSION) || get(bytes, HEAD_CRC_AT) != crc {
@@ -130,7 +141,9 @@ impl<'a> Header<'a> {
                 return Err(StateFileError::Geometry { path, field, found, expected });
             }
         }
-        Ok(())
+        let mut boot = [0; 16];
+        boot.copy_from_slice(&bytes[BOOT_AT..HEAD_CRC_AT]);
+        Ok(BootId(boot))
     }
 }
 
@@ -225,6 +238,9 @@ impl Slot {
         if get(bytes, SLOT_CRC_AT) != u64::from(crc32fast::hash(&bytes[..SLOT_CRC_AT])) {
             return Err("the checksum of a commit is wrong");
         }
+        if get(bytes, SEQ_AT) > SEQ_MAX {
+            return Err("the number of a commit is too large");
+        }
         let (first_block, nr_blocks) = (get(bytes, FIRST_AT), get(bytes, NR_AT));
         let delta = match get(bytes, DELTA_AT) {
             0 => Delta::None,
@@ -258,7 +274,7 @@ impl Slot {
         }
         let tail = nr_blocks(geometry) % 64;
         if tail != 0 && words.last().is_some_and(|word| word >> tail != 0) {
-            return Err("its bitmap has blocks behind the region");
+            return Err("its bitmap has blocks past the end of the region");
         }
         Ok(())
     }
@@ -355,4 +371,34 @@ pub(super) fn answered_bytes(seq: u64) -> [u8; ANSWERED_LEN] {
 pub(super) fn answered_seq(bytes: &[u8; ANSWERED_LEN]) -> Option<u64> {
     let seq = get(bytes, 0);
     (get(bytes, 8) == !seq).then_some(seq)
+}
+
+/// The requested size, where it outlives the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Lasting {
+    pub(super) seq: u64,
+    pub(super) requested_size: u64,
+}
+
+impl Lasting {
+    /// Where it stands: the slots take turns, so that the newest is never written.
+    pub(super) fn place(&self) -> u64 {
+        LASTING[usize::from(self.seq % 2 == 1)]
+    }
+
+    pub(super) fn to_bytes(self) -> [u8; LASTING_LEN] {
+        let mut bytes = [0; LASTING_LEN];
+        put(&mut bytes, 0, self.seq);
+        put(&mut bytes, 8, self.requested_size);
+        let crc = crc32fast::hash(&bytes[..16]);
+        put(&mut bytes, 16, u64::from(crc));
+        bytes
+    }
+
+    /// `None` when the slot was never written, or not as a whole.
+    pub(super) fn from_bytes(bytes: &[u8; LASTING_LEN]) -> Option<Self> {
+        let (seq, requested_size) = (get(bytes, 0), get(bytes, 8));
+        let whole = get(bytes, 16) == u64::from(crc32fast::hash(&bytes[..16]));
+        (whole && (1..=SEQ_MAX).contains(&seq)).then_some(Self { seq, requested_size })
+    }
 }

@@ -5,17 +5,29 @@
 //! before the slot is written leaves the old state, being killed after it the new one, since the
 //! newest slot's delta is done again at open. All integers are little-endian.
 
+//!
+//! All of that is about a daemon that is killed. When the host goes down, the guest is gone with its
+//! memory, and so is what the file says of its blocks, of which any part may have reached the disk.
+//! A file of another boot therefore only keeps the requested size, which is synced when it is set.
+
+mod boot;
 mod layout;
+mod made;
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use thiserror::Error;
 
-use layout::{BITMAP, FILE_HEAD, Header, SLOTS, Slot};
+pub use boot::BootId;
+use layout::{BITMAP, FILE_HEAD, Header, LASTING, Lasting, SLOTS, Slot};
+use made::Content;
 
 /// What never changes; a file of another geometry is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +59,9 @@ pub struct Saved {
     pub reset_pending: bool,
     /// The last request that changed blocks.
     pub journal: Option<JournalEntry>,
+    /// The host has been started anew since: all but the requested size is that of a new device,
+    /// and the size of the usable region follows from it.
+    pub other_boot: bool,
 }
 
 /// A request that was executed.
@@ -120,6 +135,14 @@ pub enum StateFileError {
         /// Why. Told with the path, so not as a source, which would be told again.
         error: io::Error,
     },
+    /// It cannot be locked against other daemons.
+    #[error("{path} cannot be locked: {error}; keep it on a file system with flock(2)")]
+    NotLocked {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
     /// Another daemon uses it.
     #[error("{0} is in use by another process")]
     InUse(PathBuf),
@@ -127,7 +150,7 @@ pub enum StateFileError {
     #[error("{0} is not a regular file")]
     NotAFile(PathBuf),
     /// Not one of ours, or its head is damaged.
-    #[error("{path} is no state file, or damaged: {what}")]
+    #[error("{path} is not a state file, or damaged: {what}")]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -161,14 +184,35 @@ pub enum StateFileError {
 /// An open state file, locked against other processes.
 #[derive(Debug)]
 pub struct StateFile {
-    path: PathBuf,
+    /// `None` when it is only in memory.
+    path: Option<PathBuf>,
     geometry: Geometry,
-    file: File,
+    boot: BootId,
+    file: Arc<File>,
+    current: Current,
     words: Vec<u64>,
     slot: Slot,
+    /// What was synced last; `None` when that is not known.
+    lasting: Option<Lasting>,
     /// Words of the last delta that may not have been written after it was committed.
     unwritten: Option<std::ops::Range<usize>>,
+    /// The file is of another boot, and nothing was written since.
+    other_boot: bool,
 }
+
+/// The file that a [`StateFile`] is kept in, which may be replaced by another.
+#[derive(Clone, Debug)]
+pub struct Current(Arc<Mutex<Arc<File>>>);
+
+impl Current {
+    /// The file.
+    pub fn current(&self) -> Arc<File> {
+        Arc::clone(&self.0.lock())
+    }
+}
+
+/// How messages name a file that is only in memory.
+const IN_MEMORY: &str = "the state in memory";
 
 impl StateFile {
     /// Makes a file with every block unplugged. It appears under its name when it is whole, and
@@ -183,18 +227,49 @@ impl StateFile {
         requested_size: u64,
         usable_region_size: u64,
     ) -> Result<Self, StateFileError> {
+        let io = |error| StateFileError::Io { path: path.to_owned(), error };
+        let boot = BootId::of_host().map_err(io)?;
         let slot = Slot { seq: 1, requested_size, usable_region_size, ..Slot::default() };
         let words = vec![0; layout::nr_words(geometry)];
-        let make = |temporary: &Path| {
-            let file = write_new(temporary, geometry, &slot, &words)?;
-            // A link fails where the name exists, unlike a rename.
-            std::fs::hard_link(temporary, path)?;
-            Ok(file)
-        };
-        let file = with_temporary(path, make)
-            .map_err(|error| StateFileError::Io { path: path.to_owned(), error })?;
-        let geometry = *geometry;
-        Ok(Self { path: path.to_owned(), geometry, file, words, slot, unwritten: None })
+        let content = Content { geometry, boot, slot: &slot, words: &words };
+        // A link stays one, also if it points to a file that is not there yet.
+        let target = made::resolve(path).map_err(io)?;
+        let file = made::new(&target, &content).map_err(io)?;
+        Ok(Self::made(Some(path.to_owned()), *geometry, boot, file, slot, words))
+    }
+
+    /// The same without a file: its content outlives this program, but not the process.
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory for it.
+    pub fn in_memory(
+        geometry: &Geometry,
+        requested_size: u64,
+        usable_region_size: u64,
+    ) -> Result<Self, StateFileError> {
+        let io = |error| StateFileError::Io { path: IN_MEMORY.into(), error };
+        let boot = BootId::of_host().map_err(io)?;
+        let slot = Slot { seq: 1, requested_size, usable_region_size, ..Slot::default() };
+        let words = vec![0; layout::nr_words(geometry)];
+        let content = Content { geometry, boot, slot: &slot, words: &words };
+        let file = made::in_memory(&content).map_err(io)?;
+        Ok(Self::made(None, *geometry, boot, file, slot, words))
+    }
+
+    fn made(
+        path: Option<PathBuf>,
+        geometry: Geometry,
+        boot: BootId,
+        file: File,
+        slot: Slot,
+        words: Vec<u64>,
+    ) -> Self {
+        let file = Arc::new(file);
+        let current = Current(Arc::new(Mutex::new(Arc::clone(&file))));
+        let lasting = Some(made::lasting(&slot));
+        let (unwritten, other_boot) = (None, false);
+        Self { path, geometry, boot, file, current, words, slot, lasting, unwritten, other_boot }
     }
 
     /// Opens a file and checks all of it. Nothing is written before the first commit.
@@ -203,61 +278,97 @@ impl StateFile {
     ///
     /// When it is damaged, of another geometry, newer, or in use.
     pub fn open(path: &Path, geometry: &Geometry) -> Result<(Self, Saved), StateFileError> {
+        let boot = BootId::of_host()
+            .map_err(|error| StateFileError::Io { path: path.to_owned(), error })?;
+        Self::open_in(path, geometry, boot)
+    }
+
+    /// Opens a file as [`open`](Self::open) does, on a host with this boot id.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn open_in(
+        path: &Path,
+        geometry: &Geometry,
+        boot: BootId,
+    ) -> Result<(Self, Saved), StateFileError> {
         let io = |error| StateFileError::Io { path: path.to_owned(), error };
-        let damaged = |what: String| StateFileError::Damaged { path: path.to_owned(), what };
         if !std::fs::metadata(path).map_err(io)?.is_file() {
             return Err(StateFileError::NotAFile(path.to_owned()));
         }
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| StateFileError::InUse(path.to_owned()))?;
+        lock(&file, path)?;
         // Whoever had it locked until now may have put another in its place.
         let (opened, named) = (file.metadata().map_err(io)?, std::fs::metadata(path).map_err(io)?);
         if (opened.dev(), opened.ino()) != (named.dev(), named.ino()) {
             return Err(StateFileError::InUse(path.to_owned()));
         }
+        Self::read(file, Some(path), geometry, boot)
+    }
+
+    /// Takes over the [current](Self::current) file of a process that this one has replaced. It is
+    /// still locked.
+    ///
+    /// # Errors
+    ///
+    /// When it is not one of this geometry.
+    pub fn continue_with(
+        file: File,
+        path: Option<&Path>,
+        geometry: &Geometry,
+    ) -> Result<(Self, Saved), StateFileError> {
+        let named = path.unwrap_or(Path::new(IN_MEMORY));
+        let boot = BootId::of_host()
+            .map_err(|error| StateFileError::Io { path: named.to_owned(), error })?;
+        Self::read(file, path, geometry, boot)
+    }
+
+    /// Where the state is kept, for a process that continues with it.
+    pub fn current(&self) -> Current {
+        self.current.clone()
+    }
+
+    fn read(
+        file: File,
+        path: Option<&Path>,
+        geometry: &Geometry,
+        boot: BootId,
+    ) -> Result<(Self, Saved), StateFileError> {
+        let named = path.unwrap_or(Path::new(IN_MEMORY));
+        let io = |error| StateFileError::Io { path: named.to_owned(), error };
+        let damaged = |what: String| StateFileError::Damaged { path: named.to_owned(), what };
         let found_len = file.metadata().map_err(io)?.len();
         if found_len < FILE_HEAD {
             return Err(damaged(format!("{found_len} bytes are too few")));
         }
         let mut bytes = [0; layout::HEADER_LEN];
         file.read_exact_at(&mut bytes, 0).map_err(io)?;
-        Header::check(&bytes, geometry, path)?;
+        let written_in = Header::check(&bytes, geometry, named)?;
         let expected_len = layout::file_len(geometry);
         if found_len != expected_len {
             return Err(damaged(format!("{found_len} bytes instead of {expected_len}")));
         }
-        let read = |at| -> Result<Option<Slot>, StateFileError> {
-            let mut bytes = [0; layout::SLOT_LEN];
+        let mut lasting: Option<Lasting> = None;
+        for at in LASTING {
+            let mut bytes = [0; layout::LASTING_LEN];
             file.read_exact_at(&mut bytes, at).map_err(io)?;
-            Slot::from_bytes(&bytes).map_err(|what| damaged(what.to_owned()))
+            // `None` is less than any.
+            lasting = lasting.max(Lasting::from_bytes(&bytes));
+        }
+        let other_boot = written_in != boot;
+        let (slot, words, unwritten, answered) = if other_boot {
+            let Lasting { requested_size, .. } = lasting
+                .ok_or_else(|| damaged("neither requested size that was synced is whole".into()))?;
+            let words = vec![0; layout::nr_words(geometry)];
+            (Slot { requested_size, ..Slot::default() }, words, None, false)
+        } else {
+            let (slot, words, changed) = read_commit(&file, geometry, &io, &damaged)?;
+            let mut answered = [0; layout::ANSWERED_LEN];
+            file.read_exact_at(&mut answered, layout::ANSWERED).map_err(io)?;
+            let answered = layout::answered_seq(&answered) == Some(slot.journal_seq);
+            (slot, words, Some(changed), answered)
         };
-        // A slot lies within a page, so that a kill leaves it whole: a torn one is damage, and
-        // the older one would hide that.
-        let slot = match (read(SLOTS[0])?, read(SLOTS[1])?) {
-            (None, Some(first)) if first.seq == 1 => first,
-            (Some(a), Some(b)) if a.seq.abs_diff(b.seq) == 1 => {
-                if a.seq > b.seq {
-                    a
-                } else {
-                    b
-                }
-            }
-            _ => return Err(damaged("its commits do not follow each other".to_owned())),
-        };
-        let mut bytes = vec![0; layout::nr_words(geometry) * 8];
-        file.read_exact_at(&mut bytes, BITMAP).map_err(io)?;
-        let mut words: Vec<u64> = bytes
-            .chunks_exact(8)
-            .map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
-            .collect();
-        // What a killed daemon did not get to write, done again; the checks below see the result.
-        let changed = layout::apply(&mut words, slot.delta, geometry)
-            .ok_or_else(|| damaged("the last change names blocks outside the region".to_owned()))?;
-        slot.verify(&words, geometry).map_err(|what| damaged(what.to_owned()))?;
-        let mut answered = [0; layout::ANSWERED_LEN];
-        file.read_exact_at(&mut answered, layout::ANSWERED).map_err(io)?;
-        let answered = layout::answered_seq(&answered) == Some(slot.journal_seq);
         let saved = Saved {
             requested_size: slot.requested_size,
             usable_region_size: slot.usable_region_size,
@@ -266,11 +377,16 @@ impl StateFile {
             api_migration: slot.api_migration,
             reset_pending: slot.reset_pending,
             journal: slot.journal.map(|request| JournalEntry { request, answered }),
+            other_boot,
         };
         // Written with the next commit, and not yet: the device may still refuse what was saved.
-        let (path, geometry) = (path.to_owned(), *geometry);
-        let state = Self { path, geometry, file, words, slot, unwritten: Some(changed) };
-        Ok((state, saved))
+        let path = path.map(Path::to_owned);
+        let made = Self::made(path, *geometry, boot, file, slot, words);
+        Ok((Self { lasting, unwritten, other_boot, ..made }, saved))
+    }
+
+    fn named(&self) -> PathBuf {
+        self.path.clone().unwrap_or_else(|| IN_MEMORY.into())
     }
 
     /// Makes a change durable: once this returns, a killed daemon finds it again.
@@ -279,8 +395,11 @@ impl StateFile {
     ///
     /// When it cannot be written; the file still holds the state before.
     pub fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateFileError> {
-        let path = &self.path;
+        let path = self.named();
         let io = |error| StateFileError::Io { path: path.clone(), error };
+        if self.other_boot {
+            self.begin(commit).map_err(io)?;
+        }
         let mut slot = Slot {
             seq: self.slot.seq + 1,
             requested_size: commit.requested_size,
@@ -304,6 +423,7 @@ impl StateFile {
         }
         let range = layout::words_of(commit.delta, self.words.len())
             .ok_or_else(|| io(io::Error::from(io::ErrorKind::InvalidInput)))?;
+        self.sync_requested(commit.requested_size).map_err(io)?;
         let before = layout::sums(&self.words[range.clone()], range.start);
         let old = self.words[range.clone()].to_vec();
         layout::change(&mut self.words, commit.delta);
@@ -331,7 +451,8 @@ impl StateFile {
     ///
     /// When it cannot be written; the file still holds the state before.
     pub fn replace(&mut self, commit: &Commit<'_>, words: &[u64]) -> Result<(), StateFileError> {
-        let io = |error| StateFileError::Io { path: self.path.clone(), error };
+        let named = self.named();
+        let io = |error| StateFileError::Io { path: named.clone(), error };
         if words.len() != self.words.len() {
             return Err(io(io::Error::from(io::ErrorKind::InvalidInput)));
         }
@@ -346,16 +467,54 @@ impl StateFile {
             reset_pending: commit.reset_pending,
             ..Slot::default()
         };
-        // A link stays one.
-        let path = std::fs::canonicalize(&self.path).map_err(io)?;
-        let make = |temporary: &Path| {
-            let file = write_new(temporary, &self.geometry, &slot, words)?;
-            file.set_permissions(self.file.metadata()?.permissions())?;
-            std::fs::rename(temporary, &path)?;
-            Ok(file)
+        let content = Content { geometry: &self.geometry, boot: self.boot, slot: &slot, words };
+        let file = match &self.path {
+            None => made::in_memory(&content),
+            // A link stays one.
+            Some(path) => std::fs::canonicalize(path)
+                .and_then(|path| made::instead_of(&self.file, &path, &content)),
         };
-        let file = with_temporary(&path, make).map_err(io)?;
-        (self.file, self.slot, self.words, self.unwritten) = (file, slot, words.to_vec(), None);
+        self.file = Arc::new(file.map_err(io)?);
+        *self.current.0.lock() = Arc::clone(&self.file);
+        self.lasting = Some(made::lasting(&slot));
+        (self.slot, self.words, self.unwritten, self.other_boot) =
+            (slot, words.to_vec(), None, false);
+        Ok(())
+    }
+
+    /// Makes the file of another boot one of this, with every block unplugged.
+    fn begin(&mut self, commit: &Commit<'_>) -> io::Result<()> {
+        let slot = Slot {
+            seq: 1,
+            requested_size: commit.requested_size,
+            usable_region_size: commit.usable_region_size,
+            ..Slot::default()
+        };
+        // The head last: until then, nothing but the synced size counts.
+        made::write_words(&self.file, &self.words, 0)?;
+        self.file.write_all_at(&[0; layout::ANSWERED_LEN], layout::ANSWERED)?;
+        for at in SLOTS {
+            self.file.write_all_at(&[0; layout::SLOT_LEN], at)?;
+        }
+        self.file.write_all_at(&slot.to_bytes(), slot.place())?;
+        self.file.sync_data()?;
+        self.file.write_all_at(&Header::new(&self.geometry, self.boot).to_bytes(), 0)?;
+        self.file.sync_data()?;
+        (self.slot, self.other_boot) = (slot, false);
+        Ok(())
+    }
+
+    /// Makes a requested size outlive the host, if it is another than before.
+    fn sync_requested(&mut self, requested_size: u64) -> io::Result<()> {
+        let before = self.lasting.filter(|before| before.requested_size == requested_size);
+        if before.is_some() {
+            return Ok(());
+        }
+        let seq = self.lasting.map_or(0, |lasting| lasting.seq) + 1;
+        let lasting = Lasting { seq, requested_size };
+        self.file.write_all_at(&lasting.to_bytes(), lasting.place())?;
+        self.file.sync_data()?;
+        self.lasting = Some(lasting);
         Ok(())
     }
 
@@ -381,54 +540,55 @@ impl StateFile {
     }
 
     fn write_words(&self, range: std::ops::Range<usize>) -> io::Result<()> {
-        write_words(&self.file, &self.words[range.clone()], range.start)
+        made::write_words(&self.file, &self.words[range.clone()], range.start)
     }
 }
 
-/// Words that are written at once.
-const CHUNK: usize = 8192;
-
-/// Writes words of the bitmap, the first of which has the index `first`.
-fn write_words(file: &File, words: &[u64], first: usize) -> io::Result<()> {
-    for (chunk, words) in words.chunks(CHUNK).enumerate() {
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        file.write_all_at(&bytes, BITMAP + (first + chunk * CHUNK) as u64 * 8)?;
-    }
-    Ok(())
-}
-
-/// Calls `make` with a name beside `path` that nothing has, and leaves nothing under it.
-fn with_temporary(path: &Path, make: impl Fn(&Path) -> io::Result<File>) -> io::Result<File> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".new-{}", std::process::id()));
-    let temporary = PathBuf::from(name);
-    // One that was killed may have had the same id.
-    let _ = std::fs::remove_file(&temporary);
-    let made = make(&temporary);
-    let _ = std::fs::remove_file(&temporary);
-    made
-}
-
-/// Writes a whole file of one commit, at its full size, and locks it.
-fn write_new(path: &Path, geometry: &Geometry, slot: &Slot, words: &[u64]) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-    let len = layout::file_len(geometry);
-    match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len) {
-        // Without it, a commit may fail later; the guest is then told BUSY.
-        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len)?,
-        other => other?,
-    }
-    file.write_all_at(&Header::new(geometry).to_bytes(), 0)?;
-    file.write_all_at(&slot.to_bytes(), slot.place())?;
-    for (chunk, part) in words.chunks(CHUNK).enumerate() {
-        // The file is zeros so far.
-        if part.iter().any(|word| *word != 0) {
-            write_words(&file, part, chunk * CHUNK)?;
+/// The newest commit of a file of this boot, the bitmap it left, and the words that it changed.
+fn read_commit(
+    file: &File,
+    geometry: &Geometry,
+    io: &dyn Fn(io::Error) -> StateFileError,
+    damaged: &dyn Fn(String) -> StateFileError,
+) -> Result<(Slot, Vec<u64>, std::ops::Range<usize>), StateFileError> {
+    let read = |at| -> Result<Option<Slot>, StateFileError> {
+        let mut bytes = [0; layout::SLOT_LEN];
+        file.read_exact_at(&mut bytes, at).map_err(io)?;
+        Slot::from_bytes(&bytes).map_err(|what| damaged(what.to_owned()))
+    };
+    // A slot lies within a page, so that a kill leaves it whole: a torn one is damage, and the
+    // older one would hide that.
+    let slot = match (read(SLOTS[0])?, read(SLOTS[1])?) {
+        (None, Some(first)) if first.seq == 1 => first,
+        (Some(a), Some(b)) if a.seq.abs_diff(b.seq) == 1 => {
+            if a.seq > b.seq {
+                a
+            } else {
+                b
+            }
         }
+        _ => return Err(damaged("its commits do not follow each other".to_owned())),
+    };
+    let mut bytes = vec![0; layout::nr_words(geometry) * 8];
+    file.read_exact_at(&mut bytes, BITMAP).map_err(io)?;
+    let mut words: Vec<u64> = bytes
+        .chunks_exact(8)
+        .map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
+        .collect();
+    // What a killed daemon did not get to write, done again; the checks below see the result.
+    let changed = layout::apply(&mut words, slot.delta, geometry)
+        .ok_or_else(|| damaged("the last change names blocks outside the region".to_owned()))?;
+    slot.verify(&words, geometry).map_err(|what| damaged(what.to_owned()))?;
+    Ok((slot, words, changed))
+}
+
+/// Locks a file for as long as it is open.
+fn lock(file: &File, path: &Path) -> Result<(), StateFileError> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(StateFileError::InUse(path.to_owned())),
+        Err(error) => Err(StateFileError::NotLocked { path: path.to_owned(), error: error.into() }),
     }
-    file.sync_all()?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-    Ok(file)
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 use super::*;
 use proptest::prelude::*;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use tempfile::TempDir;
 
 const BLOCK: u64 = 4096;
@@ -28,6 +30,14 @@ impl Rig {
 
     fn open(&self) -> Result<Saved, StateFileError> {
         StateFile::open(&self.path(), &geometry()).map(|(_, saved)| saved)
+    }
+
+    fn open_file(&self) -> StateFile {
+        StateFile::open(&self.path(), &geometry()).unwrap().0
+    }
+
+    fn mode(&self) -> u32 {
+        std::fs::metadata(self.path()).unwrap().permissions().mode() & 0o777
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -89,6 +99,20 @@ fn a_file_in_use_is_refused() {
 }
 
 #[test]
+fn a_lock_that_cannot_be_had_is_told_from_one_that_is_held() {
+    let rig = Rig::new();
+    drop(rig.create());
+    let file = File::open(rig.path()).unwrap();
+    let path_only = rustix::fs::OFlags::PATH;
+    let no_lock = rustix::fs::open(rig.path(), path_only, rustix::fs::Mode::empty()).unwrap();
+    let error = lock(&File::from(no_lock), &rig.path()).unwrap_err();
+    assert!(matches!(error, StateFileError::NotLocked { .. }), "{error}");
+    assert!(error.to_string().contains("cannot be locked"), "{error}");
+    let _held = rig.open_file();
+    assert!(matches!(lock(&file, &rig.path()), Err(StateFileError::InUse(_))));
+}
+
+#[test]
 fn other_geometries_are_refused_by_name_and_left_alone() {
     let rig = Rig::new();
     drop(rig.create());
@@ -112,9 +136,9 @@ fn a_newer_version_is_refused_and_left_alone() {
     let rig = Rig::new();
     drop(rig.create());
     let mut bytes = rig.bytes();
-    bytes[8] = 2;
+    bytes[8] = 3;
     rig.set_bytes(&bytes);
-    assert!(matches!(rig.open(), Err(StateFileError::Newer { found: 2, known: 1, .. })));
+    assert!(matches!(rig.open(), Err(StateFileError::Newer { found: 3, known: 2, .. })));
     assert_eq!(rig.bytes(), bytes);
 }
 
@@ -162,11 +186,11 @@ fn a_whole_new_state_takes_the_place_of_the_old() {
     file.commit(&commit(SET, BLOCK)).unwrap();
     let words = [1, 0, u64::MAX, 1 << 7];
     let forget = Commit { journal: JournalUpdate::Forget, ..commit(Delta::None, 7 * BLOCK) };
-    // What a killed daemon of the same process id left behind.
-    std::fs::write(format!("{}.new-{}", rig.path().display(), std::process::id()), "x").unwrap();
+    std::fs::set_permissions(rig.path(), Permissions::from_mode(0o640)).unwrap();
     file.replace(&forget, &words).unwrap();
     assert!(matches!(rig.open(), Err(StateFileError::InUse(_))), "the new file is locked too");
     assert_eq!(std::fs::read_dir(rig.dir.path()).unwrap().count(), 1);
+    assert_eq!(rig.mode(), 0o640);
     file.commit(&commit(Delta::Set { first_block: 1, nr_blocks: 1 }, 8 * BLOCK)).unwrap();
     drop(file);
     let saved = rig.open().unwrap();
@@ -181,11 +205,11 @@ fn a_new_state_that_cannot_be_written_leaves_the_old() {
     file.commit(&commit(SET, BLOCK)).unwrap();
     let before = rig.bytes();
     assert!(file.replace(&commit(Delta::None, 0), &[0; 3]).is_err(), "too few words");
-    let blocked = format!("{}.new-{}", rig.path().display(), std::process::id());
-    std::fs::create_dir(&blocked).unwrap();
+    let moved = rig.dir.path().with_extension("moved");
+    std::fs::rename(rig.dir.path(), &moved).unwrap();
     assert!(file.replace(&commit(Delta::None, 0), &[0; 4]).is_err());
+    std::fs::rename(&moved, rig.dir.path()).unwrap();
     assert_eq!(rig.bytes(), before);
-    std::fs::remove_dir(&blocked).unwrap();
     file.commit(&commit(Delta::ClearAll, 0)).unwrap();
     drop(file);
     assert_eq!(rig.open().unwrap().plugged_blocks, 0);
@@ -230,11 +254,136 @@ fn opening_a_file_that_a_kill_left_half_written_changes_nothing_of_it() {
     assert_eq!(rig.open().unwrap().plugged_blocks, 130);
 }
 
+const OTHER_BOOT: BootId = BootId([7; 16]);
+
+/// What a file of another boot is taken for: a new device with a requested size.
+fn assert_new(saved: &Saved, requested_size: u64) {
+    assert!(saved.other_boot && !saved.api_migration && !saved.reset_pending);
+    assert_eq!((saved.requested_size, saved.plugged_blocks), (requested_size, 0));
+    assert!(saved.plugged.iter().all(|&word| word == 0) && saved.journal.is_none());
+}
+
+#[test]
+fn after_a_start_of_the_host_only_the_requested_size_is_left() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    let busy = Commit { api_migration: true, reset_pending: true, ..commit(SET, 5 * BLOCK) };
+    file.commit(&busy).unwrap();
+    drop(file);
+    let bytes = rig.bytes();
+    // Whatever reached the disk of what is not synced.
+    let lost = |from: u64, to: u64| {
+        let mut bytes = bytes.clone();
+        bytes[from as usize..to as usize].fill(0xa5);
+        bytes
+    };
+    let (first, second) = (lost(SLOTS[0], SLOTS[1]), lost(SLOTS[1], layout::ANSWERED));
+    for bytes in [bytes.clone(), first, second, lost(BITMAP, BITMAP + 16)] {
+        rig.set_bytes(&bytes);
+        let (mut file, saved) = StateFile::open_in(&rig.path(), &geometry(), OTHER_BOOT).unwrap();
+        assert_new(&saved, 5 * BLOCK);
+        assert_eq!(rig.bytes(), bytes, "opening changes nothing");
+        file.commit(&commit(Delta::Set { first_block: 1, nr_blocks: 2 }, 5 * BLOCK)).unwrap();
+        drop(file);
+        let (_, saved) = StateFile::open_in(&rig.path(), &geometry(), OTHER_BOOT).unwrap();
+        assert!(!saved.other_boot && !saved.api_migration && !saved.reset_pending);
+        assert_eq!((saved.plugged_blocks, saved.plugged[0]), (2, 0b110));
+        assert_new(&rig.open().unwrap(), 5 * BLOCK);
+    }
+}
+
+#[test]
+fn a_synced_size_that_is_torn_is_the_one_before() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    for blocks in 1..4 {
+        file.commit(&commit(Delta::None, blocks * BLOCK)).unwrap();
+    }
+    drop(file);
+    let bytes = rig.bytes();
+    let open = |bytes: &[u8]| {
+        rig.set_bytes(bytes);
+        StateFile::open_in(&rig.path(), &geometry(), OTHER_BOOT).map(|(_, saved)| saved)
+    };
+    assert_new(&open(&bytes).unwrap(), 3 * BLOCK);
+    let torn = |slots: &[u64]| {
+        let mut bytes = bytes.clone();
+        slots.iter().for_each(|&at| bytes[at as usize + 9] ^= 1);
+        bytes
+    };
+    // The file was made with the first, so the third size is the fourth of them.
+    assert_new(&open(&torn(&[LASTING[0]])).unwrap(), 2 * BLOCK);
+    assert_new(&open(&torn(&[LASTING[1]])).unwrap(), 3 * BLOCK);
+    assert!(open(&torn(&LASTING)).is_err());
+    rig.set_bytes(&torn(&LASTING));
+    let (mut file, _) = StateFile::open(&rig.path(), &geometry()).unwrap();
+    file.commit(&commit(Delta::None, 3 * BLOCK)).unwrap();
+    drop(file);
+    assert_new(&open(&rig.bytes()).unwrap(), 3 * BLOCK);
+}
+
+#[test]
+fn numbers_near_the_largest_are_refused() {
+    let rig = Rig::new();
+    drop(rig.create());
+    for seq in [u64::MAX, u64::MAX - 1, (1 << 62) + 1] {
+        let mut bytes = rig.bytes();
+        for seq in [seq, seq - 1] {
+            let slot = Slot { seq, ..Slot::default() };
+            bytes[slot.place() as usize..][..layout::SLOT_LEN].copy_from_slice(&slot.to_bytes());
+        }
+        rig.set_bytes(&bytes);
+        let error = rig.open().unwrap_err().to_string();
+        assert!(error.contains("number of a commit"), "{error}");
+    }
+}
+
+#[test]
+fn a_link_to_a_file_that_is_not_made_yet_stays_one() {
+    let rig = Rig::new();
+    let link = rig.dir.path().join("link");
+    std::os::unix::fs::symlink("middle", &link).unwrap();
+    std::os::unix::fs::symlink(rig.path(), rig.dir.path().join("middle")).unwrap();
+    let mut file = StateFile::create(&link, &geometry(), BLOCK, NR * BLOCK).unwrap();
+    file.commit(&commit(SET, BLOCK)).unwrap();
+    file.replace(&commit(Delta::None, 2 * BLOCK), &[1, 0, 0, 0]).unwrap();
+    drop(file);
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(rig.open().unwrap().plugged_blocks, 1);
+}
+
+#[test]
+fn only_the_owner_may_read_a_new_file() {
+    let rig = Rig::new();
+    let _file = rig.create();
+    assert_eq!(rig.mode(), 0o600);
+}
+
+#[test]
+fn a_state_in_memory_is_continued_from_its_file() {
+    let mut file = StateFile::in_memory(&geometry(), BLOCK, NR * BLOCK).unwrap();
+    let current = file.current();
+    file.commit(&commit(SET, 5 * BLOCK)).unwrap();
+    let next = |current: &Current| {
+        let left = current.current().try_clone().unwrap();
+        StateFile::continue_with(left, None, &geometry()).unwrap()
+    };
+    assert_eq!(next(&current).1.plugged_blocks, 130);
+    file.replace(&commit(Delta::None, BLOCK), &[3, 0, 0, 0]).unwrap();
+    let (mut file, saved) = next(&current);
+    assert_eq!((saved.plugged_blocks, saved.requested_size), (2, BLOCK));
+    file.commit(&commit(Delta::ClearAll, BLOCK)).unwrap();
+    assert_eq!(next(&current).1.plugged_blocks, 0);
+}
+
 /// What a kill may leave of a commit's writes: the slot whole or not at all, and then any part of
 /// the bitmap's words.
 fn images(before: &[u8], after: &[u8]) -> Vec<(Vec<u8>, bool)> {
     let bitmap = usize::try_from(BITMAP).unwrap();
-    let mut images = vec![(before.to_vec(), false), (after.to_vec(), true)];
+    let lasting = usize::try_from(LASTING[0]).unwrap();
+    // The synced size is the first to be written.
+    let synced = [&before[..lasting], &after[lasting..bitmap], &before[bitmap..]].concat();
+    let mut images = vec![(before.to_vec(), false), (synced, false), (after.to_vec(), true)];
     for cut in (bitmap..=after.len()).step_by(4) {
         let image = [&after[..bitmap], &after[bitmap..cut], &before[cut..]].concat();
         images.push((image, true));
