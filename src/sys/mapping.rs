@@ -65,8 +65,14 @@ impl HostMapping {
         // SAFETY: without a wanted address the kernel takes a free one, so no existing mapping
         // is replaced.
         let start = unsafe { mm::mmap(std::ptr::null_mut(), len, prot, flags, file, offset) }?;
+        // A core dump would have the guest in it, and fill every hole of its memory.
+        // SAFETY: the advice concerns the mapping that was just made, and changes no content.
+        let advised = unsafe { mm::madvise(start, len, mm::Advice::LinuxDontDump) };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { start, len, owner: Owner::Us })
+        // From here on it is unmapped when dropped.
+        let mapping = Self { start, len, owner: Owner::Us };
+        advised?;
+        Ok(mapping)
     }
 
     /// Uses the mapping of a VMM that keeps its guest memory in vm-memory. The region stays mapped
@@ -378,6 +384,16 @@ mod tests {
         let file = File::from(rustix::fs::memfd_create("mapping-test", flags).unwrap());
         file.set_len(size).unwrap();
         file
+    }
+
+    #[test]
+    fn guest_memory_is_not_in_core_dumps() {
+        let mapping = HostMapping::map(&memfd(8 * PAGE), 0, 8 * PAGE).unwrap();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", mapping.addr());
+        let ours = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        let flags = ours.into_iter().find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+        assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
     }
 
     #[test]

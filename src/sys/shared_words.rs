@@ -40,8 +40,13 @@ impl Mapping {
         // replaced.
         let start =
             unsafe { mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, file, 0) }?;
+        // SAFETY: the advice concerns the mapping that was just made, and changes no content.
+        let advised = unsafe { mm::madvise(start, len, mm::Advice::LinuxDontDump) };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { start, words })
+        // From here on it is unmapped when dropped.
+        let mapping = Self { start, words };
+        advised?;
+        Ok(mapping)
     }
 }
 

@@ -26,6 +26,7 @@ use crate::gate::Gate;
 use crate::metrics::Metrics;
 use crate::postcopy::Postcopy;
 use crate::queue::{self, AtomicMemory, Memory, UsableMemory};
+use crate::sys::guest_memory;
 use crate::vring::{Calls, Vring};
 
 /// VIRTIO_MEM_F_ACPI_PXM: node_id is valid (5.15.3).
@@ -426,6 +427,7 @@ impl VhostUserBackend for MemBackend {
 
     fn update_memory(&self, memory: AtomicMemory) -> io::Result<()> {
         let memory = memory.memory().into_inner();
+        guest_memory::keep_out_of_core_dumps();
         let result = self
             .ram_blocks(&memory)
             .and_then(|blocks| self.shared.controller.set_memory(blocks).map_err(io::Error::other))

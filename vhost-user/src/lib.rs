@@ -66,6 +66,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     sys::lost_memory::install().context(
         "/proc/self/maps is needed to survive memory that a front-end takes away: mount /proc",
     )?;
+    if let Err(error) = sys::guest_memory::limit_core_dumps() {
+        tracing::warn!(%error, "a core dump may have the guest's memory in it");
+    }
     listener::allow(config.access);
     let left = renew::left()?;
     let (start, state) = start::open(&config, left)?;

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{ADDR, PATIENCE, connect, gpa, options, ram};
+use common::{ADDR, BOOT, PATIENCE, connect, gpa, options, ram};
 use rustix::process::{Pid, Signal, kill_process};
 use test_vmm::connection::Connection;
 use test_vmm::driver::{MemDriver, ResponseType};
@@ -242,4 +242,35 @@ fn capabilities_are_what_the_schema_has_for_a_type_without_features() {
     assert!(output.status.success() && output.stderr.is_empty());
     let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(value, serde_json::json!({ "type": "mem" }));
+}
+
+#[test]
+fn no_mapping_of_what_a_front_end_shares_is_in_a_core_dump() {
+    let daemon = common::daemon(options().discard_socket());
+    let ram = ram();
+    let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+    let size = (ADDR + common::REGION) / 4096 / 8;
+    let log = test_vmm::memory::memfd("log", size, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    frontend.set_log_base(&log, size, 0).unwrap();
+    assert_eq!(driver.state(gpa(0), 1).unwrap().kind(), ResponseType::Ack);
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", daemon.pid())).unwrap();
+    let (mut shared, mut size) = (Vec::new(), 0);
+    let mut mapping = "";
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Size:") => size = words.next().unwrap().parse::<u64>().unwrap() << 10,
+            Some("VmFlags:") if mapping.split(' ').nth(1).unwrap().ends_with('s') => {
+                assert!(line.split(' ').any(|flag| flag == "dd"), "{mapping}\n{line}");
+                shared.push(size);
+            }
+            Some(first) if !first.ends_with(':') => mapping = line,
+            _ => {}
+        }
+    }
+    assert!(shared.contains(&BOOT) && shared.contains(&common::REGION), "{shared:?}");
+    assert!(smaps.contains("memfd:log"));
+    let filter = fs::read_to_string(format!("/proc/{}/coredump_filter", daemon.pid())).unwrap();
+    let shared_kinds = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 8;
+    assert_eq!(u32::from_str_radix(filter.trim(), 16).unwrap() & shared_kinds, 0, "{filter}");
 }

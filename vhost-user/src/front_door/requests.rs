@@ -11,6 +11,7 @@ use super::link::Stop;
 use super::message::{FrontendRequest, Message, Reply, protocol, u32_at};
 use super::quiesced::Quiesced;
 use super::session::{LOG_ALL, PROTOCOL_FEATURES, Session};
+use crate::sys::guest_memory;
 
 /// Largest queue of the device.
 const QUEUE_SIZE_MAX: u32 = 128;
@@ -244,6 +245,7 @@ impl Session<'_> {
         let log = DirtyLog::new(message)?;
         let request = FrontendRequest::SET_LOG_BASE;
         let reply = self.inject(request, &log.body, &[log.fd.as_fd()])?;
+        guest_memory::keep_out_of_core_dumps();
         self.log = Some(log);
         self.answer_with(header, &reply)
     }

@@ -265,6 +265,7 @@ impl<'a> Session<'a> {
             }
             Err(other) => Err(other),
             Ok(()) => {
+                crate::sys::guest_memory::keep_out_of_core_dumps();
                 if let Some(log) = &mut self.log {
                     log.stale = false;
                 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::ptr;
 
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -36,6 +37,45 @@ pub(crate) fn forbid_huge_pages(memory: &Memory) {
             // Without huge pages in the kernel, and on hugetlb, there is nothing to forbid.
             tracing::debug!(%error, "huge pages cannot be forbidden");
         }
+    }
+}
+
+/// Kinds of mappings in `/proc/self/coredump_filter` that are shared: anonymous ones, which those of
+/// a memfd count as, of files, of huge pages, and of persistent memory.
+const SHARED_KINDS: u32 = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 8;
+
+/// Leaves shared mappings out of core dumps of this process, also those that are not
+/// [marked](keep_out_of_core_dumps) yet: the guest's memory is none of a dump's reader's business,
+/// and is often larger than the disk.
+///
+/// # Errors
+///
+/// When the kernel has no core dumps, or refuses.
+pub(crate) fn limit_core_dumps() -> io::Result<()> {
+    const PATH: &str = "/proc/self/coredump_filter";
+    let text = std::fs::read_to_string(PATH)?;
+    let filter = u32::from_str_radix(text.trim(), 16).map_err(io::Error::other)?;
+    std::fs::write(PATH, format!("{:#x}", filter & !SHARED_KINDS))
+}
+
+/// Marks all mappings of what is shared as not to be dumped: guest memory, dirty log, bitmap. Some
+/// are made by crates that do not say where, so the kernel is asked.
+pub(crate) fn keep_out_of_core_dumps() {
+    let marked = || -> io::Result<()> {
+        for mapping in super::lost_memory::shared_mappings()? {
+            let start = ptr::without_provenance_mut(mapping.start);
+            // SAFETY: the advice changes no content, whatever is mapped there by now.
+            let advised = unsafe { madvise(start, mapping.len(), Advice::LinuxDontDump) };
+            match advised {
+                // Unmapped since.
+                Ok(()) | Err(Errno::NOMEM) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    };
+    if let Err(error) = marked() {
+        tracing::warn!(%error, "a core dump may have the guest's memory in it");
     }
 }
 

@@ -117,20 +117,55 @@ fn replace(range: Range<usize>) -> bool {
 
 /// The shared mapping in which `addr` lies, read from an open `/proc/self/maps`. Takes no memory.
 fn shared_mapping(maps: BorrowedFd<'_>, addr: usize) -> Option<Range<usize>> {
+    let mut found = None;
+    for_each_mapping(maps, |mapping, shared| {
+        if !mapping.contains(&addr) {
+            return true;
+        }
+        found = shared.then_some(mapping);
+        false
+    });
+    found
+}
+
+/// All shared mappings of this process: those of what a front-end shares, and of the bitmap that
+/// clients share.
+pub(super) fn shared_mappings() -> io::Result<Vec<Range<usize>>> {
+    let opened;
+    let maps = match GUARD.get() {
+        Some(guard) => guard.maps.as_fd(),
+        None => {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            opened = rustix::fs::open("/proc/self/maps", flags, Mode::empty())?;
+            opened.as_fd()
+        }
+    };
+    let mut mappings = Vec::new();
+    for_each_mapping(maps, |mapping, shared| {
+        if shared {
+            mappings.push(mapping);
+        }
+        true
+    });
+    Ok(mappings)
+}
+
+/// Calls `look` with each mapping, and whether it is shared, until it says no. Takes no memory.
+fn for_each_mapping(maps: BorrowedFd<'_>, mut look: impl FnMut(Range<usize>, bool) -> bool) {
     let mut line = Line::default();
     let mut chunk = [0; 1024];
     let mut at = 0;
     loop {
         let count = match rustix::io::retry_on_intr(|| rustix::io::pread(maps, &mut chunk, at)) {
-            Ok(0) | Err(_) => return None,
+            Ok(0) | Err(_) => return,
             Ok(count) => count,
         };
         at += count as u64;
         for &byte in &chunk[..count] {
             if let Some((mapping, shared)) = line.feed(byte)
-                && mapping.contains(&addr)
+                && !look(mapping, shared)
             {
-                return shared.then_some(mapping);
+                return;
             }
         }
     }
