@@ -1,4 +1,4 @@
-//! The channel between source and destination: a connected socket, or a pipe.
+//! The channel between source and destination: a connected socket, or one way a pipe or a file.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -70,7 +70,8 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// Takes over a connected socket or pipe, which becomes non-blocking.
+    /// Takes over a connected socket, which becomes non-blocking; for a stream that goes one way
+    /// ([`Parameters::one_way`](super::precopy::Parameters::one_way)) also a pipe or a file.
     ///
     /// # Errors
     ///

@@ -94,6 +94,9 @@ pub enum MigrationError {
     /// The destination says something that makes no sense now.
     #[error("unexpected message from the destination: {0}")]
     Unexpected(String),
+    /// What the migration was asked for cannot be done together.
+    #[error("{0}")]
+    NotPossible(String),
     /// The other side closed the channel.
     #[error("the other side closed the channel while {0}")]
     ChannelClosed(&'static str),

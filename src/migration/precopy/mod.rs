@@ -6,6 +6,7 @@
 //! it could tell the source so.
 
 mod convergence;
+mod handlers;
 mod incoming;
 mod outgoing;
 mod return_path;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::convergence::{Switchover, Throttle, ThrottleParameters};
 use super::return_path::ReturnPath;
-use super::{Guest, PING_LOADED};
+use super::{Guest, PING_LOADED, handlers};
 use crate::migration::bandwidth::Bandwidth;
 use crate::migration::channel::{BufferSink, Channel, Sink};
 use crate::migration::devices::Devices;
@@ -42,6 +42,11 @@ pub struct Parameters {
     pub verdict_timeout: Duration,
     /// What both sides must agree on: machine type and capabilities.
     pub configuration: Configuration,
+    /// Whether nothing is heard of a destination: the stream goes to a file, or down a pipe. All of
+    /// it being written is then all that is known at the end. The guest stays stopped here, and it is
+    /// for the VMM to say whether it continues here or where the stream is loaded, and never both.
+    /// Postcopy is not possible.
+    pub one_way: bool,
 }
 
 impl Parameters {
@@ -54,6 +59,7 @@ impl Parameters {
             throttle: ThrottleParameters::default(),
             verdict_timeout: Duration::from_secs(30),
             configuration,
+            one_way: false,
         }
     }
 }
@@ -98,7 +104,7 @@ enum Owner {
 
 impl Outgoing<'_> {
     /// Migrates the guest over a connected channel. When this returns `Ok`, the destination has
-    /// it; on an error it runs on here, block state is no longer frozen, and another migration may
+    /// it, or may have it of a stream that goes [one way](Parameters::one_way); on an error it runs on here, block state is no longer frozen, and another migration may
     /// be tried.
     ///
     /// # Errors
@@ -151,16 +157,20 @@ impl Outgoing<'_> {
                 return Err(MigrationError::Io { what: "freeze block state", source });
             }
         }
+        handlers::check(&self.handlers)?;
+        handlers::check_postcopy(&self.parameters, self.postcopy.is_some())?;
         let out = &mut channel;
         let mut framing = Framing::begin(out, &self.parameters.configuration)?;
         let mut bytes = Vec::new();
-        put_command(&mut bytes, &Command::OpenReturnPath);
-        put_command(&mut bytes, &Command::Ping(1));
+        if !self.parameters.one_way {
+            put_command(&mut bytes, &Command::OpenReturnPath);
+            put_command(&mut bytes, &Command::Ping(1));
+        }
         if self.postcopy.is_some() {
             put_command(&mut bytes, &Command::PostcopyAdvise(Some(self.page_sizes())));
         }
         write(out, &bytes)?;
-        let back = ReturnPath::listen(out)?;
+        let back = if self.parameters.one_way { None } else { Some(ReturnPath::listen(out)?) };
         for section in self.devices.save(true)? {
             framing.full(out, section)?;
         }
@@ -168,7 +178,7 @@ impl Outgoing<'_> {
             framing.start(out, &mut **handler)?;
         }
         self.progress.set_status(Status::Active);
-        let next = self.iterate(out, &back, &framing)?;
+        let next = self.iterate(out, back.as_ref(), &framing)?;
         // From here on the guest stands still.
         self.progress.set_status(Status::Device);
         self.progress.guest_stopped();
@@ -177,8 +187,11 @@ impl Outgoing<'_> {
             .map_err(|reason| MigrationError::Vmm { what: "stop the guest", reason })?;
         *owner = Owner::Stopped;
         match next {
-            Next::Complete => self.complete(out, &back, framing),
-            Next::Postcopy => self.postcopy(channel, back, framing, owner),
+            Next::Complete => self.complete(out, back.as_ref(), framing),
+            Next::Postcopy => match back {
+                Some(back) => self.postcopy(channel, back, framing, owner),
+                None => Err(handlers::no_way_back()),
+            },
         }
     }
 
@@ -186,7 +199,7 @@ impl Outgoing<'_> {
     fn complete(
         &mut self,
         out: &mut Channel,
-        back: &ReturnPath,
+        back: Option<&ReturnPath>,
         mut framing: Framing,
     ) -> Result<(), MigrationError> {
         let mut bytes = Vec::new();
@@ -198,17 +211,21 @@ impl Outgoing<'_> {
         for section in self.devices.save(false)? {
             framing.full(out, section)?;
         }
-        let mut bytes = Vec::new();
-        put_command(&mut bytes, &Command::Ping(PING_LOADED));
-        write(out, &bytes)?;
-        back.wait_for_pong(PING_LOADED, self.parameters.verdict_timeout, &self.progress)?;
+        if let Some(back) = back {
+            let mut bytes = Vec::new();
+            put_command(&mut bytes, &Command::Ping(PING_LOADED));
+            write(out, &bytes)?;
+            back.wait_for_pong(PING_LOADED, self.parameters.verdict_timeout, &self.progress)?;
+        }
         // The verdict: the destination has everything. With what follows it gets the guest, and
         // it can no longer be called back.
         let mut bytes = Vec::new();
         put_eof(&mut bytes);
         put_description(&mut bytes, &framing.description());
         write(&mut out.uncancellable(), &bytes)?;
-        back.wait_for_shut(self.parameters.verdict_timeout)?;
+        if let Some(back) = back {
+            back.wait_for_shut(self.parameters.verdict_timeout)?;
+        }
         self.progress.guest_runs_elsewhere();
         Counters::set(&self.progress.counters.transferred, out.written() + bytes.len() as u64);
         Ok(())
@@ -223,7 +240,7 @@ impl Outgoing<'_> {
         owner: &mut Owner,
     ) -> Result<(), MigrationError> {
         let out = &mut channel;
-        let index = self.postcopy_handler()?;
+        let index = handlers::end_before_postcopy(&mut self.handlers, out, &framing)?;
         let mut bytes = Vec::new();
         if let Some(memory) = self.handlers[index].postcopy() {
             for (block, ranges) in memory.outstanding()? {
@@ -283,22 +300,13 @@ impl Outgoing<'_> {
         AdvisedSizes { page_sizes, target_page_size: TARGET_PAGE_SIZE }
     }
 
-    /// The one handler that can go on after the guest has left. With several with memory, or one
-    /// that cannot, there is no postcopy.
-    fn postcopy_handler(&mut self) -> Result<usize, MigrationError> {
-        let mut able = (0..self.handlers.len())
-            .filter(|&index| self.handlers[index].postcopy().is_some())
-            .collect::<Vec<_>>();
-        match (able.pop(), able.is_empty() && self.handlers.len() == 1) {
-            (Some(index), true) => Ok(index),
-            _ => Err(MigrationError::Unexpected(
-                "postcopy needs RAM to be the only iterative handler".to_owned(),
-            )),
+    /// Whether it is time for postcopy: what cannot be sent after the guest fits the downtime.
+    fn switches(&mut self, bandwidth: &Bandwidth) -> bool {
+        let bound = handlers::pending_before_postcopy(&mut self.handlers);
+        let limit = self.parameters.downtime_limit;
+        if bound != 0 && bandwidth.time_for(bound).is_none_or(|time| time > limit) {
+            return false;
         }
-    }
-
-    /// Whether it is time for postcopy.
-    fn switches(&self) -> bool {
         let rounds = Counters::get(&self.progress.counters.dirty_sync_count);
         self.postcopy.as_ref().is_some_and(|postcopy| match postcopy.when {
             SwitchWhen::Told => self.progress.wants_postcopy(),
@@ -312,7 +320,7 @@ impl Outgoing<'_> {
     fn iterate(
         &mut self,
         out: &mut Channel,
-        back: &ReturnPath,
+        back: Option<&ReturnPath>,
         framing: &Framing,
     ) -> Result<Next, MigrationError> {
         let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
@@ -322,8 +330,10 @@ impl Outgoing<'_> {
             if self.progress.is_cancelled() {
                 return Err(MigrationError::Cancelled);
             }
-            back.check()?;
-            if self.switches() {
+            if let Some(back) = back {
+                back.check()?;
+            }
+            if self.switches(&bandwidth) {
                 return Ok(Next::Postcopy);
             }
             let counters = &self.progress.counters;
@@ -348,13 +358,7 @@ impl Outgoing<'_> {
                 }
             }
             let budget = bandwidth.budget(out.written());
-            for (index, handler) in self.handlers.iter_mut().enumerate() {
-                if handler.pending_estimate() != 0 {
-                    framing.continued(out, index, SectionKind::Part, |out| {
-                        handler.iterate(out, budget)
-                    })?;
-                }
-            }
+            handlers::iterate(&mut self.handlers, out, framing, budget)?;
             Counters::set(&counters.transferred, out.written());
             let mut pause = bandwidth.spent(out.written());
             while !pause.is_zero() && !self.progress.is_cancelled() {

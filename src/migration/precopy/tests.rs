@@ -1,7 +1,9 @@
 //! Whole migrations between two sides in one process, over a socket pair, of real memory.
 
+mod handlers;
 mod handover;
 mod hostile;
+mod one_way;
 mod shared;
 
 use std::fs::File;

@@ -10,9 +10,11 @@ use rustix::fs::MemfdFlags;
 use virtio_mem::controller::{MemController, Start};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
 use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::precopy::Guest;
+use virtio_mem::migration::channel::Channel;
+use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
+use virtio_mem::migration::precopy::{Guest, Outgoing, Parameters};
 use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
+use virtio_mem::migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
 use virtio_mem::migration::snapshot::{self, BackgroundSnapshot, Snapshot};
 use virtio_mem::migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
 use virtio_mem::migration::virtio_mem as sections;
@@ -132,7 +134,10 @@ fn file(size: u64) -> Result<File> {
 /// Everything that can be written, in files in `folder`.
 pub fn write_all(folder: &Path) -> Result<Vec<Written>> {
     type Write = fn(&Machine, &File) -> Result<()>;
-    let kinds: [(&str, &str, bool, bool, Write); 4] = [
+    let kinds: [(&str, &str, bool, bool, Write); 7] = [
+        ("a saved stream", "8.0", false, false, stream),
+        ("a saved stream of level 7.2", "7.2", false, false, stream),
+        ("a saved stream without shared memory", "8.0", true, false, stream),
         ("a snapshot", "8.0", false, true, snapshot),
         ("a snapshot of level 7.2", "7.2", false, true, snapshot),
         ("a snapshot without shared memory", "8.0", true, true, snapshot),
@@ -148,6 +153,23 @@ pub fn write_all(folder: &Path) -> Result<Vec<Written>> {
         written.push(Written { what, path, mapped_ram, memory: machine.memory()? });
     }
     Ok(written)
+}
+
+fn stream(machine: &Machine, file: &File) -> Result<()> {
+    let progress = Arc::new(Progress::new());
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
+    let options = ListOptions::of(&machine.configuration());
+    let ram = RamSave::new(&machine.blocks, options, Arc::clone(&progress), tracker)?;
+    let outgoing = Outgoing {
+        parameters: Parameters { one_way: true, ..Parameters::new(machine.configuration()) },
+        guest: &Idle,
+        handlers: vec![Box::new(ram)],
+        devices: &mut machine.devices()?,
+        frozen: Vec::new(),
+        postcopy: None,
+        progress: Arc::clone(&progress),
+    };
+    Ok(outgoing.run(Channel::new(file.try_clone()?, progress)?)?)
 }
 
 fn snapshot(machine: &Machine, file: &File) -> Result<()> {
