@@ -4,6 +4,7 @@ mod handlers;
 mod handover;
 mod hostile;
 mod one_way;
+mod resizable;
 mod shared;
 
 use std::fs::File;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
+use super::BlockError;
 use crate::ByteRange;
 use crate::memory::{Backing, BackingKind, RamBlock};
 use crate::migration::stream::TARGET_PAGE_SIZE;
@@ -80,6 +81,24 @@ pub struct MigrationBlock {
     options: BlockOptions,
     used_length: AtomicU64,
     discard: RwLock<Option<Region>>,
+    /// How many migrations it takes part in now.
+    migrations: AtomicU64,
+}
+
+/// A block that takes part in a migration for as long as this is held.
+pub(in crate::migration) struct InMigration(Arc<MigrationBlock>);
+
+impl InMigration {
+    pub(in crate::migration) fn new(block: &Arc<MigrationBlock>) -> Self {
+        block.begin_migration();
+        Self(Arc::clone(block))
+    }
+}
+
+impl Drop for InMigration {
+    fn drop(&mut self) {
+        self.0.end_migration();
+    }
 }
 
 /// The part of a block that a RamDiscardManager answers for; the rest is always populated.
@@ -115,6 +134,7 @@ impl MigrationBlock {
             options,
             used_length: AtomicU64::new(used_length),
             discard: RwLock::default(),
+            migrations: AtomicU64::new(0),
         })
     }
 
@@ -133,6 +153,24 @@ impl MigrationBlock {
     /// the one before.
     pub fn set_discard_manager(&self, start: u64, manager: Arc<dyn RamDiscardManager>) {
         *self.discard.write() = Some(Region { start, manager });
+    }
+
+    /// The block takes part in a migration: it keeps its manager, and stays registered.
+    pub(super) fn begin_migration(&self) {
+        let _not_while_it_changes = self.discard.read();
+        self.migrations.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(super) fn end_migration(&self) {
+        self.migrations.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Fails while the block takes part in a migration.
+    pub(super) fn check_unused(&self) -> Result<(), BlockError> {
+        match self.migrations.load(Ordering::Acquire) {
+            0 => Ok(()),
+            _ => Err(BlockError::Migrating { id: self.id().to_owned() }),
+        }
     }
 
     /// The id, unique among the blocks of a VM.
@@ -168,6 +206,28 @@ impl MigrationBlock {
     /// The bytes in use, counted from the start of the block.
     pub fn used(&self) -> Option<ByteRange> {
         ByteRange::new(0, self.used_length())
+    }
+
+    /// Changes the used length, as firmware does that makes its tables longer. What was past the end is
+    /// as it was when the block grows over it again.
+    ///
+    /// # Errors
+    ///
+    /// When the block is not resizable or not that long, or takes part in a migration, which would
+    /// lose what is added.
+    pub fn resize(&self, used_length: u64) -> Result<(), BlockError> {
+        let (id, limit) = (self.id().to_owned(), self.ram.range().len());
+        if self.options.resizable.is_none() {
+            return Err(BlockError::NotResizable { id });
+        }
+        let page_size = self.page_size();
+        if used_length > limit || !used_length.is_multiple_of(page_size) {
+            return Err(BlockError::Resize { id, used_length, limit, page_size });
+        }
+        let _no_migration_begins = self.discard.write();
+        self.check_unused()?;
+        self.set_used_length(used_length);
+        Ok(())
     }
 
     /// Follows the source's used length; the caller has checked that it may.

@@ -6,10 +6,10 @@ use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::MigrationBlock;
 use super::prepare::prepare;
 use super::registry::{ListOptions, RamBlocks};
 use super::zero_runs::ZeroRun;
+use super::{InMigration, MigrationBlock};
 use crate::ByteRange;
 use crate::migration::error::MigrationError;
 use crate::migration::handler::LoadHandler;
@@ -54,6 +54,7 @@ struct LoadBlock {
     populated: Option<ByteRange>,
     /// Where the block starts in its file.
     base: u64,
+    _in_migration: InMigration,
 }
 
 /// Pages that follow each other in the block, and lie in the buffer with headers between them.
@@ -234,10 +235,11 @@ impl RamLoad {
         let list = BlockList::read(reader, total, limits, &mut |_, _| Ok(()))?;
         let accepted = self.registry.accept(&list, self.options)?;
         for block in accepted {
+            let _in_migration = InMigration::new(&block);
             let nr_pages = block.used_length() / TARGET_PAGE_SIZE;
             let base = block.file_base();
             let received = PageBitmap::new(nr_pages);
-            self.blocks.push(LoadBlock { block, received, populated: None, base });
+            self.blocks.push(LoadBlock { block, received, populated: None, base, _in_migration });
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ mod registry;
 mod save;
 mod zero_runs;
 
+pub(in crate::migration) use block::InMigration;
 pub use block::{BlockOptions, Migratable, MigrationBlock, ZeroPageDetection};
 pub use load::RamLoad;
 pub(in crate::migration) use prepare::prepare;

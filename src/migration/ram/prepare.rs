@@ -1,6 +1,7 @@
 //! Memory that is to be loaded into: zeros everywhere, before anything comes.
 
 use super::{ListOptions, MigrationBlock, RamBlocks};
+use crate::ByteRange;
 use crate::migration::error::MigrationError;
 use crate::migration::stream::TARGET_PAGE_SIZE;
 
@@ -39,7 +40,9 @@ fn zero_resident(block: &MigrationBlock) -> Result<(), MigrationError> {
     for &range in &discarded {
         block.sweep(range).map_err(failed("discard what it held before"))?;
     }
-    for range in block.all_but(&discarded) {
+    // The source may have more in use.
+    let past_end = ByteRange::from_bounds(block.used_length(), block.ram().range().len());
+    for range in block.all_but(&discarded).into_iter().chain(past_end) {
         if !block.tells_holes() {
             // A hole would be filled by being looked at, and the pool may have no page for it.
             block.reserve(range).map_err(failed("take huge pages"))?;

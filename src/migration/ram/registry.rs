@@ -20,6 +20,33 @@ pub enum BlockError {
         /// Id of the block.
         id: String,
     },
+    /// It takes part in a migration.
+    #[error("RAM block {id:?} takes part in a migration: try again when that has ended")]
+    Migrating {
+        /// Id of the block.
+        id: String,
+    },
+    /// Its length never changes.
+    #[error("RAM block {id:?} was not registered as resizable")]
+    NotResizable {
+        /// Id of the block.
+        id: String,
+    },
+    /// It cannot be so long.
+    #[error(
+        "RAM block {id:?} cannot have {used_length:#x} bytes: at most {limit:#x} are possible, in \
+         pages of {page_size:#x}"
+    )]
+    Resize {
+        /// Id of the block.
+        id: String,
+        /// Bytes that were asked for.
+        used_length: u64,
+        /// The most, bytes.
+        limit: u64,
+        /// Size of its pages, bytes.
+        page_size: u64,
+    },
     /// Its id is empty or has more than 255 bytes.
     #[error("RAM block {id:?}: an id has 1 to 255 bytes")]
     Id {

@@ -9,8 +9,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::MigrationBlock;
-use super::registry::{ListOptions, RamBlocks};
+use super::registry::{BlockError, ListOptions, RamBlocks};
+use super::{InMigration, MigrationBlock};
 use crate::ByteRange;
 use crate::migration::channel::Sink;
 use crate::migration::dirty::DirtyTracker;
@@ -46,6 +46,7 @@ pub struct SaveBlock {
     /// Chunks of which the tracker still remembers what `dirty` has.
     unclear: PageBitmap,
     started: bool,
+    in_migration: Option<InMigration>,
 }
 
 /// The "ram" handler of the source.
@@ -72,6 +73,7 @@ impl SaveBlock {
             discarded: Vec::new(),
             unclear: PageBitmap::new(nr_pages.div_ceil(CLEAR_CHUNK_PAGES)),
             started: false,
+            in_migration: None,
         }
     }
 
@@ -372,7 +374,18 @@ impl SaveHandler for RamSave {
     }
 
     fn configure(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
-        self.options.check(configuration)
+        self.options.check(configuration)?;
+        for block in &mut self.blocks {
+            block.in_migration = Some(InMigration::new(&block.block));
+            let (stream, local) =
+                (block.dirty.nr_pages() * TARGET_PAGE_SIZE, block.block.used_length());
+            if stream != local {
+                // It was resized since its length was put into the list.
+                let id = block.block.id().to_owned();
+                return Err(BlockError::Length { id, stream, local }.into());
+            }
+        }
+        Ok(())
     }
 
     fn setup(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
@@ -409,6 +422,7 @@ impl SaveHandler for RamSave {
 
     fn cleanup(&mut self) {
         for block in &mut self.blocks {
+            block.in_migration = None;
             if std::mem::take(&mut block.started)
                 && let Err(error) = block.tracker.stop()
             {

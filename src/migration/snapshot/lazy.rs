@@ -14,6 +14,7 @@ use crate::migration::error::MigrationError;
 use crate::migration::lazy::{FaultHandler, FaultStatistics, HandlerFailed, LazyRam, PageSource};
 use crate::migration::page_bitmap::bytes_of;
 use crate::migration::progress::{Counters, Progress, Status};
+use crate::migration::ram::InMigration;
 use crate::migration::stream::TARGET_PAGE_SIZE;
 
 /// A guest whose memory is still being read. It may run.
@@ -46,14 +47,22 @@ pub fn restore_lazily(
     let mut lazy = None;
     let loaded = load(&configuration, blocks, devices, &progress, &file, &mut |placed| {
         let offsets = placed.iter().map(|placed| placed.pages_offset).collect();
-        let blocks = placed.into_iter().map(|Placed { block, pages, .. }| (block, pages));
-        let memory = Arc::new(LazyRam::new(blocks.collect())?);
-        let source =
-            Arc::new(Pages { file: Arc::clone(&file), offsets, failed: Arc::clone(&failed) });
+        let (blocks, in_migration) = placed
+            .into_iter()
+            .map(|Placed { block, pages, in_migration, .. }| ((block, pages), in_migration))
+            .unzip();
+        let memory = Arc::new(LazyRam::new(blocks)?);
+        let (file, failed) = (Arc::clone(&file), Arc::clone(&failed));
+        let source = Arc::new(Pages {
+            file,
+            offsets,
+            failed: Arc::clone(&failed),
+            _in_migration: in_migration,
+        });
         progress.watch_faults(memory.shared_statistics());
         memory.set_source(Some(Arc::clone(&source) as Arc<dyn PageSource>));
         // Loading devices may touch memory.
-        let handler = FaultHandler::start(Arc::clone(&memory), Arc::clone(&failed))?;
+        let handler = FaultHandler::start(Arc::clone(&memory), failed)?;
         lazy = Some((memory, handler, source));
         Ok(())
     });
@@ -129,6 +138,8 @@ struct Pages {
     /// Of each block the first page, bytes from the start of the file.
     offsets: Vec<u64>,
     failed: Arc<dyn HandlerFailed>,
+    /// The blocks, which keep their lengths meanwhile.
+    _in_migration: Vec<InMigration>,
 }
 
 impl Pages {

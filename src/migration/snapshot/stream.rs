@@ -12,7 +12,7 @@ use crate::migration::handler::LoadHandler;
 use crate::migration::loader::{Loader, out_of_place};
 use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks, prepare};
+use crate::migration::ram::{InMigration, ListOptions, MigrationBlock, RamBlocks, prepare};
 use crate::migration::stream::{
     BlockList, Configuration, FormatError, ListLimits, MappedRamHeader, PageHeader, RAM_SECTION,
     RAM_VERSION, Record, SectionKind, TARGET_PAGE_SIZE, read_header, read_record,
@@ -71,6 +71,7 @@ pub(super) struct Placed {
     pub(super) pages: PageBitmap,
     /// The first page, bytes from the start of the file.
     pub(super) pages_offset: u64,
+    pub(super) in_migration: InMigration,
 }
 
 impl MappedLoad<'_> {
@@ -98,10 +99,11 @@ impl MappedLoad<'_> {
         for (block, entry) in accepted.into_iter().zip(&list.entries) {
             let is_sent = block.used().is_some() && !self.options.leaves_out(&block);
             if let Some(header) = entry.mapped.filter(|_| is_sent) {
+                let in_migration = InMigration::new(&block);
                 let pages = read_bitmap(&block, header, self.file)?;
                 let pages_offset = header.pages_offset;
                 Counters::add(&self.progress.counters.total, pages.count() * TARGET_PAGE_SIZE);
-                placed.push(Placed { block, pages, pages_offset });
+                placed.push(Placed { block, pages, pages_offset, in_migration });
             }
         }
         self.placed = Some(placed);

@@ -21,7 +21,7 @@ fn sectors(count: usize, byte: u8) -> Sectors {
 
 /// A disk whose sectors are sent: sectors with their number, and an end mark, in each section.
 #[derive(Clone)]
-struct Disk {
+pub(super) struct Disk {
     instance: u32,
     version: u32,
     sectors: Sectors,
@@ -160,7 +160,7 @@ impl HandlerFailed for Witness {
 }
 
 /// Migrates RAM and disks.
-fn run(
+pub(super) fn run(
     from: &Side,
     to: &Side,
     disks: [&[Disk]; 2],
