@@ -44,6 +44,9 @@ pub enum BackingError {
     /// The file descriptor cannot be written, so neither can holes be punched.
     #[error("the file is not open for reading and writing")]
     NotWritable,
+    /// What is written to it lands at its end, wherever it belongs.
+    #[error("the file is open for appending only (O_APPEND): open it without")]
+    Appending,
     /// A seal forbids giving memory back.
     #[error("the file is sealed with {0}, which forbids giving its memory back")]
     Sealed(&'static str),
@@ -109,7 +112,11 @@ impl Backing {
         // A file description of our own, since looking for holes moves the offset that duplicated
         // descriptors share. Where it cannot be had, the shared one has to do.
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-        let file = File::options().read(true).write(true).open(path).unwrap_or(file);
+        let file = match File::options().read(true).write(true).open(path) {
+            Ok(own) => own,
+            Err(_) if flags.contains(OFlags::APPEND) => return Err(BackingError::Appending),
+            Err(_) => file,
+        };
         let mut backing = Self { file, kind, page_size, probe_at: None };
         if kind != BackingKind::File && backing.len()? <= FAR {
             backing.probe_at = Some(FAR);

@@ -20,9 +20,6 @@ const CAP_MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
 const DIRTY_LOG_MANUAL_PROTECT_ENABLE: u64 = 1 << 0;
 const MEM_LOG_DIRTY_PAGES: u32 = 1 << 0;
 
-/// The page of KVM's log, bytes.
-const PAGE: u64 = 4096;
-
 #[repr(C)]
 struct KvmDirtyLogArg {
     slot: u32,
@@ -62,6 +59,8 @@ pub struct KvmSlot {
     flags: u32,
     guest_range: ByteRange,
     userspace_addr: u64,
+    /// The unit of the log, bytes: a page of the host, whatever the guest's pages are.
+    page_size: u64,
 }
 
 impl KvmSlot {
@@ -70,7 +69,7 @@ impl KvmSlot {
     ///
     /// # Panics
     ///
-    /// When the range is not made of whole pages of 4 KiB.
+    /// When the range is not made of whole pages of the host.
     ///
     /// # Safety
     ///
@@ -78,9 +77,11 @@ impl KvmSlot {
     /// exactly these values: KVM writes a log of the slot's real size, and a slot that is set with
     /// another address opens the memory there to the guest.
     pub unsafe fn new(id: u32, flags: u32, guest_range: ByteRange, userspace_addr: u64) -> Self {
-        let whole = [guest_range.start(), guest_range.len()].iter().all(|n| n.is_multiple_of(PAGE));
+        let page_size = rustix::param::page_size() as u64;
+        let whole =
+            [guest_range.start(), guest_range.len()].iter().all(|n| n.is_multiple_of(page_size));
         assert!(whole, "slot {id} is not made of whole pages: {guest_range}");
-        Self { id, flags: flags & !MEM_LOG_DIRTY_PAGES, guest_range, userspace_addr }
+        Self { id, flags: flags & !MEM_LOG_DIRTY_PAGES, guest_range, userspace_addr, page_size }
     }
 
     /// The guest-physical range.
@@ -88,9 +89,14 @@ impl KvmSlot {
         self.guest_range
     }
 
-    /// Number of pages of 4 KiB, the unit of the log.
+    /// Bytes that one bit of the log stands for: a page of the host.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Number of pages of the host, the unit of the log.
     pub fn nr_pages(&self) -> u64 {
-        self.guest_range.len() / PAGE
+        self.guest_range.len() / self.page_size
     }
 
     /// Number of words in the slot's log.

@@ -1,14 +1,15 @@
 //! Dirty pages by KVM's log: what vCPUs and in-kernel devices write.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 use super::{DirtyTracker, pages_within};
 use crate::ByteRange;
-use crate::migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, pages_touched};
+use crate::migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE};
 use crate::sys::kvm::{KvmSlot, enable_manual_protect};
 
-/// How much of the log is cleared at once, words (64 MiB of memory): each call takes KVM's MMU
+/// How much of the log is cleared at once, words (64 MiB of memory in pages of 4 KiB): each call takes KVM's MMU
 /// lock and flushes TLBs.
 const CLEAR_WORDS: usize = 256;
 
@@ -83,7 +84,7 @@ impl DirtyTracker for KvmDirtyLog {
         }
         for Slot { slot, range, log, reported } in &mut self.slots {
             slot.dirty_log(&self.vm, log)?;
-            dirty.or_bits(pages_within(*range, dirty), log);
+            report(*range, slot.page_size(), log, dirty);
             if self.manual {
                 reported.iter_mut().zip(log).for_each(|(reported, new)| *reported |= *new);
             }
@@ -97,8 +98,7 @@ impl DirtyTracker for KvmDirtyLog {
         }
         for Slot { slot, range: own, reported, .. } in &mut self.slots {
             let part = own.intersection(range).and_then(|part| part.shifted_down(own.start()));
-            let Some(pages) = part.map(pages_touched) else { continue };
-            let words = pages.start as usize / 64..(pages.end as usize).div_ceil(64);
+            let Some(words) = part.map(|part| words_of(part, slot.page_size())) else { continue };
             for piece in words.start / CLEAR_WORDS..words.end.div_ceil(CLEAR_WORDS) {
                 let first = piece * CLEAR_WORDS;
                 let piece = first..reported.len().min(first + CLEAR_WORDS);
@@ -126,9 +126,60 @@ impl DirtyTracker for KvmDirtyLog {
     }
 }
 
+/// Adds what the log of a slot tells, whose memory lies at `range` of the block: each bit is a page of
+/// `page_size` bytes.
+fn report(range: ByteRange, page_size: u64, log: &[u64], dirty: &mut PageBitmap) {
+    if page_size == TARGET_PAGE_SIZE {
+        dirty.or_bits(pages_within(range, dirty), log);
+        return;
+    }
+    for (word, &bits) in (0u64..).zip(log) {
+        for bit in (0..64).filter(|bit| bits >> bit & 1 != 0) {
+            let page = ByteRange::new((word * 64 + bit) * page_size, page_size);
+            let page = page.and_then(|page| page.shifted_up(range.start())?.intersection(range));
+            if let Some(page) = page {
+                dirty.set_range(pages_within(page, dirty));
+            }
+        }
+    }
+}
+
+/// The words of a log, of pages of `page_size` bytes, that tell of `part` of its slot.
+fn words_of(part: ByteRange, page_size: u64) -> Range<usize> {
+    let page = |at: u64| (at / page_size) as usize;
+    page(part.start()) / 64..(page(part.end() - 1) + 1).div_ceil(64)
+}
+
 impl Drop for KvmDirtyLog {
     fn drop(&mut self) {
         // A log that nobody reads only costs.
         let _ = self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> ByteRange {
+        ByteRange::from_bounds(start, end).unwrap()
+    }
+
+    #[test]
+    fn a_bit_of_the_log_is_a_page_of_the_host() {
+        for (page_size, expected) in [
+            (4 << 10, [16..18, 79..80]),
+            (16 << 10, [16..24, 268..272]),
+            (64 << 10, [16..48, 1024..1040]),
+        ] {
+            let mut dirty = PageBitmap::new(4096);
+            // Pages 0, 1 and 63 of a slot that starts at page 16 of the block.
+            let slot = range(16 << 12, (16 << 12) + 64 * page_size);
+            report(slot, page_size, &[1 << 63 | 3], &mut dirty);
+            assert!(dirty.runs(0..4096).eq(expected), "{page_size:#x}");
+            assert_eq!(words_of(range(0, 64 * page_size), page_size), 0..1);
+            assert_eq!(words_of(range(63 * page_size, 65 * page_size), page_size), 0..2);
+            assert_eq!(words_of(range(64 * page_size, 64 * page_size + 4096), page_size), 1..2);
+        }
     }
 }

@@ -196,7 +196,8 @@ impl RamBlocks {
         }
     }
 
-    /// The list of blocks to send.
+    /// The list of blocks to send. Those with nothing in use are left out: the list ends with the sum of
+    /// all lengths, so that the last of them would not be read.
     ///
     /// # Errors
     ///
@@ -211,11 +212,12 @@ impl RamBlocks {
             gpa: options.ignore_shared.then(|| self.address_of(block)),
             mapped: None,
         };
-        Ok(BlockList { entries: entries.iter().map(entry).collect() })
+        let in_use = entries.iter().filter(|block| block.used_length() != 0);
+        Ok(BlockList { entries: in_use.map(entry).collect() })
     }
 
     /// Checks every entry of a list that came, and that none is missing; then resizable blocks
-    /// take over the source's lengths. Returns the blocks in the order of the list.
+    /// take over the source's lengths, which are 0 of those that are missing. Returns the blocks in the order of the list.
     ///
     /// # Errors
     ///
@@ -226,6 +228,7 @@ impl RamBlocks {
         options: ListOptions,
     ) -> Result<Vec<Arc<MigrationBlock>>, BlockError> {
         let mut accepted: Vec<Arc<MigrationBlock>> = Vec::with_capacity(list.entries.len());
+        let mut empty = Vec::new();
         for entry in &list.entries {
             let id = entry.id.clone();
             let block = match self.get(&entry.id) {
@@ -239,10 +242,16 @@ impl RamBlocks {
             accepted.push(Arc::clone(block));
         }
         for block in self.migratable()? {
-            if !accepted.iter().any(|other| Arc::ptr_eq(other, &block)) {
+            if accepted.iter().any(|other| Arc::ptr_eq(other, &block)) {
+                continue;
+            }
+            // The source leaves out what has nothing in use.
+            if block.options().resizable.is_none() && block.used_length() != 0 {
                 return Err(BlockError::Missing { id: block.id().to_owned() });
             }
+            empty.push(block);
         }
+        empty.iter().for_each(|block| block.set_used_length(0));
         for (block, entry) in accepted.iter().zip(&list.entries) {
             block.set_used_length(entry.used_length);
         }

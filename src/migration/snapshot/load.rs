@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use super::PIECE;
 use super::stream::{Placed, load};
+use crate::ByteRange;
 use crate::migration::devices::Devices;
 use crate::migration::error::MigrationError;
 use crate::migration::page_bitmap::bytes_of;
@@ -63,6 +64,7 @@ fn load_pages(
     threads: usize,
     progress: &Progress,
 ) -> Result<(), MigrationError> {
+    placed.iter().try_for_each(Placed::reserve)?;
     let mut pieces = VecDeque::new();
     for (index, block) in placed.iter().enumerate() {
         let (mut from, nr_pages) = (0, block.pages.nr_pages());
@@ -100,6 +102,27 @@ fn load_pages(
 }
 
 impl Placed {
+    /// Takes huge pages for all pages that there are, before any is written: through a mapping, one that
+    /// the pool does not have would raise SIGBUS.
+    fn reserve(&self) -> Result<(), MigrationError> {
+        if self.block.tells_holes() {
+            return Ok(());
+        }
+        let (page_size, used) = (self.block.page_size(), self.block.used_length());
+        let mut from = 0;
+        while let Some(run) = self.pages.next_run(from, self.pages.nr_pages(), u64::MAX) {
+            let run = bytes_of(run);
+            let start = run.start() / page_size * page_size;
+            let end = run.end().next_multiple_of(page_size).min(used);
+            from = end / TARGET_PAGE_SIZE;
+            if let Some(range) = ByteRange::from_bounds(start, end) {
+                let taken = self.block.reserve(range);
+                taken.map_err(MigrationError::memory(self.block.id(), "take huge pages"))?;
+            }
+        }
+        Ok(())
+    }
+
     fn load(
         &self,
         pages: Range<u64>,

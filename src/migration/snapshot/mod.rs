@@ -6,6 +6,7 @@
 //! takes room.
 
 mod background;
+mod image;
 mod lazy;
 mod load;
 mod save;
@@ -13,6 +14,7 @@ mod sink;
 mod stream;
 
 pub use background::{BackgroundSnapshot, save_in_background};
+pub use image::write_image;
 pub use lazy::{LazyRestore, restore_lazily};
 pub use load::{Restore, restore};
 pub use save::{Snapshot, save};

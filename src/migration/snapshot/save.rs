@@ -39,7 +39,10 @@ pub struct Snapshot<'a> {
     pub progress: Arc<Progress>,
 }
 
-/// Writes `snapshot` to `file`, which is empty. The data is written, not synced.
+/// Writes `snapshot` to `file`, which is empty. Data is on the disk before the end of the stream is
+/// written, and all of it when this returns; a file of its own name is [`write_image`]'s.
+///
+/// [`write_image`]: super::write_image
 ///
 /// # Errors
 ///
@@ -116,10 +119,13 @@ pub(super) fn put_end(
     for section in devices {
         framing.full(out, section)?;
     }
+    // A file with an end has all its pages, whatever happens to the host.
+    out.sync()?;
     let mut bytes = Vec::new();
     put_eof(&mut bytes);
     put_description(&mut bytes, &framing.description());
-    write(out, &bytes)
+    write(out, &bytes)?;
+    out.sync()
 }
 
 /// Writes the START section of RAM: after each entry of the list the stream leaves room for the
@@ -142,7 +148,13 @@ pub(super) fn put_ram_start(
     put_list_start(&mut bytes, &list);
     write(out, &bytes)?;
     let mut placed = Vec::new();
-    for (block, entry) in blocks.migratable()?.into_iter().zip(&list.entries) {
+    // Addresses that no file has are found out below.
+    out.will_need(list.entries.iter().fold(out.position, |all, entry| {
+        let header = place(all.saturating_add(entry_len(entry)), entry.used_length);
+        header.map_or(u64::MAX, |header| header.pages_offset + entry.used_length)
+    }));
+    for entry in &list.entries {
+        let Some(block) = blocks.get(&entry.id).map(Arc::clone) else { continue };
         if options.leaves_out(&block) {
             bytes.clear();
             let nowhere = Some(MappedRamHeader::nowhere());

@@ -6,12 +6,14 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use proptest::prelude::*;
 
 use super::*;
+use crate::huge_page_pool::Pool;
 use crate::migration::MigrationError;
 use crate::migration::devices::NoDevices;
 use crate::migration::lazy::HandlerFailed;
 use crate::migration::precopy::Guest;
 use crate::migration::progress::{self, Progress, Status};
-use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd};
+use crate::migration::ram::{BlockOptions, RamBlocks};
+use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd, migration_block};
 use crate::sys::HostMapping;
 use std::sync::Arc;
 
@@ -96,6 +98,120 @@ fn the_file_does_not_grow_with_the_block() {
     for page in runs.into_iter().flatten() {
         assert_eq!(to.page(page), [7; 4096], "page {page}");
     }
+}
+
+#[test]
+fn a_file_that_is_open_for_appending_is_refused_before_anything_is_written() {
+    let named = tempfile::NamedTempFile::new().unwrap();
+    let file = File::options().read(true).append(true).open(named.path()).unwrap();
+    let error = save_to(&filled(), &file).0.unwrap_err().to_string();
+    assert!(error.contains("open it without O_APPEND"), "{error}");
+    assert_eq!(file.metadata().unwrap().len(), 0);
+}
+
+#[test]
+fn an_image_has_its_name_when_it_is_whole_and_not_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let names = || {
+        let entries = std::fs::read_dir(folder.path()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>()
+    };
+    std::fs::write(&path, b"precious").unwrap();
+    let failed = write_image(&path, |file| {
+        file.write_all_at(b"half", 0).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        Err(MigrationError::Cancelled)
+    });
+    assert!(matches!(failed, Err(MigrationError::Cancelled)));
+    assert_eq!(
+        (names(), std::fs::read(&path).unwrap()),
+        (vec!["image".into()], b"precious".into())
+    );
+    let from = filled();
+    write_image(&path, |file| save_to(&from, file).0).unwrap();
+    assert_eq!(names(), ["image"]);
+    let image = File::open(&path).unwrap();
+    assert_eq!(image.metadata().unwrap().mode() & 0o777, 0o600);
+    let to = Side::new(&[1, 4, 5]);
+    restore_from(&to, &image).unwrap();
+    assert_eq!(to.page(64), from.page(64));
+}
+
+/// A block of two huge pages, which takes none until it is loaded.
+fn side_of_huge_pages() -> std::io::Result<RamBlocks> {
+    use rustix::fs::MemfdFlags;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = File::from(rustix::fs::memfd_create("huge", flags)?);
+    file.set_len(4 << 20)?;
+    let mut blocks = RamBlocks::new();
+    let block = migration_block("vmem0", &file, 4 << 20, BlockOptions::migratable());
+    blocks.register(Arc::new(block)).map_err(std::io::Error::other)?;
+    Ok(blocks)
+}
+
+#[test]
+fn a_pool_without_huge_pages_refuses_a_restore() {
+    let pool = match Pool::with_free(2 << 20, 1) {
+        Ok(pool) => pool,
+        Err(error) => return eprintln!("skipped: {error}"),
+    };
+    let from = Side::of_region(4 << 20);
+    fill(&from.region, 3..4, 7);
+    fill(&from.region, 1000..1001, 8);
+    let file = memfd(0);
+    save_to(&from, &file).0.unwrap();
+    let restored = || {
+        let blocks = Arc::new(side_of_huge_pages().unwrap());
+        let side = Side { region: memfd(0), boot: memfd(0), blocks: Arc::clone(&blocks) };
+        restore_from(&side, &file).map(|()| blocks)
+    };
+    let error = restored().err().unwrap().to_string();
+    assert!(error.contains("\"vmem0\": cannot take huge pages"), "{error}");
+    pool.make_free(2).unwrap();
+    let blocks = restored().unwrap();
+    let mut bytes = [0; 3];
+    for (byte, page) in bytes.iter_mut().zip([3, 1000, 4]) {
+        blocks.get("vmem0").unwrap().mapping().read(page * PAGE, std::slice::from_mut(byte));
+    }
+    assert_eq!(bytes, [7, 8, 0]);
+}
+
+#[test]
+fn a_block_whose_pages_are_said_to_be_nowhere_is_refused() {
+    let from = filled();
+    let file = memfd(0);
+    save_to(&from, &file).0.unwrap();
+    let mut stream = vec![0; 4096];
+    file.read_exact_at(&mut stream, 0).unwrap();
+    // After the id and the used length: version, page size, and the two offsets.
+    let id = stream.windows(5).position(|bytes| bytes == b"vmem0").unwrap();
+    file.write_all_at(&[0; 16], id as u64 + 5 + 8 + 4 + 8).unwrap();
+    let to = Side::new(&[1, 4, 5]);
+    let error = restore_from(&to, &file).unwrap_err().to_string();
+    assert!(error.contains("offset of a bitmap"), "{error}");
+    assert_eq!(to.held(), (0, 0));
+}
+
+#[test]
+fn a_block_of_which_nothing_is_used_comes_back_wherever_it_is_listed() {
+    let side = |used| {
+        let mut blocks = RamBlocks::new();
+        let file = memfd(BLOCK);
+        let ram = migration_block("ram", &file, BLOCK, BlockOptions::migratable());
+        blocks.register(Arc::new(ram)).unwrap();
+        let options = BlockOptions { resizable: Some(used), ..BlockOptions::migratable() };
+        let firmware = migration_block("fw", &memfd(BLOCK), BLOCK, options);
+        blocks.register(Arc::new(firmware)).unwrap();
+        Side { region: file, boot: memfd(0), blocks: Arc::new(blocks) }
+    };
+    let (from, to) = (side(0), side(2 * PAGE));
+    fill(&from.region, 3..4, 7);
+    let file = memfd(0);
+    save_to(&from, &file).0.unwrap();
+    restore_from(&to, &file).unwrap();
+    assert_eq!(to.blocks.get("fw").unwrap().used_length(), 0);
+    assert_eq!(to.page(3), [7; 4096]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+const PAGE: u64 = 4096;
 /// Pages of the slot. Not a multiple of 64, so that the end of its log is one as well.
 const PAGES: u64 = 200;
 /// The page of the block at which the slot's memory starts.
