@@ -237,10 +237,8 @@ impl Backing {
             return Ok(None);
         }
         if self.kind == BackingKind::Shmem {
-            let stat = fs::fstat(&self.file)?;
-            // Files on disks also have blocks for what is no data.
-            if range.start() == 0 && u64::try_from(stat.st_size).is_ok_and(|len| len <= range.end())
-            {
+            if self.is_counted_by_the_kernel(range) {
+                let stat = fs::fstat(&self.file)?;
                 return Ok(u64::try_from(stat.st_blocks).ok().map(|blocks| blocks * 512));
             }
             return self.count_pages(range).or_else(|_| self.search_pages(range)).map(Some);
@@ -251,6 +249,18 @@ impl Backing {
             Ok(())
         })?;
         Ok(Some(populated))
+    }
+
+    /// Whether the kernel keeps count of what `range` holds: it is a whole file in memory. Files on disks
+    /// also have blocks for what is no data.
+    pub(super) fn is_counted_by_the_kernel(&self, range: ByteRange) -> bool {
+        let is_whole = || self.len().is_ok_and(|len| len <= range.end());
+        match self.kind {
+            BackingKind::Shmem => range.start() == 0 && is_whole(),
+            // Not counted at all.
+            BackingKind::Hugetlb => true,
+            BackingKind::File => false,
+        }
     }
 
     /// Bytes of `range` that a file in memory holds, as the kernel counts them.

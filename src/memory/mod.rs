@@ -5,6 +5,7 @@
 
 mod backing;
 mod ram_block;
+mod recent;
 mod region_memory;
 
 pub use backing::{Backing, BackingError, BackingKind};

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use smallvec::SmallVec;
@@ -10,6 +11,7 @@ use thiserror::Error;
 
 use super::backing::{BackingError, BackingKind};
 use super::ram_block::{RamBlock, RamBlockError};
+use super::recent::Recent;
 use crate::ByteRange;
 use crate::device::Geometry;
 use crate::ram_discard::RamDiscardListener;
@@ -40,7 +42,13 @@ pub struct RegionMemory {
     incoming: AtomicBool,
     /// A state is being loaded, whose memory may be there already.
     loading: AtomicBool,
+    /// Bytes that the host held for a section, where that takes long to count.
+    held: Recent<ByteRange>,
 }
+
+/// What the host holds for parts of a file is counted anew each time up to this many bytes, which takes about
+/// a millisecond.
+const COUNTED_AT_ONCE: u64 = 64 << 20;
 
 #[derive(Debug, Default)]
 struct Table {
@@ -65,6 +73,7 @@ impl RegionMemory {
             table: Mutex::default(),
             incoming: AtomicBool::new(false),
             loading: AtomicBool::new(false),
+            held: Recent::new(Duration::from_secs(1)),
         })
     }
 
@@ -129,6 +138,7 @@ impl RegionMemory {
         blocks.retain(|block| region.is_some_and(|region| region.overlaps(block.range())));
         blocks.sort_by_key(|block| block.range());
         let previous = std::mem::replace(&mut self.table.lock().blocks, blocks);
+        self.held.forget();
         self.settle();
         previous
     }
@@ -168,17 +178,23 @@ impl RegionMemory {
     }
 
     /// Bytes the host holds for `section`; `None` when nothing is mapped or the backing does not
-    /// tell.
+    /// tell. Of memory that is only a part of a file, much is counted once a second at most.
     pub fn populated(&self, section: ByteRange) -> Option<u64> {
         let (pieces, _) = self.pieces(section);
         if pieces.is_empty() {
             return None;
         }
-        pieces.iter().try_fold(0u64, |sum, (block, file_range)| {
-            let populated = block.backing().populated(*file_range).ok()?;
-            // Blocks of hugetlb memory are reserved as a whole when plugged.
-            Some(sum + populated.unwrap_or(0))
-        })
+        let count = || {
+            pieces.iter().try_fold(0u64, |sum, (block, file_range)| {
+                let populated = block.backing().populated(*file_range).ok()?;
+                // Blocks of hugetlb memory are reserved as a whole when plugged.
+                Some(sum + populated.unwrap_or(0))
+            })
+        };
+        if pieces.iter().all(|(block, range)| block.backing().is_counted_by_the_kernel(*range)) {
+            return count();
+        }
+        self.held.get(section, COUNTED_AT_ONCE, count)
     }
 
     /// Where the host holds something of `section`: maximal ascending ranges of whole units of
@@ -476,6 +492,26 @@ mod tests {
             assert_eq!(found, Some(expected));
             assert_eq!(SEARCHES.take(), Searches { data, holes: 0 }, "{unit:#x}");
         }
+    }
+
+    #[test]
+    fn what_a_part_of_a_file_holds_is_counted_once_however_often_it_is_asked_for() {
+        const BIG: u64 = 128 << 20;
+        let mut memory = RegionMemory::new(Geometry::new(ADDR, BIG, BLOCK, None).unwrap());
+        // However slow the machine is.
+        Arc::get_mut(&mut memory).unwrap().held = Recent::new(Duration::from_secs(3600));
+        let file = memfd(2 * BIG);
+        memory.replace(vec![block(ADDR, BIG, &file, 0)]);
+        let whole = ByteRange::new(0, BIG).unwrap();
+        file.write_all_at(&vec![1; 65 << 20], 0).unwrap();
+        assert_eq!(memory.populated(whole), Some(65 << 20));
+        file.write_all_at(&[1], 66 << 20).unwrap();
+        assert_eq!(memory.populated(whole), Some(65 << 20), "as it was a moment ago");
+        // Other memory is another count.
+        memory.replace(vec![block(ADDR, BIG, &file, BIG)]);
+        assert_eq!(memory.populated(whole), Some(0));
+        file.write_all_at(&[1], BIG).unwrap();
+        assert_eq!(memory.populated(whole), Some(4096), "little is counted each time");
     }
 
     #[test]
