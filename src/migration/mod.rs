@@ -29,6 +29,6 @@ mod file_reader;
 mod framing;
 mod loader;
 #[cfg(test)]
-mod test_support;
+pub(crate) mod test_support;
 
 pub use error::MigrationError;

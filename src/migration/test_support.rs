@@ -47,13 +47,13 @@ pub(super) struct Side {
     pub(super) blocks: Arc<RamBlocks>,
 }
 
-pub(super) fn memfd(size: u64) -> File {
+pub(crate) fn memfd(size: u64) -> File {
     let file = File::from(rustix::fs::memfd_create("precopy", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(size).unwrap();
     file
 }
 
-pub(super) fn migration_block(
+pub(crate) fn migration_block(
     id: &str,
     file: &File,
     size: u64,
@@ -105,7 +105,7 @@ impl Side {
     }
 }
 
-pub(super) fn fill(file: &File, pages: std::ops::Range<u64>, byte: u8) {
+pub(crate) fn fill(file: &File, pages: std::ops::Range<u64>, byte: u8) {
     for page in pages {
         file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
     }

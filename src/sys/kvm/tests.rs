@@ -1,14 +1,29 @@
 //! A bare-metal guest of two instructions, tracked by its dirty log.
 
 use super::*;
-use crate::migration::dirty::{DirtyTracker, KvmDirtyLog, Merged, NeverWritten, WriteProtect};
+use crate::memory::RamBlock;
+use crate::migration::channel::Channel;
+use crate::migration::devices::NoDevices;
+use crate::migration::dirty::{
+    DirtyTracker, KvmDirtyLog, LoggedRange, Merged, NeverWritten, VhostLog, WriteProtect,
+};
 use crate::migration::page_bitmap::{PageBitmap, bytes_of};
+use crate::migration::precopy;
+use crate::migration::progress::Progress;
+use crate::migration::ram::{
+    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
+};
+use crate::migration::stream::Configuration;
+use crate::migration::test_support::{memfd, migration_block};
 use crate::sys::HostMapping;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
 const PAGE: u64 = 4096;
 /// Pages of the slot. Not a multiple of 64, so that the end of its log is one as well.
@@ -24,6 +39,7 @@ const PROGRAM: [u8; 6] = [0xa2, 0x00, 0x00, 0xf4, 0xeb, 0xfa];
 struct Guest {
     vcpu: VcpuFd,
     vm: VmFd,
+    file: File,
     mapping: Arc<HostMapping>,
 }
 
@@ -61,7 +77,7 @@ impl Guest {
         let mut regs = vcpu.get_regs()?;
         (regs.rip, regs.rflags) = (CODE, 2);
         vcpu.set_regs(&regs)?;
-        Ok(Self { vcpu, vm, mapping })
+        Ok(Self { vcpu, vm, file, mapping })
     }
 
     /// Has the guest write a byte to a page of the slot, and looks that it did.
@@ -205,4 +221,126 @@ fn what_is_no_vm_is_an_error() {
     let mut tracker = KvmDirtyLog::new(file.into(), PAGE, vec![(slot, 0)]).unwrap();
     assert!(tracker.start(&[]).is_err());
     tracker.sync(&mut PageBitmap::new(1)).unwrap();
+}
+
+/// The guest while it migrates: its vCPU and its VMM keep writing until it is stopped.
+struct Running {
+    stop: Arc<AtomicBool>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Running {
+    fn start(mut guest: Guest, log: Arc<HostMapping>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = Arc::clone(&stop);
+        let writer = std::thread::spawn(move || {
+            let mut round = 0u64;
+            loop {
+                // Pages that the first pass may be through with when they are written last.
+                let last = stopping.load(Ordering::Acquire);
+                for page in [2 + round % (PAGES - 2), 5, 64, PAGES - 1] {
+                    guest.write(page).unwrap();
+                }
+                // The VMM writes beside the slot, and says so.
+                let page = round % SLOT_AT;
+                guest.mapping.write(page * PAGE, &(round + 1).to_le_bytes());
+                VhostLog::mark(&log, bytes_of(page..page + 1)).unwrap();
+                round += 1;
+                if last {
+                    return;
+                }
+            }
+        });
+        Self { stop, writer: Mutex::new(Some(writer)) }
+    }
+}
+
+impl precopy::Guest for Running {
+    fn stop(&self) -> Result<(), String> {
+        self.stop.store(true, Ordering::Release);
+        let writer = self.writer.lock().unwrap().take().expect("it is stopped once");
+        writer.join().map_err(|_| "the vCPU failed".to_owned())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// A destination that only takes the guest.
+struct Taken;
+
+impl precopy::Guest for Taken {
+    fn stop(&self) -> Result<(), String> {
+        Err("it does not run".to_owned())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+fn all_bytes(mapping: &HostMapping) -> Vec<u8> {
+    let mut bytes = vec![0; (BLOCK_PAGES * PAGE) as usize];
+    mapping.read(0, &mut bytes);
+    bytes
+}
+
+#[test]
+fn a_guest_that_writes_while_it_migrates_by_kvms_log_arrives_whole() {
+    let Some(guest) = Guest::new() else { return };
+    let size = BLOCK_PAGES * PAGE;
+    let ram = RamBlock::new("ram".into(), 0, size, guest.file.try_clone().unwrap(), 0).unwrap();
+    let mapping = Arc::clone(&guest.mapping);
+    let block =
+        MigrationBlock::new(Arc::new(ram), Arc::clone(&mapping), BlockOptions::migratable());
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::new(block.unwrap())).unwrap();
+    let there = memfd(size);
+    let arrived = migration_block("ram", &there, size, BlockOptions::migratable());
+    let arrived_at = Arc::clone(arrived.mapping());
+    let mut blocks_there = RamBlocks::new();
+    blocks_there.register(Arc::new(arrived)).unwrap();
+
+    let log = Arc::new(HostMapping::map(&memfd(PAGE), 0, PAGE).unwrap());
+    let logged = LoggedRange { guest_addr: 0, range: bytes_of(0..BLOCK_PAGES) };
+    let mut trackers: Option<Box<dyn DirtyTracker>> = Some(Box::new(Merged::new(vec![
+        Box::new(guest.tracker()),
+        Box::new(VhostLog::new(Arc::clone(&log), vec![logged]).unwrap()),
+    ])));
+    let progress = Arc::new(Progress::new());
+    let ram = RamSave::new(&blocks, ListOptions::default(), Arc::clone(&progress), |_| {
+        trackers.take().expect("there is one block")
+    });
+    let (near, far) = UnixStream::pair().unwrap();
+    let receiving = std::thread::spawn(move || {
+        let progress = Arc::new(Progress::new());
+        let blocks = Arc::new(blocks_there);
+        let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
+        let incoming = precopy::Incoming {
+            configuration: Configuration::new("kvm"),
+            guest: &Taken,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress: Arc::clone(&progress),
+        };
+        incoming.run(Channel::new(far, progress).unwrap())
+    });
+    let running = Running::start(guest, log);
+    let outgoing = precopy::Outgoing {
+        parameters: precopy::Parameters::new(Configuration::new("kvm")),
+        guest: &running,
+        handlers: vec![Box::new(ram.unwrap())],
+        devices: &mut NoDevices,
+        frozen: Vec::new(),
+        postcopy: None,
+        progress: Arc::clone(&progress),
+    };
+    outgoing.run(Channel::new(near, progress).unwrap()).unwrap();
+    receiving.join().unwrap().unwrap();
+    let (source, destination) = (all_bytes(&mapping), all_bytes(&arrived_at));
+    let differs = (0..BLOCK_PAGES as usize)
+        .filter(|page| source[page * 4096..][..4096] != destination[page * 4096..][..4096]);
+    assert_eq!(differs.collect::<Vec<_>>(), [0; 0]);
 }
