@@ -236,7 +236,6 @@ fn remote(max_bandwidth: Option<u64>) -> (f64, f64) {
         guest: &idle,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: Some(PostcopyOutgoing {
             when: SwitchWhen::AtOnce,
             urgent: Some(channel(near_urgent)),

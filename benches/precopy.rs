@@ -70,7 +70,9 @@ fn side(region: u64) -> Side {
     let plug = Request::Plug(BlockSpan { addr: ADDR, nb_blocks });
     assert_eq!(controller.execute(plug), Response::Ack);
     let block = MigrationBlock::map(ram, BlockOptions::migratable()).unwrap();
-    block.set_discard_manager(0, Arc::clone(controller.manager()) as Arc<dyn RamDiscardManager>);
+    block
+        .set_discard_manager(0, Arc::clone(controller.manager()) as Arc<dyn RamDiscardManager>)
+        .unwrap();
     let mapping = Arc::new(block);
     let mut blocks = RamBlocks::new();
     blocks.register(Arc::clone(&mapping)).unwrap();
@@ -153,7 +155,6 @@ fn migrate(from: &Side, to: &Side, kind: Kind, tracked: bool) -> (Duration, Snap
         guest: &Idle,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: None,
         progress: Arc::clone(&progress),
     }

@@ -72,7 +72,6 @@ fn save_stopped(side: &Side, file: &File) -> Duration {
         configuration: Configuration::new("bench"),
         blocks: &side.blocks,
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         progress: Arc::new(Progress::new()),
     };
     let start = Instant::now();
@@ -181,7 +180,6 @@ fn saving() {
                     blocks: &guest.blocks,
                     devices: &mut NoDevices,
                     guest: running,
-                    frozen: Vec::new(),
                     progress: Arc::clone(&progress),
                 };
                 save_in_background(snapshot, &temporary()).unwrap();

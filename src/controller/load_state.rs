@@ -6,7 +6,7 @@ use std::ops::Range;
 use thiserror::Error;
 
 use super::served::Sweep;
-use super::{BlockUpdate, FreezeHolder, JournalUpdate, MemController, StateRecord};
+use super::{BlockUpdate, JournalUpdate, MemController, StateRecord};
 use crate::ByteRange;
 use crate::device::{BlockBitmap, DeviceState, DeviceStateError, VirtioMem};
 use crate::memory::{NotReady, RamBlockError};
@@ -55,10 +55,10 @@ impl MemController {
         let device = VirtioMem::restore(self.geometry, state)?;
         let mut transaction = self.manager.begin();
         let (plugged, unplugged) = {
-            let state = self.state();
-            if state.holders.iter().any(|&holder| holder != FreezeHolder::Incoming) {
+            if transaction.is_frozen_for_source() {
                 return Err(LoadStateError::Frozen);
             }
+            let state = self.state();
             let (old, new) = (state.device.blocks(), device.blocks());
             (self.difference(new, old), self.difference(old, new))
         };

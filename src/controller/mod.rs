@@ -15,11 +15,13 @@
 //! that are committed as unplugged are swept when memory is mapped again, and a request that was
 //! committed but not answered is recognised when it comes again.
 
+mod freeze;
 mod load_state;
 mod requests;
 mod served;
 mod store;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -27,6 +29,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 
+pub use freeze::FreezeHolder;
 pub use load_state::LoadStateError;
 use served::{Served, State, Sweep};
 pub use store::{BlockUpdate, JournalUpdate, StateRecord, StateStore, Volatile};
@@ -35,25 +38,9 @@ use crate::ByteRange;
 use crate::device::{Change, ConfigSpace, Geometry, Request, RequestedSizeError, VirtioMem};
 use crate::memory::{BackingKind, MemoryListener, NotReady, RamBlock, RamBlockError, RegionMemory};
 use crate::ram_discard::{
-    ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource, RegisterError,
-    SourceId, Transaction,
+    FreezeFor, ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource,
+    RegisterError, SourceId, Transaction,
 };
-
-/// Who holds block state frozen while memory migrates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FreezeHolder {
-    /// The front-end logs writes to guest memory (VHOST_F_LOG_ALL).
-    Log,
-    /// The management API says so.
-    Api,
-    /// Another party, such as a client of the discard channel.
-    Client(u64),
-    /// Memory arrives here while the guest runs (postcopy, a lazy restore). The state that belongs
-    /// to it may still be loaded: it comes by the same migration. No huge page is taken for what is
-    /// plugged meanwhile, or nobody would miss what is still to come: see
-    /// [`reserve_memory`](MemController::reserve_memory).
-    Incoming,
-}
 
 /// Is told after the device changed. Called with the device locked: must not block, and must not
 /// call back. Sizes in bytes.
@@ -146,12 +133,11 @@ impl MemController {
         let Start { device, store, journal, api_migration, reset_pending, sweep } = start;
         let geometry = *device.geometry();
         let memory = RegionMemory::new(geometry);
-        let holders = api_migration.then_some(FreezeHolder::Api).into_iter().collect();
         let state = State {
             device,
             store,
             journal,
-            holders,
+            holders: BTreeMap::new(),
             thaw_unsaved: false,
             reset_pending: reset_pending && api_migration,
             sweep: if sweep { Sweep::WhenRunning } else { Sweep::Done },
@@ -169,6 +155,11 @@ impl MemController {
                 .expect("memory that is not mapped refuses nothing");
         }
         let controller = Self { geometry, served, manager, source, memory };
+        controller.observe_freezes();
+        if api_migration {
+            let id = controller.manager.begin().freeze(FreezeFor::Source);
+            controller.state().holders.insert(FreezeHolder::Api, id);
+        }
         // Whoever held migration active then has left with the process.
         if reset_pending
             && !api_migration
@@ -217,9 +208,9 @@ impl MemController {
         self.manager.register(section, listener)
     }
 
-    /// Whether anybody holds block state frozen.
+    /// Whether block state is frozen, by this controller's holders or at the manager.
     pub fn migration_active(&self) -> bool {
-        !self.state().holders.is_empty()
+        self.manager.is_frozen()
     }
 
     /// Maximal ranges of plugged blocks (`plugged` true) or of discarded ones, bytes from the
@@ -301,7 +292,7 @@ impl MemController {
         let mut transaction = self.manager.begin();
         {
             let mut state = self.state();
-            if !state.holders.is_empty() {
+            if transaction.is_frozen() {
                 let before = std::mem::replace(&mut state.reset_pending, true);
                 if let Err(error) = state.save_holders() {
                     state.reset_pending = before;
@@ -312,64 +303,6 @@ impl MemController {
         }
         self.reset_now(&mut transaction)?;
         Ok(Reset::Done)
-    }
-
-    /// Freezes block state: PLUG, UNPLUG and UNPLUG_ALL are answered with BUSY until nobody holds
-    /// it any more. When this returns, no change is under way.
-    ///
-    /// # Errors
-    ///
-    /// When the state could not be saved; nothing was changed.
-    pub fn freeze(&self, holder: FreezeHolder) -> io::Result<()> {
-        let _no_change_under_way = self.manager.begin();
-        let mut state = self.state();
-        let was_active = !state.holders.is_empty();
-        if state.holders.insert(holder)
-            && let Err(error) = state.save_holders()
-        {
-            state.holders.remove(&holder);
-            return Err(error);
-        }
-        if holder == FreezeHolder::Incoming {
-            self.memory.set_incoming(true);
-        }
-        if !was_active {
-            state.tell(|observer| observer.migration(true));
-        }
-        Ok(())
-    }
-
-    /// Ends the freeze of one holder. With the last one, the guest is told to try again, and a
-    /// system reset that was put off is done.
-    ///
-    /// # Errors
-    ///
-    /// When the state could not be saved; the freeze then still ends. Called again, it is tried
-    /// again to save that.
-    pub fn thaw(&self, holder: FreezeHolder) -> io::Result<()> {
-        let mut transaction = self.manager.begin();
-        let mut state = self.state();
-        if !state.holders.remove(&holder) {
-            return if state.thaw_unsaved { state.save_holders() } else { Ok(()) };
-        }
-        if holder == FreezeHolder::Incoming {
-            self.memory.set_incoming(false);
-        }
-        let saved = state.save_holders();
-        state.thaw_unsaved = saved.is_err();
-        if state.holders.is_empty() {
-            let reset = std::mem::take(&mut state.reset_pending);
-            drop(state);
-            if reset && let Err(error) = self.reset_now(&mut transaction) {
-                tracing::error!(%error, "cannot do the system reset that migration put off");
-            }
-            // Linux would otherwise wait 50 s before it tries again.
-            self.state().tell(|observer| {
-                observer.migration(false);
-                observer.config_changed();
-            });
-        }
-        saved
     }
 
     /// Takes over the VMM's memory; blocks outside the region are of no interest. Requests use

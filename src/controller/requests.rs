@@ -58,7 +58,7 @@ impl MemController {
             Verdict::Answer(response) => return response,
             Verdict::Change(change) => change,
         };
-        let frozen = !state.holders.is_empty();
+        let frozen = transaction.is_frozen();
         let nothing_plugged = state.device.plugged_size() == 0;
         drop(state);
         let done = match change {

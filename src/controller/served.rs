@@ -1,6 +1,6 @@
 //! What requests change, and the source it is for the RamDiscardManager.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use super::{BlockUpdate, DeviceObserver, FreezeHolder, JournalUpdate, StateRecord, StateStore};
 use crate::ByteRange;
 use crate::device::{Geometry, Request, VirtioMem};
-use crate::ram_discard::RamDiscardSource;
+use crate::ram_discard::{FreezeId, RamDiscardSource};
 
 /// What requests change. Locked for moments only, so that the configuration can be read while
 /// memory is given back; changes are serialised by the manager's transaction.
@@ -23,7 +23,8 @@ pub(super) struct State {
     pub(super) device: VirtioMem,
     pub(super) store: Box<dyn StateStore>,
     pub(super) journal: Option<Request>,
-    pub(super) holders: BTreeSet<FreezeHolder>,
+    /// Those that froze block state through the controller; the manager has all freezes.
+    pub(super) holders: BTreeMap<FreezeHolder, FreezeId>,
     /// A freeze has ended, but the store could not take that: what it has still names the holder.
     pub(super) thaw_unsaved: bool,
     pub(super) reset_pending: bool,
@@ -53,7 +54,7 @@ impl State {
         StateRecord {
             requested_size: self.device.requested_size(),
             usable_region_size: self.device.usable_region_size(),
-            api_migration: self.holders.contains(&FreezeHolder::Api),
+            api_migration: self.holders.contains_key(&FreezeHolder::Api),
             reset_pending: self.reset_pending,
             blocks,
             journal,

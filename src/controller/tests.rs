@@ -449,6 +449,61 @@ fn a_thaw_that_was_not_saved_is_saved_by_the_next() {
     }
 }
 
+#[derive(Default)]
+struct Changes(Mutex<Vec<&'static str>>);
+
+impl DeviceObserver for Changes {
+    fn migration(&self, active: bool) {
+        self.0.lock().push(if active { "active" } else { "over" });
+    }
+
+    fn config_changed(&self) {
+        self.0.lock().push("config");
+    }
+}
+
+#[test]
+fn a_freeze_at_the_manager_is_one_of_the_controller() {
+    let rig = rig();
+    let changes = Arc::new(Changes::default());
+    rig.controller.observe(Arc::clone(&changes) as Arc<dyn DeviceObserver>);
+    rig.execute(plug(0, 1));
+    let frozen = rig.controller.manager().freeze(FreezeFor::Source);
+    rig.controller.freeze(FreezeHolder::Api).unwrap();
+    assert!(rig.controller.migration_active());
+    for request in [plug(1, 1), unplug(0, 1), Request::UnplugAll] {
+        assert_eq!(rig.execute(request), Response::Busy);
+    }
+    let state = rig.controller.save_state();
+    assert!(matches!(rig.controller.load_state(state.clone()), Err(LoadStateError::Frozen)));
+    assert_eq!(rig.controller.system_reset().unwrap(), Reset::Deferred);
+    frozen.check().unwrap();
+    rig.controller.thaw(FreezeHolder::Api).unwrap();
+    assert_eq!(rig.execute(plug(1, 1)), Response::Busy, "the engine holds it still");
+    frozen.thaw().unwrap();
+    // With the last freeze: the guest is told, and what was put off is done.
+    assert!(!rig.controller.migration_active());
+    assert_eq!(rig.controller.config().plugged_size, 0);
+    assert_eq!(rig.execute(plug(1, 1)), Response::Ack);
+    let told = changes.0.lock().clone();
+    assert_eq!((told.first(), told.last()), (Some(&"active"), Some(&"config")), "{told:?}");
+    assert_eq!(told.iter().filter(|&&change| change == "active").count(), 1);
+    assert_eq!(told.iter().filter(|&&change| change == "over").count(), 1);
+
+    let frozen = rig.controller.manager().freeze(FreezeFor::Destination);
+    assert_eq!(rig.execute(plug(2, 1)), Response::Busy);
+    rig.controller.load_state(state).unwrap();
+    frozen.thaw().unwrap();
+}
+
+#[test]
+fn a_freeze_outlives_its_controller() {
+    let rig = rig();
+    let frozen = rig.controller.manager().freeze(FreezeFor::Source);
+    drop(rig);
+    frozen.thaw().unwrap();
+}
+
 #[test]
 fn buffers_in_unplugged_memory_are_not_usable() {
     let rig = rig();

@@ -7,7 +7,7 @@ use thiserror::Error;
 use super::ram::BlockError;
 use super::stream::FormatError;
 use super::wire::WireError;
-use crate::ram_discard::Unavailable;
+use crate::ram_discard::{FreezeError, FreezeLost, Unavailable};
 
 /// Why a migration fails. The guest goes on where it ran before.
 #[derive(Debug, Error)]
@@ -21,6 +21,12 @@ pub enum MigrationError {
     /// The manager of discarded memory is gone.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
+    /// Block state cannot be frozen.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// Block state was not frozen all the time.
+    #[error(transparent)]
+    FreezeLost(#[from] FreezeLost),
     /// A system call failed.
     #[error("cannot {what}: {source}")]
     Io {

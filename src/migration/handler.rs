@@ -33,6 +33,29 @@ pub trait SaveHandler {
         Ok(())
     }
 
+    /// Freezes the block state that the handler's memory depends on, before anything is saved, early
+    /// device state included. By default there is none.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be frozen; nothing is then.
+    fn freeze(&mut self) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// Whether block state has been frozen without a gap since: asked when the guest is stopped,
+    /// immediately before it is handed over.
+    ///
+    /// # Errors
+    ///
+    /// When it has not: what was sent is not what the guest has.
+    fn check_frozen(&self) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// Ends the freeze, if there is one, after [`cleanup`](Self::cleanup).
+    fn thaw(&mut self) {}
+
     /// Begins: writes the payload of the START section. The guest runs.
     ///
     /// # Errors
@@ -62,7 +85,7 @@ pub trait SaveHandler {
     ///
     /// # Errors
     ///
-    /// When it cannot be sent.
+    /// When it cannot be sent, or block state was not frozen all the time.
     fn complete(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError>;
 
     /// Ends, whether all went well or not.
@@ -85,7 +108,7 @@ pub trait PostcopySave: Send {
     ///
     /// # Errors
     ///
-    /// When it cannot be found out.
+    /// When it cannot be found out, or block state was not frozen all the time.
     fn outstanding(&mut self) -> Result<Vec<(String, Vec<ByteRange>)>, MigrationError>;
 
     /// Gathers the next pages to send in the background, about `bytes` of them; false when there

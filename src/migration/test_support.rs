@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use rustix::fs::MemfdFlags;
@@ -15,17 +16,21 @@ use super::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use crate::ByteRange;
 use crate::device::BlockBitmap;
 use crate::memory::RamBlock;
-use crate::ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
+use crate::ram_discard::{
+    Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId,
+    LocalRamDiscardManager, RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError,
+    Unavailable, Visit,
+};
 
 pub(super) const PAGE: u64 = 4096;
 pub(super) const BLOCK: u64 = 64 * PAGE;
 
-/// A source that never changes.
-struct Fixed(BlockBitmap);
+/// A source whose state a test may change.
+struct Changing(Mutex<BlockBitmap>);
 
-impl RamDiscardSource for Fixed {
+impl RamDiscardSource for Changing {
     fn region_size(&self) -> u64 {
-        self.0.nr_blocks() as u64 * BLOCK
+        self.0.lock().unwrap().nr_blocks() as u64 * BLOCK
     }
 
     fn granularity(&self) -> u64 {
@@ -34,7 +39,7 @@ impl RamDiscardSource for Fixed {
 
     fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
         let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
-        let run = self.0.next_run(blocks, populated)?;
+        let run = self.0.lock().unwrap().next_run(blocks, populated)?;
         let range = ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?;
         range.intersection(section)
     }
@@ -45,6 +50,8 @@ pub(super) struct Side {
     pub(super) region: File,
     pub(super) boot: File,
     pub(super) blocks: Arc<RamBlocks>,
+    /// Of the region, where it has one.
+    pub(super) manager: Option<Arc<TestManager>>,
 }
 
 pub(crate) fn memfd(size: u64) -> File {
@@ -64,12 +71,118 @@ pub(crate) fn migration_block(
     MigrationBlock::map(Arc::new(ram), options).unwrap()
 }
 
-pub(super) fn manager(plugged: &[usize], nr_blocks: usize) -> Arc<dyn RamDiscardManager> {
-    let mut bitmap = BlockBitmap::new(nr_blocks);
-    plugged.iter().for_each(|&block| bitmap.set(block..block + 1, true));
-    let manager = LocalRamDiscardManager::new(nr_blocks as u64 * BLOCK);
-    manager.add_source(Arc::new(Fixed(bitmap))).unwrap();
-    Arc::new(manager)
+/// A manager that notes its freezes, and can lose them as one of another process can.
+pub(super) struct TestManager {
+    local: LocalRamDiscardManager,
+    source: Arc<Changing>,
+    log: Mutex<Log>,
+    losses: Arc<AtomicU32>,
+}
+
+/// What happened, in order.
+pub(super) type Log = Arc<Mutex<Vec<&'static str>>>;
+
+struct TestFreeze {
+    inner: FrozenBlockState,
+    log: Log,
+    losses: Arc<AtomicU32>,
+    /// As many as there were at the beginning.
+    lost_before: u32,
+}
+
+impl Freeze for TestFreeze {
+    fn check(&self) -> Result<(), FreezeLost> {
+        if self.losses.load(Ordering::SeqCst) == self.lost_before {
+            return self.inner.check();
+        }
+        Err(FreezeLost("the device was restarted".to_owned()))
+    }
+
+    fn thaw(&mut self) -> Result<(), FreezeLost> {
+        self.log.lock().unwrap().push("thaw");
+        self.check()
+    }
+}
+
+impl TestManager {
+    pub(super) fn new(plugged: &[usize], nr_blocks: usize) -> Arc<Self> {
+        let mut bitmap = BlockBitmap::new(nr_blocks);
+        plugged.iter().for_each(|&block| bitmap.set(block..block + 1, true));
+        let local = LocalRamDiscardManager::new(nr_blocks as u64 * BLOCK);
+        let source = Arc::new(Changing(Mutex::new(bitmap)));
+        local.add_source(Arc::clone(&source) as Arc<dyn RamDiscardSource>).unwrap();
+        let (log, losses) = (Mutex::default(), Arc::default());
+        Arc::new(Self { local, source, log, losses })
+    }
+
+    /// Has freezes noted in `log` from now on.
+    pub(super) fn watch(&self, log: &Log) {
+        *self.log.lock().unwrap() = Arc::clone(log);
+    }
+
+    /// Loses all freezes, as when the device's process is restarted.
+    pub(super) fn lose_freezes(&self) {
+        self.losses.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Plugs a block, frozen or not, or unplugs it, without a word to the manager.
+    pub(super) fn set(&self, block: usize, plugged: bool) {
+        self.source.0.lock().unwrap().set(block..block + 1, plugged);
+    }
+}
+
+impl RamDiscardManager for TestManager {
+    fn region_size(&self) -> u64 {
+        self.local.region_size()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.local.granularity()
+    }
+
+    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
+        Ok(self.local.is_populated(section))
+    }
+
+    fn replay_populated(
+        &self,
+        section: ByteRange,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>, Unavailable> {
+        Ok(self.local.replay_populated(section, visit))
+    }
+
+    fn replay_discarded(
+        &self,
+        section: ByteRange,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>, Unavailable> {
+        Ok(self.local.replay_discarded(section, visit))
+    }
+
+    fn register(
+        &self,
+        section: ByteRange,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<ListenerId, RegisterError> {
+        self.local.register(section, listener)
+    }
+
+    fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
+        self.local.unregister(id)
+    }
+
+    fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
+        let inner = self.local.freeze(purpose);
+        let region = ByteRange::new(0, self.region_size()).unwrap();
+        let discarded = inner.discarded(region).collect();
+        let log = Arc::clone(&self.log.lock().unwrap());
+        log.lock().unwrap().push("freeze");
+        let losses = Arc::clone(&self.losses);
+        let lost_before = losses.load(Ordering::SeqCst);
+        let freeze = TestFreeze { inner, log, losses, lost_before };
+        Ok(FrozenBlockState::new(discarded, Box::new(freeze)))
+    }
 }
 
 impl Side {
@@ -77,11 +190,12 @@ impl Side {
         let (region, boot) = (memfd(16 * BLOCK), memfd(BLOCK));
         let mut blocks = RamBlocks::new();
         let vmem = migration_block("vmem0", &region, 16 * BLOCK, BlockOptions::migratable());
-        vmem.set_discard_manager(0, manager(plugged, 16));
+        let manager = TestManager::new(plugged, 16);
+        vmem.set_discard_manager(0, Arc::clone(&manager) as Arc<dyn RamDiscardManager>).unwrap();
         blocks.register(Arc::new(vmem)).unwrap();
         let ram = migration_block("ram", &boot, BLOCK, BlockOptions::migratable());
         blocks.register(Arc::new(ram)).unwrap();
-        Self { region, boot, blocks: Arc::new(blocks) }
+        Self { region, boot, blocks: Arc::new(blocks), manager: Some(manager) }
     }
 
     /// With a region of `size` bytes of which all is populated, and no boot memory to migrate.
@@ -90,7 +204,7 @@ impl Side {
         let mut blocks = RamBlocks::new();
         let vmem = migration_block("vmem0", &region, size, BlockOptions::migratable());
         blocks.register(Arc::new(vmem)).unwrap();
-        Self { region, boot: memfd(BLOCK), blocks: Arc::new(blocks) }
+        Self { region, boot: memfd(BLOCK), blocks: Arc::new(blocks), manager: None }
     }
 
     pub(super) fn held(&self) -> (u64, u64) {

@@ -13,17 +13,19 @@
 //! [`channel::RemoteRamDiscardManager`] reaches it from another.
 
 pub mod channel;
+mod freeze;
 mod listener;
 mod listeners;
 mod local;
 mod source;
 
-use std::io;
 use std::ops::ControlFlow;
 
 use thiserror::Error;
 
+pub use freeze::{Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState};
 pub use listener::{PopulateRefused, RamDiscardListener};
+pub(crate) use local::{FreezeId, FreezeObserver};
 pub use local::{LocalRamDiscardManager, Transaction};
 pub use source::RamDiscardSource;
 
@@ -91,24 +93,15 @@ pub trait RamDiscardManager: Send + Sync {
     ///
     /// When it is not registered.
     fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError>;
-}
 
-/// Whoever can hold block state frozen while memory migrates: PLUG, UNPLUG and UNPLUG_ALL are
-/// answered with BUSY from `freeze` to `thaw`.
-pub trait FreezeBlockState: Send + Sync {
-    /// Freezes block state; when this returns, no change is under way.
+    /// Freezes block state, and tells in the same step what is discarded: PLUG, UNPLUG and
+    /// UNPLUG_ALL are answered with BUSY until all that froze it have thawed, and when this returns, no
+    /// change is under way. Then the guest is told to try again what was refused.
     ///
     /// # Errors
     ///
     /// When it cannot be frozen; nothing was changed.
-    fn freeze(&self) -> io::Result<()>;
-
-    /// Ends the freeze. The guest is told to try again what was refused.
-    ///
-    /// # Errors
-    ///
-    /// When the device is gone, and the freeze with it.
-    fn thaw(&self) -> io::Result<()>;
+    fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError>;
 }
 
 /// The manager cannot be asked any more.
@@ -143,6 +136,12 @@ pub enum RegisterError {
         /// Size the source has, bytes.
         found: u64,
     },
+    /// The source is one of the manager's already.
+    #[error("this source is one of the manager's already")]
+    SourceTwice,
+    /// Block state is frozen, and a source that comes or goes would change it.
+    #[error("block state is frozen: try again when migration has ended")]
+    Frozen,
     /// A listener refused what is populated now.
     #[error(transparent)]
     Refused(#[from] PopulateRefused),

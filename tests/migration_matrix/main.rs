@@ -195,7 +195,6 @@ fn run(
         guest: &**here,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy,
         progress: Arc::clone(&progress),
     };
@@ -255,7 +254,6 @@ fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
         blocks: &from.blocks,
         devices: &mut NoDevices,
         guest: &**here,
-        frozen: Vec::new(),
         progress: Arc::new(Progress::new()),
     };
     save_in_background(snapshot, &file).unwrap();
@@ -278,7 +276,6 @@ fn lazily(from: &Side, to: &Side, here: &Arc<Vm>, there: &Arc<Vm>) {
         configuration: Configuration::new("matrix"),
         blocks: &from.blocks,
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         progress: Arc::new(Progress::new()),
     };
     save(snapshot, &file).unwrap();

@@ -180,7 +180,9 @@ impl Side {
         let manager = LocalRamDiscardManager::new(size);
         let source = Frozen { plugged: plugged.clone(), block_size };
         manager.add_source(Arc::new(source)).map_err(io::Error::other)?;
-        block.set_discard_manager(0, Arc::new(manager) as Arc<dyn RamDiscardManager>);
+        block
+            .set_discard_manager(0, Arc::new(manager) as Arc<dyn RamDiscardManager>)
+            .map_err(io::Error::other)?;
         let block = Arc::new(block);
         let mut blocks = RamBlocks::new();
         blocks.register(Arc::clone(&block)).map_err(io::Error::other)?;

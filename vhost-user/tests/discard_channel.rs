@@ -20,9 +20,7 @@ use virtio_mem::ByteRange;
 use virtio_mem::ram_discard::channel::{
     AttachError, FrameReader, RemoteRamDiscardManager, send, wire,
 };
-use virtio_mem::ram_discard::{
-    FreezeBlockState, RamDiscardListener, RamDiscardManager, RegisterError,
-};
+use virtio_mem::ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, RegisterError};
 use wire::{ClientMessage, ServerMessage};
 
 fn channel_rig() -> Rig {
@@ -282,14 +280,15 @@ fn frozen_block_state_is_busy_until_every_client_has_thawed() {
     let mut rig = channel_rig();
     rig.plug(0, 1);
     let (first, second) = (attach(&rig.daemon), attach(&rig.daemon));
-    first.freeze().unwrap();
-    second.freeze().unwrap();
-    second.freeze().unwrap();
+    let freeze = |client: &RemoteRamDiscardManager| client.freeze(FreezeFor::Source).unwrap();
+    let (of_first, of_second, again) = (freeze(&first), freeze(&second), freeze(&second));
     assert_frozen(&mut rig);
-    first.thaw().unwrap();
+    of_first.thaw().unwrap();
     assert_frozen(&mut rig);
-    assert_thawed_after(&mut rig, || second.thaw().unwrap());
-    second.thaw().unwrap();
+    of_second.thaw().unwrap();
+    assert_frozen(&mut rig);
+    again.check().unwrap();
+    assert_thawed_after(&mut rig, || again.thaw().unwrap());
 }
 
 #[test]
@@ -297,9 +296,10 @@ fn a_freeze_ends_with_its_connection() {
     let mut rig = channel_rig();
     rig.plug(0, 1);
     let client = attach(&rig.daemon);
-    client.freeze().unwrap();
+    let frozen = client.freeze(FreezeFor::Source).unwrap();
     assert_frozen(&mut rig);
     assert_thawed_after(&mut rig, || drop(client));
+    assert!(frozen.check().is_err());
 }
 
 /// Set for the child of [`a_killed_client_holds_nothing`]: the socket.
@@ -311,7 +311,7 @@ fn child_that_freezes_until_it_is_killed() {
     let Some(socket) = std::env::var_os(CHILD) else { return };
     let client = attach_at(Path::new(&socket));
     client.register(all(), Recorder::boxed("child", &Calls::default())).unwrap();
-    client.freeze().unwrap();
+    let _frozen = client.freeze(FreezeFor::Source).unwrap();
     eprintln!("frozen");
     // Ends with the parent, should it not kill us.
     let _ = std::io::stdin().read(&mut [0]);
@@ -487,8 +487,10 @@ fn a_daemon_that_is_killed_is_unavailable_and_its_successor_knows_the_blocks() {
     rig.plug(3, 4);
     let client = attach(&rig.daemon);
     client.register(all(), Recorder::boxed("dma", &Calls::default())).unwrap();
-    client.freeze().unwrap();
+    let frozen = client.freeze(FreezeFor::Source).unwrap();
+    frozen.check().unwrap();
     rig.daemon.restart().unwrap();
+    assert!(frozen.check().is_err(), "a daemon that was restarted has not held it");
     let start = Instant::now();
     while client.lost().is_none() {
         assert!(start.elapsed() < PATIENCE);
@@ -496,7 +498,8 @@ fn a_daemon_that_is_killed_is_unavailable_and_its_successor_knows_the_blocks() {
     }
     assert!(client.is_populated(all()).is_err());
     assert!(client.replay_populated(all(), &mut |_| ControlFlow::Continue(())).is_err());
-    assert!(client.freeze().is_err() && client.thaw().is_err() && client.sizes().is_err());
+    assert!(client.freeze(FreezeFor::Source).is_err() && client.sizes().is_err());
+    assert!(frozen.thaw().is_err());
     let late = client.register(all(), Recorder::boxed("late", &Calls::default()));
     assert!(matches!(late, Err(RegisterError::Unavailable(_))));
     let successor = attach(&rig.daemon);
@@ -527,6 +530,5 @@ fn a_region_without_blocks_has_a_channel_with_nothing_on_it() {
     assert!(client.words().unwrap().is_empty());
     let outside = client.register(section(0, 1), Recorder::boxed("dma", &Calls::default()));
     assert!(matches!(outside, Err(RegisterError::OutsideRegion { .. })));
-    client.freeze().unwrap();
-    client.thaw().unwrap();
+    client.freeze(FreezeFor::Source).unwrap().thaw().unwrap();
 }

@@ -156,7 +156,6 @@ fn send(
         guest: &**guest,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy,
         progress: Arc::clone(progress),
     };
@@ -204,7 +203,6 @@ fn snapshot(case: &Case, from: &Side, dir: &Path) -> Result<Figures> {
         blocks: &from.blocks,
         devices: &mut NoDevices,
         guest: &*guest,
-        frozen: Vec::new(),
         progress: Arc::clone(&progress),
     };
     save_in_background(snapshot, &file)?;
@@ -223,7 +221,6 @@ fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
         configuration: configuration(),
         blocks: &from.blocks,
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         progress: Arc::new(Progress::new()),
     };
     let held = from.held()?;

@@ -70,7 +70,7 @@ impl Side {
         let ram = RamBlock::new("vmem0".into(), ADDR, case.region, file.try_clone()?, 0)?;
         let block = MigrationBlock::map(Arc::new(ram), Self::options(case.mode))?;
         if case.mode.knows_blocks() {
-            block.set_discard_manager(0, manager(case.region, case.plugged)?);
+            block.set_discard_manager(0, manager(case.region, case.plugged)?)?;
         }
         let block = Arc::new(block);
         let mut blocks = RamBlocks::new();

@@ -199,7 +199,6 @@ fn migrate_by(
         guest: &source,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: Some(postcopy),
         progress: Arc::clone(&progress),
     };
@@ -225,6 +224,37 @@ fn filled() -> (Side, Vec<u8>) {
     expected[260..310].fill(8);
     expected[600..620].fill(9);
     (from, expected)
+}
+
+#[test]
+fn a_freeze_that_was_lost_before_the_guest_went_keeps_it_here() {
+    let (from, expected) = filled();
+    let to = Side::new(&[1, 4, 5, 9]);
+    let manager = Arc::clone(from.manager.as_ref().unwrap());
+    // The destination has the device state, and the verdict is on its way.
+    let (source, mut near) = UnixStream::pair().unwrap();
+    let (mut far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    thread::spawn(move || {
+        use std::io::{Read, Write};
+        // PONG 1, and the verdict: PONG 0x42.
+        let mut verdict = [0; 16];
+        if back_from.read_exact(&mut verdict).is_ok() {
+            manager.lose_freezes();
+            let _ = back_to.write_all(&verdict);
+        }
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(std::net::Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let _ = io::copy(&mut near, &mut far);
+        let _ = far.shutdown(std::net::Shutdown::Both);
+    });
+    let channels = vec![(source, destination)];
+    let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, false, channels);
+    assert!(matches!(run.outgoing, Err(MigrationError::FreezeLost(_))), "{:?}", run.outgoing);
+    assert!(run.incoming.is_err());
+    assert_eq!(run.runs, (1, 0));
 }
 
 fn blocks_of(side: &Side) -> &RamBlocks {

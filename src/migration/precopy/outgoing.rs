@@ -20,7 +20,6 @@ use crate::migration::stream::{
     AdvisedSizes, Command, Configuration, DISCARD_RANGES_MAX, SectionKind, TARGET_PAGE_SIZE,
     put_command, put_description, put_eof,
 };
-use crate::ram_discard::FreezeBlockState;
 
 /// What a migration may cost, under QEMU's names.
 #[derive(Clone, Debug)]
@@ -74,8 +73,6 @@ pub struct Outgoing<'a> {
     pub handlers: Vec<Box<dyn SaveHandler + 'a>>,
     /// Everything else.
     pub devices: &'a mut dyn Devices,
-    /// Whose block state is frozen meanwhile.
-    pub frozen: Vec<Arc<dyn FreezeBlockState>>,
     /// Postcopy, if it may come to that.
     pub postcopy: Option<PostcopyOutgoing<'a>>,
     /// What can be seen of it, and how it is cancelled.
@@ -122,10 +119,8 @@ impl Outgoing<'_> {
             Ok(()) => Ok(()),
             Err(error) => Err(self.give_back(owner, error)),
         };
-        for frozen in &self.frozen {
-            if let Err(error) = frozen.thaw() {
-                tracing::warn!(%error, "cannot thaw block state; the device is gone");
-            }
+        for handler in &mut self.handlers {
+            handler.thaw();
         }
         match &result {
             Ok(()) => self.progress.set_status(Status::Completed),
@@ -148,14 +143,8 @@ impl Outgoing<'_> {
     }
 
     fn migrate(&mut self, mut channel: Channel, owner: &mut Owner) -> Result<(), MigrationError> {
-        for index in 0..self.frozen.len() {
-            if let Err(source) = self.frozen[index].freeze() {
-                for frozen in &self.frozen[..index] {
-                    let _ = frozen.thaw();
-                }
-                self.frozen.clear();
-                return Err(MigrationError::Io { what: "freeze block state", source });
-            }
+        for handler in &mut self.handlers {
+            handler.freeze()?;
         }
         handlers::check(&self.handlers)?;
         handlers::check_postcopy(&self.parameters, self.postcopy.is_some())?;
@@ -217,6 +206,7 @@ impl Outgoing<'_> {
             write(out, &bytes)?;
             back.wait_for_pong(PING_LOADED, self.parameters.verdict_timeout, &self.progress)?;
         }
+        self.check_frozen()?;
         // The verdict: the destination has everything. With what follows it gets the guest, and
         // it can no longer be called back.
         let mut bytes = Vec::new();
@@ -271,6 +261,7 @@ impl Outgoing<'_> {
         bytes.extend_from_slice(&package.bytes);
         write(out, &bytes)?;
         back.wait_for_pong(PING_PACKAGE_LOADED, self.parameters.verdict_timeout, &self.progress)?;
+        self.check_frozen()?;
         // The verdict. With what follows the destination gets the guest.
         let mut bytes = Vec::new();
         put_command(&mut bytes, &Command::PostcopyRun);
@@ -292,6 +283,11 @@ impl Outgoing<'_> {
         let max_bandwidth = self.parameters.max_postcopy_bandwidth;
         let source = PostcopySource { memory, section_id, reconnect, max_bandwidth, progress };
         source.run(Channels { main, urgent }, back)
+    }
+
+    /// Fails when blocks may have been plugged, and so are missing at the destination.
+    fn check_frozen(&self) -> Result<(), MigrationError> {
+        self.handlers.iter().try_for_each(|handler| handler.check_frozen())
     }
 
     fn page_sizes(&mut self) -> AdvisedSizes {

@@ -1,5 +1,6 @@
 //! Whole migrations between two sides in one process, over a socket pair, of real memory.
 
+mod freeze;
 mod handlers;
 mod handover;
 mod hostile;
@@ -23,7 +24,7 @@ use crate::migration::MigrationError;
 use crate::migration::channel::{Channel, Sink};
 use crate::migration::devices::NoDevices;
 use crate::migration::dirty::DirtyTracker;
-use crate::migration::handler::SaveHandler;
+use crate::migration::handler::{PostcopySave, SaveHandler};
 use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::progress::{Progress, Snapshot, Status};
 use crate::migration::ram::{
@@ -31,14 +32,15 @@ use crate::migration::ram::{
     ZeroPageDetection,
 };
 use crate::migration::stream::Configuration;
-use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd, migration_block};
-use crate::ram_discard::FreezeBlockState;
+use crate::migration::test_support::{
+    BLOCK, Log, PAGE, Side, TestManager, fill, memfd, migration_block,
+};
 use crate::sys::GatherWrite;
 
 /// A guest that notes what is asked of it.
 #[derive(Default)]
 struct Witness {
-    log: Mutex<Vec<&'static str>>,
+    log: Log,
     /// Done when the guest is stopped.
     last_words: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     refuses_to_stop: bool,
@@ -64,18 +66,6 @@ impl Guest for Witness {
 
     fn run(&self) -> Result<(), String> {
         self.log.lock().unwrap().push("run");
-        Ok(())
-    }
-}
-
-impl FreezeBlockState for Witness {
-    fn freeze(&self) -> io::Result<()> {
-        self.log.lock().unwrap().push("freeze");
-        Ok(())
-    }
-
-    fn thaw(&self) -> io::Result<()> {
-        self.log.lock().unwrap().push("thaw");
         Ok(())
     }
 }
@@ -159,6 +149,9 @@ fn migrate_by(
     channels: (OwnedFd, OwnedFd),
 ) -> Run {
     let (source, destination) = (Arc::new(source), Arc::new(Witness::default()));
+    if let Some(manager) = &from.manager {
+        manager.watch(&source.log);
+    }
     let receiver = Arc::clone(&destination);
     let blocks = Arc::clone(&to.blocks);
     let there = thread::spawn(move || {
@@ -185,7 +178,6 @@ fn migrate_by(
                     guest: &*source,
                     handlers: vec![Box::new(ram)],
                     devices: &mut NoDevices,
-                    frozen: vec![Arc::clone(&source) as Arc<dyn FreezeBlockState>],
                     postcopy: None,
                     progress: Arc::clone(&progress),
                 };
@@ -405,7 +397,8 @@ fn a_resizable_block_follows_the_source() {
         let options = BlockOptions { resizable: Some(used), ..BlockOptions::migratable() };
         let mut blocks = RamBlocks::new();
         blocks.register(Arc::new(migration_block("fw", file, size, options))).unwrap();
-        Side { region: file.try_clone().unwrap(), boot: memfd(PAGE), blocks: Arc::new(blocks) }
+        let region = file.try_clone().unwrap();
+        Side { region, boot: memfd(PAGE), blocks: Arc::new(blocks), manager: None }
     };
     let (from, to) = (side(&file, BLOCK, 16 * PAGE), side(&other, 2 * BLOCK, 4 * PAGE));
     fill(&file, 15..16, 0xaa);
@@ -502,6 +495,7 @@ fn cancelled_while_the_destination_is_stuck_the_guest_runs_on() {
     let (source, _stuck) = UnixStream::pair().unwrap();
     let progress = Arc::new(Progress::new());
     let guest = Arc::new(Witness::default());
+    from.manager.as_ref().unwrap().watch(&guest.log);
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
     let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
     let outgoing = Outgoing {
@@ -509,7 +503,6 @@ fn cancelled_while_the_destination_is_stuck_the_guest_runs_on() {
         guest: &*guest,
         handlers: vec![Box::new(ram.unwrap())],
         devices: &mut NoDevices,
-        frozen: vec![Arc::clone(&guest) as Arc<dyn FreezeBlockState>],
         postcopy: None,
         progress: Arc::clone(&progress),
     };

@@ -149,10 +149,41 @@ impl MigrationBlock {
         Self::new(ram, Arc::new(mapping), options)
     }
 
-    /// Has a manager answer for the bytes from `start` on, as far as its region goes. Replaces
-    /// the one before.
-    pub fn set_discard_manager(&self, start: u64, manager: Arc<dyn RamDiscardManager>) {
-        *self.discard.write() = Some(Region { start, manager });
+    /// Has a manager answer for the bytes from `start` on, as far as its region goes.
+    ///
+    /// # Errors
+    ///
+    /// When there is one already, or the block migrates.
+    pub fn set_discard_manager(
+        &self,
+        start: u64,
+        manager: Arc<dyn RamDiscardManager>,
+    ) -> Result<(), BlockError> {
+        let mut discard = self.discard.write();
+        if discard.is_some() {
+            return Err(BlockError::ManagerTwice { id: self.id().to_owned() });
+        }
+        self.check_unused()?;
+        *discard = Some(Region { start, manager });
+        Ok(())
+    }
+
+    /// Takes the manager away: all of the block is populated from now on.
+    ///
+    /// # Errors
+    ///
+    /// When the block migrates.
+    pub fn unset_discard_manager(&self) -> Result<(), BlockError> {
+        let mut discard = self.discard.write();
+        self.check_unused()?;
+        *discard = None;
+        Ok(())
+    }
+
+    /// The manager, and where in the block its region starts.
+    pub(super) fn discard_region(&self) -> Option<(u64, Arc<dyn RamDiscardManager>)> {
+        let discard = self.discard.read();
+        discard.as_ref().map(|region| (region.start, Arc::clone(&region.manager)))
     }
 
     /// The block takes part in a migration: it keeps its manager, and stays registered.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::prepare::prepare;
 use super::registry::{ListOptions, RamBlocks};
 use super::zero_runs::ZeroRun;
-use super::{InMigration, MigrationBlock};
+use super::{FrozenBlocks, InMigration, MigrationBlock};
 use crate::ByteRange;
 use crate::migration::error::MigrationError;
 use crate::migration::handler::LoadHandler;
@@ -20,6 +20,7 @@ use crate::migration::stream::{
     SectionKind, TARGET_PAGE_SIZE,
 };
 use crate::migration::wire::WireRead;
+use crate::ram_discard::FreezeFor;
 
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
 
@@ -38,6 +39,8 @@ const POPULATED_AHEAD: u64 = 4 << 20;
 /// [keep what is resident]: super::BlockOptions::keep_resident
 pub struct RamLoad {
     registry: Arc<RamBlocks>,
+    /// From the first section until all has come.
+    frozen: Option<FrozenBlocks>,
     options: ListOptions,
     progress: Arc<Progress>,
     /// In the order of the stream's list; empty until it came.
@@ -78,7 +81,7 @@ enum Stop {
 impl RamLoad {
     /// A handler that loads into the blocks of `registry`.
     pub fn new(registry: Arc<RamBlocks>, options: ListOptions, progress: Arc<Progress>) -> Self {
-        Self { registry, options, progress, blocks: Vec::new(), current: None }
+        Self { registry, frozen: None, options, progress, blocks: Vec::new(), current: None }
     }
 
     /// Handles the records that are wholly in `buffer`, which starts at byte `at` of the stream;
@@ -372,8 +375,10 @@ impl LoadHandler for RamLoad {
     }
 
     fn load_setup(&mut self) -> Result<(), MigrationError> {
-        // Blocks that nothing was said of are refused before anything comes, too. What never comes is
-        // zero, and costs nothing.
+        // Blocks that nothing was said of are refused before anything comes.
+        let blocks = self.registry.migratable()?;
+        self.frozen = Some(FrozenBlocks::new(blocks, FreezeFor::Destination)?);
+        // What never comes is zero, and costs nothing.
         prepare(&self.registry, self.options)
     }
 
@@ -413,11 +418,12 @@ impl LoadHandler for RamLoad {
         if self.blocks.is_empty() && !self.registry.migratable()?.is_empty() {
             return Err(bad_page(0, "the stream has no RAM"));
         }
-        Ok(())
+        self.frozen.as_ref().map_or(Ok(()), FrozenBlocks::check)
     }
 
     fn cleanup(&mut self) {
         self.blocks.clear();
+        self.frozen = None;
     }
 }
 

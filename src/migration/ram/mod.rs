@@ -1,6 +1,7 @@
 //! Guest RAM as it migrates: which blocks there are, sending their pages, and taking them.
 
 mod block;
+mod frozen;
 mod load;
 mod prepare;
 mod records;
@@ -10,6 +11,7 @@ mod zero_runs;
 
 pub(in crate::migration) use block::InMigration;
 pub use block::{BlockOptions, Migratable, MigrationBlock, ZeroPageDetection};
+pub(in crate::migration) use frozen::FrozenBlocks;
 pub use load::RamLoad;
 pub(in crate::migration) use prepare::prepare;
 pub(crate) use records::RamRecords;

@@ -20,9 +20,21 @@ pub enum BlockError {
         /// Id of the block.
         id: String,
     },
+    /// It has a RamDiscardManager, and another is given to it.
+    #[error("RAM block {id:?} has a RamDiscardManager already: unset it before setting another")]
+    ManagerTwice {
+        /// Id of the block.
+        id: String,
+    },
     /// It takes part in a migration.
     #[error("RAM block {id:?} takes part in a migration: try again when that has ended")]
     Migrating {
+        /// Id of the block.
+        id: String,
+    },
+    /// There is none of that id.
+    #[error("RAM block {id:?} is not registered")]
+    NotRegistered {
         /// Id of the block.
         id: String,
     },
@@ -146,6 +158,18 @@ impl RamBlocks {
         }
         self.blocks.push(block);
         Ok(())
+    }
+
+    /// Takes a block out, and returns it.
+    ///
+    /// # Errors
+    ///
+    /// When there is none of that id, or it takes part in a migration.
+    pub fn unregister(&mut self, id: &str) -> Result<Arc<MigrationBlock>, BlockError> {
+        let index = self.blocks.iter().position(|block| block.id() == id);
+        let index = index.ok_or_else(|| BlockError::NotRegistered { id: id.to_owned() })?;
+        self.blocks[index].check_unused()?;
+        Ok(self.blocks.remove(index))
     }
 
     /// Has addresses looked up in the VMM's memory table instead of the blocks' own first ones. QEMU

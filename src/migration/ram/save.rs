@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::registry::{BlockError, ListOptions, RamBlocks};
-use super::{InMigration, MigrationBlock};
+use super::{FrozenBlocks, InMigration, MigrationBlock};
 use crate::ByteRange;
 use crate::migration::channel::Sink;
 use crate::migration::dirty::DirtyTracker;
@@ -23,6 +23,7 @@ use crate::migration::stream::{
     put_end_of_section, put_list,
 };
 use crate::migration::wire::WireWrite;
+use crate::ram_discard::{FreezeFor, FreezeLost};
 use crate::sys::GatherWrite;
 
 /// Pages are gathered up to this many pieces, which one system call can take.
@@ -41,7 +42,7 @@ pub struct SaveBlock {
     block: Arc<MigrationBlock>,
     tracker: Box<dyn DirtyTracker>,
     dirty: PageBitmap,
-    /// Page runs that are discarded. They stay as they are, since block state is frozen.
+    /// Page runs that are discarded, as long as block state is frozen.
     discarded: Vec<Range<u64>>,
     /// Chunks of which the tracker still remembers what `dirty` has.
     unclear: PageBitmap,
@@ -53,6 +54,10 @@ pub struct SaveBlock {
 pub struct RamSave {
     blocks: Vec<SaveBlock>,
     options: ListOptions,
+    /// All blocks of the list, those whose pages are not sent among them.
+    listed: Vec<Arc<MigrationBlock>>,
+    /// From before anything is saved until all has ended.
+    frozen: Option<FrozenBlocks>,
     list: Vec<u8>,
     progress: Arc<Progress>,
     gathered: GatherWrite,
@@ -78,9 +83,12 @@ impl SaveBlock {
     }
 
     /// Starts tracking, and finds out which pages there are to send.
-    fn start(&mut self, counters: &Counters) -> Result<(), MigrationError> {
-        let discarded = self.block.discarded()?;
-        let populated = self.block.all_but(&discarded);
+    fn start(
+        &mut self,
+        discarded: &[ByteRange],
+        counters: &Counters,
+    ) -> Result<(), MigrationError> {
+        let populated = self.block.all_but(discarded);
         self.discarded = discarded.iter().map(|range| pages_touched(*range)).collect();
         self.started = true;
         let id = self.block.id();
@@ -250,7 +258,8 @@ impl RamSave {
         let mut list = Vec::new();
         put_list(&mut list, &blocks.list(options)?);
         put_end_of_section(&mut list);
-        let sent = blocks.migratable()?.into_iter();
+        let listed = blocks.migratable()?;
+        let sent = listed.iter().map(Arc::clone);
         let blocks = sent.filter(|block| !options.leaves_out(block)).map(|block| {
             let tracker = tracker_of(&block);
             SaveBlock::new(block, tracker)
@@ -258,6 +267,8 @@ impl RamSave {
         Ok(Self {
             blocks: blocks.collect(),
             options,
+            listed,
+            frozen: None,
             list,
             progress,
             gathered: GatherWrite::new(),
@@ -388,9 +399,30 @@ impl SaveHandler for RamSave {
         Ok(())
     }
 
+    fn freeze(&mut self) -> Result<(), MigrationError> {
+        if self.frozen.is_none() {
+            let blocks = self.listed.iter().map(Arc::clone);
+            self.frozen = Some(FrozenBlocks::new(blocks, FreezeFor::Source)?);
+        }
+        Ok(())
+    }
+
+    fn check_frozen(&self) -> Result<(), MigrationError> {
+        match &self.frozen {
+            Some(frozen) => frozen.check(),
+            None => Err(FreezeLost("it has not begun, or has ended".to_owned()).into()),
+        }
+    }
+
+    fn thaw(&mut self) {
+        self.frozen = None;
+    }
+
     fn setup(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        self.freeze()?;
+        let Some(frozen) = &self.frozen else { return Ok(()) };
         for block in &mut self.blocks {
-            block.start(&self.progress.counters)?;
+            block.start(&frozen.discarded(&block.block), &self.progress.counters)?;
         }
         Counters::add(&self.progress.counters.dirty_sync_count, 1);
         self.last_sync = Instant::now();
@@ -413,7 +445,8 @@ impl SaveHandler for RamSave {
 
     fn complete(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
         self.sync()?;
-        self.send(out, u64::MAX, u64::MAX)
+        self.send(out, u64::MAX, u64::MAX)?;
+        self.check_frozen()
     }
 
     fn postcopy(&mut self) -> Option<&mut dyn PostcopySave> {
@@ -439,6 +472,7 @@ impl PostcopySave for RamSave {
 
     fn outstanding(&mut self) -> Result<Vec<(String, Vec<ByteRange>)>, MigrationError> {
         self.sync()?;
+        self.check_frozen()?;
         let outstanding = self.blocks.iter_mut().map(|block| {
             block.make_whole();
             let runs = block.dirty.runs(0..block.dirty.nr_pages());

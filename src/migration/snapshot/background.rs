@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
-use super::save::{Frozen, ended, find_pages, put_end, put_ram_start, write_bitmap, write_run};
+use super::save::{ended, find_pages, put_end, put_ram_start, write_bitmap, write_run};
 use super::sink::FileSink;
 use super::{PIECE, with_mapped_ram};
 use crate::ByteRange;
@@ -24,9 +24,9 @@ use crate::migration::framing::Framing;
 use crate::migration::page_bitmap::{PageBitmap, bytes_of};
 use crate::migration::precopy::Guest;
 use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks};
+use crate::migration::ram::{FrozenBlocks, ListOptions, MigrationBlock, RamBlocks};
 use crate::migration::stream::{Configuration, MappedRamHeader, TARGET_PAGE_SIZE};
-use crate::ram_discard::FreezeBlockState;
+use crate::ram_discard::FreezeFor;
 use crate::sys::GatherWrite;
 use crate::sys::page_faults::{Fault, FaultKind, PageFaults};
 
@@ -47,8 +47,6 @@ pub struct BackgroundSnapshot<'a> {
     pub devices: &'a mut dyn Devices,
     /// The guest, which is stopped for a moment.
     pub guest: &'a dyn Guest,
-    /// Whose block state is frozen meanwhile.
-    pub frozen: Vec<Arc<dyn FreezeBlockState>>,
     /// What can be seen of it, and how it is cancelled.
     pub progress: Arc<Progress>,
 }
@@ -89,7 +87,7 @@ pub fn save_in_background(
 }
 
 fn save_protected(snapshot: BackgroundSnapshot<'_>, file: &File) -> Result<(), MigrationError> {
-    let BackgroundSnapshot { configuration, blocks, devices, guest, frozen, progress } = snapshot;
+    let BackgroundSnapshot { configuration, blocks, devices, guest, progress } = snapshot;
     // All that can be refused comes first.
     let mut faults = PageFaults::open(FaultKind::WriteProtected)
         .map_err(MigrationError::io("use userfaultfd"))?;
@@ -102,26 +100,40 @@ fn save_protected(snapshot: BackgroundSnapshot<'_>, file: &File) -> Result<(), M
         }
     }
     let mut out = FileSink::of_empty(file)?;
-    let _frozen = Frozen::new(&frozen)?;
+    let frozen = FrozenBlocks::new(blocks.migratable()?, FreezeFor::Source)?;
 
     progress.guest_stopped();
     guest.stop().map_err(|reason| MigrationError::Vmm { what: "stop the guest", reason })?;
-    let stopped = protect_all(blocks, devices, &faults, &configuration, &mut out, &progress);
+    let mut runs = false;
+    let stopped =
+        protect_all(blocks, &frozen, devices, &faults, &configuration, &mut out, &progress);
     let result = stopped.and_then(|(saved, framing, rest)| {
         let serving = Serving::new(&faults, &saved, file, &progress)?;
-        serving.while_running(guest, &mut out, framing, rest)
+        serving.while_running(guest, &mut runs)?;
+        // Without its end the file is of no use.
+        frozen.thaw()?;
+        put_end(&mut out, framing, rest)
     });
-    if result.is_err() {
-        // The protection goes with the descriptor; nobody must wait for it.
+    result.map_err(|error| {
+        // The protection ends with the descriptor: no vCPU waits for it any longer.
         drop(faults);
-        let _ = guest.run();
-    }
-    result
+        if runs {
+            return error;
+        }
+        match guest.run() {
+            Ok(()) => error,
+            Err(reason) => {
+                tracing::error!(%error, %reason, "no snapshot, and the guest cannot continue");
+                MigrationError::Vmm { what: "let the guest continue", reason }
+            }
+        }
+    })
 }
 
 /// What is done while the guest is stopped: devices are saved, and the pages that exist protected.
 fn protect_all(
     blocks: &RamBlocks,
+    frozen: &FrozenBlocks,
     devices: &mut dyn Devices,
     faults: &PageFaults,
     configuration: &Configuration,
@@ -136,13 +148,16 @@ fn protect_all(
     let mut saved = Vec::new();
     let placed = put_ram_start(out, blocks, ListOptions::of(configuration))?;
     for (mapping, (block, header)) in placed.into_iter().enumerate() {
-        let mut todo = find_pages(&block, progress)?;
+        let mut todo = find_pages(&block, frozen, progress)?;
         let mut written = PageBitmap::new(todo.nr_pages());
         if block.options().written_elsewhere {
             // Others write it through mappings that are not protected here: now or never.
             let mut gathered = GatherWrite::new();
             let mut from = 0;
             while let Some(run) = todo.next_run(from, todo.nr_pages(), PIECE / TARGET_PAGE_SIZE) {
+                if progress.is_cancelled() {
+                    return Err(MigrationError::Cancelled);
+                }
                 from = run.end;
                 for run in write_run(&block, run, header, out.file, &mut gathered, progress)? {
                     written.set_range(run);
@@ -197,23 +212,19 @@ impl<'a> Serving<'a> {
         Ok(Self { faults, saved, file, progress, stop, stopped: AtomicBool::new(false) })
     }
 
-    fn while_running(
-        &self,
-        guest: &dyn Guest,
-        out: &mut FileSink<'_>,
-        framing: Framing,
-        rest: Vec<DeviceSection>,
-    ) -> Result<(), MigrationError> {
+    /// Lets the guest run, which `runs` tells from then on, and writes all pages.
+    fn while_running(&self, guest: &dyn Guest, runs: &mut bool) -> Result<(), MigrationError> {
         let written = std::thread::scope(|scope| {
             let answering = scope.spawn(|| self.answer());
             let run = guest.run();
             let result = match run {
                 Ok(()) => {
+                    *runs = true;
                     self.progress.guest_runs_elsewhere();
                     self.progress.set_status(Status::Active);
                     self.write_all()
                 }
-                Err(reason) => Err(MigrationError::Vmm { what: "let the guest go on", reason }),
+                Err(reason) => Err(MigrationError::Vmm { what: "let the guest continue", reason }),
             };
             self.end();
             let answered = answering.join().unwrap_or_else(|panic| {
@@ -231,7 +242,7 @@ impl<'a> Serving<'a> {
                 ended.map_err(MigrationError::memory(saved.block.id(), "end protection"))?;
             }
         }
-        put_end(out, framing, rest)
+        Ok(())
     }
 
     fn end(&self) {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use super::load::freeze;
 use super::stream::{Placed, load};
 use super::{PIECE, Restore};
 use crate::ByteRange;
@@ -14,7 +15,7 @@ use crate::migration::error::MigrationError;
 use crate::migration::lazy::{FaultHandler, FaultStatistics, HandlerFailed, LazyRam, PageSource};
 use crate::migration::page_bitmap::bytes_of;
 use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::InMigration;
+use crate::migration::ram::{FrozenBlocks, InMigration};
 use crate::migration::stream::TARGET_PAGE_SIZE;
 
 /// A guest whose memory is still being read. It may run.
@@ -27,12 +28,15 @@ pub struct LazyRestore {
     prefetch: Option<JoinHandle<Result<(), MigrationError>>>,
     stop: Arc<AtomicBool>,
     progress: Arc<Progress>,
+    /// Until all has arrived.
+    _frozen: FrozenBlocks,
 }
 
 /// As [`restore`](super::restore), but returns as soon as the devices are there: pages are read when they are
 /// touched, and in the background. What the file has no page for is the kernel's to fill with
-/// zeros, without a fault that anybody here sees. A virtio-mem device of this process is frozen
-/// meanwhile ([`FreezeHolder::Incoming`](crate::controller::FreezeHolder::Incoming)).
+/// zeros, without a fault that anybody here sees. Block state is frozen meanwhile. A virtio-mem device
+/// of this process on hugetlb takes no pages then, if it is told so
+/// ([`FreezeHolder::Incoming`](crate::controller::FreezeHolder::Incoming)).
 ///
 /// # Errors
 ///
@@ -45,6 +49,7 @@ pub fn restore_lazily(
     let Restore { configuration, blocks, devices, threads: _, progress } = restore;
     progress.set_status(Status::Setup);
     let mut lazy = None;
+    let frozen = freeze(&blocks).inspect_err(|error| progress.fail(error))?;
     let loaded = load(&configuration, blocks, devices, &progress, &file, &mut |placed| {
         let offsets = placed.iter().map(|placed| placed.pages_offset).collect();
         let (blocks, in_migration) = placed
@@ -81,7 +86,8 @@ pub fn restore_lazily(
             .spawn(move || source.prefetch(&memory, &stopped, &counted))
             .map_err(MigrationError::io("start a thread"))?;
         let (handler, prefetch) = (Some(handler), Some(prefetch));
-        Ok(LazyRestore { lazy, handler, prefetch, stop, progress: Arc::clone(&progress) })
+        let progress = Arc::clone(&progress);
+        Ok(LazyRestore { lazy, handler, prefetch, stop, progress, _frozen: frozen })
     });
     if let Err(error) = &started {
         progress.fail(error);

@@ -16,8 +16,9 @@ use crate::migration::devices::Devices;
 use crate::migration::error::MigrationError;
 use crate::migration::page_bitmap::bytes_of;
 use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::RamBlocks;
+use crate::migration::ram::{FrozenBlocks, RamBlocks};
 use crate::migration::stream::{Configuration, TARGET_PAGE_SIZE};
+use crate::ram_discard::FreezeFor;
 
 /// A guest that is to be read from a file. It does not run yet.
 pub struct Restore<'a> {
@@ -41,14 +42,22 @@ pub struct Restore<'a> {
 pub fn restore(restore: Restore<'_>, file: &File) -> Result<(), MigrationError> {
     let Restore { configuration, blocks, devices, threads, progress } = restore;
     progress.set_status(Status::Setup);
-    let result = load(&configuration, blocks, devices, &progress, file, &mut |placed| {
-        load_pages(&placed, file, threads, &progress)
+    let result = freeze(&blocks).and_then(|frozen| {
+        load(&configuration, blocks, devices, &progress, file, &mut |placed| {
+            load_pages(&placed, file, threads, &progress)
+        })?;
+        frozen.thaw()
     });
     match &result {
         Ok(()) => progress.set_status(Status::Completed),
         Err(error) => progress.fail(error),
     }
     result
+}
+
+/// Freezes block state for as long as memory arrives.
+pub(super) fn freeze(blocks: &RamBlocks) -> Result<FrozenBlocks, MigrationError> {
+    FrozenBlocks::new(blocks.migratable()?, FreezeFor::Destination)
 }
 
 /// A run of pages that a thread reads at once.

@@ -13,13 +13,13 @@ use crate::migration::error::MigrationError;
 use crate::migration::framing::{Framing, write};
 use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks};
+use crate::migration::ram::{FrozenBlocks, ListOptions, MigrationBlock, RamBlocks};
 use crate::migration::stream::{
     BlockEntry, Configuration, MappedRamHeader, RAM_SECTION, RAM_VERSION, SectionHeader,
     SectionKind, TARGET_PAGE_SIZE, entry_len, put_description, put_end_of_section, put_entry,
     put_eof, put_footer, put_list_start, put_section,
 };
-use crate::ram_discard::FreezeBlockState;
+use crate::ram_discard::FreezeFor;
 use crate::sys::GatherWrite;
 
 /// Section id of RAM; devices have larger ones.
@@ -33,8 +33,6 @@ pub struct Snapshot<'a> {
     pub blocks: &'a RamBlocks,
     /// Everything else.
     pub devices: &'a mut dyn Devices,
-    /// Whose block state is frozen meanwhile.
-    pub frozen: Vec<Arc<dyn FreezeBlockState>>,
     /// What can be seen of it, and how it is cancelled.
     pub progress: Arc<Progress>,
 }
@@ -63,45 +61,23 @@ pub(super) fn ended(progress: &Progress, result: &Result<(), MigrationError>) {
     }
 }
 
-/// Block state that is frozen until this is dropped.
-pub(super) struct Frozen<'a>(Vec<&'a Arc<dyn FreezeBlockState>>);
-
-impl<'a> Frozen<'a> {
-    pub(super) fn new(freeze: &'a [Arc<dyn FreezeBlockState>]) -> Result<Self, MigrationError> {
-        let mut held = Self(Vec::new());
-        for state in freeze {
-            state.freeze().map_err(MigrationError::io("freeze block state"))?;
-            held.0.push(state);
-        }
-        Ok(held)
-    }
-}
-
-impl Drop for Frozen<'_> {
-    fn drop(&mut self) {
-        for state in &self.0 {
-            if let Err(error) = state.thaw() {
-                tracing::warn!(%error, "cannot thaw block state; the device is gone");
-            }
-        }
-    }
-}
-
 fn save_stopped(snapshot: Snapshot<'_>, file: &File) -> Result<(), MigrationError> {
-    let Snapshot { configuration, blocks, devices, frozen, progress } = snapshot;
+    let Snapshot { configuration, blocks, devices, progress } = snapshot;
     let mut out = FileSink::of_empty(file)?;
-    let _frozen = Frozen::new(&frozen)?;
+    let frozen = FrozenBlocks::new(blocks.migratable()?, FreezeFor::Source)?;
     let mut framing = Framing::begin(&mut out, &with_mapped_ram(&configuration))?;
     for section in devices.save(true)? {
         framing.full(&mut out, section)?;
     }
     progress.set_status(Status::Active);
     for (block, header) in put_ram_start(&mut out, blocks, ListOptions::of(&configuration))? {
-        let pages = find_pages(&block, &progress)?;
+        let pages = find_pages(&block, &frozen, &progress)?;
         let written = write_pages(&block, &pages, header, file, &progress)?;
         write_bitmap(&written, header, file).map_err(MigrationError::io("write a bitmap"))?;
     }
     let rest = devices.save(false)?;
+    // Without its end the file is of no use.
+    frozen.thaw()?;
     put_end(&mut out, framing, rest)
 }
 
@@ -183,6 +159,7 @@ pub(super) fn put_ram_start(
 /// The pages that exist and are not discarded.
 pub(super) fn find_pages(
     block: &MigrationBlock,
+    frozen: &FrozenBlocks,
     progress: &Progress,
 ) -> Result<PageBitmap, MigrationError> {
     let mut pages = PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE);
@@ -194,7 +171,7 @@ pub(super) fn find_pages(
             .map_err(MigrationError::memory(block.id(), "look for holes"))?;
     }
     let mut discarded = 0;
-    for range in block.discarded()? {
+    for range in frozen.discarded(block) {
         pages.clear_range(pages_touched(range));
         discarded += range.len() / TARGET_PAGE_SIZE;
     }

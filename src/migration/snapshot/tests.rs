@@ -8,12 +8,16 @@ use proptest::prelude::*;
 use super::*;
 use crate::huge_page_pool::Pool;
 use crate::migration::MigrationError;
-use crate::migration::devices::NoDevices;
+use crate::migration::devices::{DeviceSection, Devices, NoDevices};
 use crate::migration::lazy::HandlerFailed;
 use crate::migration::precopy::Guest;
 use crate::migration::progress::{self, Progress, Status};
 use crate::migration::ram::{BlockOptions, RamBlocks};
-use crate::migration::test_support::{BLOCK, PAGE, Side, fill, memfd, migration_block};
+use crate::migration::stream::SectionHeader;
+use crate::migration::test_support::{
+    BLOCK, Log, PAGE, Side, TestManager, fill, memfd, migration_block,
+};
+use crate::migration::wire::WireRead;
 use crate::sys::HostMapping;
 use std::sync::Arc;
 
@@ -23,7 +27,6 @@ fn save_to(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::S
         configuration: Configuration::new("test"),
         blocks: &side.blocks,
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         progress: Arc::clone(&progress),
     };
     (save(snapshot, file), progress.snapshot())
@@ -163,7 +166,8 @@ fn a_pool_without_huge_pages_refuses_a_restore() {
     save_to(&from, &file).0.unwrap();
     let restored = || {
         let blocks = Arc::new(side_of_huge_pages().unwrap());
-        let side = Side { region: memfd(0), boot: memfd(0), blocks: Arc::clone(&blocks) };
+        let side =
+            Side { region: memfd(0), boot: memfd(0), blocks: Arc::clone(&blocks), manager: None };
         restore_from(&side, &file).map(|()| blocks)
     };
     let error = restored().err().unwrap().to_string();
@@ -203,7 +207,7 @@ fn a_block_of_which_nothing_is_used_comes_back_wherever_it_is_listed() {
         let options = BlockOptions { resizable: Some(used), ..BlockOptions::migratable() };
         let firmware = migration_block("fw", &memfd(BLOCK), BLOCK, options);
         blocks.register(Arc::new(firmware)).unwrap();
-        Side { region: file, boot: memfd(0), blocks: Arc::new(blocks) }
+        Side { region: file, boot: memfd(0), blocks: Arc::new(blocks), manager: None }
     };
     let (from, to) = (side(0), side(2 * PAGE));
     fill(&from.region, 3..4, 7);
@@ -341,6 +345,9 @@ struct Writer {
     region: Arc<HostMapping>,
     threads: std::sync::Mutex<Vec<std::thread::JoinHandle<()>>>,
     stops: std::sync::atomic::AtomicUsize,
+    runs: std::sync::atomic::AtomicUsize,
+    /// Done when the guest runs.
+    happens: std::sync::Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl Guest for Writer {
@@ -350,6 +357,10 @@ impl Guest for Writer {
     }
 
     fn run(&self) -> Result<(), String> {
+        self.runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if let Some(happens) = self.happens.lock().unwrap().take() {
+            happens();
+        }
         for first in 0..2 {
             let region = Arc::clone(&self.region);
             let thread = std::thread::spawn(move || {
@@ -364,25 +375,112 @@ impl Guest for Writer {
 }
 
 fn save_running(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::Snapshot) {
-    let progress = Arc::new(Progress::new());
+    let (result, seen, runs) = save_running_while(side, file, None, Arc::default());
+    assert_eq!(runs, 1);
+    (result, seen)
+}
+
+/// Has `happens` done when the guest runs again; also how often it was let run.
+fn save_running_while(
+    side: &Side,
+    file: &File,
+    happens: Option<Box<dyn FnOnce() + Send>>,
+    progress: Arc<Progress>,
+) -> (Result<(), MigrationError>, progress::Snapshot, usize) {
     let guest = Writer {
         region: Arc::clone(side.blocks.get("vmem0").unwrap().mapping()),
         threads: std::sync::Mutex::default(),
         stops: std::sync::atomic::AtomicUsize::new(0),
+        runs: std::sync::atomic::AtomicUsize::new(0),
+        happens: std::sync::Mutex::new(happens),
     };
     let snapshot = BackgroundSnapshot {
         configuration: Configuration::new("test"),
         blocks: &side.blocks,
         devices: &mut NoDevices,
         guest: &guest,
-        frozen: Vec::new(),
         progress: Arc::clone(&progress),
     };
     let result = save_in_background(snapshot, file);
     for thread in guest.threads.into_inner().unwrap() {
         thread.join().unwrap();
     }
-    (result, progress.snapshot())
+    (result, progress.snapshot(), guest.runs.into_inner())
+}
+
+#[test]
+fn a_freeze_that_was_lost_leaves_a_file_that_cannot_be_restored() {
+    let from = filled();
+    let manager = Arc::clone(from.manager.as_ref().unwrap());
+    let file = tempfile::tempfile().unwrap();
+    let losing = Arc::clone(&manager);
+    let happens: Box<dyn FnOnce() + Send> = Box::new(move || losing.lose_freezes());
+    let (saved, seen, runs) =
+        save_running_while(&from, &file, Some(happens), Arc::new(Progress::new()));
+    assert!(matches!(saved, Err(MigrationError::FreezeLost(_))), "{saved:?}");
+    assert_eq!((seen.status, runs), (Status::Failed, 1));
+    restore_from(&Side::new(&[1, 4, 5]), &file).unwrap_err();
+
+    // Unplugged while it is saved, by a device of this process: its pages are gone from the file.
+    let file = tempfile::tempfile().unwrap();
+    let unplugging = Arc::clone(&manager);
+    let happens: Box<dyn FnOnce() + Send> = Box::new(move || unplugging.set(4, false));
+    let (saved, _, _) = save_running_while(&from, &file, Some(happens), Arc::new(Progress::new()));
+    assert!(matches!(saved, Err(MigrationError::FreezeLost(_))), "{saved:?}");
+    restore_from(&Side::new(&[1, 4, 5]), &file).unwrap_err();
+}
+
+/// Loses a freeze when the rest of the devices is saved.
+struct Losing(Arc<TestManager>);
+
+impl Devices for Losing {
+    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
+        if !early {
+            self.0.lose_freezes();
+        }
+        NoDevices.save(early)
+    }
+
+    fn load(
+        &mut self,
+        header: &SectionHeader,
+        early: bool,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), MigrationError> {
+        NoDevices.load(header, early, reader)
+    }
+
+    fn loaded(&mut self) -> Result<(), MigrationError> {
+        NoDevices.loaded()
+    }
+}
+
+#[test]
+fn a_freeze_that_was_lost_while_a_stopped_guest_is_saved_leaves_no_snapshot() {
+    let from = filled();
+    let progress = Arc::new(Progress::new());
+    let snapshot = Snapshot {
+        configuration: Configuration::new("test"),
+        blocks: &from.blocks,
+        devices: &mut Losing(Arc::clone(from.manager.as_ref().unwrap())),
+        progress: Arc::clone(&progress),
+    };
+    let file = tempfile::tempfile().unwrap();
+    assert!(matches!(save(snapshot, &file), Err(MigrationError::FreezeLost(_))));
+    assert_eq!(progress.status(), Status::Failed);
+    restore_from(&Side::new(&[1, 4, 5]), &file).unwrap_err();
+}
+
+#[test]
+fn block_state_is_frozen_while_memory_is_restored() {
+    let from = filled();
+    let file = tempfile::tempfile().unwrap();
+    save_to(&from, &file).0.unwrap();
+    let to = Side::new(&[1, 4, 5]);
+    let log = Log::default();
+    to.manager.as_ref().unwrap().watch(&log);
+    restore_from(&to, &file).unwrap();
+    assert_eq!(*log.lock().unwrap(), ["freeze", "thaw"]);
 }
 
 #[test]

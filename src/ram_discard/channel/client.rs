@@ -1,6 +1,7 @@
 //! The client: the manager of a region whose device is in another process.
 
 mod events;
+mod freeze;
 mod requests;
 
 use std::io;
@@ -25,8 +26,8 @@ use crate::ByteRange;
 use crate::device::{BlockBitmap, Geometry};
 use crate::ram_discard::listeners::Registered;
 use crate::ram_discard::{
-    FreezeBlockState, ListenerId, RamDiscardListener, RamDiscardManager, RegisterError,
-    Unavailable, Visit,
+    FreezeError, FreezeFor, FrozenBlockState, ListenerId, RamDiscardListener, RamDiscardManager,
+    RegisterError, Unavailable, Visit,
 };
 
 /// Why there is no manager.
@@ -99,6 +100,8 @@ struct Shared {
     timeout: Duration,
     view: Mutex<View>,
     requests: Requests,
+    /// How many freezes there are: for the server, all are one.
+    freezes: Mutex<u64>,
     /// This value is being dropped.
     closing: AtomicBool,
 }
@@ -141,6 +144,7 @@ impl RemoteRamDiscardManager {
             timeout,
             view: Mutex::new(View::new(welcome.event)),
             requests: Requests::default(),
+            freezes: Mutex::new(0),
             closing: AtomicBool::new(false),
         });
         let events = Arc::clone(&shared);
@@ -199,18 +203,6 @@ impl RemoteRamDiscardManager {
         let view = self.shared.view.lock();
         let blocks = self.shared.blocks(&view, self.shared.blocks_of(section))?;
         Ok(blocks.ranges(&self.shared.geometry, section, populated).try_for_each(visit))
-    }
-
-    fn request(&self, message: impl FnOnce(u64) -> ClientMessage) -> io::Result<()> {
-        match self.shared.ask(message) {
-            Ok(Answer::Done) => Ok(()),
-            Ok(Answer::Failed(reason)) => Err(io::Error::other(reason)),
-            Ok(Answer::Sizes(_)) => {
-                let lost = self.shared.lose("the server broke the protocol: a wrong answer");
-                Err(io::Error::new(io::ErrorKind::NotConnected, lost))
-            }
-            Err(lost) => Err(io::Error::new(io::ErrorKind::NotConnected, lost)),
-        }
     }
 }
 
@@ -289,15 +281,24 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         }
         Ok(listener)
     }
-}
 
-impl FreezeBlockState for RemoteRamDiscardManager {
-    fn freeze(&self) -> io::Result<()> {
-        self.request(|id| ClientMessage::Freeze { id })
-    }
-
-    fn thaw(&self) -> io::Result<()> {
-        self.request(|id| ClientMessage::Thaw { id })
+    /// The freeze is lost with the connection. For a destination nothing is frozen: what comes with
+    /// the memory may be loaded into the daemon, which has no freeze of a client that permits that,
+    /// and freezes block state itself while memory arrives. Whether the connection is lost is told
+    /// all the same.
+    fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
+        let freeze = freeze::RemoteFreeze::begin(Arc::clone(&self.shared), purpose)?;
+        // Ends the freeze when the map cannot be had.
+        let mut frozen = FrozenBlockState::new(Vec::new(), Box::new(freeze));
+        if let Some(region) = self.shared.geometry.section() {
+            let mut discarded = Vec::new();
+            let _ = self.replay(region, false, &mut |range| {
+                discarded.push(range);
+                ControlFlow::Continue(())
+            })?;
+            frozen.set_discarded(discarded);
+        }
+        Ok(frozen)
     }
 }
 

@@ -217,6 +217,101 @@ fn a_source_stays_when_a_listener_refuses_its_removal() {
 }
 
 #[test]
+fn a_source_is_one_of_a_manager_once() {
+    let source = Granules::new(&[T, F]);
+    let (manager, _) = manager_of(std::slice::from_ref(&source));
+    assert!(matches!(manager.add_source(source), Err(RegisterError::SourceTwice)));
+    manager.add_source(Granules::new(&[T, F])).unwrap();
+}
+
+#[test]
+fn a_visit_that_breaks_ends_the_replay() {
+    let sources = [Granules::new(&[T, F, T, F, T]), Granules::new(&[T, F, T, T, T])];
+    for nr_sources in [1, 2] {
+        let (manager, _) = manager_of(&sources[..nr_sources]);
+        let manager: &dyn RamDiscardManager = &manager;
+        for (populated, expected) in [(true, [0, 2]), (false, [1, 3])] {
+            let mut seen = Vec::new();
+            let visit = &mut |range: ByteRange| {
+                seen.push(range.start() / GRANULE);
+                if seen.len() == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            let all = granules(0, 5);
+            let ended = match populated {
+                true => manager.replay_populated(all, visit),
+                false => manager.replay_discarded(all, visit),
+            };
+            assert_eq!(ended.unwrap(), ControlFlow::Break(()));
+            assert_eq!(seen, expected);
+        }
+    }
+}
+
+#[test]
+fn while_block_state_is_frozen_nothing_is_populated_and_no_source_comes_or_goes() {
+    let (manager, ids) = manager_of(&[Granules::new(&[T, F, F, T])]);
+    let frozen = manager.freeze(FreezeFor::Source);
+    let again = manager.freeze(FreezeFor::Source);
+    assert_eq!(frozen.discarded(granules(0, 4)).collect::<Vec<_>>(), [granules(1, 3)]);
+    for _ in 0..2 {
+        assert!(manager.is_frozen() && manager.begin().is_frozen());
+        let refused = manager.begin().notify_populate(ids[0], granules(1, 2)).unwrap_err();
+        assert_eq!(refused.reason, "block state is frozen");
+        let late = manager.add_source(Granules::new(&[F; 4]));
+        assert!(matches!(late, Err(RegisterError::Frozen)));
+        assert!(matches!(manager.remove_source(ids[0]), Err(RegisterError::Frozen)));
+        frozen.check().unwrap();
+    }
+    frozen.thaw().unwrap();
+    assert!(manager.is_frozen(), "as long as another holds it");
+    drop(again);
+    assert!(!manager.is_frozen());
+    manager.begin().notify_populate(ids[0], granules(1, 2)).unwrap();
+    manager.remove_source(ids[0]).unwrap();
+}
+
+#[test]
+fn a_block_that_changes_all_the_same_is_held_against_the_freeze_for_good() {
+    let source = Granules::new(&[T, F, F, T]);
+    let (manager, ids) = manager_of(std::slice::from_ref(&source));
+    let told = manager.freeze(FreezeFor::Source);
+    manager.begin().notify_discard(ids[0], granules(0, 1));
+    told.check().unwrap_err();
+    // A new one knows nothing of that.
+    let silent = manager.freeze(FreezeFor::Source);
+    silent.check().unwrap();
+    source.0.lock()[1] = T;
+    silent.check().unwrap_err();
+    source.0.lock()[1] = F;
+    silent.check().unwrap_err();
+    assert!(told.thaw().is_err() && silent.thaw().is_err());
+    assert!(!manager.is_frozen());
+}
+
+#[test]
+fn for_a_destination_the_state_that_comes_with_memory_may_be_loaded() {
+    let source = Granules::new(&[T, F, F, T]);
+    let (manager, ids) = manager_of(std::slice::from_ref(&source));
+    let frozen = manager.freeze(FreezeFor::Destination);
+    let mut transaction = manager.begin();
+    assert!(transaction.is_frozen() && !transaction.is_frozen_for_source());
+    transaction.notify_populate(ids[0], granules(1, 2)).unwrap();
+    source.0.lock()[1] = T;
+    transaction.notify_discard(ids[0], granules(0, 1));
+    drop(transaction);
+    frozen.thaw().unwrap();
+}
+
+#[test]
+fn a_freeze_outlives_its_manager() {
+    let manager = LocalRamDiscardManager::new(GRANULE);
+    let frozen = manager.freeze(FreezeFor::Source);
+    drop(manager);
+    frozen.check().unwrap();
+    frozen.thaw().unwrap();
+}
+
+#[test]
 fn without_sources_all_is_populated() {
     let manager = LocalRamDiscardManager::new(8 * GRANULE);
     assert_eq!(collect(&manager, granules(1, 3), true), [granules(1, 3)]);

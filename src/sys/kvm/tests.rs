@@ -333,7 +333,6 @@ fn a_guest_that_writes_while_it_migrates_by_kvms_log_arrives_whole() {
         guest: &running,
         handlers: vec![Box::new(ram.unwrap())],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: None,
         progress: Arc::clone(&progress),
     };

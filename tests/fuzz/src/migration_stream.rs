@@ -91,7 +91,7 @@ fn side() -> (Arc<RamBlocks>, Arc<MigrationBlock>) {
     (0..BLOCKS).step_by(2).for_each(|block| plugged.set(block..block + 1, true));
     let manager = LocalRamDiscardManager::new(BLOCKS as u64 * BLOCK);
     manager.add_source(Arc::new(Plugged(plugged))).unwrap();
-    block.set_discard_manager(0, Arc::new(manager));
+    block.set_discard_manager(0, Arc::new(manager)).unwrap();
     let block = Arc::new(block);
     let mut blocks = RamBlocks::new();
     blocks.register(Arc::clone(&block)).unwrap();
@@ -124,7 +124,6 @@ fn outgoing(blocks: &RamBlocks, guest: &Witness, stream: UnixStream) -> Result<(
         guest,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: None,
         progress: Arc::clone(&progress),
     };
@@ -188,7 +187,6 @@ fn good_file() -> &'static [u8] {
             configuration: Configuration::new("fuzz"),
             blocks: &filled().0,
             devices: &mut NoDevices,
-            frozen: Vec::new(),
             progress: Arc::new(Progress::new()),
         };
         save(snapshot, &file).unwrap();

@@ -212,18 +212,19 @@ fn wait_busy(host: &mut Host, times: u64) {
 #[test]
 fn a_client_that_freezes_block_state_and_dies_freezes_nothing_any_more() {
     use std::os::unix::net::UnixStream;
-    use virtio_mem::ram_discard::FreezeBlockState;
     use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
+    use virtio_mem::ram_discard::{FreezeFor, RamDiscardManager};
 
     let mut host = Host::with_guest();
     let stream = UnixStream::connect(host.daemon.discard_socket()).unwrap();
     let client = RemoteRamDiscardManager::attach(stream, PATIENCE).unwrap();
-    client.freeze().unwrap();
+    let frozen = client.freeze(FreezeFor::Source).unwrap();
     let more = PLUGGED + BLOCK;
     assert!(host.daemon.api().resize(more).unwrap().is_success());
     wait_busy(&mut host, 1);
     assert_eq!(host.vmm.report().unwrap().plugged, PLUGGED);
     drop(client);
     host.vmm.tell(Command::Settle { requested: more }).unwrap();
+    assert!(frozen.check().is_err());
     migrate(&mut host, &mut Host::waiting());
 }

@@ -13,7 +13,7 @@ use virtio_mem::memory::RamBlock;
 use virtio_mem::ram_discard::channel::bitmap::BitmapReader;
 use virtio_mem::ram_discard::channel::wire::{ClientMessage, Message};
 use virtio_mem::ram_discard::channel::{FrameReader, ReceiveError, RemoteRamDiscardManager};
-use virtio_mem::ram_discard::{FreezeBlockState, RamDiscardManager};
+use virtio_mem::ram_discard::{FreezeFor, RamDiscardManager};
 
 const BLOCK: u64 = 1 << 20;
 const ADDR: u64 = 1 << 32;
@@ -155,8 +155,7 @@ fn what_breaks_the_protocol_ends_the_connection_and_nothing_else() {
     unknown.stream.write_all(&[0x63, 0, 0, 0, 0, 0, 0, 0]).unwrap();
     unknown.assert_left(Farewell::Protocol);
     assert_eq!(rig.dropped(), 7);
-    bystander.freeze().unwrap();
-    bystander.thaw().unwrap();
+    bystander.freeze(FreezeFor::Source).unwrap().thaw().unwrap();
     assert_eq!(rig.plug(0, 1), Response::Ack);
 }
 
@@ -225,7 +224,8 @@ fn one_client_too_many_is_turned_away_until_another_leaves() {
 fn shutdown_ends_connections_freezes_and_the_socket() {
     let rig = rig();
     let client = rig.attach();
-    client.freeze().unwrap();
+    let frozen = client.freeze(FreezeFor::Source).unwrap();
+    frozen.check().unwrap();
     assert!(rig.controller.migration_active());
     let idle = Raw::new(&rig);
     let raw = Raw::attached(&rig);
@@ -234,7 +234,9 @@ fn shutdown_ends_connections_freezes_and_the_socket() {
     assert!(!rig.dir.path().join("discard").exists());
     raw.assert_left(Farewell::Ending);
     drop(idle);
-    assert!(client.freeze().is_err());
+    assert!(client.freeze(FreezeFor::Source).is_err());
+    assert!(frozen.check().is_err());
+    assert!(frozen.thaw().is_err());
     assert_eq!(rig.plug(0, 1), Response::Ack);
 }
 

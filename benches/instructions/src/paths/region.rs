@@ -53,7 +53,7 @@ pub fn migration_block(
     let size = controller.geometry().region_size();
     let ram = RamBlock::new("vmem0".to_owned(), ADDR, size, memfd(size)?, 0)?;
     let block = MigrationBlock::map(Arc::new(ram), options)?;
-    block.set_discard_manager(0, Arc::clone(controller.manager()) as Arc<dyn RamDiscardManager>);
+    block.set_discard_manager(0, Arc::clone(controller.manager()) as Arc<dyn RamDiscardManager>)?;
     Ok(Arc::new(block))
 }
 

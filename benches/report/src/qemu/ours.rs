@@ -66,7 +66,7 @@ impl Copy {
             Ok(MigrationBlock::map(Arc::new(ram), BlockOptions::migratable())?)
         };
         let vmem = block("vmem0", 1 << 40, region, &files[0])?;
-        vmem.set_discard_manager(0, manager(region, plugged)?);
+        vmem.set_discard_manager(0, manager(region, plugged)?)?;
         blocks.register(Arc::new(vmem))?;
         blocks.register(Arc::new(block("ram", 0, ram, &files[1])?))?;
         Ok(Self { files, blocks: Arc::new(blocks), region, ram, plugged })
@@ -115,7 +115,6 @@ impl Copy {
             guest: &Stopped,
             handlers: vec![Box::new(ram)],
             devices: &mut NoDevices,
-            frozen: Vec::new(),
             postcopy: None,
             progress: Arc::clone(progress),
         };
@@ -153,7 +152,6 @@ impl Copy {
             configuration: configuration(),
             blocks: &self.blocks,
             devices: &mut NoDevices,
-            frozen: Vec::new(),
             progress: Arc::clone(progress),
         };
         save(snapshot, &file)?;

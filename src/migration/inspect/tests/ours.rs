@@ -73,7 +73,6 @@ fn a_snapshot_is_read() {
         configuration: Configuration::new("test"),
         blocks: &side.blocks,
         devices: &mut device,
-        frozen: Vec::new(),
         progress: Arc::new(Progress::new()),
     };
     snapshot::save(saved, &file).unwrap();

@@ -202,7 +202,6 @@ pub(super) fn run(
         guest: &Witness::default(),
         handlers,
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: when.map(|when| PostcopyOutgoing {
             when,
             urgent: None,
@@ -260,7 +259,7 @@ fn a_handler_is_told_an_older_version_and_a_newer_one_is_refused() {
         let (source, destination) = (sectors(3, 3), sectors(3, 0));
         let ours = Disk { version, ..Disk::new(0, &source) };
         let theirs = Disk::new(0, &destination);
-        let (_, received) = run(&from, &to, [&[ours], &[theirs.clone()]], None);
+        let (_, received) = run(&from, &to, [&[ours], std::slice::from_ref(&theirs)], None);
         let log = theirs.log.lock().unwrap().clone();
         (received.map_err(|error| error.to_string()), log)
     };
@@ -278,11 +277,13 @@ fn a_handler_is_told_an_older_version_and_a_newer_one_is_refused() {
 fn instances_are_told_apart_and_unknown_ones_refused() {
     let (from, to) = (filled(), Side::new(&[1, 4, 5]));
     let disk = Disk::new(2, &sectors(3, 3));
-    let (_, received) = run(&from, &to, [&[disk.clone()], &[Disk::new(1, &sectors(3, 0))]], None);
+    let (_, received) =
+        run(&from, &to, [std::slice::from_ref(&disk), &[Disk::new(1, &sectors(3, 0))]], None);
     let error = received.unwrap_err().to_string();
     assert!(error.ends_with("instance 2 is not known as a Start section"), "{error}");
     // Two of one instance are refused before anything is sent.
-    let (sent, _) = run(&from, &to, [&[disk.clone(), disk.clone()], &[disk.clone()]], None);
+    let (sent, _) =
+        run(&from, &to, [&[disk.clone(), disk.clone()], std::slice::from_ref(&disk)], None);
     assert!(sent.unwrap_err().to_string().ends_with("two handlers are of instance 2"));
     let (_, received) = run(&from, &to, [&[], &[disk.clone(), disk]], None);
     let error = received.unwrap_err().to_string();

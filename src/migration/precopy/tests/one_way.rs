@@ -56,7 +56,6 @@ fn save(from: &Side, fd: impl Into<OwnedFd>) -> (Outcome, Vec<&'static str>) {
         guest: &guest,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: None,
         progress: Arc::clone(&progress),
     };
@@ -107,7 +106,6 @@ fn postcopy_is_refused_where_it_is_not_possible() {
             guest: &guest,
             handlers: vec![Box::new(ram)],
             devices: &mut NoDevices,
-            frozen: Vec::new(),
             postcopy: Some(PostcopyOutgoing {
                 when: SwitchWhen::Told,
                 urgent: None,

@@ -15,7 +15,7 @@ fn side(size: u64, used: u64, keep_resident: bool) -> Side {
     let options = BlockOptions { resizable, keep_resident, ..BlockOptions::migratable() };
     let mut blocks = RamBlocks::new();
     blocks.register(Arc::new(migration_block("vmem0", &file, size, options))).unwrap();
-    Side { region: file, boot: memfd(PAGE), blocks: Arc::new(blocks) }
+    Side { region: file, boot: memfd(PAGE), blocks: Arc::new(blocks), manager: None }
 }
 
 fn used(side: &Side) -> u64 {
@@ -68,16 +68,15 @@ fn snapshots_and_restores_follow_it_eager_and_lazy() {
         let (from, destinations) = sides();
         let file = Arc::new(tempfile::tempfile().unwrap());
         let progress = Arc::new(Progress::new());
-        let (blocks, devices, frozen) = (&*from.blocks, &mut NoDevices, Vec::new());
+        let (blocks, devices) = (&*from.blocks, &mut NoDevices);
         let configured = configuration();
         if background {
             let (configuration, guest) = (configured, &Witness::default());
-            let snapshot =
-                BackgroundSnapshot { configuration, blocks, devices, guest, frozen, progress };
+            let snapshot = BackgroundSnapshot { configuration, blocks, devices, guest, progress };
             save_in_background(snapshot, &file).unwrap();
         } else {
             let configuration = configured;
-            save(Snapshot { configuration, blocks, devices, frozen, progress }, &file).unwrap();
+            save(Snapshot { configuration, blocks, devices, progress }, &file).unwrap();
         }
         let what = |to: &Side| (Arc::clone(&to.blocks), Arc::new(Progress::new()));
         let (blocks, progress) = what(&destinations[0]);
@@ -145,7 +144,6 @@ fn a_length_that_changed_since_it_was_listed_is_refused() {
         guest: &Witness::default(),
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: None,
         progress: Arc::clone(&progress),
     };

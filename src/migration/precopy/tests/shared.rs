@@ -19,7 +19,7 @@ fn side(region: &File) -> Side {
     blocks.register(Arc::new(migration_block("vmem0", region, 16 * BLOCK, shared))).unwrap();
     let own = BlockOptions::migratable();
     blocks.register(Arc::new(migration_block("ram", &boot, BLOCK, own))).unwrap();
-    Side { region: region.try_clone().unwrap(), boot, blocks: Arc::new(blocks) }
+    Side { region: region.try_clone().unwrap(), boot, blocks: Arc::new(blocks), manager: None }
 }
 
 /// Migrates with what each side has for the capability, and for the handler of its memory.
@@ -52,7 +52,6 @@ fn run(
         guest: &Witness::default(),
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
-        frozen: Vec::new(),
         postcopy: None,
         progress: Arc::clone(&progress),
     };

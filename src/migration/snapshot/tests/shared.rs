@@ -19,7 +19,7 @@ fn side(region: &File, shared: bool) -> Side {
     blocks.register(Arc::new(migration_block("vmem0", region, 16 * BLOCK, options))).unwrap();
     let own = BlockOptions::migratable();
     blocks.register(Arc::new(migration_block("ram", &boot, BLOCK, own))).unwrap();
-    Side { region: region.try_clone().unwrap(), boot, blocks: Arc::new(blocks) }
+    Side { region: region.try_clone().unwrap(), boot, blocks: Arc::new(blocks), manager: None }
 }
 
 fn saved(from: &Side, background: bool) -> File {
@@ -28,13 +28,10 @@ fn saved(from: &Side, background: bool) -> File {
     let (configuration, blocks, devices) = (configuration(), &*from.blocks, &mut NoDevices);
     if background {
         let guest = &Still;
-        let frozen = Vec::new();
-        let snapshot =
-            BackgroundSnapshot { configuration, blocks, devices, guest, frozen, progress };
+        let snapshot = BackgroundSnapshot { configuration, blocks, devices, guest, progress };
         save_in_background(snapshot, &file).unwrap();
     } else {
-        let frozen = Vec::new();
-        save(Snapshot { configuration, blocks, devices, frozen, progress }, &file).unwrap();
+        save(Snapshot { configuration, blocks, devices, progress }, &file).unwrap();
     }
     file
 }

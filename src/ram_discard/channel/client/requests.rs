@@ -63,6 +63,14 @@ impl Requests {
         self.inner.lock().check()
     }
 
+    /// Fails on the thread that brings answers.
+    pub(super) fn check_thread(&self) -> Result<(), Unavailable> {
+        if self.reader.get() == Some(&thread::current().id()) {
+            return Err(Unavailable("a listener must not call back".to_owned()));
+        }
+        Ok(())
+    }
+
     pub(super) fn send(&self, stream: &UnixStream, message: &ClientMessage) -> io::Result<()> {
         let _one_frame_at_a_time = self.sending.lock();
         send(stream, message)
@@ -70,9 +78,7 @@ impl Requests {
 
     /// The number of a new request.
     pub(super) fn begin(&self) -> Result<u64, Unavailable> {
-        if self.reader.get() == Some(&thread::current().id()) {
-            return Err(Unavailable("a listener must not call back".to_owned()));
-        }
+        self.check_thread()?;
         let mut inner = self.inner.lock();
         inner.check()?;
         inner.last_id += 1;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::ram_discard::FreezeLost;
 use crate::ram_discard::channel::bitmap::{BitmapWriter, HEADER_WORDS, file_size};
 use crate::ram_discard::channel::send_with_fd;
 use crate::ram_discard::channel::wire::Welcome;
@@ -304,7 +305,7 @@ fn a_listener_that_registers_against_events_sees_each_block_once() {
 fn requests_are_answered_out_of_order_and_may_fail() {
     let (mut server, manager) = pair();
     thread::scope(|scope| {
-        let freeze = scope.spawn(|| manager.freeze());
+        let freeze = scope.spawn(|| manager.freeze(FreezeFor::Source));
         let ClientMessage::Freeze { id: freeze_id } = server.receive() else { panic!() };
         let sizes = scope.spawn(|| manager.sizes());
         let ClientMessage::GetSizes { id: sizes_id } = server.receive() else { panic!() };
@@ -317,17 +318,17 @@ fn requests_are_answered_out_of_order_and_may_fail() {
         let expected = DeviceSizes { usable_region_size: 3, plugged_size: 1, requested_size: 2 };
         assert_eq!(sizes.join().unwrap().unwrap(), expected);
         server.send(&ServerMessage::Done { id: freeze_id });
-        freeze.join().unwrap().unwrap();
-        let thaw = scope.spawn(|| manager.thaw());
+        let frozen = freeze.join().unwrap().unwrap();
+        let thaw = scope.spawn(|| frozen.thaw());
         let ClientMessage::Thaw { id } = server.receive() else { panic!() };
         server.send(&ServerMessage::Failed { id, reason: "disk full".to_owned() });
-        assert_eq!(thaw.join().unwrap().unwrap_err().to_string(), "disk full");
+        assert_eq!(thaw.join().unwrap(), Err(FreezeLost("disk full".to_owned())));
     });
     assert_eq!(manager.lost(), None);
 }
 
 /// Asks for a freeze from within a call.
-struct CallsBack(std::sync::Weak<RemoteRamDiscardManager>, Arc<Mutex<Option<io::Error>>>);
+struct CallsBack(std::sync::Weak<RemoteRamDiscardManager>, Arc<Mutex<Option<FreezeError>>>);
 
 impl RamDiscardListener for CallsBack {
     fn name(&self) -> &str {
@@ -335,7 +336,8 @@ impl RamDiscardListener for CallsBack {
     }
 
     fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
-        *self.1.lock() = self.0.upgrade().and_then(|manager| manager.freeze().err());
+        let manager = self.0.upgrade();
+        *self.1.lock() = manager.and_then(|manager| manager.freeze(FreezeFor::Source).err());
         Ok(())
     }
 
@@ -361,8 +363,8 @@ fn assert_unavailable(manager: &RemoteRamDiscardManager) {
     assert!(manager.replay_discarded(all, visit).is_err());
     assert!(manager.words().is_err());
     assert!(manager.sizes().is_err());
-    assert!(manager.freeze().is_err());
-    assert!(manager.thaw().is_err());
+    assert!(manager.freeze(FreezeFor::Source).is_err());
+    assert!(manager.freeze(FreezeFor::Destination).is_err());
     let registered = manager.register(all, Recorder::boxed("late", &Calls::default()));
     assert!(matches!(registered, Err(RegisterError::Unavailable(_))));
     let unregistered = manager.unregister(ListenerId(1));
@@ -469,7 +471,7 @@ fn a_server_that_breaks_the_protocol_is_left() {
 #[test]
 fn a_server_that_does_not_answer_is_left_and_a_freeze_with_it() {
     let (mut server, manager) = pair_with(Duration::from_millis(50));
-    assert!(manager.freeze().is_err());
+    assert!(manager.freeze(FreezeFor::Source).is_err());
     assert_unavailable(&manager);
     assert!(matches!(server.receive(), ClientMessage::Freeze { .. }));
     let end = server.frames.next::<ClientMessage>(&server.stream);

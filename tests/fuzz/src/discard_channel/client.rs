@@ -22,7 +22,7 @@ use virtio_mem::ram_discard::channel::wire::{ClientMessage, Farewell, ServerMess
 use virtio_mem::ram_discard::channel::{
     AttachError, FrameReader, ReceiveError, RemoteRamDiscardManager,
 };
-use virtio_mem::ram_discard::{FreezeBlockState, RamDiscardListener, RamDiscardManager};
+use virtio_mem::ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager};
 
 use super::{ADDR, BLOCK, MOMENT, NR, PATIENCE, STEPS, blocks, frame, geometry};
 use crate::input::Input;
@@ -198,9 +198,9 @@ pub(super) fn run(input: &mut Input<'_>) {
         let plugged = |block: usize| words[block / 64] >> (block % 64) & 1 == 1;
         assert!((0..NR).all(|block| plugged(block) == model[block]), "shown in the bitmap");
     }
-    bystander.freeze().unwrap();
+    let frozen = bystander.freeze(FreezeFor::Source).unwrap();
     let block = BlockSpan { addr: ADDR, nb_blocks: 1 };
     let change = if model[0] { Request::Unplug(block) } else { Request::Plug(block) };
     assert_eq!(daemon.controller.execute(change), Response::Busy);
-    bystander.thaw().unwrap();
+    frozen.thaw().unwrap();
 }

@@ -22,7 +22,7 @@ use virtio_mem::ram_discard::channel::{
     FrameReader, ReceiveError, RemoteRamDiscardManager, send, send_with_fd,
 };
 use virtio_mem::ram_discard::{
-    FreezeBlockState, RamDiscardListener, RamDiscardManager, Unavailable,
+    FreezeFor, RamDiscardListener, RamDiscardManager, Unavailable,
 };
 
 use super::{BLOCK, MOMENT, NR, PATIENCE, STEPS, blocks, frame, geometry};
@@ -233,11 +233,15 @@ fn call(manager: &RemoteRamDiscardManager, choice: u8, geometry: &Geometry) {
             assert!(!nr.is_multiple_of(64) || tail == 0);
         }),
         5 | 6 => {
-            let _ = manager.freeze();
+            // Dropped, so thawed, at once.
+            let _ = manager.freeze(FreezeFor::Source);
             Ok(())
         }
         _ => {
-            let _ = manager.thaw();
+            if let Ok(frozen) = manager.freeze(FreezeFor::Source) {
+                let _ = frozen.check();
+                let _ = frozen.thaw();
+            }
             Ok(())
         }
     };
@@ -267,7 +271,7 @@ fn use_it(manager: &RemoteRamDiscardManager, calls: &[u8]) {
         thread::sleep(Duration::from_micros(100));
     }
     assert!(manager.is_populated(all).is_err() && manager.words().is_err());
-    assert!(manager.freeze().is_err() && manager.sizes().is_err());
+    assert!(manager.freeze(FreezeFor::Source).is_err() && manager.sizes().is_err());
     let seen = watch.seen.lock();
     assert_eq!((seen.wrong, seen.lost), (None, told));
 }

@@ -102,7 +102,7 @@ fn prepare(
     let blocks = Arc::new(blocks::blocks(machine, discard_aware)?);
     let mut devices = MachineDevices::of_destination(machine, arriving)?;
     if let (true, Some(region)) = (discard_aware, blocks.get(REGION)) {
-        devices.guard(region);
+        devices.guard(region)?;
     }
     Ok((blocks, devices))
 }

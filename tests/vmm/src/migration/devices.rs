@@ -98,12 +98,13 @@ impl MachineDevices {
 
     /// Has `region` be held to what is discarded: while its pages come, or when all have come, for
     /// a source that tells it no sooner.
-    pub(super) fn guard(&mut self, region: &Arc<MigrationBlock>) {
+    pub(super) fn guard(&mut self, region: &Arc<MigrationBlock>) -> anyhow::Result<()> {
         if self.registry.properties().is_on(EARLY_MIGRATION) {
-            region.set_discard_manager(0, self.manager());
+            region.set_discard_manager(0, self.manager())?;
         } else {
             self.late_region = Some(Arc::clone(region));
         }
+        Ok(())
     }
 
     /// Discards what came for discarded memory before that was known.

@@ -14,6 +14,7 @@ use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
 use virtio_mem::migration::snapshot::{self, BackgroundSnapshot, Snapshot};
 use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
+use virtio_mem::ram_discard::{FreezeFor, RamDiscardManager};
 
 use super::blocks::{self, REGION};
 use super::devices::MachineDevices;
@@ -31,6 +32,11 @@ pub(super) fn send(
 ) -> anyhow::Result<()> {
     let manager = attach(machine)?;
     let blocks = send_blocks(machine, &manager, options.discard_aware)?;
+    // Without a manager the engine freezes nothing, and the device's state would still be sent early.
+    let frozen = match options.discard_aware {
+        true => None,
+        false => Some(manager.freeze(FreezeFor::Source)?),
+    };
     let mut trackers = blocks::trackers(machine, &blocks)?;
     let tracker_of = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
         trackers.remove(block.id()).unwrap_or_else(|| Box::new(NeverWritten))
@@ -53,11 +59,13 @@ pub(super) fn send(
         guest: &**machine,
         handlers: vec![Box::new(ram)],
         devices: &mut devices,
-        frozen: vec![manager],
         postcopy,
         progress,
     };
-    Ok(outgoing.run(channel)?)
+    outgoing.run(channel)?;
+    // The guest is gone.
+    drop(frozen);
+    Ok(())
 }
 
 /// Writes the guest to a new file: in the background, as it was when it stood still for a moment,
@@ -72,16 +80,15 @@ pub(super) fn snapshot(
     let blocks = send_blocks(machine, &manager, true)?;
     let mut devices = MachineDevices::of_source(machine, &manager)?;
     let file = new_file(file)?;
-    let (configuration, frozen) = (configuration(true), vec![manager as Arc<_>]);
+    let configuration = configuration(true);
     let (blocks, devices) = (&blocks, &mut devices);
     if background {
         let guest = &**machine;
-        let snapshot =
-            BackgroundSnapshot { configuration, blocks, devices, guest, frozen, progress };
+        let snapshot = BackgroundSnapshot { configuration, blocks, devices, guest, progress };
         return Ok(snapshot::save_in_background(snapshot, &file)?);
     }
     machine.stop().map_err(anyhow::Error::msg)?;
-    let snapshot = Snapshot { configuration, blocks, devices, frozen, progress };
+    let snapshot = Snapshot { configuration, blocks, devices, progress };
     let saved = snapshot::save(snapshot, &file);
     machine.cont();
     Ok(saved?)
@@ -108,7 +115,7 @@ fn send_blocks(
 ) -> anyhow::Result<RamBlocks> {
     let blocks = blocks::blocks(machine, discard_aware)?;
     if let (true, Some(region)) = (discard_aware, blocks.get(REGION)) {
-        region.set_discard_manager(0, Arc::clone(manager) as Arc<_>);
+        region.set_discard_manager(0, Arc::clone(manager) as Arc<_>)?;
     }
     Ok(blocks)
 }

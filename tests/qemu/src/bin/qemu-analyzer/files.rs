@@ -85,7 +85,7 @@ impl Machine {
             let options = BlockOptions { shared, ..BlockOptions::migratable() };
             let block = MigrationBlock::map(ram, options)?;
             if gpa == ADDR {
-                block.set_discard_manager(0, Arc::clone(device.manager()) as Arc<_>);
+                block.set_discard_manager(0, Arc::clone(device.manager()) as Arc<_>)?;
             }
             blocks.register(Arc::new(block))?;
         }
@@ -165,7 +165,6 @@ fn stream(machine: &Machine, file: &File) -> Result<()> {
         guest: &Idle,
         handlers: vec![Box::new(ram)],
         devices: &mut machine.devices()?,
-        frozen: Vec::new(),
         postcopy: None,
         progress: Arc::clone(&progress),
     };
@@ -177,7 +176,6 @@ fn snapshot(machine: &Machine, file: &File) -> Result<()> {
         configuration: machine.configuration(),
         blocks: &machine.blocks,
         devices: &mut machine.devices()?,
-        frozen: Vec::new(),
         progress: Arc::new(Progress::new()),
     };
     Ok(snapshot::save(snapshot, file)?)
@@ -189,7 +187,6 @@ fn background(machine: &Machine, file: &File) -> Result<()> {
         blocks: &machine.blocks,
         devices: &mut machine.devices()?,
         guest: &Idle,
-        frozen: Vec::new(),
         progress: Arc::new(Progress::new()),
     };
     Ok(snapshot::save_in_background(snapshot, file)?)
