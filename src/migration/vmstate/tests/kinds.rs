@@ -1,7 +1,8 @@
 //! Signs, fractions, text, structures that may be absent, and the roles of what is within them.
 
 use super::super::*;
-use crate::migration::wire::{WireError, WireReader};
+use crate::migration::wire::{WireError, WireRead, WireReader};
+use proptest::prelude::*;
 
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Part {
@@ -128,14 +129,18 @@ fn save(state: &Mixed) -> Result<Vec<u8>, VmStateError> {
     Ok(out)
 }
 
-/// Loads into a device of the same model.
-fn load(bytes: &[u8]) -> Result<Mixed, VmStateError> {
-    let mut state = Mixed {
+/// A device of the same model.
+fn device() -> Mixed {
+    Mixed {
         unit: f64::NAN,
         serial: "q1".to_owned(),
         part: Part { model: 7, ..Part::default() },
         ..Mixed::default()
-    };
+    }
+}
+
+fn load(bytes: &[u8]) -> Result<Mixed, VmStateError> {
+    let mut state = device();
     let mut reader = WireReader::new(bytes);
     MIXED.load(&mut state, 1, &Properties::default(), &mut reader)?;
     assert!(reader.is_at_end().unwrap(), "bytes are left");
@@ -239,5 +244,28 @@ fn pre_save_changes_what_is_saved_or_refuses() {
 fn a_cut_anywhere_is_refused() {
     for len in 0..BYTES.len() {
         assert!(load(&BYTES[..len]).is_err(), "{len}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_loaded_or_refused(
+        bytes in prop::collection::vec(any::<u8>(), 0..120),
+        (at, new) in (0..BYTES.len(), any::<u8>()),
+    ) {
+        let mut state = Mixed::default();
+        let mut reader = WireReader::new(&bytes[..]);
+        let _ = MIXED.load(&mut state, 1, &Properties::default(), &mut reader);
+        // What is loaded is saved again as it came, but for what is derived.
+        let changed = changed(at, new);
+        let mut reader = WireReader::new(&changed[..]);
+        let mut state = device();
+        if MIXED.load(&mut state, 1, &Properties::default(), &mut reader).is_ok() {
+            let end = usize::try_from(reader.offset()).unwrap();
+            state.saves = state.saves.wrapping_sub(1).min(8);
+            let again = save(&state).unwrap();
+            prop_assert_eq!(&again[..MODEL], &changed[..MODEL]);
+            prop_assert_eq!(again.len(), end);
+        }
     }
 }
