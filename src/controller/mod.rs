@@ -26,7 +26,7 @@ use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use thiserror::Error;
 
 pub use freeze::FreezeHolder;
@@ -35,7 +35,9 @@ use served::{Served, State, Sweep};
 pub use store::{BlockUpdate, JournalUpdate, StateRecord, StateStore, Volatile};
 
 use crate::ByteRange;
-use crate::device::{Change, ConfigSpace, Geometry, Request, RequestedSizeError, VirtioMem};
+use crate::device::{
+    BlockBitmap, Change, ConfigSpace, Geometry, Request, RequestedSizeError, VirtioMem,
+};
 use crate::memory::{BackingKind, MemoryListener, NotReady, RamBlock, RamBlockError, RegionMemory};
 use crate::ram_discard::{
     FreezeFor, ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource,
@@ -133,6 +135,7 @@ impl MemController {
         let Start { device, store, journal, api_migration, reset_pending, sweep } = start;
         let geometry = *device.geometry();
         let memory = RegionMemory::new(geometry);
+        let shown = Arc::new(Mutex::new(device.config()));
         let state = State {
             device,
             store,
@@ -142,8 +145,10 @@ impl MemController {
             reset_pending: reset_pending && api_migration,
             sweep: if sweep { Sweep::WhenRunning } else { Sweep::Done },
             observers: Vec::new(),
+            shown: Arc::clone(&shown),
         };
-        let served = Arc::new(Served { geometry, state: Mutex::new(state) });
+        let (state, answers) = (Mutex::new(state), RwLock::new(()));
+        let served = Arc::new(Served { geometry, state, shown, answers });
         let manager = Arc::new(LocalRamDiscardManager::new(geometry.region_size()));
         let source = manager
             .add_source(Arc::clone(&served) as Arc<dyn RamDiscardSource>)
@@ -175,9 +180,14 @@ impl MemController {
         &self.geometry
     }
 
-    /// The configuration space as it is now.
+    /// The configuration space as observers know it. Does not wait for a change that is being saved.
     pub fn config(&self) -> ConfigSpace {
-        self.state().device.config()
+        *self.served.shown.lock()
+    }
+
+    /// Which blocks are plugged, at one moment.
+    pub fn blocks(&self) -> BlockBitmap {
+        self.state().device.blocks().clone()
     }
 
     /// The manager that holds the listeners of this device's region.
@@ -237,7 +247,7 @@ impl MemController {
         let section = self.geometry.section()?;
         let populated = self.memory.populated(section)?;
         Some(if self.memory.has_hugetlb() {
-            populated.max(self.state().device.plugged_size())
+            populated.max(self.config().plugged_size)
         } else {
             populated
         })
@@ -370,6 +380,7 @@ impl MemController {
     }
 
     fn reset_now(&self, transaction: &mut Transaction<'_>) -> Result<(), ResetError> {
+        let _no_answer_is_written = self.served.answers.write();
         if self.memory.is_mapped() {
             self.unplug_all(transaction)?;
         } else {

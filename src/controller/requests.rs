@@ -19,6 +19,14 @@ impl MemController {
         section.is_none_or(|section| self.served.is_populated(section))
     }
 
+    /// Has an answer written to guest-physical `buffers`, unless they may no longer be used: a system
+    /// reset may have taken their memory since the request was read, and what is written to it then
+    /// would be held by nothing. No reset comes in between.
+    pub fn write_answer<T>(&self, buffers: &[ByteRange], write: impl FnOnce() -> T) -> Option<T> {
+        let _no_reset = self.served.answers.read();
+        buffers.iter().all(|&buffer| self.is_usable(buffer)).then(write)
+    }
+
     /// The guest-physical range that a request would take away from the guest, if any.
     pub fn unplugged_by(&self, request: Request) -> Option<ByteRange> {
         if !matches!(request, Request::Unplug(_) | Request::UnplugAll) {

@@ -5,11 +5,11 @@ use std::io;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::{BlockUpdate, DeviceObserver, FreezeHolder, JournalUpdate, StateRecord, StateStore};
 use crate::ByteRange;
-use crate::device::{Geometry, Request, VirtioMem};
+use crate::device::{ConfigSpace, Geometry, Request, VirtioMem};
 use crate::ram_discard::{FreezeId, RamDiscardSource};
 
 /// What requests change. Locked for moments only, so that the configuration can be read while
@@ -17,6 +17,12 @@ use crate::ram_discard::{FreezeId, RamDiscardSource};
 pub(super) struct Served {
     pub(super) geometry: Geometry,
     pub(super) state: Mutex<State>,
+    /// The configuration space as observers know it. It can be read while a change is saved, which takes
+    /// as long as a disk does.
+    pub(super) shown: Arc<Mutex<ConfigSpace>>,
+    /// Read while an answer is written to the guest, written while a system reset takes memory away.
+    /// Taken after the manager, before the state.
+    pub(super) answers: RwLock<()>,
 }
 
 pub(super) struct State {
@@ -30,6 +36,7 @@ pub(super) struct State {
     pub(super) reset_pending: bool,
     pub(super) sweep: Sweep,
     pub(super) observers: Vec<Arc<dyn DeviceObserver>>,
+    pub(super) shown: Arc<Mutex<ConfigSpace>>,
 }
 
 /// When memory that unplugged blocks may have been left with is given back.
@@ -73,7 +80,9 @@ impl State {
         Ok(())
     }
 
+    /// Tells observers of a change, which they may look up at once.
     pub(super) fn tell(&self, event: impl Fn(&dyn DeviceObserver)) {
+        *self.shown.lock() = self.device.config();
         self.observers.iter().for_each(|observer| event(&**observer));
     }
 }

@@ -235,7 +235,7 @@ impl MemBackend {
             }
             Some(framed) => {
                 let response = controller.execute(framed.request);
-                let len = framed.answer(response);
+                let len = framed.answer(controller, response);
                 let finished = Instant::now();
                 metrics.request(framed.request, response, finished - started);
                 tracing::trace!(request = ?framed.request, ?response);

@@ -1,8 +1,10 @@
 //! Metrics in the OpenMetrics text format.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -29,6 +31,24 @@ struct TypeLabel {
 const LATENCY_BUCKETS: [f64; 13] =
     [1e-6, 4e-6, 16e-6, 64e-6, 256e-6, 1e-3, 4e-3, 16e-3, 66e-3, 0.26, 1.0, 4.2, 17.0];
 
+/// A counter that is copied from one that is kept elsewhere.
+struct CopiedCounter {
+    counter: Counter,
+    /// One at a time: two scrapes would add the same difference.
+    copying: Mutex<()>,
+}
+
+impl CopiedCounter {
+    fn new(counter: Counter) -> Self {
+        Self { counter, copying: Mutex::default() }
+    }
+
+    fn copy(&self, total: u64) {
+        let _one_at_a_time = self.copying.lock();
+        self.counter.inc_by(total.saturating_sub(self.counter.get()));
+    }
+}
+
 /// Types of requests, and of responses.
 const TYPES: usize = 5;
 const RESPONSES: usize = 4;
@@ -45,9 +65,12 @@ pub struct Metrics {
     connections: Counter,
     populated_bytes: Counter,
     discarded_bytes: Counter,
-    discard_failures: Counter,
+    discard_failures: CopiedCounter,
     discard_clients_dropped: Counter,
-    log_lines_lost: Counter,
+    log_lines_lost: CopiedCounter,
+    discard_clients_turned_away: Counter,
+    discard_client_wait: Counter<f64, AtomicU64>,
+    discard_freezes_expired: Counter,
     region: Gauge,
     usable: Gauge,
     plugged: Gauge,
@@ -85,14 +108,33 @@ impl Metrics {
         let malformed =
             counter("malformed_requests", "Descriptor chains returned unused as malformed");
         let connections = counter("connections", "Front-ends that connected");
-        let discard_failures =
-            counter("discard_failures", "Times that memory could not be given back");
+        let discard_failures = CopiedCounter::new(counter(
+            "discard_failures",
+            "Times that memory of unplugged blocks could not be discarded",
+        ));
         let discard_clients_dropped = counter(
             "discard_clients_dropped",
             "Clients of the discard channel dropped for silence or for breaking the protocol",
         );
-        let log_lines_lost =
-            counter("log_lines_lost", "Lines of the log that stderr did not take in time");
+        let log_lines_lost = CopiedCounter::new(counter(
+            "log_lines_lost",
+            "Lines of the log that stderr did not take in time",
+        ));
+        let discard_clients_turned_away = counter(
+            "discard_clients_turned_away",
+            "Connections to the discard channel that were refused as too many or too soon",
+        );
+        let discard_freezes_expired = counter(
+            "discard_freezes_expired",
+            "Freezes of discard-channel clients that ended since they were not renewed",
+        );
+        let discard_client_wait = Counter::default();
+        registry.register_with_unit(
+            "discard_client_wait",
+            "Time for which changes of block state waited for clients of the discard channel",
+            Unit::Seconds,
+            discard_client_wait.clone(),
+        );
         let mut bytes = |name, help| {
             let counter = Counter::default();
             registry.register_with_unit(name, help, Unit::Bytes, counter.clone());
@@ -130,6 +172,9 @@ impl Metrics {
             discard_failures,
             discard_clients_dropped,
             log_lines_lost,
+            discard_clients_turned_away,
+            discard_client_wait,
+            discard_freezes_expired,
             region,
             usable,
             plugged,
@@ -169,9 +214,25 @@ impl Metrics {
         self.discard_clients_dropped.inc();
     }
 
+    /// Counts a client of the discard channel that was not let in.
+    pub fn discard_client_turned_away(&self) {
+        self.discard_clients_turned_away.inc();
+    }
+
+    /// Counts a freeze of a client that was not renewed.
+    pub fn discard_freeze_expired(&self) {
+        self.discard_freezes_expired.inc();
+    }
+
+    /// Adds the time for which a change has waited for clients of the discard channel.
+    pub fn waited_for_discard_clients(&self, took: Duration) {
+        self.discard_client_wait.inc_by(took.as_secs_f64());
+    }
+
     /// The text of all metrics, with the sizes as they are now.
     pub fn encode(&self, controller: &MemController, connected: bool) -> String {
         let config = controller.config();
+        let populated = controller.populated_size();
         let gauge = |gauge: &Gauge, value: u64| {
             gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
         };
@@ -179,7 +240,7 @@ impl Metrics {
         gauge(&self.usable, config.usable_region_size);
         gauge(&self.plugged, config.plugged_size);
         gauge(&self.requested, config.requested_size);
-        match controller.populated_size() {
+        match populated {
             Some(size) => gauge(&self.held, size),
             None => {
                 self.held.set(-1);
@@ -187,11 +248,8 @@ impl Metrics {
         }
         self.connected.set(i64::from(connected));
         self.migration.set(i64::from(controller.migration_active()));
-        let failures = controller.memory().discard_failures();
-        let counted = self.discard_failures.get();
-        self.discard_failures.inc_by(failures.saturating_sub(counted));
-        let lost = crate::log::lost();
-        self.log_lines_lost.inc_by(lost.saturating_sub(self.log_lines_lost.get()));
+        self.discard_failures.copy(controller.memory().discard_failures());
+        self.log_lines_lost.copy(crate::log::lost());
         let mut encoded = String::new();
         text::encode(&mut encoded, &self.registry).expect("a String takes any text");
         encoded
@@ -232,5 +290,23 @@ impl RamDiscardListener for MetricsListener {
 
     fn notify_discard(&mut self, section: ByteRange) {
         self.0.discarded_bytes.inc_by(section.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn scrapes_at_once_do_not_count_twice() {
+        const TOTAL: u64 = 20_000;
+        let copied = CopiedCounter::new(Counter::default());
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| (0..=TOTAL).for_each(|total| copied.copy(total)));
+            }
+        });
+        assert_eq!(copied.counter.get(), TOTAL);
     }
 }

@@ -83,6 +83,8 @@ impl GuestMemory for UsableMemory<'_> {
 pub struct Framed<'a> {
     /// What the guest asks for, read once.
     pub request: Request,
+    /// Where the room for the response is, guest-physical.
+    buffers: SmallVec<[ByteRange; 1]>,
     /// Room for the response. Drivers use one buffer, for which nothing is allocated.
     response: SmallVec<[Part<'a>; 1]>,
 }
@@ -102,6 +104,7 @@ pub fn parse<'a>(
     let mut filled = 0;
     let mut room = 0;
     let mut response = SmallVec::new();
+    let mut response_buffers = SmallVec::new();
     let mut buffers = SmallVec::<[ByteRange; 2]>::new();
     for descriptor in chain {
         let len = usize::try_from(descriptor.len()).ok()?;
@@ -117,8 +120,10 @@ pub fn parse<'a>(
             continue;
         }
         let addr = descriptor.addr();
-        buffers.push(ByteRange::new(addr.0, used as u64)?);
+        let buffer = ByteRange::new(addr.0, used as u64)?;
+        buffers.push(buffer);
         if writable {
+            response_buffers.push(buffer);
             response.extend(memory.slices(addr, used)?);
             room += used;
         } else {
@@ -134,18 +139,22 @@ pub fn parse<'a>(
     // The response could no longer be written where the request itself takes the memory away.
     let taken = controller.unplugged_by(request);
     let answerable = taken.is_none_or(|taken| buffers.iter().all(|range| !range.overlaps(taken)));
-    answerable.then_some(Framed { request, response })
+    answerable.then_some(Framed { request, buffers: response_buffers, response })
 }
 
 impl Framed<'_> {
-    /// Writes the response and returns the length for the used ring, bytes.
-    pub fn answer(&self, response: Response) -> u32 {
+    /// Writes the response and returns the length for the used ring, bytes. Nothing is written where a
+    /// system reset has taken the memory away since.
+    pub fn answer(&self, controller: &MemController, response: Response) -> u32 {
         let bytes = response.to_bytes();
-        let mut written = 0;
-        for part in &self.response {
-            part.copy_from(&bytes[written..]);
-            written += part.len();
-        }
-        u32::try_from(written).unwrap_or(0)
+        let written = controller.write_answer(&self.buffers, || {
+            let mut written = 0;
+            for part in &self.response {
+                part.copy_from(&bytes[written..]);
+                written += part.len();
+            }
+            written
+        });
+        written.and_then(|written| u32::try_from(written).ok()).unwrap_or(0)
     }
 }

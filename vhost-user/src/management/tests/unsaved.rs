@@ -1,10 +1,15 @@
-//! A device whose state cannot be saved: the client is told, and told what has become of it.
+//! A device whose state cannot be saved, or not soon: the client is told, and told what has become of
+//! it, and others need not wait.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde_json::json;
+use tempfile::TempDir;
 use virtio_mem::controller::{MemController, Start, StateRecord, StateStore};
 use virtio_mem::device::{Geometry, VirtioMem};
 
@@ -13,12 +18,20 @@ use crate::front_door::Notifier;
 use crate::management::Server;
 use crate::service::Service;
 
-/// A disk that fails on demand.
-struct Disk(Arc<AtomicBool>);
+/// A disk that fails on demand, and takes as long as a lock is held.
+#[derive(Clone, Default)]
+struct Disk {
+    gone: Arc<AtomicBool>,
+    hangs: Arc<Mutex<()>>,
+    /// Writes that were begun.
+    begun: Arc<AtomicUsize>,
+}
 
 impl StateStore for Disk {
     fn commit(&mut self, _record: &StateRecord<'_>) -> io::Result<()> {
-        if self.0.load(Ordering::Relaxed) {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        drop(self.hangs.lock());
+        if self.gone.load(Ordering::Relaxed) {
             Err(io::Error::other("the disk is gone"))
         } else {
             Ok(())
@@ -30,17 +43,44 @@ impl StateStore for Disk {
     }
 }
 
-#[test]
-fn a_change_that_cannot_be_saved_is_a_failure_with_its_cause() {
-    let gone = Arc::new(AtomicBool::new(false));
+fn serve(disk: &Disk) -> (Server, TempDir) {
     let geometry = Geometry::new(1 << 32, 1 << 30, 2 << 20, None).unwrap();
     let mut start = Start::volatile(VirtioMem::new(geometry, 0).unwrap());
-    start.store = Box::new(Disk(Arc::clone(&gone)));
+    start.store = Box::new(disk.clone());
     let notifier = Arc::new(Notifier::new().unwrap());
     let service = Service::new(Arc::new(MemController::new(start)), notifier).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let server = Server::bind(dir.path().join("api"), service).unwrap();
     server.start().unwrap();
+    (server, dir)
+}
+
+#[test]
+fn a_disk_that_hangs_keeps_only_changes_waiting() {
+    let disk = Disk::default();
+    let (_server, dir) = serve(&disk);
+    let hangs = disk.hangs.lock();
+    thread::scope(|scope| {
+        let resize = scope.spawn(|| {
+            put(dir.path(), "/v1/device/requested-size", r#"{"requested_size": 2097152}"#)
+        });
+        while disk.begun.load(Ordering::Relaxed) == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(get(dir.path(), "/v1/device").json()["requested_size"], 0, "not yet");
+        let metrics = get(dir.path(), "/metrics").body;
+        assert!(metrics.contains("virtio_mem_requested_size_bytes 0\n"), "{metrics}");
+        drop(hangs);
+        assert_eq!(resize.join().unwrap().json()["requested_size"], 2 << 20);
+    });
+    assert_eq!(get(dir.path(), "/v1/device").json()["requested_size"], 2 << 20);
+}
+
+#[test]
+fn a_change_that_cannot_be_saved_is_a_failure_with_its_cause() {
+    let disk = Disk::default();
+    let gone = &disk.gone;
+    let (_server, dir) = serve(&disk);
     let active = || get(dir.path(), "/v1/device").json()["migration_active"].clone();
     let set = |active| put(dir.path(), "/v1/migration", &json!({ "active": active }).to_string());
 
