@@ -19,8 +19,10 @@ pub mod controller;
 pub mod device;
 pub mod memory;
 pub mod migration;
+mod printable;
 pub mod ram_discard;
 mod range;
 pub mod sys;
 
+pub use printable::printable;
 pub use range::ByteRange;

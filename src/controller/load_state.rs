@@ -10,7 +10,7 @@ use super::{BlockUpdate, JournalUpdate, MemController, StateRecord};
 use crate::ByteRange;
 use crate::device::{BlockBitmap, DeviceState, DeviceStateError, VirtioMem};
 use crate::memory::{NotReady, RamBlockError};
-use crate::ram_discard::{PopulateRefused, Transaction};
+use crate::ram_discard::PopulateRefused;
 
 /// Why saved state was not taken over; nothing was changed.
 #[derive(Debug, Error)]
@@ -72,40 +72,19 @@ impl MemController {
         // Also of blocks that were plugged before: a stream that broke off may have taken theirs.
         self.reserve(&self.memory.blocks(), || self.sections(device.blocks()))?;
         self.memory.set_loading(true);
-        let loaded = self.populate(&mut transaction, &plugged).and_then(|()| {
+        let populated = transaction.notify_populate_all(self.source, &plugged);
+        let loaded = populated.map_err(LoadStateError::from).and_then(|()| {
             let changed = !plugged.is_empty() || !unplugged.is_empty();
             Ok(self
                 .commit_state(device, changed)
-                .inspect_err(|_| self.take_back(&mut transaction, &plugged))?)
+                .inspect_err(|_| transaction.notify_discard_all(self.source, &plugged))?)
         });
         self.memory.set_loading(false);
         loaded?;
-        self.take_back(&mut transaction, &unplugged);
+        transaction.notify_discard_all(self.source, &unplugged);
         self.sweep_or(Sweep::WhenMapped);
         self.state().tell(|observer| observer.config_changed());
         Ok(())
-    }
-
-    /// Tells listeners of sections that are populated: of all, or in the end of none.
-    fn populate(
-        &self,
-        transaction: &mut Transaction<'_>,
-        sections: &[ByteRange],
-    ) -> Result<(), LoadStateError> {
-        for (told, &section) in sections.iter().enumerate() {
-            if let Err(refused) = transaction.notify_populate(self.source, section) {
-                self.take_back(transaction, &sections[..told]);
-                return Err(refused.into());
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells listeners of sections that are discarded, in reverse.
-    fn take_back(&self, transaction: &mut Transaction<'_>, sections: &[ByteRange]) {
-        for &section in sections.iter().rev() {
-            transaction.notify_discard(self.source, section);
-        }
     }
 
     /// Saves a whole state and then has it; `changed` says whether any block is another one.

@@ -387,7 +387,7 @@ impl MemController {
             // The memory is gone with the VM; what comes next is swept.
             let plugged = self.served.ranges(true);
             self.commit_or(&Change::UnplugAll, JournalUpdate::Forget)?;
-            plugged.iter().rev().for_each(|&s| transaction.notify_discard(self.source, s));
+            transaction.notify_discard_all(self.source, &plugged);
         }
         // Unlike UNPLUG ALL, a reset also takes what the guest touched without plugging it.
         self.sweep_or(Sweep::WhenRunning);

@@ -143,7 +143,7 @@ impl MemController {
             self.memory.ready(section)?;
         }
         self.commit_or(&Change::UnplugAll, JournalUpdate::Forget)?;
-        plugged.iter().rev().for_each(|&s| transaction.notify_discard(self.source, s));
+        transaction.notify_discard_all(self.source, &plugged);
         Ok(())
     }
 

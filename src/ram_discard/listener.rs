@@ -37,6 +37,32 @@ pub trait RamDiscardListener: Send {
     /// parts of it may never have been.
     fn notify_discard(&mut self, section: ByteRange);
 
+    /// As [`notify_populate`](Self::notify_populate) of several sections of one change, in this
+    /// order: all of them, or in the end none.
+    ///
+    /// # Errors
+    ///
+    /// The section that is refused, and the reason. What was accepted before it has been discarded
+    /// again, in reverse.
+    fn notify_populate_all(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
+        for (told, &section) in sections.iter().enumerate() {
+            if let Err(reason) = self.notify_populate(section) {
+                sections[..told].iter().rev().for_each(|&section| self.notify_discard(section));
+                return Err((section, reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`notify_discard`](Self::notify_discard) of several sections of one change, in this order.
+    fn notify_discard_all(&mut self, sections: &[ByteRange]) {
+        sections.iter().for_each(|&section| self.notify_discard(section));
+    }
+
+    /// The change of which the calls before told has ended, one way or the other. By default
+    /// nothing is done. Only a [`Transaction`](super::Transaction) makes this call.
+    fn notify_change_ended(&mut self) {}
+
     /// The process that owns block state is gone, for this `reason`: the last call. Nothing is known
     /// of the region from now on, and memory that was populated may go at any time. Only a manager
     /// of a device in another process makes this call; by default nothing is done.

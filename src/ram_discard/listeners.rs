@@ -81,6 +81,42 @@ impl Listeners {
         }
     }
 
+    /// As [`populate`](Self::populate) of several sections of one change, in this order.
+    ///
+    /// # Errors
+    ///
+    /// As [`populate`](Self::populate).
+    pub(super) fn populate_all(&mut self, sections: &[ByteRange]) -> Result<(), PopulateRefused> {
+        for index in 0..self.registered.len() {
+            let registered = &mut self.registered[index];
+            let ranges = registered.parts(sections);
+            if let Err((section, reason)) = registered.listener.notify_populate_all(&ranges) {
+                let listener = registered.listener.name().to_owned();
+                let reversed: Vec<_> = sections.iter().rev().copied().collect();
+                for told in self.registered[..index].iter_mut().rev() {
+                    told.discard_all(&reversed);
+                }
+                return Err(PopulateRefused { listener, section, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`discard`](Self::discard) of several sections of one change, in this order: each listener
+    /// is told of all of them before the next one is.
+    pub(super) fn discard_all(&mut self, sections: &[ByteRange]) {
+        for registered in self.registered.iter_mut().rev() {
+            registered.discard_all(sections);
+        }
+    }
+
+    /// Tells the listeners that a change has ended.
+    pub(super) fn change_ended(&mut self) {
+        for registered in &mut self.registered {
+            registered.listener.notify_change_ended();
+        }
+    }
+
     /// Tells the listeners, in reverse, that nobody will tell them anything any more.
     pub(super) fn lost(&mut self, reason: &str) {
         for registered in self.registered.iter_mut().rev() {
@@ -90,6 +126,18 @@ impl Listeners {
 }
 
 impl Registered {
+    /// What of the sections the listener registered for.
+    fn parts(&self, sections: &[ByteRange]) -> Vec<ByteRange> {
+        sections.iter().filter_map(|&section| self.section.intersection(section)).collect()
+    }
+
+    fn discard_all(&mut self, sections: &[ByteRange]) {
+        let ranges = self.parts(sections);
+        if !ranges.is_empty() {
+            self.listener.notify_discard_all(&ranges);
+        }
+    }
+
     fn discard(&mut self, section: ByteRange) {
         if let Some(range) = self.section.intersection(section) {
             self.listener.notify_discard(range);

@@ -235,7 +235,7 @@ impl LocalRamDiscardManager {
 
 impl Shared {
     fn begin(&self) -> Transaction<'_> {
-        Transaction { inner: self.inner.lock(), frozen: &self.frozen }
+        Transaction { inner: self.inner.lock(), frozen: &self.frozen, told: false }
     }
 }
 
@@ -278,12 +278,25 @@ impl Freeze for LocalFreeze {
     }
 }
 
+/// Sections that listeners are told of at once, at most.
+const BATCH: usize = 4096;
+
 /// Exclusive use of a manager, to change the state of a source and tell the listeners.
 ///
 /// While block state [is frozen](Self::is_frozen), a source changes nothing that a guest asks for.
 pub struct Transaction<'a> {
     inner: MutexGuard<'a, Inner>,
     frozen: &'a AtomicBool,
+    /// A listener was told something, and so is told of the end.
+    told: bool,
+}
+
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        if self.told {
+            self.inner.listeners.change_ended();
+        }
+    }
 }
 
 impl Transaction<'_> {
@@ -322,10 +335,8 @@ impl Transaction<'_> {
         source: SourceId,
         section: ByteRange,
     ) -> Result<(), PopulateRefused> {
-        if self.is_frozen_for_source() {
-            let (listener, reason) = ("migration".to_owned(), "block state is frozen".to_owned());
-            return Err(PopulateRefused { listener, section, reason });
-        }
+        self.check_thawed(section)?;
+        self.told = true;
         let ranges = self.inner.populated_by_others(Some(source), section);
         for (done, &range) in ranges.iter().enumerate() {
             if let Err(refused) = self.inner.listeners.populate(range) {
@@ -341,9 +352,91 @@ impl Transaction<'_> {
     /// then.
     pub fn notify_discard(&mut self, source: SourceId, section: ByteRange) {
         self.inner.freezes.lose(&format!("{section} was discarded"));
+        self.told = true;
         for range in self.inner.populated_by_others(Some(source), section) {
             self.inner.listeners.discard(range);
         }
+    }
+
+    /// As [`notify_populate`](Self::notify_populate) of several sections, in this order. A listener
+    /// is told of many of them at once, so that the cost of asking it hardly grows with their number.
+    ///
+    /// # Errors
+    ///
+    /// As [`notify_populate`](Self::notify_populate).
+    pub fn notify_populate_all(
+        &mut self,
+        source: SourceId,
+        sections: &[ByteRange],
+    ) -> Result<(), PopulateRefused> {
+        if let Some(&first) = sections.first() {
+            self.check_thawed(first)?;
+        }
+        for (batch, part) in sections.chunks(BATCH).enumerate() {
+            if let Err(refused) = self.populate_batch(source, part) {
+                for part in sections[..batch * BATCH].chunks(BATCH).rev() {
+                    self.discard_batch(source, part.iter().rev());
+                }
+                return Err(refused);
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`notify_discard`](Self::notify_discard) of several sections, last one first. A listener is
+    /// told of many of them at once.
+    pub fn notify_discard_all(&mut self, source: SourceId, sections: &[ByteRange]) {
+        if let Some(section) = sections.first() {
+            self.inner.freezes.lose(&format!("{section} was discarded"));
+        }
+        for part in sections.rchunks(BATCH) {
+            self.discard_batch(source, part.iter().rev());
+        }
+    }
+
+    /// Refuses to populate what a source of migration relies on.
+    fn check_thawed(&self, section: ByteRange) -> Result<(), PopulateRefused> {
+        if self.is_frozen_for_source() {
+            let (listener, reason) = ("migration".to_owned(), "block state is frozen".to_owned());
+            return Err(PopulateRefused { listener, section, reason });
+        }
+        Ok(())
+    }
+
+    fn populate_batch(
+        &mut self,
+        source: SourceId,
+        sections: &[ByteRange],
+    ) -> Result<(), PopulateRefused> {
+        let ranges = self.parts(source, sections.iter());
+        if ranges.is_empty() {
+            return Ok(());
+        }
+        self.told = true;
+        self.inner.listeners.populate_all(&ranges)
+    }
+
+    fn discard_batch<'b>(
+        &mut self,
+        source: SourceId,
+        sections: impl Iterator<Item = &'b ByteRange>,
+    ) {
+        let ranges = self.parts(source, sections);
+        if !ranges.is_empty() {
+            self.told = true;
+            self.inner.listeners.discard_all(&ranges);
+        }
+    }
+
+    /// What every other source has populated of the sections.
+    fn parts<'b>(
+        &self,
+        source: SourceId,
+        sections: impl Iterator<Item = &'b ByteRange>,
+    ) -> Vec<ByteRange> {
+        sections
+            .flat_map(|&section| self.inner.populated_by_others(Some(source), section))
+            .collect()
     }
 }
 

@@ -3,20 +3,28 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Lines, Read, Write};
 use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{BLOCK, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
+use rustix::fs::MemfdFlags;
+use rustix::process::{Pid, Signal, kill_process};
 use test_vmm::daemon::Daemon;
 use test_vmm::driver::{RequestType, ResponseType};
+use test_vmm::memory::memfd;
+use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
+use vhost_user_mem::metrics::Metrics;
 use virtio_mem::ByteRange;
+use virtio_mem::controller::{MemController, Start};
+use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
+use virtio_mem::memory::RamBlock;
 use virtio_mem::ram_discard::channel::{
     AttachError, FrameReader, RemoteRamDiscardManager, send, wire,
 };
@@ -311,26 +319,68 @@ fn child_that_freezes_until_it_is_killed() {
     let Some(socket) = std::env::var_os(CHILD) else { return };
     let client = attach_at(Path::new(&socket));
     client.register(all(), Recorder::boxed("child", &Calls::default())).unwrap();
-    let _frozen = client.freeze(FreezeFor::Source).unwrap();
+    let frozen = client.freeze(FreezeFor::Source).unwrap();
     eprintln!("frozen");
     // Ends with the parent, should it not kill us.
     let _ = std::io::stdin().read(&mut [0]);
+    eprintln!("{}", if frozen.check().is_ok() { "held" } else { "lost" });
+}
+
+fn child_that_has_frozen(socket: &Path) -> (Child, Lines<BufReader<ChildStderr>>) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child_that_freezes_until_it_is_killed", "--ignored", "--nocapture"])
+        .env(CHILD, socket)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("frozen")));
+    (child, lines)
+}
+
+/// The guest is served again when the freeze has expired, without the client, which is not there to
+/// answer; and the client, when it goes on, knows that its freeze did not hold.
+#[test]
+fn a_stopped_client_that_froze_holds_nothing_and_knows_it() {
+    let geometry = Geometry::new(common::ADDR, REGION, BLOCK, None).unwrap();
+    let device = VirtioMem::new(geometry, REGION).unwrap();
+    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let file = memfd("ram", REGION, MemfdFlags::empty()).unwrap();
+    let ram = RamBlock::new("mem".to_owned(), common::ADDR, REGION, file, 0).unwrap();
+    controller.set_memory(vec![Arc::new(ram)]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("discard");
+    let limits = Limits { freeze_expiry: Duration::from_secs(3), ..Limits::default() };
+    let metrics = Arc::new(Metrics::new());
+    let channel = DiscardChannel::bind_with(&path, Arc::clone(&controller), metrics, limits);
+    let channel = channel.unwrap();
+    channel.start().unwrap();
+    let (mut child, mut lines) = child_that_has_frozen(&path);
+    let plug =
+        |block| controller.execute(Request::Plug(BlockSpan { addr: gpa(block), nb_blocks: 1 }));
+    assert_eq!(plug(0), Response::Busy);
+    let pid = Pid::from_child(&child);
+    kill_process(pid, Signal::STOP).unwrap();
+    let start = Instant::now();
+    while plug(0) == Response::Busy {
+        assert!(start.elapsed() < PATIENCE, "frozen by a client that does not run");
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(controller.config().plugged_size, BLOCK);
+    assert_eq!(plug(1), Response::Ack, "it is not waited for again");
+    kill_process(pid, Signal::CONT).unwrap();
+    child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), "lost");
+    child.wait().unwrap();
 }
 
 #[test]
 fn a_killed_client_holds_nothing() {
     let mut rig = channel_rig();
     rig.plug(0, 1);
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child_that_freezes_until_it_is_killed", "--ignored", "--nocapture"])
-        .env(CHILD, rig.daemon.discard_socket())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let stderr = BufReader::new(child.stderr.take().unwrap());
-    assert!(stderr.lines().any(|line| line.unwrap().contains("frozen")));
+    let (mut child, _) = child_that_has_frozen(&rig.daemon.discard_socket());
     assert_frozen(&mut rig);
     assert_thawed_after(&mut rig, || child.kill().unwrap());
     child.wait().unwrap();
@@ -367,9 +417,10 @@ fn a_silent_client_is_dropped_and_the_guest_answered() {
     let other = attach(&rig.daemon);
     let (stream, mut frames) = raw_client(&rig.daemon);
     send(&stream, &ClientMessage::Freeze { id: 1 }).unwrap();
-    assert_eq!(frames.next::<ServerMessage>(&stream).unwrap(), ServerMessage::Done { id: 1 });
+    let frozen = frames.next::<ServerMessage>(&stream).unwrap();
+    assert!(matches!(frozen, ServerMessage::Frozen { id: 1, freeze: 1, .. }), "{frozen:?}");
     assert_eq!(rig.plug(0, 1), ResponseType::Busy, "frozen, so nobody is asked");
-    send(&stream, &ClientMessage::Thaw { id: 2 }).unwrap();
+    send(&stream, &ClientMessage::Thaw { id: 2, freeze: 1 }).unwrap();
     assert_eq!(frames.next::<ServerMessage>(&stream).unwrap(), ServerMessage::Done { id: 2 });
     assert_eq!(rig.plug(0, 1), ResponseType::Ack);
     let event = frames.next::<ServerMessage>(&stream).unwrap();
@@ -499,10 +550,15 @@ fn a_daemon_that_is_killed_is_unavailable_and_its_successor_knows_the_blocks() {
     assert!(client.is_populated(all()).is_err());
     assert!(client.replay_populated(all(), &mut |_| ControlFlow::Continue(())).is_err());
     assert!(client.freeze(FreezeFor::Source).is_err() && client.sizes().is_err());
-    assert!(frozen.thaw().is_err());
+    assert!(frozen.check().is_err());
     let late = client.register(all(), Recorder::boxed("late", &Calls::default()));
     assert!(matches!(late, Err(RegisterError::Unavailable(_))));
     let successor = attach(&rig.daemon);
+    assert_ne!(successor.generation(), client.generation());
+    let frozen_again = successor.freeze(FreezeFor::Source).unwrap();
+    assert!(frozen.check().is_err(), "the freeze of one daemon is not that of the next");
+    frozen_again.thaw().unwrap();
+    assert!(frozen.thaw().is_err());
     assert_eq!(replay(&successor, true), [section(3, 7)]);
     assert_eq!(rig.daemon.api().device().unwrap()["migration_active"], false);
 }

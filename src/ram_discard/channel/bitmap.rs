@@ -182,6 +182,8 @@ pub struct Snapshot {
     pub blocks: BlockBitmap,
     /// Number of the last event that they show.
     pub event: u64,
+    /// Count of the changes of the bitmap, twice: another count, and it has changed since.
+    pub sequence: u64,
 }
 
 impl BitmapReader {
@@ -223,6 +225,13 @@ impl BitmapReader {
         event
     }
 
+    /// Count of the changes of the bitmap, twice; odd within one.
+    pub fn sequence(&self) -> u64 {
+        let sequence = self.words.load(AT_SEQUENCE);
+        fence(Ordering::Acquire);
+        sequence
+    }
+
     /// Copies at least `blocks`, clipped to the region; `None` when the writer came in between, or
     /// when a bit past the last block is set.
     pub fn try_snapshot(&self, blocks: Range<usize>) -> Option<Snapshot> {
@@ -246,7 +255,7 @@ impl BitmapReader {
         let first_block = first_word * WORD_BITS;
         let copied = (words.len() * WORD_BITS).min(self.nr_blocks - first_block);
         let blocks = BlockBitmap::from_words(copied, words)?;
-        Some(Snapshot { first_block, blocks, event })
+        Some(Snapshot { first_block, blocks, event, sequence })
     }
 }
 

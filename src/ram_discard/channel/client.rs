@@ -17,18 +17,19 @@ use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 
 use events::View;
+use freeze::{Freezes, RemoteFreeze};
 use requests::{Answer, Requests};
 
-use super::bitmap::{BitmapError, BitmapReader};
+use super::bitmap::{BitmapError, BitmapReader, Snapshot};
 use super::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
 use super::{FrameReader, ReceiveError, send};
-use crate::ByteRange;
 use crate::device::{BlockBitmap, Geometry};
 use crate::ram_discard::listeners::Registered;
 use crate::ram_discard::{
     FreezeError, FreezeFor, FrozenBlockState, ListenerId, RamDiscardListener, RamDiscardManager,
     RegisterError, Unavailable, Visit,
 };
+use crate::{ByteRange, printable};
 
 /// Why there is no manager.
 #[derive(Debug, Error)]
@@ -100,8 +101,9 @@ struct Shared {
     timeout: Duration,
     view: Mutex<View>,
     requests: Requests,
-    /// How many freezes there are: for the server, all are one.
-    freezes: Mutex<u64>,
+    freezes: Freezes,
+    /// Of this connection, and of no other.
+    generation: u64,
     /// This value is being dropped.
     closing: AtomicBool,
 }
@@ -127,6 +129,7 @@ impl RemoteRamDiscardManager {
         let welcome = match message {
             ServerMessage::Welcome(welcome) => welcome,
             ServerMessage::Goodbye { cause, min_version, max_version, reason } => {
+                let reason = printable(&reason);
                 return Err(AttachError::Refused { cause, min_version, max_version, reason });
             }
             _ => return Err(AttachError::Protocol("its first message is no welcome")),
@@ -144,7 +147,8 @@ impl RemoteRamDiscardManager {
             timeout,
             view: Mutex::new(View::new(welcome.event)),
             requests: Requests::default(),
-            freezes: Mutex::new(0),
+            freezes: Freezes::default(),
+            generation: welcome.generation,
             closing: AtomicBool::new(false),
         });
         let events = Arc::clone(&shared);
@@ -160,7 +164,12 @@ impl RemoteRamDiscardManager {
         &self.shared.geometry
     }
 
-    /// For how long the server lets a client keep the guest waiting.
+    /// A number that no other connection has: what was known of another is not known of this one.
+    pub fn generation(&self) -> u64 {
+        self.shared.generation
+    }
+
+    /// For how long the server lets all clients together keep a change waiting.
     pub fn patience(&self) -> Duration {
         self.shared.patience
     }
@@ -282,21 +291,24 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         Ok(listener)
     }
 
-    /// The freeze is lost with the connection. For a destination nothing is frozen: what comes with
-    /// the memory may be loaded into the daemon, which has no freeze of a client that permits that,
-    /// and freezes block state itself while memory arrives. Whether the connection is lost is told
-    /// all the same.
+    /// The freeze is renewed by a thread of its own. It is lost with the connection, when it was not
+    /// renewed in time, and when the daemon ends; a client that connects again has other freezes. For
+    /// a destination nothing is frozen: what comes with the memory may be loaded into the daemon,
+    /// which has no freeze of a client that permits that, and freezes block state itself while memory
+    /// arrives. Whether the connection is lost is told all the same.
     fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
-        let freeze = freeze::RemoteFreeze::begin(Arc::clone(&self.shared), purpose)?;
+        let shared = &self.shared;
+        let freeze = RemoteFreeze::begin(shared, purpose)?;
+        let lease = freeze.lease();
         // Ends the freeze when the map cannot be had.
         let mut frozen = FrozenBlockState::new(Vec::new(), Box::new(freeze));
-        if let Some(region) = self.shared.geometry.section() {
-            let mut discarded = Vec::new();
-            let _ = self.replay(region, false, &mut |range| {
-                discarded.push(range);
-                ControlFlow::Continue(())
-            })?;
-            frozen.set_discarded(discarded);
+        if let Some(region) = shared.geometry.section() {
+            let view = shared.view.lock();
+            let blocks = shared.blocks(&view, 0..shared.geometry.nr_blocks())?;
+            if let Some(lease) = lease {
+                shared.check_map(lease, &blocks)?;
+            }
+            frozen.set_discarded(blocks.ranges(&shared.geometry, region, false).collect());
         }
         Ok(frozen)
     }
@@ -306,6 +318,9 @@ impl RamDiscardManager for RemoteRamDiscardManager {
 struct Blocks {
     first_block: usize,
     blocks: BlockBitmap,
+    /// The last event that the copied bitmap shows, and its count.
+    event: u64,
+    sequence: u64,
 }
 
 impl Blocks {
@@ -345,9 +360,9 @@ impl Shared {
         loop {
             self.requests.check()?;
             if let Some(snapshot) = self.bitmap.try_snapshot(blocks.clone()) {
-                let mut copy =
-                    Blocks { first_block: snapshot.first_block, blocks: snapshot.blocks };
-                view.overlay(snapshot.event, |section, populated| {
+                let Snapshot { first_block, blocks, event, sequence } = snapshot;
+                let mut copy = Blocks { first_block, blocks, event, sequence };
+                view.overlay(event, |section, populated| {
                     self.mark(&mut copy, section, populated);
                 });
                 return Ok(copy);
@@ -374,9 +389,17 @@ impl Shared {
     }
 
     fn ask(&self, message: impl FnOnce(u64) -> ClientMessage) -> Result<Answer, Unavailable> {
+        self.ask_within(message, self.timeout)
+    }
+
+    fn ask_within(
+        &self,
+        message: impl FnOnce(u64) -> ClientMessage,
+        timeout: Duration,
+    ) -> Result<Answer, Unavailable> {
         let id = self.requests.begin()?;
         self.send(&message(id))?;
-        match self.requests.wait(id, self.timeout)? {
+        match self.requests.wait(id, timeout)? {
             Some(answer) => Ok(answer),
             // Whether it was done is not known; without a connection it is.
             None => Err(self.lose("the server does not answer")),
@@ -387,6 +410,7 @@ impl Shared {
     fn lose(&self, reason: &str) -> Unavailable {
         let lost = self.requests.lose(reason);
         let _ = self.stream.shutdown(Shutdown::Both);
+        self.freezes.lose(&lost.to_string());
         lost
     }
 }

@@ -375,3 +375,69 @@ proptest! {
         prop_assert_eq!(manager.is_populated(section), whole);
     }
 }
+
+/// More sections than listeners are told of at once, of which the last is refused.
+#[test]
+fn several_sections_are_populated_all_or_in_the_end_none() {
+    const SECTIONS: u64 = BATCH as u64 + 2;
+    let source = Granules::new(&[false; 2 * SECTIONS as usize]);
+    let (manager, ids) = manager_of(&[source]);
+    let all = granules(0, 2 * SECTIONS);
+    let calls = Calls::default();
+    manager.register(all, Recorder::boxed("memory", &calls)).unwrap();
+    let last = granules(2 * SECTIONS - 2, 2 * SECTIONS - 1);
+    let refuser = manager.register(all, Recorder::refusing("dma", &calls, last)).unwrap();
+    let sections: Vec<_> = (0..SECTIONS).map(|n| granules(2 * n, 2 * n + 1)).collect();
+    let refused = manager.begin().notify_populate_all(ids[0], &sections).unwrap_err();
+    assert_eq!((refused.listener.as_str(), refused.section), ("dma", last));
+    let of = |calls: &[Call], name| {
+        let mut told = Vec::new();
+        for call in calls {
+            match *call {
+                Call::Populate(to, section) if to == name => told.push(section),
+                Call::Discard(to, section) if to == name => {
+                    assert_eq!(told.pop(), Some(section), "in reverse");
+                }
+                _ => {}
+            }
+        }
+        told
+    };
+    for name in ["memory", "dma"] {
+        assert_eq!(of(&calls.lock(), name), [], "{name} has let go of all");
+    }
+    manager.unregister(refuser).unwrap();
+    calls.lock().clear();
+    manager.begin().notify_populate_all(ids[0], &sections).unwrap();
+    assert_eq!(of(&calls.lock(), "memory"), sections);
+    manager.begin().notify_discard_all(ids[0], &sections);
+    assert_eq!(of(&calls.lock(), "memory"), []);
+}
+
+#[test]
+fn listeners_learn_of_the_end_of_a_change_they_were_told_of() {
+    struct Ends(Arc<Mutex<u32>>);
+    impl RamDiscardListener for Ends {
+        fn name(&self) -> &str {
+            "ends"
+        }
+        fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
+            Ok(())
+        }
+        fn notify_discard(&mut self, _section: ByteRange) {}
+        fn notify_change_ended(&mut self) {
+            *self.0.lock() += 1;
+        }
+    }
+    let (manager, ids) = manager_of(&[Granules::new(&[false; 8])]);
+    let ends = Arc::default();
+    manager.register(granules(0, 8), Box::new(Ends(Arc::clone(&ends)))).unwrap();
+    drop(manager.begin());
+    assert_eq!(*ends.lock(), 0, "nothing was told");
+    let mut transaction = manager.begin();
+    transaction.notify_populate(ids[0], granules(0, 2)).unwrap();
+    transaction.notify_discard(ids[0], granules(0, 2));
+    assert_eq!(*ends.lock(), 0);
+    drop(transaction);
+    assert_eq!(*ends.lock(), 1);
+}

@@ -147,7 +147,9 @@ fn discard_channel() -> Vec<Vec<u8>> {
     // A hostile daemon. Calls of the client, the bitmap, the welcome, its descriptor; steps.
     let calls = [1, 4, 0x05, 0x03, 0x04, 0x07];
     let (populate, discard) = ([0, 5, 20, 15], [1, 9, 2, 15]);
-    let (answer, settle, goodbye) = ([0x1b, 15], [6, 3], [7, 15]);
+    let (answer, settle, goodbye) = ([0x1b, 15], [6, 3], [15, 15]);
+    let frozen = [0x1b, 200, 15];
+    let renew = [0x16, 15];
     let daemon =
         |bitmap: &[u8], steps: &[&[u8]]| [&calls[..], bitmap, &[15, 1], &steps.concat()].concat();
     vec![
@@ -158,6 +160,12 @@ fn discard_channel() -> Vec<Vec<u8>> {
         client(&[&plug, &hear, &[0x73, 15]]),
         client(&[&plug, &hear, &[3, 0x42]]),
         daemon(&[0], &[&populate, &answer, &settle, &answer, &discard, &answer, &goodbye]),
+        // Freezes that are held, renewed and thawed, and one that the daemon ends.
+        client(&[&freeze, &hear, &renew, &hear, &plug, &[0x26, 15], &hear]),
+        daemon(&[0], &[&frozen, &answer, &answer, &frozen, &answer, &answer, &goodbye]),
+        daemon(&[0], &[&frozen, &answer, &answer, &frozen, &[7, 15], &answer, &answer]),
+        // Several sections at once.
+        daemon(&[0], &[&[0xa0, 5, 20, 40, 2, 15], &answer, &[0xa1, 40, 2, 5, 20, 15], &answer]),
         // A bitmap that is made: good, in the middle of a change for ever, not sealed.
         daemon(&[1, 1, 0, 2, 0, 3, 0, 4, 0], &[&answer, &populate, &answer]),
         daemon(&[3, 1, 0, 2, 0, 3, 0, 4, 0, 4, 1, 0, 0, 0, 0, 0, 0, 0], &[&answer, &answer]),

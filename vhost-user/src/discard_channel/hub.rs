@@ -12,9 +12,12 @@
 //! So the bitmap never shows what a client was not told, and a client knows better than the
 //! bitmap only of the change that is under way.
 
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use virtio_mem::ByteRange;
@@ -22,15 +25,19 @@ use virtio_mem::controller::{DeviceObserver, MemController};
 use virtio_mem::device::Geometry;
 use virtio_mem::ram_discard::RamDiscardListener;
 use virtio_mem::ram_discard::channel::bitmap::BitmapWriter;
-use virtio_mem::ram_discard::channel::wire::{ServerMessage, VERSION, Welcome};
+use virtio_mem::ram_discard::channel::wire::{
+    Farewell, SECTIONS_MAX, Sections, ServerMessage, VERSION, Welcome,
+};
 
-use super::PATIENCE;
+use super::budget::Budget;
 use super::peer::{Peer, Reply};
 use crate::metrics::Metrics;
 
 /// All clients and their bitmap.
 pub(super) struct Hub {
     geometry: Geometry,
+    /// For how long clients may keep a change waiting.
+    patience: Duration,
     metrics: Arc<Metrics>,
     /// Taken within the device's locks, never around them.
     inner: Mutex<Inner>,
@@ -45,6 +52,8 @@ struct Inner {
     pending: Vec<ByteRange>,
     /// In the order in which they came.
     peers: Vec<Arc<Peer>>,
+    budget: Budget,
+    metrics: Arc<Metrics>,
 }
 
 struct HubListener(Arc<Hub>);
@@ -54,6 +63,7 @@ impl Hub {
     pub(super) fn listen(
         controller: &MemController,
         metrics: Arc<Metrics>,
+        patience: Duration,
     ) -> io::Result<Arc<Self>> {
         let geometry = *controller.geometry();
         let inner = Inner {
@@ -62,8 +72,10 @@ impl Hub {
             event: 0,
             pending: Vec::new(),
             peers: Vec::new(),
+            budget: Budget::new(patience, Instant::now()),
+            metrics: Arc::clone(&metrics),
         };
-        let hub = Arc::new(Self { geometry, metrics, inner: Mutex::new(inner) });
+        let hub = Arc::new(Self { geometry, patience, metrics, inner: Mutex::new(inner) });
         controller.observe(Arc::clone(&hub) as Arc<dyn DeviceObserver>);
         if geometry.region_size() != 0 {
             let listener = Box::new(HubListener(Arc::clone(&hub)));
@@ -84,10 +96,11 @@ impl Hub {
         inner.settle();
         let welcome = Welcome {
             version: VERSION,
+            generation: RandomState::new().build_hasher().finish(),
             geometry: self.geometry,
             bitmap_size: inner.bitmap.file_size(),
             event: inner.event,
-            patience_ms: u32::try_from(PATIENCE.as_millis()).unwrap_or(u32::MAX),
+            patience_ms: u32::try_from(self.patience.as_millis()).unwrap_or(u32::MAX),
         };
         let welcomed = peer.welcome(welcome, inner.bitmap.file());
         if welcomed {
@@ -96,10 +109,12 @@ impl Hub {
         welcomed
     }
 
-    /// Has the bitmap show all that is committed. Only while no change can be under way, as while
-    /// somebody holds block state frozen.
-    pub(super) fn settle(&self) {
-        self.inner.lock().settle();
+    /// Has the bitmap show all that is committed; the number of the last event. Only while no change
+    /// can be under way, as while block state is frozen.
+    pub(super) fn settle(&self) -> u64 {
+        let mut inner = self.inner.lock();
+        inner.settle();
+        inner.bitmap.event()
     }
 
     /// Forgets a client.
@@ -114,11 +129,23 @@ impl RamDiscardListener for HubListener {
     }
 
     fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        self.0.inner.lock().populate(section)
+        self.notify_populate_all(&[section]).map_err(|(_, reason)| reason)
     }
 
     fn notify_discard(&mut self, section: ByteRange) {
-        self.0.inner.lock().discard(section);
+        self.notify_discard_all(&[section]);
+    }
+
+    fn notify_populate_all(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
+        self.0.inner.lock().populate(sections)
+    }
+
+    fn notify_discard_all(&mut self, sections: &[ByteRange]) {
+        self.0.inner.lock().discard(sections);
+    }
+
+    fn notify_change_ended(&mut self) {
+        self.0.inner.lock().budget.end(Instant::now());
     }
 }
 
@@ -131,12 +158,27 @@ impl DeviceObserver for Hub {
 }
 
 impl Inner {
-    fn populate(&mut self, section: ByteRange) -> Result<(), String> {
+    /// Populates sections: all, or in the end none.
+    fn populate(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
+        for (event, part) in sections.chunks(SECTIONS_MAX).enumerate() {
+            if let Err(reason) = self.populate_event(part) {
+                let before: Vec<_> =
+                    sections[..event * SECTIONS_MAX].iter().rev().copied().collect();
+                self.discard(&before);
+                return Err((part[0], reason));
+            }
+        }
+        Ok(())
+    }
+
+    fn populate_event(&mut self, sections: &[ByteRange]) -> Result<(), String> {
         let peers = self.peers.clone();
         let mut accepted = Vec::new();
         let mut refused = None;
-        let answers =
-            self.tell(peers, |event| ServerMessage::Populate { event, section }).into_iter();
+        let answers = self.tell(peers, |event| ServerMessage::Populate {
+            event,
+            sections: Sections::from_slice(sections),
+        });
         for (peer, reply) in answers {
             match reply {
                 Reply::Ack => accepted.push(peer),
@@ -146,24 +188,32 @@ impl Inner {
             }
         }
         let Some(reason) = refused else {
-            self.pending.push(section);
+            self.pending.extend(sections);
             return Ok(());
         };
         // The one that refuses has cleaned up after itself.
-        self.tell_discard(accepted, section);
+        let reversed: Vec<_> = sections.iter().rev().copied().collect();
+        self.tell_discard(accepted, &reversed);
         self.show(&[]);
         Err(reason)
     }
 
-    fn discard(&mut self, section: ByteRange) {
-        let peers = self.peers.clone();
-        self.tell_discard(peers, section);
-        // A populate that is rolled back is among what is pending: the last one, when many are.
-        if self.pending.pop_if(|last| *last == section).is_none() {
-            let parts = self.pending.iter().flat_map(|populated| populated.subtract(section));
-            self.pending = parts.flatten().collect();
+    fn discard(&mut self, sections: &[ByteRange]) {
+        for sections in sections.chunks(SECTIONS_MAX) {
+            let peers = self.peers.clone();
+            self.tell_discard(peers, sections);
+            for section in sections {
+                // A populate that is rolled back is among what is pending: the last one, when many
+                // are.
+                if self.pending.pop_if(|last| last == section).is_none() {
+                    let parts = self.pending.iter().flat_map(|pending| pending.subtract(*section));
+                    self.pending = parts.flatten().collect();
+                }
+            }
+            let changes: Vec<_> =
+                sections.iter().map(|&section| (self.blocks(section), false)).collect();
+            self.show(&changes);
         }
-        self.show(&[(self.blocks(section), false)]);
     }
 
     /// Has the bitmap show what was populated.
@@ -182,27 +232,65 @@ impl Inner {
         self.bitmap.update(shown, changes);
     }
 
-    fn tell_discard(&mut self, mut peers: Vec<Arc<Peer>>, section: ByteRange) {
+    fn tell_discard(&mut self, mut peers: Vec<Arc<Peer>>, sections: &[ByteRange]) {
         peers.reverse();
-        self.tell(peers, |event| ServerMessage::Discard { event, section });
+        self.tell(peers, |event| ServerMessage::Discard {
+            event,
+            sections: Sections::from_slice(sections),
+        });
     }
 
     /// Sends an event to clients, one after the other, and then waits for all of them: the wait is
-    /// as long as that for the slowest. Gives back who answered.
+    /// as long as that for the slowest. Returns the clients that answered. Those that have not when
+    /// the budget is used up are dropped, and with them those that used most of it.
     fn tell(
         &mut self,
         peers: Vec<Arc<Peer>>,
         message: impl Fn(u64) -> ServerMessage,
     ) -> Vec<(Arc<Peer>, Reply)> {
+        let begin = Instant::now();
+        let idle = self.budget.begin(begin);
+        if !idle.is_zero() {
+            self.peers.iter().for_each(|peer| peer.forgive(idle));
+        }
+        if self.budget.is_nearly_spent() {
+            self.next_round(false);
+        }
         self.event += 1;
         let message = message(self.event);
+        let deadline = begin + self.budget.left();
         let told: Vec<_> =
             peers.into_iter().filter(|peer| peer.tell(self.event, &message)).collect();
         let answers = told.into_iter().filter_map(|peer| {
-            let reply = peer.outcome()?;
+            let reply = peer.outcome(deadline)?;
             Some((peer, reply))
         });
-        answers.collect()
+        let mut answers: Vec<_> = answers.collect();
+        let end = Instant::now();
+        let took = end.saturating_duration_since(begin);
+        self.metrics.waited_for_discard_clients(took);
+        self.budget.spend(took);
+        if end >= deadline {
+            self.next_round(true);
+            answers.retain(|(peer, _)| !peer.is_gone());
+        }
+        answers
+    }
+
+    /// Drops the clients that used up a good part of the budget, so that the others need not pay for
+    /// them. `one_is_dropped` when one is already; otherwise at least the one that used most is: so
+    /// there are not more rounds than clients.
+    fn next_round(&mut self, one_is_dropped: bool) {
+        let share = self.budget.next_round();
+        let peers = self.peers.iter().filter(|peer| !peer.is_gone());
+        let mut used: Vec<_> = peers.map(|peer| (peer.kept_waiting(), peer)).collect();
+        used.sort_by_key(|(kept_waiting, _)| std::cmp::Reverse(*kept_waiting));
+        for (index, (kept_waiting, peer)) in used.into_iter().enumerate() {
+            if kept_waiting > share || (index == 0 && !one_is_dropped) {
+                let reason = format!("it kept the guest waiting for {kept_waiting:.1?}");
+                peer.drop_for(Farewell::Silent, reason);
+            }
+        }
     }
 
     fn blocks(&self, section: ByteRange) -> Range<usize> {

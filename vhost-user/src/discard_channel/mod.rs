@@ -3,11 +3,17 @@
 //! `spec-notes/discard-channel.md` draws the wire and says who waits for whom; the client is
 //! [`RemoteRamDiscardManager`](virtio_mem::ram_discard::channel::RemoteRamDiscardManager).
 //!
+//! - `admission`: which clients were dropped, and when they may come again.
+//! - `budget`: for how long clients may keep the guest waiting.
 //! - `hub`: the device's listener, which tells all clients and keeps the shared bitmap.
+//! - `lease`: the freeze of a client, which ends unless it is renewed.
 //! - `peer`: one client as the hub sees it: told, waited for, dropped.
 //! - `session`: the threads of one connection, from the first message to the thaw at its end.
 
+mod admission;
+mod budget;
 mod hub;
+mod lease;
 mod peer;
 mod session;
 
@@ -18,7 +24,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -29,19 +35,42 @@ use virtio_mem::ram_discard::channel::wire::{Farewell, ServerMessage, VERSION};
 
 use crate::listener::{self, SocketFile};
 use crate::metrics::Metrics;
+use crate::sys::peer_cred::peer_cred;
+use admission::Admission;
 use hub::Hub;
+use peer::Peer;
 use session::Session;
 
 /// Connections at a time, with those that have not yet said what they are; one more is told that
 /// there are too many.
 pub const CLIENTS_MAX: usize = 16;
 
-/// For how long a client may keep the guest waiting. It regains what it used as time passes in
-/// which nobody waits for it, so that many events in a row cannot add up to more.
-pub const PATIENCE: Duration = Duration::from_secs(1);
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// For how long all clients together may keep a change waiting. It is regained as time passes in
+    /// which no change is under way. The clients that used it up are dropped, and those that are left
+    /// have half of it, then a quarter and so on: so no change waits for much more than twice as long.
+    pub patience: Duration,
+    /// From the start of a connection to the end of its first message.
+    pub handshake: Duration,
+    /// From the last renewal of a freeze of a client to its end, at least a millisecond.
+    pub freeze_expiry: Duration,
+    /// Before a process that had a client dropped for a fault may have another one; doubled each
+    /// time. Zero for none.
+    pub pause: Duration,
+}
 
-/// From the start of a connection to the end of its first message.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            patience: Duration::from_secs(1),
+            handshake: Duration::from_secs(5),
+            freeze_expiry: Duration::from_secs(30),
+            pause: Duration::from_secs(1),
+        }
+    }
+}
 
 /// After an error of accept that is not the client's, such as no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -55,6 +84,8 @@ pub struct DiscardChannel {
 struct Shared {
     controller: Arc<MemController>,
     hub: Arc<Hub>,
+    limits: Limits,
+    admission: Arc<Admission>,
     /// The streams of all connections, to end them.
     connections: Mutex<Connections>,
 }
@@ -84,9 +115,25 @@ impl DiscardChannel {
         controller: Arc<MemController>,
         metrics: Arc<Metrics>,
     ) -> io::Result<Self> {
+        Self::bind_with(path, controller, metrics, Limits::default())
+    }
+
+    /// As [`bind`](Self::bind), with other limits.
+    ///
+    /// # Errors
+    ///
+    /// As [`bind`](Self::bind).
+    pub fn bind_with(
+        path: &Path,
+        controller: Arc<MemController>,
+        metrics: Arc<Metrics>,
+        limits: Limits,
+    ) -> io::Result<Self> {
         let (listener, file) = listener::bind(path)?;
-        let hub = Hub::listen(&controller, metrics)?;
-        let shared = Arc::new(Shared { controller, hub, connections: Mutex::default() });
+        let hub = Hub::listen(&controller, metrics, limits.patience)?;
+        let admission = Arc::new(Admission::new(limits.pause));
+        let connections = Mutex::default();
+        let shared = Arc::new(Shared { controller, hub, limits, admission, connections });
         Ok(Self { shared, state: Mutex::new(State::Bound(listener, file)) })
     }
 
@@ -169,6 +216,13 @@ impl Shared {
 
     /// Starts the thread of a connection, or turns it away.
     fn welcome(self: &Arc<Self>, stream: UnixStream) -> io::Result<Option<JoinHandle<()>>> {
+        let cred = peer_cred(&stream).ok();
+        let pause = cred.and_then(|cred| self.admission.pause(cred, Instant::now()));
+        if let Some(left) = pause {
+            let reason = format!("a client like this was dropped; try again in {left:.1?}");
+            self.turn_away(&stream, Farewell::Paused, reason);
+            return Ok(None);
+        }
         let id = {
             let mut connections = self.connections.lock();
             if connections.ended {
@@ -176,8 +230,7 @@ impl Shared {
             }
             if connections.streams.len() >= CLIENTS_MAX {
                 let reason = format!("{CLIENTS_MAX} clients are connected already");
-                let _ = send(&stream, &goodbye(Farewell::TooMany, reason));
-                tracing::warn!("turned a discard-channel client away: there are too many");
+                self.turn_away(&stream, Farewell::TooMany, reason);
                 return Ok(None);
             }
             connections.last_id += 1;
@@ -186,14 +239,25 @@ impl Shared {
             id
         };
         let shared = Arc::clone(self);
+        let (admission, metrics) = (Arc::clone(&self.admission), Arc::clone(self.hub.metrics()));
+        let peer = Arc::new(Peer::new(id, stream, cred, admission, metrics));
         let spawned = thread::Builder::new().name(format!("discard-{id}")).spawn(move || {
-            Session { id, controller: &shared.controller, hub: &shared.hub }.run(stream);
+            let Shared { controller, hub, limits, .. } = &*shared;
+            Session::new(controller, hub, *limits, peer).run();
             shared.connections.lock().streams.remove(&id);
         });
         if spawned.is_err() {
             self.connections.lock().streams.remove(&id);
         }
         spawned.map(Some)
+    }
+
+    /// Says why a client is not let in. It is counted but not logged: a client that tries again at
+    /// once would fill the log.
+    fn turn_away(&self, stream: &UnixStream, cause: Farewell, reason: String) {
+        tracing::debug!(reason, "turned a discard-channel client away");
+        self.hub.metrics().discard_client_turned_away();
+        let _ = send(stream, &goodbye(cause, reason));
     }
 
     fn end(&self) {

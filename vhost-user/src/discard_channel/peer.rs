@@ -1,5 +1,6 @@
 //! One client as the hub sees it.
 
+use std::io::{self, ErrorKind};
 use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -8,11 +9,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use virtio_mem::printable;
 use virtio_mem::ram_discard::channel::wire::{Farewell, ServerMessage, Welcome};
 use virtio_mem::ram_discard::channel::{send, send_with_fd};
 
-use super::{PATIENCE, goodbye};
+use super::admission::Admission;
+use super::goodbye;
 use crate::metrics::Metrics;
+use crate::sys::peer_cred::PeerCred;
 
 /// What a client answers to an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,32 +31,50 @@ pub(super) enum Reply {
 pub(super) struct Peer {
     id: u64,
     stream: UnixStream,
+    /// Its process, where the kernel tells.
+    cred: Option<PeerCred>,
+    admission: Arc<Admission>,
     metrics: Arc<Metrics>,
     /// Also has one frame sent after the other.
     link: Mutex<Link>,
     changed: Condvar,
-    /// Set within the link, so that who has it need not look again; read anywhere, since a session
-    /// that took the link for this would be in the way of whom it has just woken.
+    /// Set within the link, so that a thread that has it need not look again; read anywhere, since a
+    /// session that took the link for this would be in the way of the thread it has just woken.
     gone: AtomicBool,
 }
 
+#[derive(Default)]
 struct Link {
     waiting: Option<Waiting>,
-    patience: Patience,
+    /// For how long it has kept changes waiting; forgotten as time passes without a change.
+    kept_waiting: Duration,
 }
 
 struct Waiting {
     event: u64,
     may_refuse: bool,
-    deadline: Instant,
+    since: Instant,
     reply: Option<Reply>,
 }
 
 impl Peer {
-    pub(super) fn new(id: u64, stream: UnixStream, metrics: Arc<Metrics>) -> Self {
-        let patience = Patience::new(PATIENCE, Instant::now());
-        let link = Mutex::new(Link { waiting: None, patience });
-        Self { id, stream, metrics, link, changed: Condvar::new(), gone: AtomicBool::new(false) }
+    pub(super) fn new(
+        id: u64,
+        stream: UnixStream,
+        cred: Option<PeerCred>,
+        admission: Arc<Admission>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            id,
+            stream,
+            cred,
+            admission,
+            metrics,
+            link: Mutex::default(),
+            changed: Condvar::new(),
+            gone: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn id(&self) -> u64 {
@@ -77,6 +99,9 @@ impl Peer {
     /// Sends an answer; false when the client is gone.
     pub(super) fn answer(&self, message: &ServerMessage) -> bool {
         let link = self.link.lock();
+        if self.is_gone() {
+            return false;
+        }
         let sent = send(&self.stream, message);
         self.keep(&link, sent)
     }
@@ -87,27 +112,24 @@ impl Peer {
         if self.is_gone() {
             return false;
         }
-        let deadline = link.patience.begin(Instant::now());
         let may_refuse = matches!(message, ServerMessage::Populate { .. });
-        link.waiting = Some(Waiting { event, may_refuse, deadline, reply: None });
+        link.waiting = Some(Waiting { event, may_refuse, since: Instant::now(), reply: None });
         let sent = send(&self.stream, message);
         self.keep(&link, sent)
     }
 
     /// Waits for the reply to the event that was told; `None` when the client is gone, which it
-    /// also is after it let its patience run out.
-    pub(super) fn outcome(&self) -> Option<Reply> {
+    /// also is when it has not answered by the `deadline`.
+    pub(super) fn outcome(&self, deadline: Instant) -> Option<Reply> {
         let mut link = self.link.lock();
         loop {
             if self.is_gone() {
                 return None;
             }
-            let waiting = link.waiting.as_mut()?;
-            if let Some(reply) = waiting.reply.take() {
+            if let Some(reply) = link.waiting.as_mut()?.reply.take() {
                 link.waiting = None;
                 return Some(reply);
             }
-            let deadline = waiting.deadline;
             if Instant::now() >= deadline {
                 let reason = "it did not answer in time".to_owned();
                 self.drop_locked(&link, Farewell::Silent, reason);
@@ -117,12 +139,28 @@ impl Peer {
         }
     }
 
-    /// Hands a reply over.
+    /// For how long it has kept changes waiting.
+    pub(super) fn kept_waiting(&self) -> Duration {
+        self.link.lock().kept_waiting
+    }
+
+    /// Time has passed without a change.
+    pub(super) fn forgive(&self, idle: Duration) {
+        let mut link = self.link.lock();
+        link.kept_waiting = link.kept_waiting.saturating_sub(idle);
+    }
+
+    /// Hands a reply over. The text of a refusal is made printable: it goes to the log and to other
+    /// clients.
     ///
     /// # Errors
     ///
     /// When it is not the reply to what was told.
     pub(super) fn reply(&self, event: u64, reply: Reply) -> Result<(), String> {
+        let reply = match reply {
+            Reply::Ack => Reply::Ack,
+            Reply::Refuse(reason) => Reply::Refuse(printable(&reason)),
+        };
         let mut link = self.link.lock();
         let link = &mut *link;
         match &mut link.waiting {
@@ -131,7 +169,7 @@ impl Peer {
                     return Err(format!("it refused event {event}, a discard"));
                 }
                 waiting.reply = Some(reply);
-                link.patience.end(Instant::now());
+                link.kept_waiting = link.kept_waiting.saturating_add(waiting.since.elapsed());
                 self.changed.notify_all();
                 Ok(())
             }
@@ -144,18 +182,26 @@ impl Peer {
         self.drop_locked(&self.link.lock(), cause, reason);
     }
 
-    /// Nobody waits for the client any more, whose connection has ended.
+    /// The connection has ended: no thread waits for the client any more.
     pub(super) fn leave(&self) {
-        let _link = self.link.lock();
+        self.leave_locked(&self.link.lock());
+    }
+
+    fn leave_locked(&self, _link: &Link) {
         if !self.gone.swap(true, Ordering::AcqRel) {
             tracing::info!(client = self.id, "discard-channel client left");
         }
         self.changed.notify_all();
     }
 
-    fn keep(&self, link: &Link, sent: std::io::Result<()>) -> bool {
-        if let Err(error) = sent {
-            self.drop_locked(link, Farewell::Silent, format!("it does not read: {error}"));
+    fn keep(&self, link: &Link, sent: io::Result<()>) -> bool {
+        match sent {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.drop_locked(link, Farewell::Silent, "it does not read".to_owned());
+            }
+            // It has closed its end, which is no fault.
+            Err(_) => self.leave_locked(link),
         }
         !self.is_gone()
     }
@@ -164,60 +210,15 @@ impl Peer {
         if self.gone.swap(true, Ordering::AcqRel) {
             return;
         }
+        if let (Farewell::Silent | Farewell::Protocol, Some(cred)) = (cause, self.cred) {
+            self.admission.dropped(cred, Instant::now());
+        }
         self.metrics.discard_client_dropped();
-        tracing::warn!(client = self.id, reason, "dropped a discard-channel client");
+        let (pid, uid) = self.cred.map(|cred| (cred.pid, cred.uid)).unzip();
+        tracing::warn!(client = self.id, pid, uid, reason, "dropped a discard-channel client");
         let _ = send(&self.stream, &goodbye(cause, reason));
         // Ends the session's read, and with it the freeze.
         let _ = self.stream.shutdown(Shutdown::Both);
         self.changed.notify_all();
-    }
-}
-
-/// What is left of the time that a client may keep the guest waiting. It is used up while somebody
-/// waits and regained as fast while nobody does, up to the bound.
-#[derive(Debug)]
-struct Patience {
-    bound: Duration,
-    left: Duration,
-    /// Since when nobody, or somebody, waits.
-    since: Instant,
-}
-
-impl Patience {
-    fn new(bound: Duration, now: Instant) -> Self {
-        Self { bound, left: bound, since: now }
-    }
-
-    /// Somebody waits from now on; gives back until when.
-    fn begin(&mut self, now: Instant) -> Instant {
-        let idle = now.saturating_duration_since(self.since);
-        self.left = self.left.saturating_add(idle).min(self.bound);
-        self.since = now;
-        now + self.left
-    }
-
-    /// Nobody waits any more.
-    fn end(&mut self, now: Instant) {
-        self.left = self.left.saturating_sub(now.saturating_duration_since(self.since));
-        self.since = now;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn many_slow_answers_add_up_to_the_bound_and_idle_time_gives_it_back() {
-        let ms = Duration::from_millis;
-        let start = Instant::now();
-        let mut patience = Patience::new(ms(1000), start);
-        assert_eq!(patience.begin(start + ms(5000)), start + ms(6000), "never more than the bound");
-        patience.end(start + ms(5700));
-        assert_eq!(patience.begin(start + ms(5700)), start + ms(6000), "300 ms are left");
-        patience.end(start + ms(5900));
-        assert_eq!(patience.begin(start + ms(6400)), start + ms(7000), "100 ms and 500 ms idle");
-        patience.end(start + ms(9000));
-        assert_eq!(patience.begin(start + ms(9000)), start + ms(9000));
     }
 }

@@ -1,8 +1,7 @@
 //! One connection, from its first message to its end.
 
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::Instant;
 
@@ -10,8 +9,9 @@ use virtio_mem::controller::{FreezeHolder, MemController};
 use virtio_mem::ram_discard::channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
 use virtio_mem::ram_discard::channel::{FrameReader, ReceiveError};
 
-use super::HANDSHAKE;
+use super::Limits;
 use super::hub::Hub;
+use super::lease::Lease;
 use super::peer::{Peer, Reply};
 
 /// Requests of a client that wait; one more ends its connection.
@@ -19,54 +19,91 @@ const REQUESTS_MAX: usize = 16;
 
 /// A connection of a client.
 pub(super) struct Session<'a> {
-    pub(super) id: u64,
-    pub(super) controller: &'a MemController,
-    pub(super) hub: &'a Hub,
+    controller: &'a MemController,
+    hub: &'a Hub,
+    limits: Limits,
+    peer: Arc<Peer>,
+    lease: Lease,
 }
 
 enum Request {
     Freeze(u64),
-    Thaw(u64),
+    Thaw { id: u64, freeze: u64 },
     GetSizes(u64),
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        controller: &'a MemController,
+        hub: &'a Hub,
+        limits: Limits,
+        peer: Arc<Peer>,
+    ) -> Self {
+        let lease = Lease::new(limits.freeze_expiry);
+        Self { controller, hub, limits, peer, lease }
+    }
+
     /// Serves the connection until it ends. A freeze of the client ends with it.
-    pub(super) fn run(&self, stream: UnixStream) {
-        let peer = Arc::new(Peer::new(self.id, stream, Arc::clone(self.hub.metrics())));
+    pub(super) fn run(&self) {
+        let peer = &self.peer;
         let mut frames = FrameReader::default();
-        match greet(&peer, &mut frames) {
+        match self.greet(&mut frames) {
             Ok(()) => {}
             Err(Some((cause, reason))) => return peer.drop_for(cause, reason),
-            // Somebody who only looked.
+            // It only looked whether the socket is served.
             Err(None) => return,
         }
-        if !self.hub.attach(self.controller, &peer) {
+        if !self.hub.attach(self.controller, peer) {
             return;
         }
-        tracing::info!(client = self.id, "discard-channel client attached");
+        tracing::info!(client = peer.id(), "discard-channel client attached");
         let (requests, waiting) = sync_channel(REQUESTS_MAX);
         thread::scope(|scope| {
             // A freeze waits for the change under way, which may wait for this client's answer:
             // they cannot be on one thread.
             let worker = thread::Builder::new()
-                .name(format!("discard-{}-req", self.id))
-                .spawn_scoped(scope, || self.execute(&peer, waiting));
+                .name(format!("discard-{}-req", peer.id()))
+                .spawn_scoped(scope, || self.execute(waiting));
             match worker {
-                Ok(_) => self.read(&peer, &mut frames, requests),
+                Ok(_) => self.read(&mut frames, requests),
                 Err(error) => peer.drop_for(Farewell::Ending, format!("no thread: {error}")),
             }
         });
         // Before the thaw, which waits for a change under way that may wait for this client.
         peer.leave();
-        if let Err(error) = self.controller.thaw(FreezeHolder::Client(self.id)) {
-            tracing::error!(%error, "cannot save that migration changed");
+        self.thaw();
+        self.hub.detach(peer);
+    }
+
+    /// Waits for the first message and finds a version; `None` when the client left without one.
+    fn greet(&self, frames: &mut FrameReader) -> Result<(), Option<(Farewell, String)>> {
+        let deadline = Instant::now() + self.limits.handshake;
+        match frames.next_with_fd(self.peer.stream(), deadline) {
+            Ok((ClientMessage::Hello { min_version, max_version }, _)) => {
+                if (min_version..=max_version).contains(&VERSION) {
+                    return Ok(());
+                }
+                let reason = format!(
+                    "no common version: the client speaks {min_version} to {max_version}, this \
+                     server {VERSION}; use a client and a daemon of the same release"
+                );
+                Err(Some((Farewell::Version, reason)))
+            }
+            Ok(_) => {
+                let reason = "its first message is not hello".to_owned();
+                Err(Some((Farewell::Protocol, reason)))
+            }
+            Err(ReceiveError::TimedOut) => {
+                Err(Some((Farewell::Silent, "it did not send hello".to_owned())))
+            }
+            Err(ReceiveError::Closed) => Err(None),
+            Err(error) => Err(Some((Farewell::Protocol, error.to_string()))),
         }
-        self.hub.detach(&peer);
     }
 
     /// Reads until the connection ends or the client breaks the protocol.
-    fn read(&self, peer: &Peer, frames: &mut FrameReader, requests: SyncSender<Request>) {
+    fn read(&self, frames: &mut FrameReader, requests: SyncSender<Request>) {
+        let peer = &self.peer;
         let enqueue = |request| match requests.try_send(request) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_)) => Err(format!("{REQUESTS_MAX} requests wait already")),
@@ -85,69 +122,106 @@ impl Session<'_> {
                 ClientMessage::Ack { event } => peer.reply(event, Reply::Ack),
                 ClientMessage::Refuse { event, reason } => peer.reply(event, Reply::Refuse(reason)),
                 ClientMessage::Freeze { id } => enqueue(Request::Freeze(id)),
-                ClientMessage::Thaw { id } => enqueue(Request::Thaw(id)),
+                ClientMessage::Thaw { id, freeze } => enqueue(Request::Thaw { id, freeze }),
                 ClientMessage::GetSizes { id } => enqueue(Request::GetSizes(id)),
+                // At once: it must not wait behind a request that takes long.
+                ClientMessage::Renew { id, freeze } => {
+                    peer.answer(&match self.lease.renew(freeze, Instant::now()) {
+                        true => ServerMessage::Done { id },
+                        false => ended(id, freeze),
+                    });
+                    Ok(())
+                }
                 ClientMessage::Hello { .. } => Err("a second hello".to_owned()),
             };
             if let Err(reason) = handled {
                 return peer.drop_for(Farewell::Protocol, reason);
             }
         }
-        // Wakes who waits for this client, also while the worker waits for the change under way.
+        // Wakes the threads that wait for this client, also while the worker waits for the change
+        // under way.
         peer.leave();
     }
 
-    /// Does what the client asks, in order, until it has gone.
-    fn execute(&self, peer: &Peer, requests: Receiver<Request>) {
-        for request in requests {
-            let answer = match request {
-                Request::Freeze(id) => {
-                    match self.controller.freeze(FreezeHolder::Client(self.id)) {
-                        Ok(()) => {
-                            self.hub.settle();
-                            ServerMessage::Done { id }
-                        }
-                        Err(error) => ServerMessage::Failed { id, reason: error.to_string() },
-                    }
-                }
-                Request::Thaw(id) => {
-                    if let Err(error) = self.controller.thaw(FreezeHolder::Client(self.id)) {
-                        // The freeze has ended all the same.
-                        tracing::error!(%error, "cannot save that migration changed");
-                    }
-                    ServerMessage::Done { id }
-                }
-                Request::GetSizes(id) => {
-                    let config = self.controller.config();
-                    ServerMessage::Sizes {
-                        id,
-                        usable_region_size: config.usable_region_size,
-                        plugged_size: config.plugged_size,
-                        requested_size: config.requested_size,
-                    }
-                }
+    /// Does what the client asks, in order, until it has gone, and ends a freeze that it does not
+    /// renew.
+    fn execute(&self, requests: Receiver<Request>) {
+        loop {
+            let request = match self.lease.left(Instant::now()) {
+                None => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(left) => requests.recv_timeout(left),
             };
-            if !peer.answer(&answer) {
+            // Also while requests keep coming.
+            self.expire();
+            let answer = match request {
+                Ok(request) => self.answer(request),
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            if !self.peer.answer(&answer) {
                 return;
             }
         }
     }
+
+    fn answer(&self, request: Request) -> ServerMessage {
+        match request {
+            Request::Freeze(id) => {
+                match self.controller.freeze(FreezeHolder::Client(self.peer.id())) {
+                    Ok(()) => ServerMessage::Frozen {
+                        id,
+                        event: self.hub.settle(),
+                        freeze: self.lease.begin(Instant::now()),
+                        expiry_ms: u32::try_from(self.limits.freeze_expiry.as_millis())
+                            .unwrap_or(u32::MAX)
+                            .max(1),
+                    },
+                    Err(error) => ServerMessage::Failed { id, reason: error.to_string() },
+                }
+            }
+            Request::Thaw { id, freeze } => {
+                if self.lease.end(freeze) {
+                    self.thaw();
+                    ServerMessage::Done { id }
+                } else {
+                    ended(id, freeze)
+                }
+            }
+            Request::GetSizes(id) => {
+                let config = self.controller.config();
+                ServerMessage::Sizes {
+                    id,
+                    usable_region_size: config.usable_region_size,
+                    plugged_size: config.plugged_size,
+                    requested_size: config.requested_size,
+                }
+            }
+        }
+    }
+
+    /// Ends a freeze that was not renewed in time. The client is told first, so that it knows before a
+    /// block can change.
+    fn expire(&self) {
+        let Some(freeze) = self.lease.expire(Instant::now()) else { return };
+        let client = self.peer.id();
+        tracing::warn!(
+            client,
+            freeze,
+            "a discard-channel client did not renew its freeze: thawing"
+        );
+        self.hub.metrics().discard_freeze_expired();
+        self.peer.answer(&ServerMessage::Thawed { freeze });
+        self.thaw();
+    }
+
+    fn thaw(&self) {
+        if let Err(error) = self.controller.thaw(FreezeHolder::Client(self.peer.id())) {
+            // The freeze has ended all the same.
+            tracing::error!(%error, "cannot save that migration changed");
+        }
+    }
 }
 
-/// Waits for the first message and finds a version; `None` when the client left without one.
-fn greet(peer: &Peer, frames: &mut FrameReader) -> Result<(), Option<(Farewell, String)>> {
-    let hello = frames.next_with_fd(peer.stream(), Instant::now() + HANDSHAKE);
-    match hello {
-        Ok((ClientMessage::Hello { min_version, max_version }, _)) => {
-            if (min_version..=max_version).contains(&VERSION) {
-                return Ok(());
-            }
-            let reason = format!("no common version: {min_version} to {max_version} are offered");
-            Err(Some((Farewell::Version, reason)))
-        }
-        Ok(_) => Err(Some((Farewell::Protocol, "its first message is no hello".to_owned()))),
-        Err(ReceiveError::TimedOut) => Err(Some((Farewell::Silent, "it said no hello".to_owned()))),
-        Err(ReceiveError::Closed) => Err(None),
-        Err(error) => Err(Some((Farewell::Protocol, error.to_string()))),
-    }
+fn ended(id: u64, freeze: u64) -> ServerMessage {
+    ServerMessage::Failed { id, reason: format!("freeze {freeze} has ended, or never was") }
 }

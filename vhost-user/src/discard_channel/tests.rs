@@ -1,5 +1,8 @@
 //! The server against raw sockets: what a client may do wrong.
 
+mod freezes;
+mod patience;
+
 use super::*;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
@@ -11,13 +14,20 @@ use virtio_mem::controller::Start;
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::ram_discard::channel::bitmap::BitmapReader;
-use virtio_mem::ram_discard::channel::wire::{ClientMessage, Message};
+use virtio_mem::ram_discard::channel::wire::{ClientMessage, Message, SECTIONS_MAX};
 use virtio_mem::ram_discard::channel::{FrameReader, ReceiveError, RemoteRamDiscardManager};
 use virtio_mem::ram_discard::{FreezeFor, RamDiscardManager};
 
 const BLOCK: u64 = 1 << 20;
 const ADDR: u64 = 1 << 32;
 const NR: u64 = 64;
+/// One after the other may be dropped without any being kept out for it.
+const LIMITS: Limits = Limits {
+    patience: Duration::from_secs(1),
+    handshake: Duration::from_secs(5),
+    freeze_expiry: Duration::from_secs(30),
+    pause: Duration::ZERO,
+};
 /// For what happens at once unless it does not happen at all.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -29,18 +39,23 @@ struct Rig {
 }
 
 fn rig() -> Rig {
-    let geometry = Geometry::new(ADDR, NR * BLOCK, BLOCK, None).unwrap();
-    let device = VirtioMem::new(geometry, NR * BLOCK).unwrap();
+    rig_with(NR, BLOCK, LIMITS)
+}
+
+fn rig_with(nr: u64, block: u64, limits: Limits) -> Rig {
+    let geometry = Geometry::new(ADDR, nr * block, block, None).unwrap();
+    let device = VirtioMem::new(geometry, nr * block).unwrap();
     let controller = Arc::new(MemController::new(Start::volatile(device)));
     let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(NR * BLOCK).unwrap();
-    let ram = RamBlock::new("mem".to_owned(), ADDR, NR * BLOCK, file, 0).unwrap();
+    file.set_len(nr * block).unwrap();
+    let ram = RamBlock::new("mem".to_owned(), ADDR, nr * block, file, 0).unwrap();
     controller.set_memory(vec![Arc::new(ram)]).unwrap();
     let metrics = Arc::new(Metrics::new());
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("discard");
     let channel =
-        DiscardChannel::bind(&path, Arc::clone(&controller), Arc::clone(&metrics)).unwrap();
+        DiscardChannel::bind_with(&path, Arc::clone(&controller), Arc::clone(&metrics), limits)
+            .unwrap();
     channel.start().unwrap();
     Rig { controller, metrics, channel, dir }
 }
@@ -62,10 +77,14 @@ impl Rig {
         self.controller.execute(Request::Plug(span(first, nb_blocks)))
     }
 
-    fn dropped(&self) -> u64 {
+    fn metric(&self, name: &str) -> f64 {
         let text = self.metrics.encode(&self.controller, false);
-        let line = text.lines().find(|line| line.starts_with("virtio_mem_discard_clients_dropped"));
+        let line = text.lines().find(|line| line.starts_with(&format!("virtio_mem_{name} ")));
         line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    fn dropped(&self) -> u64 {
+        self.metric("discard_clients_dropped_total") as u64
     }
 }
 
@@ -102,6 +121,19 @@ impl Raw {
         self.frames.next_with_fd(&self.stream, Instant::now() + SOON).unwrap()
     }
 
+    /// Asks for the sizes; whether it was these that it heard of, and not the end of freeze 1.
+    fn hear_thawed_or_sizes(&mut self) -> bool {
+        self.say(&ClientMessage::GetSizes { id: 9 });
+        match self.hear() {
+            ServerMessage::Sizes { .. } => true,
+            ServerMessage::Thawed { freeze: 1 } => {
+                assert!(matches!(self.hear(), ServerMessage::Sizes { .. }));
+                false
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
     fn hear(&mut self) -> ServerMessage {
         self.hear_with_fd().0
     }
@@ -124,7 +156,7 @@ impl Raw {
 fn versions_are_negotiated_and_others_refused() {
     let rig = rig();
     Raw::attached(&rig);
-    for (min_version, max_version) in [(0, 0), (2, 9), (2, 1)] {
+    for (min_version, max_version) in [(0, 0), (1, 1), (3, 9), (3, 2)] {
         let raw = Raw::new(&rig);
         raw.say(&ClientMessage::Hello { min_version, max_version });
         raw.assert_left(Farewell::Version);
@@ -142,7 +174,7 @@ fn what_breaks_the_protocol_ends_the_connection_and_nothing_else() {
     garbage.stream.write_all(&[0xff; 64]).unwrap();
     garbage.assert_left(Farewell::Protocol);
     for wrong in [
-        ClientMessage::Hello { min_version: 1, max_version: 1 },
+        ClientMessage::Hello { min_version: 2, max_version: 2 },
         ClientMessage::Ack { event: 0 },
         ClientMessage::Ack { event: 1 },
         ClientMessage::Refuse { event: 1, reason: "no".to_owned() },
@@ -183,7 +215,7 @@ fn clients_that_do_not_answer_are_dropped_all_within_one_bound() {
     let start = Instant::now();
     assert_eq!(rig.plug(0, 1), Response::Ack, "a client that is dropped has no say");
     let took = start.elapsed();
-    assert!(took < 4 * PATIENCE, "one after the other they would have taken {took:?}");
+    assert!(took < 4 * LIMITS.patience, "one after the other they would have taken {took:?}");
     silent.into_iter().for_each(|raw| raw.assert_left(Farewell::Silent));
     half.assert_left(Farewell::Silent);
     assert_eq!(rig.dropped(), 5);
@@ -283,11 +315,11 @@ fn a_populate_that_another_client_refuses_is_a_discard_and_never_in_the_bitmap()
     let mut second = Raw::attached(&rig);
     thread::scope(|scope| {
         let guest = scope.spawn(|| rig.plug(0, 1));
-        let ServerMessage::Populate { event, section } = first.hear() else { panic!() };
+        let ServerMessage::Populate { event, sections } = first.hear() else { panic!() };
         first.say(&ClientMessage::Ack { event });
         let ServerMessage::Populate { event, .. } = second.hear() else { panic!() };
         second.say(&ClientMessage::Refuse { event, reason: "no".to_owned() });
-        let discard = ServerMessage::Discard { event: event + 1, section };
+        let discard = ServerMessage::Discard { event: event + 1, sections };
         assert_eq!(first.hear(), discard);
         first.say(&ClientMessage::Ack { event: event + 1 });
         assert_eq!(guest.join().unwrap(), Response::Busy);
@@ -321,4 +353,67 @@ fn a_state_that_is_loaded_reaches_clients_and_the_bitmap() {
     assert_eq!(rig.attach().words().unwrap(), [0b1010_0101]);
     assert_eq!(rig.controller.execute(Request::UnplugAll), Response::Ack);
     assert_eq!(client.words().unwrap(), [0]);
+}
+
+/// Blocks 0, 2, 4 and so on are plugged: as many ranges as there can be.
+fn in_tatters(nr: u64) -> Vec<u64> {
+    vec![0x5555_5555_5555_5555; usize::try_from(nr / 64).unwrap()]
+}
+
+/// As many as no event could carry, up to a refusal in the last one.
+#[test]
+fn a_state_of_many_ranges_is_taken_back_in_full_when_a_client_refuses_the_last() {
+    const BLOCKS: u64 = 1024;
+    let rig = rig_with(BLOCKS, 4096, LIMITS);
+    let mut raw = Raw::attached(&rig);
+    let mut state = rig.controller.save_state();
+    state.plugged = in_tatters(BLOCKS);
+    thread::scope(|scope| {
+        let load = scope.spawn(|| rig.controller.load_state(state));
+        let mut populated = Vec::new();
+        let mut refused = false;
+        while !refused || !populated.is_empty() {
+            let answer = match raw.hear() {
+                ServerMessage::Populate { event, sections } if sections.len() < SECTIONS_MAX => {
+                    refused = true;
+                    ClientMessage::Refuse { event, reason: "the last".to_owned() }
+                }
+                ServerMessage::Populate { event, sections } => {
+                    populated.extend(sections);
+                    ClientMessage::Ack { event }
+                }
+                ServerMessage::Discard { event, sections } => {
+                    for section in sections {
+                        assert_eq!(populated.pop(), Some(section), "in reverse");
+                    }
+                    ClientMessage::Ack { event }
+                }
+                other => panic!("{other:?}"),
+            };
+            raw.say(&answer);
+        }
+        let refused = load.join().unwrap().unwrap_err().to_string();
+        assert!(refused.contains("the last"), "{refused}");
+    });
+    assert_eq!(rig.controller.config().plugged_size, 0);
+    assert_eq!(rig.attach().words().unwrap(), vec![0; 16]);
+}
+
+#[test]
+fn the_text_of_a_refusal_reaches_no_log_and_no_caller_raw() {
+    let rig = rig();
+    let mut raw = Raw::attached(&rig);
+    let mut state = rig.controller.save_state();
+    state.plugged = vec![1];
+    thread::scope(|scope| {
+        let load = scope.spawn(|| rig.controller.load_state(state));
+        let ServerMessage::Populate { event, .. } = raw.hear() else { panic!() };
+        let reason = "no\n2026-11-27T20:00:00Z  INFO forged \u{1b}[31mred".to_owned();
+        raw.say(&ClientMessage::Refuse { event, reason });
+        let refused = load.join().unwrap().unwrap_err().to_string();
+        assert!(
+            refused.contains(r"no\n2026-11-27T20:00:00Z  INFO forged \u{1b}[31mred"),
+            "{refused}"
+        );
+    });
 }

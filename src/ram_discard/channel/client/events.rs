@@ -3,16 +3,17 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::requests::Answer;
 use super::{DeviceSizes, Shared};
-use crate::ByteRange;
 use crate::ram_discard::channel::wire::{ClientMessage, ServerMessage};
 use crate::ram_discard::channel::{FrameReader, ReceiveError};
 use crate::ram_discard::listeners::Listeners;
+use crate::{ByteRange, printable};
 
-/// The most events that the bitmap may lag behind: with one source, a change of the device is one
-/// range; more are a state that is loaded.
+/// The most sections that the bitmap may lag behind: a guest's request is about one; more are a
+/// state that is loaded.
 const UNSETTLED_MAX: usize = 1 << 20;
 
 /// What the listeners were told.
@@ -43,11 +44,12 @@ impl View {
         later.for_each(|event| mark(event.section, event.populated));
     }
 
-    fn note(&mut self, event: Event, shown: u64) {
+    fn note(&mut self, number: u64, sections: &[ByteRange], populated: bool, shown: u64) {
         while self.unsettled.front().is_some_and(|first| first.number <= shown) {
             self.unsettled.pop_front();
         }
-        self.unsettled.push_back(event);
+        let events = sections.iter().map(|&section| Event { number, section, populated });
+        self.unsettled.extend(events);
     }
 }
 
@@ -90,26 +92,38 @@ impl Shared {
             if wanted { Ok(()) } else { Err(format!("an answer to request {id}, which is none")) }
         };
         match message {
-            ServerMessage::Populate { event, section } => self.event(event, section, true),
-            ServerMessage::Discard { event, section } => self.event(event, section, false),
+            ServerMessage::Populate { event, sections } => self.event(event, &sections, true),
+            ServerMessage::Discard { event, sections } => self.event(event, &sections, false),
             ServerMessage::Done { id } => answer(id, Answer::Done),
-            ServerMessage::Failed { id, reason } => answer(id, Answer::Failed(reason)),
+            ServerMessage::Frozen { id, freeze, event, expiry_ms } => {
+                let expiry = Duration::from_millis(expiry_ms.into());
+                answer(id, Answer::Frozen { freeze, event, expiry })
+            }
+            ServerMessage::Thawed { freeze } => {
+                self.freezes.ended(freeze);
+                Ok(())
+            }
+            ServerMessage::Failed { id, reason } => answer(id, Answer::Failed(printable(&reason))),
             ServerMessage::Sizes { id, usable_region_size, plugged_size, requested_size } => {
                 let sizes = DeviceSizes { usable_region_size, plugged_size, requested_size };
                 answer(id, Answer::Sizes(sizes))
             }
-            ServerMessage::Goodbye { reason, .. } => Err(format!("the server said: {reason}")),
+            ServerMessage::Goodbye { reason, .. } => {
+                Err(format!("the server said: {}", printable(&reason)))
+            }
             ServerMessage::Welcome(_) => Err("a second welcome".to_owned()),
         }
     }
 
-    fn event(&self, number: u64, section: ByteRange, populated: bool) -> Result<(), String> {
+    fn event(&self, number: u64, sections: &[ByteRange], populated: bool) -> Result<(), String> {
         let aligned = |at: u64| at.is_multiple_of(self.geometry.block_size());
-        if section.end() > self.geometry.region_size()
-            || !aligned(section.start())
-            || !aligned(section.len())
-        {
-            return Err(format!("event {number} is about {section}, which is no blocks"));
+        let are_blocks = |section: &ByteRange| {
+            section.end() <= self.geometry.region_size()
+                && aligned(section.start())
+                && aligned(section.len())
+        };
+        if let Some(wrong) = sections.iter().find(|section| !are_blocks(section)) {
+            return Err(format!("event {number} is about {wrong}, which are not whole blocks"));
         }
         let mut view = self.view.lock();
         // What was on its way when this side ended the connection is for nobody.
@@ -117,19 +131,19 @@ impl Shared {
         if number <= view.event {
             return Err(format!("event {number} after event {}", view.event));
         }
-        if view.unsettled.len() >= UNSETTLED_MAX {
+        if view.unsettled.len() + sections.len() > UNSETTLED_MAX {
             return Err("the bitmap lags behind too many events".to_owned());
         }
         view.event = number;
         let refused = if populated {
-            view.listeners.populate(section).err()
+            view.listeners.populate_all(sections).err()
         } else {
-            view.listeners.discard(section);
+            view.listeners.discard_all(sections);
             None
         };
         let answer = match refused {
             None => {
-                view.note(Event { number, section, populated }, self.bitmap.event());
+                view.note(number, sections, populated, self.bitmap.event());
                 ClientMessage::Ack { event: number }
             }
             // Whoever had populated it has discarded it again, and the server does not ask for it.

@@ -18,6 +18,7 @@ use crate::ram_discard::channel::wire::ClientMessage;
 #[derive(Debug)]
 pub(super) enum Answer {
     Done,
+    Frozen { freeze: u64, event: u64, expiry: Duration },
     Failed(String),
     Sizes(DeviceSizes),
 }

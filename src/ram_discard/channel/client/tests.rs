@@ -1,13 +1,15 @@
+mod freezes;
+
 use super::*;
 use crate::ram_discard::FreezeLost;
 use crate::ram_discard::channel::bitmap::{BitmapWriter, HEADER_WORDS, file_size};
 use crate::ram_discard::channel::send_with_fd;
-use crate::ram_discard::channel::wire::Welcome;
+use crate::ram_discard::channel::wire::{Sections, Welcome};
 use crate::sys::SharedWords;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 
 const BLOCK: u64 = 1 << 21;
@@ -37,6 +39,7 @@ fn welcome(stream: &UnixStream, file: BorrowedFd<'_>) -> FrameReader {
     assert_eq!(hello, ClientMessage::Hello { min_version: VERSION, max_version: VERSION });
     let welcome = Welcome {
         version: VERSION,
+        generation: 7,
         geometry: geometry(),
         bitmap_size: file_size(NR as usize),
         event: 0,
@@ -72,12 +75,16 @@ impl Server {
 
     /// Sends an event and gives back the answer.
     fn event(&mut self, section: ByteRange, populated: bool) -> ClientMessage {
+        self.event_of(&[section], populated)
+    }
+
+    fn event_of(&mut self, sections: &[ByteRange], populated: bool) -> ClientMessage {
         self.event += 1;
-        let event = self.event;
+        let (event, sections) = (self.event, Sections::from_slice(sections));
         self.send(&if populated {
-            ServerMessage::Populate { event, section }
+            ServerMessage::Populate { event, sections }
         } else {
-            ServerMessage::Discard { event, section }
+            ServerMessage::Discard { event, sections }
         });
         self.receive()
     }
@@ -85,6 +92,11 @@ impl Server {
     fn acked(&mut self, section: ByteRange, populated: bool) {
         let answer = self.event(section, populated);
         assert_eq!(answer, ClientMessage::Ack { event: self.event });
+    }
+
+    /// The answer to a request for a freeze.
+    fn frozen(&self, id: u64, expiry_ms: u32) -> ServerMessage {
+        ServerMessage::Frozen { id, freeze: 1, event: self.bitmap.event(), expiry_ms }
     }
 
     /// Has the bitmap show the last event.
@@ -224,6 +236,31 @@ fn a_listener_that_refuses_has_the_others_rolled_back_in_reverse() {
     assert_eq!(names, order, "discard goes in reverse");
 }
 
+/// A listener that refuses the second of three sections has the first one taken back.
+#[test]
+fn an_event_of_several_sections_is_accepted_or_refused_as_a_whole() {
+    let (mut server, manager) = pair();
+    let calls = Calls::default();
+    manager.register(section(0, NR), Recorder::boxed("dma", &calls)).unwrap();
+    let refuser = Recorder { name: "no", calls: Arc::clone(&calls), refuses: true };
+    let id = manager.register(section(10, 20), Box::new(refuser)).unwrap();
+    let sections = [section(0, 2), section(12, 13), section(30, 31)];
+    let answer = server.event_of(&sections, true);
+    assert!(matches!(answer, ClientMessage::Refuse { event: 1, .. }), "{answer:?}");
+    let told = [(true, 0), (true, 1), (true, 2), (false, 2), (false, 1), (false, 0)];
+    let told: Vec<_> = told.iter().map(|&(told, at)| ("dma", told, sections[at])).collect();
+    assert_eq!(*calls.lock(), told);
+    assert_eq!(replay(&manager, section(0, NR), true), []);
+    manager.unregister(id).unwrap();
+    assert_eq!(server.event_of(&sections, true), ClientMessage::Ack { event: 2 });
+    assert_eq!(replay(&manager, section(0, NR), true), sections);
+    server.bitmap.update(2, &[(0..2, true), (12..13, true), (30..31, true)]);
+    assert_eq!(replay(&manager, section(0, NR), true), sections);
+    let reversed = [sections[2], sections[1]];
+    assert_eq!(server.event_of(&reversed, false), ClientMessage::Ack { event: 3 });
+    assert_eq!(replay(&manager, section(0, NR), true), [sections[0]]);
+}
+
 #[test]
 fn a_listener_that_is_removed_is_told_each_populated_run_once() {
     let (mut server, manager) = pair();
@@ -317,10 +354,10 @@ fn requests_are_answered_out_of_order_and_may_fail() {
         });
         let expected = DeviceSizes { usable_region_size: 3, plugged_size: 1, requested_size: 2 };
         assert_eq!(sizes.join().unwrap().unwrap(), expected);
-        server.send(&ServerMessage::Done { id: freeze_id });
+        server.send(&server.frozen(freeze_id, 60_000));
         let frozen = freeze.join().unwrap().unwrap();
         let thaw = scope.spawn(|| frozen.thaw());
-        let ClientMessage::Thaw { id } = server.receive() else { panic!() };
+        let ClientMessage::Thaw { id, freeze: 1 } = server.receive() else { panic!() };
         server.send(&ServerMessage::Failed { id, reason: "disk full".to_owned() });
         assert_eq!(thaw.join().unwrap(), Err(FreezeLost("disk full".to_owned())));
     });
@@ -440,10 +477,13 @@ fn after_the_server_has_gone_everything_is_unavailable() {
 #[test]
 fn a_server_that_breaks_the_protocol_is_left() {
     let unaligned = ByteRange::new(1, BLOCK).unwrap();
-    let populate = |event, section| ServerMessage::Populate { event, section };
+    let populate = |event, section| ServerMessage::Populate {
+        event,
+        sections: Sections::from_slice(&[self::section(5, 6), section]),
+    };
     let wrong: [(&str, Vec<ServerMessage>); 5] = [
-        ("no blocks", vec![populate(1, unaligned)]),
-        ("no blocks", vec![populate(1, section(NR, NR + 1))]),
+        ("not whole blocks", vec![populate(1, unaligned)]),
+        ("not whole blocks", vec![populate(1, section(NR, NR + 1))]),
         ("event 1 after event 1", vec![populate(1, section(0, 1)), populate(1, section(1, 2))]),
         ("which is none", vec![ServerMessage::Done { id: 9 }]),
         (
@@ -529,4 +569,16 @@ fn a_server_that_is_silent_or_none_is_an_error() {
     send(&ours, &ServerMessage::Done { id: 1 }).unwrap();
     let error = RemoteRamDiscardManager::attach(theirs, PATIENCE).err().unwrap();
     assert!(matches!(error, AttachError::Protocol(_)), "{error}");
+}
+
+#[test]
+fn text_of_the_server_is_made_printable() {
+    let (server, manager) = pair();
+    server.send(&ServerMessage::Goodbye {
+        cause: Farewell::Ending,
+        min_version: 2,
+        max_version: 2,
+        reason: "over\n\u{1b}[31m".to_owned(),
+    });
+    assert_eq!(wait_lost(&manager), r"the server said: over\n\u{1b}[31m");
 }

@@ -1,6 +1,6 @@
 //! Fields of a frame, one after the other.
 
-use super::{HEADER_LEN, MAGIC, TEXT_MAX, WireError};
+use super::{HEADER_LEN, MAGIC, Sections, TEXT_MAX, WireError};
 use crate::ByteRange;
 
 /// Appends fields; the length is put into the header as they come.
@@ -37,8 +37,10 @@ impl<'a> Builder<'a> {
         self.bytes(&value.to_le_bytes())
     }
 
-    pub(super) fn section(self, section: ByteRange) -> Self {
-        self.u64(section.start()).u64(section.len())
+    pub(super) fn sections(self, sections: &[ByteRange]) -> Self {
+        sections
+            .iter()
+            .fold(self, |builder, section| builder.u64(section.start()).u64(section.len()))
     }
 
     /// Cut to what a message may carry.
@@ -81,9 +83,15 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn section(&mut self, kind: u32) -> Result<ByteRange, WireError> {
-        let (offset, size) = (self.u64(), self.u64());
-        ByteRange::new(offset, size).ok_or(WireError::Section { kind, offset, size })
+    /// Takes all that is left.
+    pub(super) fn sections(&mut self, kind: u32) -> Result<Sections, WireError> {
+        let mut sections = Sections::new();
+        while !self.0.is_empty() {
+            let (offset, size) = (self.u64(), self.u64());
+            let section = ByteRange::new(offset, size);
+            sections.push(section.ok_or(WireError::Section { kind, offset, size })?);
+        }
+        Ok(sections)
     }
 
     pub(super) fn text(&mut self, kind: u32) -> Result<String, WireError> {

@@ -1,12 +1,18 @@
 use super::*;
+use crate::device::Geometry;
 use proptest::prelude::*;
 
 fn geometry() -> Geometry {
     Geometry::new(0x1_4000_0000, 0x4000_0000, 0x20_0000, Some(3)).unwrap()
 }
 
-fn section() -> ByteRange {
-    ByteRange::new(0x20_0000, 0x40_0000).unwrap()
+fn sections() -> Sections {
+    Sections::from_elem(ByteRange::new(0x20_0000, 0x40_0000).unwrap(), 1)
+}
+
+/// As many as there can be, each of a page.
+fn most_sections() -> Sections {
+    (0..SECTIONS_MAX as u64).map(|n| ByteRange::new(n << 13, 4096).unwrap()).collect()
 }
 
 /// Frames in hexadecimal, fields separated by spaces.
@@ -31,7 +37,14 @@ fn golden_frames_of_a_client() {
         "03000000 0a000000 0700000000000000 6e6f",
     );
     golden(&ClientMessage::Freeze { id: 1 }, "04000000 08000000 0100000000000000");
-    golden(&ClientMessage::Thaw { id: 2 }, "05000000 08000000 0200000000000000");
+    golden(
+        &ClientMessage::Thaw { id: 2, freeze: 9 },
+        "05000000 10000000 0200000000000000 0900000000000000",
+    );
+    golden(
+        &ClientMessage::Renew { id: 4, freeze: 9 },
+        "07000000 10000000 0400000000000000 0900000000000000",
+    );
     golden(&ClientMessage::GetSizes { id: 3 }, "06000000 08000000 0300000000000000");
 }
 
@@ -39,14 +52,16 @@ fn golden_frames_of_a_client() {
 fn golden_frames_of_a_server() {
     golden(
         &ServerMessage::Welcome(Welcome {
-            version: 1,
+            version: 2,
+            generation: 0xfeed,
             geometry: geometry(),
             bitmap_size: 128,
             event: 5,
             patience_ms: 1000,
         }),
-        "81000000 40000000 564d454d44495343 0100 0100 0300 0000 0000004001000000 \
-         0000004000000000 0000200000000000 8000000000000000 0500000000000000 e8030000 00000000",
+        "81000000 48000000 564d454d44495343 0200 0100 0300 0000 0000004001000000 \
+         0000004000000000 0000200000000000 8000000000000000 0500000000000000 e8030000 00000000 \
+         edfe000000000000",
     );
     golden(
         &ServerMessage::Goodbye {
@@ -58,13 +73,24 @@ fn golden_frames_of_a_server() {
         "82000000 0c000000 04000000 0100 0100 736c6f77",
     );
     golden(
-        &ServerMessage::Populate { event: 6, section: section() },
+        &ServerMessage::Populate { event: 6, sections: sections() },
         "83000000 18000000 0600000000000000 0000200000000000 0000400000000000",
     );
     golden(
-        &ServerMessage::Discard { event: 7, section: section() },
+        &ServerMessage::Discard { event: 7, sections: sections() },
         "84000000 18000000 0700000000000000 0000200000000000 0000400000000000",
     );
+    let two = [ByteRange::new(0x20_0000, 0x40_0000).unwrap(), ByteRange::new(0, 0x1000).unwrap()];
+    golden(
+        &ServerMessage::Discard { event: 8, sections: Sections::from_slice(&two) },
+        "84000000 28000000 0800000000000000 0000200000000000 0000400000000000 \
+         0000000000000000 0010000000000000",
+    );
+    golden(
+        &ServerMessage::Frozen { id: 1, freeze: 9, event: 7, expiry_ms: 30_000 },
+        "88000000 20000000 0100000000000000 0900000000000000 0700000000000000 30750000 00000000",
+    );
+    golden(&ServerMessage::Thawed { freeze: 9 }, "89000000 08000000 0900000000000000");
     golden(&ServerMessage::Done { id: 1 }, "85000000 08000000 0100000000000000");
     golden(
         &ServerMessage::Failed { id: 1, reason: "no".to_owned() },
@@ -78,7 +104,7 @@ fn golden_frames_of_a_server() {
 
 #[test]
 fn a_cut_frame_is_awaited_and_a_wrong_one_is_an_error_as_soon_as_it_shows() {
-    let frame = ServerMessage::Populate { event: 6, section: section() }.to_frame();
+    let frame = ServerMessage::Populate { event: 6, sections: sections() }.to_frame();
     for len in 0..frame.len() {
         assert_eq!(decode::<ServerMessage>(&frame[..len]), Ok(None), "{len}");
     }
@@ -91,6 +117,14 @@ fn a_cut_frame_is_awaited_and_a_wrong_one_is_an_error_as_soon_as_it_shows() {
         let wrong = decode::<ClientMessage>(&header(kind::ACK, len));
         assert_eq!(wrong, Err(WireError::Length { kind: kind::ACK, len }));
     }
+    for len in [0, 8, 23, 25, 39] {
+        let wrong = decode::<ServerMessage>(&header(kind::POPULATE, len));
+        assert_eq!(wrong, Err(WireError::Length { kind: kind::POPULATE, len }));
+    }
+    let most = ServerMessage::Discard { event: 1, sections: most_sections() }.to_frame();
+    assert_eq!(most.len(), FRAME_MAX);
+    let one_more = (most.len() - HEADER_LEN) as u32 + SECTION_LEN;
+    assert!(decode::<ServerMessage>(&header(kind::DISCARD, one_more)).is_err());
     let longest = NUMBER_LEN + TEXT_MAX as u32;
     assert_eq!(decode::<ClientMessage>(&header(kind::REFUSE, longest)), Ok(None));
     assert!(decode::<ClientMessage>(&header(kind::REFUSE, longest + 1)).is_err());
@@ -99,7 +133,8 @@ fn a_cut_frame_is_awaited_and_a_wrong_one_is_an_error_as_soon_as_it_shows() {
 #[test]
 fn one_wrong_field_is_an_error() {
     let welcome = Welcome {
-        version: 1,
+        version: 2,
+        generation: 1,
         geometry: Geometry::new(0, 1 << 30, 1 << 21, None).unwrap(),
         bitmap_size: 128,
         event: 0,
@@ -115,11 +150,17 @@ fn one_wrong_field_is_an_error() {
     let mut hello = ClientMessage::Hello { min_version: 1, max_version: 1 }.to_frame();
     hello[20] = 1;
     assert!(matches!(decode::<ClientMessage>(&hello), Err(WireError::Field { .. })));
+    let mut frozen = ServerMessage::Frozen { id: 1, freeze: 1, event: 1, expiry_ms: 1 }.to_frame();
+    for (at, value) in [(32, 0), (36, 1)] {
+        let before = std::mem::replace(&mut frozen[at], value);
+        assert!(matches!(decode::<ServerMessage>(&frozen), Err(WireError::Field { .. })), "{at}");
+        frozen[at] = before;
+    }
     let mut goodbye = [kind::GOODBYE.to_le_bytes(), 8u32.to_le_bytes()].concat();
     goodbye.extend([9, 0, 0, 0, 0, 0, 0, 0]);
     assert!(matches!(decode::<ServerMessage>(&goodbye), Err(WireError::Field { .. })));
     for (offset, size) in [(0, 0), (u64::MAX, 1)] {
-        let mut frame = ServerMessage::Discard { event: 1, section: section() }.to_frame();
+        let mut frame = ServerMessage::Discard { event: 1, sections: sections() }.to_frame();
         frame[16..24].copy_from_slice(&u64::to_le_bytes(offset));
         frame[24..32].copy_from_slice(&u64::to_le_bytes(size));
         let error = WireError::Section { kind: kind::DISCARD, offset, size };
@@ -171,9 +212,9 @@ proptest! {
     /// Whatever is accepted is written the same way: there is one form of each message.
     #[test]
     fn hostile_bytes_are_refused_or_canonical(
-        kind in prop_oneof![0u32..8, 0x80u32..0x8a, any::<u32>()],
+        kind in prop_oneof![0u32..9, 0x80u32..0x8b, any::<u32>()],
         len in prop_oneof![0u32..80, any::<u32>()],
-        payload in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..80),
+        payload in prop::collection::vec(prop_oneof![Just(0u8), Just(1), any::<u8>()], 0..80),
     ) {
         let bytes = [&kind.to_le_bytes()[..], &len.to_le_bytes(), &payload].concat();
         if let Ok(Some((message, used))) = decode::<ClientMessage>(&bytes) {

@@ -6,19 +6,19 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, LazyLock};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::fs::MemfdFlags;
 use tempfile::TempDir;
 use test_vmm::memory::memfd;
-use vhost_user_mem::discard_channel::DiscardChannel;
+use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
 use vhost_user_mem::metrics::Metrics;
 use virtio_mem::ByteRange;
 use virtio_mem::controller::{MemController, Start};
 use virtio_mem::device::{BlockSpan, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
-use virtio_mem::ram_discard::channel::wire::{ClientMessage, Farewell, ServerMessage};
+use virtio_mem::ram_discard::channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
 use virtio_mem::ram_discard::channel::{
     AttachError, FrameReader, ReceiveError, RemoteRamDiscardManager,
 };
@@ -44,7 +44,14 @@ static DAEMON: LazyLock<Daemon> = LazyLock::new(|| {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("discard");
     let metrics = Arc::new(Metrics::new());
-    let channel = DiscardChannel::bind(&path, Arc::clone(&controller), metrics).unwrap();
+    // Hostile clients come one after the other, from this process as the good one does.
+    let limits = Limits {
+        pause: Duration::ZERO,
+        freeze_expiry: Duration::from_millis(5),
+        ..Limits::default()
+    };
+    let channel =
+        DiscardChannel::bind_with(&path, Arc::clone(&controller), metrics, limits).unwrap();
     channel.start().unwrap();
     Daemon { controller, path, _channel: channel, _dir: dir }
 });
@@ -117,7 +124,7 @@ fn attack(mut stream: UnixStream, requests: &Sender<Request>, input: &mut Input<
     let mut frames = FrameReader::default();
     let mut last_event = 0;
     if input.u8() & 3 != 0 {
-        let hello = ClientMessage::Hello { min_version: 1, max_version: 1 };
+        let hello = ClientMessage::Hello { min_version: VERSION, max_version: VERSION };
         let _ = stream.write_all(&frame(&hello, input));
     }
     for _ in 0..STEPS {
@@ -145,8 +152,11 @@ fn attack(mut stream: UnixStream, requests: &Sender<Request>, input: &mut Input<
             }
             3 | 4 => ClientMessage::Ack { event: last_event + u64::from(more & 7 == 7) },
             5 => ClientMessage::Refuse { event: last_event, reason: "no".repeat(more.into()) },
-            6 if more & 1 == 0 => ClientMessage::Freeze { id: u64::from(more) },
-            6 => ClientMessage::Thaw { id: u64::from(more) },
+            6 if more & 3 == 0 => ClientMessage::Freeze { id: u64::from(more) },
+            6 if more & 3 == 1 => {
+                ClientMessage::Renew { id: u64::from(more), freeze: u64::from(more >> 2) }
+            }
+            6 => ClientMessage::Thaw { id: u64::from(more), freeze: u64::from(more >> 2) },
             _ => ClientMessage::GetSizes { id: u64::from(more) },
         };
         if stream.write_all(&frame(&message, input)).is_err() {

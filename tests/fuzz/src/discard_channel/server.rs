@@ -16,14 +16,12 @@ use virtio_mem::ByteRange;
 use virtio_mem::device::Geometry;
 use virtio_mem::ram_discard::channel::bitmap::{BitmapWriter, LAYOUT_VERSION, MAGIC, file_size};
 use virtio_mem::ram_discard::channel::wire::{
-    ClientMessage, Farewell, Message, ServerMessage, VERSION, Welcome, WireError,
+    ClientMessage, Farewell, Lengths, Message, Sections, ServerMessage, VERSION, Welcome, WireError,
 };
 use virtio_mem::ram_discard::channel::{
     FrameReader, ReceiveError, RemoteRamDiscardManager, send, send_with_fd,
 };
-use virtio_mem::ram_discard::{
-    FreezeFor, RamDiscardListener, RamDiscardManager, Unavailable,
-};
+use virtio_mem::ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, Unavailable};
 
 use super::{BLOCK, MOMENT, NR, PATIENCE, STEPS, blocks, frame, geometry};
 use crate::input::Input;
@@ -35,7 +33,7 @@ const TIMEOUT: Duration = Duration::from_millis(30);
 struct Raw(Vec<u8>);
 
 impl Message for Raw {
-    fn lengths(_kind: u32) -> Option<(u32, u32)> {
+    fn lengths(_kind: u32) -> Option<Lengths> {
         None
     }
 
@@ -89,6 +87,7 @@ fn attack(mut stream: UnixStream, input: &mut Input<'_>) {
     let mut bitmap = Bitmap::new(input);
     let welcome = Welcome {
         version: VERSION,
+        generation: 1,
         geometry: geometry(),
         bitmap_size: file_size(NR),
         event: 0,
@@ -113,21 +112,38 @@ fn attack(mut stream: UnixStream, input: &mut Input<'_>) {
         let message = match choice & 7 {
             0..=2 => {
                 event += u64::from(more & 15 != 15);
-                let (start, len) = (u64::from(input.u8()), 1 + u64::from(input.u8()) % 64);
-                let section = ByteRange::new(start * BLOCK, len * BLOCK).unwrap();
+                let mut sections = Sections::new();
+                // Mostly one, sometimes several.
+                for _ in 0..=(more >> 2).saturating_sub(4) {
+                    let (start, len) = (u64::from(input.u8()), 1 + u64::from(input.u8()) % 64);
+                    sections.push(ByteRange::new(start * BLOCK, len * BLOCK).unwrap());
+                }
                 if choice & 1 == 0 {
-                    ServerMessage::Populate { event, section }
+                    ServerMessage::Populate { event, sections }
                 } else {
-                    ServerMessage::Discard { event, section }
+                    ServerMessage::Discard { event, sections }
                 }
             }
             3..=5 => match frames.next(&stream) {
-                Ok(ClientMessage::Freeze { id } | ClientMessage::Thaw { id }) => match more & 7 {
+                Ok(ClientMessage::Freeze { id }) => match more & 7 {
                     0 => ServerMessage::Failed { id, reason: "no".to_owned() },
-                    1 => ServerMessage::Done { id: id + 1 },
+                    1 => ServerMessage::Done { id },
                     2 => sizes(id, more),
-                    _ => ServerMessage::Done { id },
+                    _ => ServerMessage::Frozen {
+                        id,
+                        freeze: more >> 3,
+                        event,
+                        expiry_ms: 1 + u32::from(input.u8()),
+                    },
                 },
+                Ok(ClientMessage::Thaw { id, .. } | ClientMessage::Renew { id, .. }) => {
+                    match more & 7 {
+                        0 => ServerMessage::Failed { id, reason: "no".to_owned() },
+                        1 => ServerMessage::Done { id: id + 1 },
+                        2 => sizes(id, more),
+                        _ => ServerMessage::Done { id },
+                    }
+                }
                 Ok(ClientMessage::GetSizes { id }) => match more & 7 {
                     0 => ServerMessage::Done { id },
                     _ => sizes(id, more),
@@ -145,6 +161,7 @@ fn attack(mut stream: UnixStream, input: &mut Input<'_>) {
                 }
                 continue;
             }
+            _ if more & 1 == 0 => ServerMessage::Thawed { freeze: more >> 3 },
             _ => ServerMessage::Goodbye {
                 cause: Farewell::Ending,
                 min_version: 1,
@@ -239,8 +256,14 @@ fn call(manager: &RemoteRamDiscardManager, choice: u8, geometry: &Geometry) {
         }
         _ => {
             if let Ok(frozen) = manager.freeze(FreezeFor::Source) {
-                let _ = frozen.check();
-                let _ = frozen.thaw();
+                let mut end = 0;
+                for range in frozen.discarded(section) {
+                    assert!(range.start() >= end && range.end() <= region, "{range}");
+                    end = range.end();
+                }
+                let held = frozen.check().is_ok();
+                assert!(frozen.check().is_err() || held, "what was lost is lost for good");
+                assert!(frozen.thaw().is_err() || held);
             }
             Ok(())
         }
