@@ -8,10 +8,11 @@ use virtio_mem::ByteRange;
 use virtio_mem::controller::{
     DeviceObserver, FreezeHolder, MemController, Reset, ResetError, ResizeError,
 };
+use virtio_mem::device::{BlockBitmap, Geometry};
 
 use crate::front_door::Notifier;
 use crate::gate::Gate;
-use crate::management::{Blocks, DeviceInfo, Event, Management, Populated, Range, Refusal};
+use crate::management::{BlockRanges, DeviceInfo, Event, Management, Range, RangeList, Refusal};
 use crate::metrics::{Metrics, MetricsListener};
 
 /// Events that a slow reader may lag behind before it is told that it missed some.
@@ -102,15 +103,22 @@ impl Service {
         }
         send(&self.events, if connected { Event::Connected } else { Event::Disconnected });
     }
-
-    fn ranges(&self, plugged: bool) -> Vec<Range> {
-        to_api(self.controller.ranges(plugged))
-    }
 }
 
-fn to_api(ranges: Vec<ByteRange>) -> Vec<Range> {
-    let range = |range: ByteRange| Range { offset: range.start(), size: range.len() };
-    ranges.into_iter().map(range).collect()
+fn to_api(range: ByteRange) -> Range {
+    Range { offset: range.start(), size: range.len() }
+}
+
+/// The maximal ranges of plugged blocks, or of discarded ones, ascending.
+fn runs(blocks: Arc<BlockBitmap>, geometry: Geometry, plugged: bool) -> RangeList {
+    RangeList::new(move || {
+        let (blocks, mut from) = (Arc::clone(&blocks), 0);
+        Box::new(std::iter::from_fn(move || {
+            let run = blocks.next_run(from..blocks.nr_blocks(), plugged)?;
+            from = run.end;
+            geometry.section_of(&run).map(to_api)
+        }))
+    })
 }
 
 impl Management for Service {
@@ -144,16 +152,24 @@ impl Management for Service {
         }
     }
 
-    fn blocks(&self) -> Blocks {
-        Blocks { plugged: self.ranges(true), discarded: self.ranges(false) }
+    fn blocks(&self) -> BlockRanges {
+        let (blocks, geometry) = (Arc::new(self.controller.blocks()), *self.controller.geometry());
+        BlockRanges {
+            plugged: runs(Arc::clone(&blocks), geometry, true),
+            discarded: runs(blocks, geometry, false),
+        }
     }
 
-    fn populated(&self) -> Populated {
+    fn populated(&self) -> Option<RangeList> {
         let geometry = self.controller.geometry();
         let blocks = geometry.region_size() / geometry.block_size();
         // A power of two, so that whole parts make the characters of a map.
         let part = blocks.div_ceil(POPULATED_PARTS).next_power_of_two() * geometry.block_size();
-        Populated { populated: self.controller.populated_ranges(part).map(to_api) }
+        let ranges: Arc<[ByteRange]> = self.controller.populated_ranges(part)?.into();
+        Some(RangeList::new(move || {
+            let (ranges, mut next) = (Arc::clone(&ranges), 0..ranges.len());
+            Box::new(std::iter::from_fn(move || Some(to_api(ranges[next.next()?]))))
+        }))
     }
 
     fn system_reset(&self) -> Result<DeviceInfo, Refusal> {

@@ -15,7 +15,7 @@ use super::caller::Caller;
 const AHEAD: usize = 16;
 
 /// Events as they go to a reader: the current state first, then every change, until the reader
-/// or the server ends.
+/// has gone or the server ends.
 ///
 /// A change between reading the state and the first event is sent, too, since the subscription
 /// is older than the state.

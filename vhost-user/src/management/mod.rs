@@ -9,8 +9,10 @@ mod caller;
 mod device;
 mod event;
 mod event_stream;
+mod hangup;
 mod openapi;
 mod problem;
+mod range_lists;
 mod router;
 mod server;
 mod stream;
@@ -21,10 +23,19 @@ pub use device::{Blocks, DeviceInfo, MigrationSetting, Populated, Range, Request
 pub use event::Event;
 pub use openapi::openapi;
 pub use problem::{Problem, Refusal};
+pub use range_lists::{RangeList, Ranges};
 pub use router::OPENMETRICS;
 pub use server::Server;
 
 use tokio::sync::broadcast;
+
+/// The whole region at one moment, as maximal ascending ranges.
+pub struct BlockRanges {
+    /// What the guest may use.
+    pub plugged: RangeList,
+    /// What it may not.
+    pub discarded: RangeList,
+}
 
 /// The device as the management API sees it.
 ///
@@ -40,11 +51,11 @@ pub trait Management: Send + Sync + 'static {
     /// When the size breaks a rule of the device; nothing has changed then.
     fn resize(&self, requested_size: u64) -> Result<DeviceInfo, Refusal>;
 
-    /// What is plugged, and what is not.
-    fn blocks(&self) -> Blocks;
+    /// What is plugged, and what is not, at one moment.
+    fn blocks(&self) -> BlockRanges;
 
-    /// Where the host holds memory.
-    fn populated(&self) -> Populated;
+    /// Where the host holds memory; `None` when guest memory is not mapped.
+    fn populated(&self) -> Option<RangeList>;
 
     /// Unplugs and discards everything.
     ///

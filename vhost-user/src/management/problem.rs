@@ -3,6 +3,7 @@
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinError;
 use utoipa::ToSchema;
 
 /// Media type of a [`Problem`].
@@ -48,6 +49,13 @@ impl Problem {
         let title = status.canonical_reason().unwrap_or("Error").to_owned();
         let detail = detail.into();
         Self { problem_type: about_blank(), title, status: status.as_u16(), detail, close: false }
+    }
+
+    /// A call to the device did not come to its end.
+    pub(super) fn of_failed_call(error: JoinError) -> Self {
+        tracing::error!(%error, "a management call failed");
+        let detail = "The device failed to carry out the request.";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
     }
 
     /// Has the connection closed after the answer, since the rest of a request is still to come.

@@ -1,8 +1,9 @@
 //! The resources of the API.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::sse::{KeepAlive, Sse};
@@ -13,8 +14,8 @@ use tokio::sync::{Semaphore, watch};
 
 use super::caller::Caller;
 use super::{
-    Blocks, DeviceInfo, Management, MigrationSetting, Populated, Problem, Refusal, RequestedSize,
-    body, event_stream, openapi,
+    BlockRanges, Blocks, DeviceInfo, Management, MigrationSetting, Populated, Problem, Refusal,
+    RequestedSize, body, event_stream, openapi, range_lists,
 };
 
 /// Content type of the metrics.
@@ -23,29 +24,60 @@ pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; char
 /// Readers of events at a time. Less than the connections, so that they cannot lock out others.
 const EVENT_READERS: usize = 32;
 
+/// Lists of ranges that are sent at a time: each holds a copy of the block bitmap.
+const LISTS: usize = 4;
+
+/// Clients that are sent a list, or wait for it. With the readers of events less than the
+/// connections, so that they cannot lock out others.
+const LIST_CLIENTS: usize = 16;
+
+/// How long a client waits for one of the places.
+const LIST_WAIT: Duration = Duration::from_secs(10);
+
 /// What the handlers need.
 #[derive(Clone)]
 pub(super) struct Api {
     caller: Caller,
     shutdown: watch::Receiver<bool>,
     readers: Arc<Semaphore>,
+    lists: Arc<Semaphore>,
+    list_clients: Arc<Semaphore>,
 }
 
 impl Api {
     pub(super) fn new(management: Arc<dyn Management>, shutdown: watch::Receiver<bool>) -> Self {
-        let readers = Arc::new(Semaphore::new(EVENT_READERS));
-        Self { caller: Caller::new(management), shutdown, readers }
+        let places = |places| Arc::new(Semaphore::new(places));
+        Self {
+            caller: Caller::new(management),
+            shutdown,
+            readers: places(EVENT_READERS),
+            lists: places(LISTS),
+            list_clients: places(LIST_CLIENTS),
+        }
+    }
+
+    /// Waits for a place among the lists that are sent, to be kept until the list is.
+    async fn list_place(&self) -> Result<impl Send + 'static + use<>, Problem> {
+        let busy = |detail| Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail);
+        let client = Arc::clone(&self.list_clients).try_acquire_owned().map_err(|_| {
+            busy(format!("{LIST_CLIENTS} clients read lists of ranges already; try again later."))
+        })?;
+        let place = Arc::clone(&self.lists).acquire_owned();
+        match tokio::time::timeout(LIST_WAIT, place).await {
+            Ok(Ok(place)) => Ok((client, place)),
+            _ => Err(busy(format!(
+                "{LISTS} clients read lists of ranges, and none came to the end within {} s; try \
+                 again later.",
+                LIST_WAIT.as_secs()
+            ))),
+        }
     }
 
     async fn call<T: Send + 'static>(
         &self,
         call: impl FnOnce(&dyn Management) -> T + Send + 'static,
     ) -> Result<T, Problem> {
-        self.caller.call(call).await.map_err(|error| {
-            tracing::error!(%error, "a management call failed");
-            let detail = "The device failed to carry out the request.";
-            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
-        })
+        self.caller.call(call).await.map_err(Problem::of_failed_call)
     }
 
     async fn change(
@@ -106,26 +138,36 @@ pub(super) async fn set_requested_size(
 }
 
 /// Which parts of the region are plugged and which are discarded.
+///
+/// Both lists are of the same moment, which lies after the request came, however long it takes to
+/// read them. They are sent as they are read, by a few clients at a time; a client that reads less
+/// than 64 KiB a second for longer than 10 s is disconnected.
 #[utoipa::path(get, path = "/v1/device/blocks", operation_id = "getBlocks", responses(
     (status = 200, description = "The whole region", body = Blocks),
     (status = 500, response = openapi::Failure),
     (status = 503, response = openapi::Busy),
 ))]
-pub(super) async fn blocks(State(api): State<Api>) -> Result<Json<Blocks>, Problem> {
-    Ok(Json(api.call(|management| management.blocks()).await?))
+pub(super) async fn blocks(State(api): State<Api>) -> Result<Response, Problem> {
+    let place = api.list_place().await?;
+    let BlockRanges { plugged, discarded } = api.call(|management| management.blocks()).await?;
+    let fields = vec![("plugged", Some(plugged)), ("discarded", Some(discarded))];
+    range_lists::answer(fields, place).await
 }
 
 /// In which parts of the region the host holds memory.
 ///
 /// Of memory of huge pages, that is what is plugged: it is taken as a whole. Elsewhere a block that
-/// is discarded may hold memory, too, where the guest touched what it may not use.
+/// is discarded may hold memory, too, where the guest touched what it may not use. The guest may use
+/// memory while it is looked up: each range was populated at a moment after the request came.
 #[utoipa::path(get, path = "/v1/device/populated", operation_id = "getPopulated", responses(
     (status = 200, description = "What the host holds", body = Populated),
     (status = 500, response = openapi::Failure),
     (status = 503, response = openapi::Busy),
 ))]
-pub(super) async fn populated(State(api): State<Api>) -> Result<Json<Populated>, Problem> {
-    Ok(Json(api.call(|management| management.populated()).await?))
+pub(super) async fn populated(State(api): State<Api>) -> Result<Response, Problem> {
+    let place = api.list_place().await?;
+    let populated = api.call(|management| management.populated()).await?;
+    range_lists::answer(vec![("populated", populated)], place).await
 }
 
 /// Unplugs and discards everything, as a reset of the virtual machine does.
@@ -215,8 +257,11 @@ pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, Problem>
     (status = 200, description = "An OpenAPI document", body = Object),
     (status = 503, response = openapi::Busy),
 ))]
-pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
-    Json(openapi())
+pub(super) async fn document() -> Response {
+    /// One text for all, however many clients there are that do not read it.
+    static TEXT: LazyLock<Bytes> =
+        LazyLock::new(|| serde_json::to_vec(&openapi()).unwrap_or_default().into());
+    ([(header::CONTENT_TYPE, "application/json")], TEXT.clone()).into_response()
 }
 
 async fn not_found(uri: Uri) -> Problem {

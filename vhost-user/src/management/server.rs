@@ -17,6 +17,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::hangup::Hangup;
 use super::problem::PROBLEM_JSON;
 use super::router::{Api, router};
 use super::stream::PatientStream;
@@ -29,7 +30,7 @@ const CONNECTIONS: usize = 64;
 /// From the start of a connection, or of waiting for the next request, to the end of its head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a client may leave its answers unread.
+/// How long a client may keep an answer waiting, in all; what it reads buys time back.
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What is read ahead of a connection, at most; also bounds the head of a request.
@@ -155,20 +156,27 @@ async fn serve(
 }
 
 async fn connection(stream: UnixStream, router: Router, mut shutdown: watch::Receiver<bool>) {
+    let hangup = Hangup::of(&stream);
     let io = TokioIo::new(PatientStream::new(stream, WRITE_PATIENCE));
     let connection = http1::Builder::new()
+        // A client that has nothing more to ask may say so before it reads its answer.
+        .half_close(true)
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER)
         .serve_connection(io, TowerToHyperService::new(router));
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
+        // What a client asked for before it left is begun first.
+        biased;
         ended = connection.as_mut() => ended,
         // What it returns holds a lock and must not live across the await below.
         () = async { drop(shutdown.wait_for(|end| *end).await) } => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
+        // With half-closed connections served, reading does not tell.
+        () = hangup.gone() => return,
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "management connection ended");

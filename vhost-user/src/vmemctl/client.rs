@@ -11,10 +11,18 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
 
 use super::Failure;
+use super::range_stream::{self, Item};
 use super::sse::SseParser;
-use crate::management::{Blocks, DeviceInfo, Event, Populated, Problem};
+use crate::management::{DeviceInfo, Event, Problem};
+
+/// What is done with each item of the lists of an answer.
+pub type Take<'a> = dyn FnMut(Item) -> Result<(), Failure> + 'a;
 
 /// For what answers at once unless something is stuck.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -22,8 +30,11 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Several keep-alive comments of the daemon.
 const SILENCE: Duration = Duration::from_secs(60);
 
-/// More than the ranges of any region of a size that is in use.
-const LARGEST_ANSWER: usize = 256 << 20;
+/// Far more than any answer but lists of ranges has; those are read as they come.
+const LARGEST_ANSWER: usize = 1 << 20;
+
+/// Pieces of an answer, and batches of what is in it, that wait to be taken up.
+const AHEAD: usize = 2;
 
 /// Speaks to one daemon, with a new connection for each request.
 #[derive(Clone, Debug)]
@@ -56,26 +67,24 @@ impl Client {
         in_time(self.call(Method::PUT, "/v1/device/requested-size", Some(body))).await
     }
 
-    /// What is plugged, and what is not.
+    /// What is plugged, and what is not: the lists of one moment, as they come.
     ///
     /// # Errors
     ///
-    /// When the daemon cannot be reached or does not answer.
-    pub async fn blocks(&self) -> Result<Blocks, Failure> {
-        in_time(self.call(Method::GET, "/v1/device/blocks", None)).await
+    /// When the daemon cannot be reached or does not answer, or `take` fails.
+    pub async fn blocks(&self, take: &mut Take<'_>) -> Result<(), Failure> {
+        self.ranges("/v1/device/blocks", take).await
     }
 
-    /// Where the host holds memory. Daemons before this resource do not tell, as if guest memory
-    /// were not mapped.
+    /// Where the host holds memory: a list, as it comes. There is none when guest memory is not
+    /// mapped, and of daemons before this resource, which do not tell.
     ///
     /// # Errors
     ///
-    /// When the daemon cannot be reached or does not answer.
-    pub async fn populated(&self) -> Result<Populated, Failure> {
-        match in_time(self.call(Method::GET, "/v1/device/populated", None)).await {
-            Err(Failure::Refused(problem)) if problem.status == StatusCode::NOT_FOUND => {
-                Ok(Populated::default())
-            }
+    /// As [`Client::blocks`].
+    pub async fn populated(&self, take: &mut Take<'_>) -> Result<(), Failure> {
+        match self.ranges("/v1/device/populated", take).await {
+            Err(Failure::Refused(problem)) if problem.status == StatusCode::NOT_FOUND => Ok(()),
             told => told,
         }
     }
@@ -99,6 +108,34 @@ impl Client {
         Ok(Events { body: response.into_body(), parser: SseParser::default() })
     }
 
+    /// Reads lists of ranges, however long, in bounded memory.
+    async fn ranges(&self, resource: &str, take: &mut Take<'_>) -> Result<(), Failure> {
+        let mut body = in_time(self.send(Method::GET, resource, None)).await?.into_body();
+        let (chunks, text) = mpsc::channel(AHEAD);
+        let (items, mut batches) = mpsc::channel(AHEAD);
+        let reader = spawn_blocking(move || range_stream::read(text, items));
+        let feed = async move {
+            while let Some(frame) = timeout(ANSWER_TIMEOUT, body.frame()).await.map_err(silent)? {
+                if let Ok(bytes) = frame.map_err(broken)?.into_data()
+                    && chunks.send(bytes).await.is_err()
+                {
+                    // The reader says why.
+                    break;
+                }
+            }
+            Ok::<_, Failure>(())
+        };
+        let take_up = async {
+            while let Some(batch) = batches.recv().await {
+                batch.into_iter().try_for_each(&mut *take)?;
+            }
+            Ok(())
+        };
+        tokio::try_join!(feed, take_up)?;
+        let read = reader.await.map_err(|error| Failure::Protocol(error.to_string()))?;
+        read.map_err(|error| not_understood(resource, &error))
+    }
+
     async fn call<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -107,9 +144,7 @@ impl Client {
     ) -> Result<T, Failure> {
         let response = self.send(method, resource, body).await?;
         let body = collect(response.into_body()).await?;
-        serde_json::from_slice(&body).map_err(|error| {
-            Failure::Protocol(format!("the answer to {resource} is not understood: {error}"))
-        })
+        serde_json::from_slice(&body).map_err(|error| not_understood(resource, &error))
     }
 
     /// Sends a request; an answer that is an error is an error here.
@@ -163,7 +198,7 @@ impl Events {
             if let Some(event) = self.parser.pop() {
                 return Ok(Some(event));
             }
-            let frame = tokio::time::timeout(SILENCE, self.body.frame())
+            let frame = timeout(SILENCE, self.body.frame())
                 .await
                 .map_err(|_| Failure::Protocol("the stream of events fell silent".to_owned()))?;
             let Some(frame) = frame else { return Ok(None) };
@@ -177,10 +212,16 @@ impl Events {
 }
 
 async fn in_time<T>(answer: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    tokio::time::timeout(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|_| {
-        let seconds = ANSWER_TIMEOUT.as_secs();
-        Err(Failure::Protocol(format!("the daemon did not answer within {seconds} s")))
-    })
+    timeout(ANSWER_TIMEOUT, answer).await.map_err(silent)?
+}
+
+fn silent(_: Elapsed) -> Failure {
+    let seconds = ANSWER_TIMEOUT.as_secs();
+    Failure::Protocol(format!("the daemon did not answer within {seconds} s"))
+}
+
+fn not_understood(resource: &str, error: &serde_json::Error) -> Failure {
+    Failure::Protocol(format!("the answer to {resource} is not understood: {error}"))
 }
 
 async fn collect(body: Incoming) -> Result<Bytes, Failure> {

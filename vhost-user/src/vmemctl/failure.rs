@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use thiserror::Error;
 use virtio_mem::migration::inspect::InspectError;
+use virtio_mem::printable;
 
 use super::Console;
 use crate::management::Problem;
@@ -25,7 +26,7 @@ pub enum Failure {
         source: io::Error,
     },
     /// The daemon refused.
-    #[error("{}: {}", .0.title, .0.detail)]
+    #[error("{}: {}", printable(&.0.title), printable(&.0.detail))]
     Refused(Problem),
     /// What answers does not speak as it should.
     #[error("{0}")]
@@ -118,5 +119,17 @@ impl Failure {
             _ => {}
         }
         object
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper::StatusCode;
+
+    #[test]
+    fn text_of_the_daemon_reaches_the_terminal_escaped() {
+        let refused = Failure::Refused(Problem::new(StatusCode::CONFLICT, "no\n\u{1b}[31mred"));
+        assert_eq!(refused.to_string(), r"Conflict: no\n\u{1b}[31mred");
     }
 }

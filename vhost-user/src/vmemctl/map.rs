@@ -2,9 +2,8 @@
 
 use std::fmt::Write;
 
-use serde::Serialize;
-
-use crate::management::{Blocks, DeviceInfo, Populated, Range};
+use super::range_stream::{Item, List};
+use crate::management::{DeviceInfo, Range};
 use crate::size::format_size;
 
 /// Lines of a map at most.
@@ -13,109 +12,138 @@ const LINES: u64 = 16;
 /// Columns that an address and the space after it take.
 const MARGIN: usize = 20;
 
-const POPULATED: char = '#';
-const PLUGGED: char = '+';
-const DISCARDED: char = '.';
+const POPULATED: u8 = b'#';
+const PLUGGED: u8 = b'+';
+const DISCARDED: u8 = b'.';
 
-/// What is known of the region; as JSON, one object with the fields of both.
-#[derive(Debug, Serialize)]
-pub(super) struct Region {
-    #[serde(flatten)]
-    pub(super) blocks: Blocks,
-    #[serde(flatten)]
-    pub(super) populated: Populated,
+/// The map of a region: each line starts with its address, each character stands for the same number
+/// of blocks. Where it stands for several, the one that costs the host most decides, so that nothing
+/// populated is overlooked.
+///
+/// It is as large as what is drawn, however many ranges the region has.
+#[derive(Debug)]
+pub(super) struct Map<'a> {
+    device: &'a DeviceInfo,
+    columns: usize,
+    /// What a character stands for, bytes.
+    cell: u64,
+    cells: Vec<u8>,
+    /// The list that is read.
+    list: List,
+    plugged: Total,
+    discarded: Total,
+    /// Whether it is told where memory is populated.
+    told: bool,
 }
 
-impl Region {
-    /// Draws the region, as wide as `width` allows: each line starts with its address, each
-    /// character stands for the same number of blocks. Where it stands for several, the one that
-    /// costs the host most decides, so that nothing populated is overlooked.
-    pub(super) fn draw(&self, device: &DeviceInfo, width: usize) -> String {
-        let mut text = String::new();
+/// What the ranges of a list are together.
+#[derive(Debug, Default)]
+struct Total {
+    size: u64,
+    ranges: u64,
+}
+
+impl<'a> Map<'a> {
+    /// An empty map, as wide as `width` allows.
+    pub(super) fn new(device: &'a DeviceInfo, width: usize) -> Self {
         let count = device.region_size.checked_div(device.block_size).unwrap_or(0);
         // Powers of two, so that lines start at round addresses.
         let columns = width.saturating_sub(MARGIN).max(1);
-        let columns = 1u64 << columns.ilog2();
-        let cell_blocks = count.div_ceil(columns * LINES).next_power_of_two();
-        let cell = cell_blocks.saturating_mul(device.block_size);
-        let mut plugged = Overlap::new(&self.blocks.plugged);
-        let mut populated = Overlap::new(self.populated.populated.as_deref().unwrap_or_default());
-        let mut start = 0;
-        while start < device.region_size {
-            let _ = write!(text, "{:#018x}  ", device.addr.saturating_add(start));
-            for _ in 0..columns {
-                if start >= device.region_size {
-                    break;
-                }
-                let end = start.saturating_add(cell).min(device.region_size);
-                text.push(if populated.within(start, end) {
-                    POPULATED
-                } else if plugged.within(start, end) {
-                    PLUGGED
-                } else {
-                    DISCARDED
-                });
-                start = end;
+        let columns = 1 << columns.ilog2();
+        let cell_blocks = count.div_ceil(columns as u64 * LINES).next_power_of_two();
+        let cell = cell_blocks.saturating_mul(device.block_size).max(1);
+        let cells = device.region_size.div_ceil(cell).min(columns as u64 * LINES);
+        let cells = vec![DISCARDED; usize::try_from(cells).unwrap_or(0)];
+        let (plugged, discarded) = Default::default();
+        Self {
+            device,
+            columns,
+            cell,
+            cells,
+            list: List::Discarded,
+            plugged,
+            discarded,
+            told: false,
+        }
+    }
+
+    /// Takes an item up.
+    pub(super) fn take(&mut self, item: Item) {
+        match (item, self.list) {
+            (Item::Begin(list), _) => {
+                self.list = list;
+                self.told |= list == List::Populated;
             }
+            (Item::Range(range), List::Plugged) => {
+                self.plugged.add(range);
+                self.mark(range, PLUGGED);
+            }
+            (Item::Range(range), List::Discarded) => self.discarded.add(range),
+            (Item::Range(range), List::Populated) => self.mark(range, POPULATED),
+        }
+    }
+
+    fn mark(&mut self, range: Range, as_what: u8) {
+        if range.size == 0 {
+            return;
+        }
+        let index = |at: u64| usize::try_from(at / self.cell).unwrap_or(usize::MAX);
+        let first = index(range.offset);
+        let last = index(range.offset.saturating_add(range.size - 1));
+        for cell in self.cells.iter_mut().take(last.saturating_add(1)).skip(first) {
+            // Populated is told last or first, and is what shows.
+            if *cell != POPULATED {
+                *cell = as_what;
+            }
+        }
+    }
+
+    /// The map with its legend and the sums.
+    pub(super) fn draw(&self) -> String {
+        let mut text = String::new();
+        let line = self.columns as u64 * self.cell;
+        for (number, cells) in self.cells.chunks(self.columns).enumerate() {
+            let start = self.device.addr.saturating_add(number as u64 * line);
+            let _ = write!(text, "{start:#018x}  ");
+            text.extend(cells.iter().map(|&cell| char::from(cell)));
             text.push('\n');
         }
         text.push('\n');
-        self.explain(&mut text, device, cell);
+        self.explain(&mut text);
         text
     }
 
-    /// The legend and the sums.
-    fn explain(&self, text: &mut String, device: &DeviceInfo, cell: u64) {
-        let told = self.populated.populated.is_some();
-        if told {
-            let _ = write!(text, "{POPULATED} populated  ");
+    fn explain(&self, text: &mut String) {
+        if self.told {
+            text.push_str("# populated  ");
         }
-        let _ = write!(
-            text,
-            "{PLUGGED} plugged  {DISCARDED} discarded; each character is {}",
-            format_size(cell)
-        );
-        if cell > device.block_size {
+        let cell = format_size(self.cell);
+        let _ = write!(text, "+ plugged  . discarded; each character is {cell}");
+        if self.cell > self.device.block_size {
             text.push_str(", the first of these that any of it is");
         }
-        let populated = match device.populated_size {
+        let populated = match self.device.populated_size {
             None => "unknown (not mapped)".to_owned(),
-            Some(size) if told => format_size(size),
+            Some(size) if self.told => format_size(size),
             Some(size) => format!("{} (the daemon does not tell where)", format_size(size)),
         };
+        let (plugged, discarded) = (self.plugged.text(), self.discarded.text());
         let _ = write!(
             text,
-            "\nplugged    {}\npopulated  {populated}\ndiscarded  {}\n",
-            total(&self.blocks.plugged),
-            total(&self.blocks.discarded),
+            "\nplugged    {plugged}\npopulated  {populated}\ndiscarded  {discarded}\n"
         );
     }
 }
 
-fn total(ranges: &[Range]) -> String {
-    let size = ranges.iter().map(|range| range.size).fold(0, u64::saturating_add);
-    let plural = if ranges.len() == 1 { "" } else { "s" };
-    format!("{} in {} range{plural}", format_size(size), ranges.len())
-}
-
-/// Which of ascending windows ascending ranges meet, in one pass over both.
-struct Overlap<'a> {
-    ranges: &'a [Range],
-}
-
-impl<'a> Overlap<'a> {
-    fn new(ranges: &'a [Range]) -> Self {
-        Self { ranges }
+impl Total {
+    fn add(&mut self, range: Range) {
+        self.size = self.size.saturating_add(range.size);
+        self.ranges += 1;
     }
 
-    fn within(&mut self, start: u64, end: u64) -> bool {
-        let past = |range: &Range| range.offset.saturating_add(range.size) <= start;
-        while let Some((first, rest)) = self.ranges.split_first()
-            && past(first)
-        {
-            self.ranges = rest;
-        }
-        self.ranges.first().is_some_and(|range| range.offset < end)
+    fn text(&self) -> String {
+        let plural = if self.ranges == 1 { "" } else { "s" };
+        format!("{} in {} range{plural}", format_size(self.size), self.ranges)
     }
 }
 
@@ -127,23 +155,27 @@ mod tests {
 
     const BLOCK: u64 = 2 << 20;
 
-    /// What a block is, as its character.
-    fn region(blocks: &str) -> Region {
-        let chars: Vec<char> = blocks.chars().collect();
-        let ranges = |wanted: fn(char) -> bool| {
+    /// The ranges of blocks, each given as its character. `x` is populated without being plugged.
+    fn items(blocks: &str) -> Vec<Item> {
+        let list = |list, wanted: &[u8]| {
             let mut offset = 0;
-            let runs = chars.chunk_by(|a, b| wanted(*a) == wanted(*b)).map(|run| {
+            let wanted = |block: &u8| wanted.contains(block);
+            let mut items = vec![Item::Begin(list)];
+            for run in blocks.as_bytes().chunk_by(|a, b| wanted(a) == wanted(b)) {
                 let range = Range { offset, size: run.len() as u64 * BLOCK };
                 offset += range.size;
-                wanted(run[0]).then_some(range)
-            });
-            runs.flatten().collect::<Vec<_>>()
+                items.extend(wanted(&run[0]).then_some(Item::Range(range)));
+            }
+            items
         };
-        // `x` is populated without being plugged.
-        let discarded = ranges(|c| c == DISCARDED || c == 'x');
-        let plugged = ranges(|c| c == PLUGGED || c == POPULATED);
-        let populated = Some(ranges(|c| c == POPULATED || c == 'x'));
-        Region { blocks: Blocks { plugged, discarded }, populated: Populated { populated } }
+        let plugged = list(List::Plugged, b"+#");
+        [plugged, list(List::Discarded, b".x"), list(List::Populated, b"#x")].concat()
+    }
+
+    fn draw(items: &[Item], device: &DeviceInfo, width: usize) -> String {
+        let mut map = Map::new(device, width);
+        items.iter().for_each(|&item| map.take(item));
+        map.draw()
     }
 
     fn device_of(blocks: usize) -> DeviceInfo {
@@ -158,7 +190,7 @@ mod tests {
 
     #[test]
     fn one_character_for_each_block() {
-        let map = region("+#.+x").draw(&device_of(5), 80);
+        let map = draw(&items("+#.+x"), &device_of(5), 80);
         assert_eq!(
             map,
             "0x0000000100000000  +#.+#\n\n\
@@ -171,35 +203,35 @@ mod tests {
 
     #[test]
     fn populated_ranges_that_are_not_told_are_not_drawn() {
-        let mut region = region("##..");
-        region.populated = Populated::default();
-        let map = region.draw(&device_of(4), 80);
+        let mut items = items("##..");
+        items.truncate(4);
+        let map = draw(&items, &device_of(4), 80);
         assert!(map.starts_with("0x0000000100000000  ++..\n\n+ plugged  . discarded;"), "{map}");
         assert!(map.contains("populated  4 KiB (the daemon does not tell where)\n"), "{map}");
-        let map = region.draw(&device(), 80);
+        let map = draw(&items, &device(), 80);
         assert!(map.contains("populated  unknown (not mapped)\n"), "{map}");
     }
 
     #[test]
     fn nothing_to_draw() {
-        assert!(region("").draw(&device_of(0), 0).starts_with("\n# populated"));
+        assert!(draw(&items(""), &device_of(0), 0).starts_with("\n# populated"));
     }
 
     proptest! {
         #[test]
         fn agrees_with_each_block(blocks in "[#+.x]{1,3000}", width in 0usize..200) {
             let device = device_of(blocks.len());
-            let map = region(&blocks).draw(&device, width);
+            let map = draw(&items(&blocks), &device, width);
             prop_assert!(map.lines().take_while(|l| !l.is_empty()).count() <= LINES as usize);
             let cells = cells(&map);
             let per_cell = blocks.len().div_ceil(cells.len()).next_power_of_two();
             prop_assert_eq!(per_cell > 1, map.contains(", the first of these"));
             let expected: String = blocks.as_bytes().chunks(per_cell).map(|cell| {
-                match cell {
+                char::from(match cell {
                     _ if cell.iter().any(|block| b"#x".contains(block)) => POPULATED,
                     _ if cell.contains(&b'+') => PLUGGED,
                     _ => DISCARDED,
-                }
+                })
             }).collect();
             prop_assert_eq!(cells, expected);
         }

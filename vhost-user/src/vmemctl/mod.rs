@@ -13,6 +13,8 @@ mod inspect;
 mod man;
 mod map;
 mod progress;
+mod range_stream;
+mod region_json;
 mod resize;
 mod sse;
 mod status;
@@ -20,10 +22,11 @@ mod status;
 mod tests;
 
 pub use args::{Args, Command};
-pub use client::{Client, Events};
+pub use client::{Client, Events, Take};
 pub use console::Console;
 pub use failure::Failure;
 pub use man::{ManPage, man_pages};
+pub use range_stream::{Item, List};
 
 use std::ffi::OsString;
 use std::fs;
@@ -34,6 +37,12 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use serde_json::json;
+
+use map::Map;
+use region_json::RegionJson;
+
+/// What is written of a long output at a time, bytes.
+const WRITTEN_AT_ONCE: usize = 64 << 10;
 
 /// Exit status of wrong usage.
 const USAGE: u8 = 2;
@@ -126,15 +135,18 @@ async fn speak(
             console.show(&device, || status::sizes(&device))
         }
         Command::Blocks => {
-            let region = map::Region {
-                blocks: client.blocks().await?,
-                populated: client.populated().await?,
-            };
             if console.json {
-                return console.show(&region, String::new);
+                return blocks_as_json(client, console).await;
             }
             let device = client.device().await?;
-            console.print(&region.draw(&device, console.width))
+            let mut map = Map::new(&device, console.width);
+            let mut take = |item| {
+                map.take(item);
+                Ok(())
+            };
+            client.blocks(&mut take).await?;
+            client.populated(&mut take).await?;
+            console.print(&map.draw())
         }
         Command::SystemReset => {
             let device = client.system_reset().await?;
@@ -143,6 +155,24 @@ async fn speak(
         Command::Watch => watch(client, console).await,
         Command::Inspect { .. } | Command::Completions { .. } | Command::Man { .. } => Ok(()),
     }
+}
+
+/// Writes the lists as they come: a region may have more of them than fit into memory.
+async fn blocks_as_json(client: &Client, console: &mut Console<'_>) -> Result<(), Failure> {
+    let (mut json, mut text) = (RegionJson::new(), String::new());
+    let mut take = |item| {
+        json.write(item, &mut text);
+        if text.len() < WRITTEN_AT_ONCE {
+            return Ok(());
+        }
+        let written = console.print(&text);
+        text.clear();
+        written
+    };
+    client.blocks(&mut take).await?;
+    client.populated(&mut take).await?;
+    json.end(&mut text);
+    console.print(&text)
 }
 
 async fn watch(client: &Client, console: &mut Console<'_>) -> Result<(), Failure> {

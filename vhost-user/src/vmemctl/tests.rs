@@ -172,6 +172,31 @@ fn blocks_and_reset() {
     assert_eq!((reset.status, reset.out.as_str()), (0, "requested 0 B, plugged 0 B\n"));
 }
 
+/// Lists are read as they come: no bound on other answers is one on them.
+#[test]
+fn lists_that_are_longer_than_any_other_answer_may_be_are_drawn_and_written_in_full() {
+    let fake = Fake::new();
+    let ranges: Vec<_> = (0..1 << 16).map(|n| Range { offset: n << 14, size: 4096 }).collect();
+    *fake.populated.lock() = Populated { populated: Some(ranges.clone()) };
+    let text = serde_json::to_string(&ranges).unwrap();
+    assert!(text.len() > 2 << 20, "{} bytes", text.len());
+    let (_server, dir) = fake.serve();
+    let map = vmemctl(&dir, &["blocks"]);
+    assert_eq!((map.status, map.err.as_str()), (0, ""));
+    let cells = |c| {
+        map.out
+            .lines()
+            .take_while(|line| !line.is_empty())
+            .flat_map(str::chars)
+            .filter(|&d| d == c)
+            .count()
+    };
+    assert_eq!((cells('#'), cells('.'), cells('+')), (512, 0, 0), "{}", map.out);
+    let json: Value = serde_json::from_str(&vmemctl(&dir, &["blocks", "--json"]).out).unwrap();
+    assert_eq!(json["populated"], json!(ranges));
+    assert_eq!(json["discarded"], json!([{ "offset": 0, "size": 1 << 30 }]));
+}
+
 /// Serves what a daemon served before it told where memory is populated.
 fn serve_older(dir: &TempDir, requests: usize) -> thread::JoinHandle<()> {
     let listener = UnixListener::bind(dir.path().join("api")).unwrap();
@@ -188,7 +213,7 @@ fn serve_older(dir: &TempDir, requests: usize) -> thread::JoinHandle<()> {
                 .collect();
             let (status, body) = match head[0].split(' ').nth(1).unwrap() {
                 "/v1/device" => ("200 OK", json!(fake.device())),
-                "/v1/device/blocks" => ("200 OK", json!(fake.blocks())),
+                "/v1/device/blocks" => ("200 OK", json!(fake.blocks_now())),
                 path => {
                     let problem =
                         Problem::new(StatusCode::NOT_FOUND, format!("There is no {path}"));

@@ -8,7 +8,10 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::broadcast;
 
-use crate::management::{Blocks, DeviceInfo, Event, Management, Populated, Range, Refusal, Server};
+use crate::management::{
+    BlockRanges, Blocks, DeviceInfo, Event, Management, Populated, Range, RangeList, Refusal,
+    Server,
+};
 
 /// Events that a reader may lag behind.
 const BACKLOG: usize = 64;
@@ -62,6 +65,16 @@ impl Fake {
         (server, dir)
     }
 
+    /// What is plugged, from the start, and what is not.
+    pub(crate) fn blocks_now(&self) -> Blocks {
+        let DeviceInfo { region_size, plugged_size, .. } = *self.device.lock();
+        let range = |offset, size| (size != 0).then_some(Range { offset, size });
+        Blocks {
+            plugged: range(0, plugged_size).into_iter().collect(),
+            discarded: range(plugged_size, region_size - plugged_size).into_iter().collect(),
+        }
+    }
+
     /// The guest plugs or unplugs.
     pub(crate) fn plug(&self, plugged_size: u64) {
         self.device.lock().plugged_size = plugged_size;
@@ -90,17 +103,17 @@ impl Management for Fake {
         Ok(device.clone())
     }
 
-    fn blocks(&self) -> Blocks {
-        let DeviceInfo { region_size, plugged_size, .. } = *self.device.lock();
-        let range = |offset, size| (size != 0).then_some(Range { offset, size });
-        Blocks {
-            plugged: range(0, plugged_size).into_iter().collect(),
-            discarded: range(plugged_size, region_size - plugged_size).into_iter().collect(),
+    fn blocks(&self) -> BlockRanges {
+        let Blocks { plugged, discarded } = self.blocks_now();
+        BlockRanges {
+            plugged: RangeList::new(move || Box::new(plugged.clone().into_iter())),
+            discarded: RangeList::new(move || Box::new(discarded.clone().into_iter())),
         }
     }
 
-    fn populated(&self) -> Populated {
-        self.populated.lock().clone()
+    fn populated(&self) -> Option<RangeList> {
+        let ranges = self.populated.lock().populated.clone()?;
+        Some(RangeList::new(move || Box::new(ranges.clone().into_iter())))
     }
 
     fn system_reset(&self) -> Result<DeviceInfo, Refusal> {

@@ -2,6 +2,7 @@
 
 mod fake;
 mod http;
+mod lists;
 mod refusals;
 mod resources;
 mod strain;
