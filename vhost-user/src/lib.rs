@@ -74,7 +74,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let (start, state) = start::open(&config, left)?;
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
-    if config.state_file.is_some() {
+    if state.is_some() {
         // The process before may have ended between a change and its message.
         notifier.notify();
     }

@@ -95,7 +95,8 @@ fn all_but_the_memory_of_the_process_is_kept() {
         for round in 1..4 {
             drop(use_postcopy(&daemon, &ram));
             // It waits at the socket while there is another process image behind it.
-            let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+            let (frontend, channel, mut driver) = connect(&daemon, &ram);
+            assert!(channel.wait_beyond(0, PATIENCE), "told of what may have changed meanwhile");
             let config = frontend.config().unwrap();
             assert_eq!((config.plugged_size, config.requested_size), (2 * BLOCK, 16 * BLOCK));
             assert_eq!(driver.plug(gpa(5), 1).unwrap().kind(), ResponseType::Busy, "frozen");
