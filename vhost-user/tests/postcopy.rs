@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{ADDR, BLOCK, BOOT, PATIENCE, REGION, RING, gpa, options};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use test_vmm::backend_channel::{BackendChannel, Behaviour};
 use test_vmm::daemon::Daemon;
 use test_vmm::device_state;
@@ -279,6 +280,24 @@ fn the_end_lets_go_on_who_still_waits() {
     assert_eq!(destination.daemon.api().device().unwrap()["migration_active"], false);
     // Although the front-end still has its copy of the descriptor.
     frontend.get_vring_base(0).unwrap();
+    drop(shared);
+}
+
+#[test]
+fn memory_that_does_not_arrive_is_replaced_although_the_system_reserves_no_more() {
+    let Some(mut destination) = destination(&[state()], &[]) else { return };
+    let (frontend, shared) = destination.stuck();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", destination.daemon.pid()));
+    let status = status.unwrap();
+    let data = status.lines().find_map(|line| line.strip_prefix("VmData:")).unwrap();
+    let data: u64 = data.trim().trim_end_matches(" kB").parse().unwrap();
+    // As with vm.overcommit_memory=2: there is room for threads, and none for a guest's memory.
+    let limit = Some((data << 10) + (REGION >> 2));
+    let pid = i32::try_from(destination.daemon.pid()).ok().and_then(Pid::from_raw);
+    prlimit(pid, Resource::Data, Rlimit { current: limit, maximum: None }).unwrap();
+    frontend.disconnect();
+    destination.wait_disconnected();
+    assert!(destination.daemon.is_running(), "{}", destination.daemon.stderr());
     drop(shared);
 }
 
