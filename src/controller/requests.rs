@@ -53,8 +53,9 @@ impl MemController {
             return response;
         }
         let mut transaction = self.manager.begin();
-        if self.state().sweep != Sweep::Done && self.memory.is_mapped() {
-            // A guest that asks runs, and what it plugs must be zeros.
+        if self.state().sweep == Sweep::WhenRunning && self.memory.is_mapped() {
+            // A guest that asks runs, and what it plugs must be zeros. Memory that is mapped later is swept
+            // then.
             self.sweep_or(Sweep::WhenMapped);
         }
         let state = self.state();

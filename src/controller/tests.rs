@@ -278,6 +278,27 @@ fn a_block_that_is_plugged_first_is_zeros_whatever_its_memory_held() {
 }
 
 #[test]
+fn a_guest_whose_memory_is_mapped_in_part_has_it_swept_once() {
+    let file = used_memory();
+    let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
+    let part = |from: u64, to: u64| {
+        let (file, range) = (file.try_clone().unwrap(), (to - from) * BLOCK);
+        Arc::new(
+            RamBlock::new("mem".into(), ADDR + from * BLOCK, range, file, from * BLOCK).unwrap(),
+        )
+    };
+    controller.set_memory(vec![part(0, 4)]).unwrap();
+    assert_eq!(controller.execute(plug(0, 1)), Response::Ack);
+    assert_eq!(held_of(&file), 4 * BLOCK, "of what is not mapped");
+    // Strays of the guest itself stay.
+    file.write_all_at(&[1], 2 * BLOCK).unwrap();
+    assert_eq!(controller.execute(plug(1, 1)), Response::Ack);
+    assert_eq!(held_of(&file), 4 * BLOCK + 4096);
+    controller.set_memory(vec![part(0, 4), part(4, NR)]).unwrap();
+    assert_eq!(held_of(&file), 0);
+}
+
+#[test]
 fn memory_that_came_before_a_state_stays_where_the_state_has_it_plugged() {
     let file = used_memory();
     let controller = MemController::new(Start::volatile(device(0)));

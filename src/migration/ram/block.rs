@@ -413,10 +413,16 @@ impl MigrationBlock {
     /// kernel refuses.
     pub fn discard(&self, range: ByteRange) -> io::Result<()> {
         if self.options.keep_resident {
-            let what = "the VMM said that its resident pages must stay (keep_resident)";
-            return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+            return Err(Self::refusal_to_discard());
         }
         self.backing().discard(self.in_file(range)?)
+    }
+
+    /// Why a block that [keeps its resident pages](BlockOptions::keep_resident) is not discarded.
+    pub(super) fn refusal_to_discard() -> io::Error {
+        let what = "the VMM said that its resident pages must stay (keep_resident), and pages would have to \
+                    be discarded";
+        io::Error::new(io::ErrorKind::Unsupported, what)
     }
 
     /// Discards what `range` holds, which is discarded by contract or not in use. Cheap where it holds

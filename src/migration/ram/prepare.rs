@@ -13,12 +13,21 @@ const PIECE: u64 = 64 << 10;
 ///
 /// # Errors
 ///
-/// When memory cannot be discarded, or not be had for a block that keeps what is resident.
+/// When memory cannot be discarded, or not be had for a block that keeps what is resident; with postcopy
+/// such a block is refused.
 pub(in crate::migration) fn prepare(
     blocks: &RamBlocks,
     options: ListOptions,
 ) -> Result<(), MigrationError> {
-    for block in blocks.migratable()? {
+    let blocks = blocks.migratable()?;
+    if let Some(block) =
+        blocks.iter().find(|block| options.postcopy && block.options().keep_resident)
+    {
+        // Else it would be found out with the guest stopped.
+        let what = "be the destination of postcopy";
+        return Err(MigrationError::memory(block.id(), what)(MigrationBlock::refusal_to_discard()));
+    }
+    for block in blocks {
         if options.leaves_out(&block) {
             continue;
         }

@@ -18,7 +18,6 @@ mod dirty_log;
 mod error;
 mod eventfd;
 mod link;
-mod memory_table;
 mod message;
 mod notifier;
 mod postcopy;

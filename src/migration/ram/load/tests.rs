@@ -150,10 +150,16 @@ fn memory_is_discarded_before_any_device_can_pin_it_and_not_afterwards() {
 
 #[test]
 fn a_block_that_keeps_its_pages_is_refused_where_pages_must_be_missing() {
-    let (_, blocks) = used_before(keeping());
+    let (file, blocks) = used_before(keeping());
     let block = blocks.get("vmem0").unwrap();
     let refused = block.discard(ByteRange::new(4096, 4096).unwrap()).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::Unsupported);
+    // Before anything comes, and before anything is written over.
+    let options = ListOptions { postcopy: true, ..ListOptions::default() };
+    let mut ram = RamLoad::new(Arc::clone(&blocks), options, Arc::new(Progress::new()));
+    let error = ram.load_setup().unwrap_err().to_string();
+    assert!(error.contains("cannot be the destination of postcopy"), "{error}");
+    assert_eq!(first_bytes(&file)[1..4], [0xaa; 3]);
 }
 
 #[test]
