@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::fs::{self, FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -112,7 +113,10 @@ impl Backing {
         // A file description of our own, since looking for holes moves the offset that duplicated
         // descriptors share. Where it cannot be had, the shared one has to do.
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-        let file = match File::options().read(true).write(true).open(path) {
+        // Without waiting for another process that has a lease on the file.
+        let at_once = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+        let own = File::options().read(true).write(true).custom_flags(at_once).open(path);
+        let file = match own {
             Ok(own) => own,
             Err(_) if flags.contains(OFlags::APPEND) => return Err(BackingError::Appending),
             Err(_) => file,

@@ -16,7 +16,7 @@ pub struct PopulateRefused {
     pub reason: String,
 }
 
-/// Somebody who relies on memory being there: DMA mappings, the discarder of the memory itself,
+/// A party that relies on memory being there: DMA mappings, the discarder of the memory itself,
 /// a migration in another process.
 ///
 /// Sections are bytes from the start of the region, clipped to what the listener registered for.
@@ -25,7 +25,7 @@ pub trait RamDiscardListener: Send {
     /// The name for logs and errors.
     fn name(&self) -> &str;
 
-    /// `section` is about to be used; map it, or refuse. Whoever was told before a refusal is
+    /// `section` is about to be used; map it, or refuse. A listener told before a refusal is
     /// told to discard again, in reverse order; the one that refuses cleans up after itself.
     ///
     /// # Errors

@@ -117,7 +117,7 @@ impl Listeners {
         }
     }
 
-    /// Tells the listeners, in reverse, that nobody will tell them anything any more.
+    /// Tells the listeners, in reverse, that they will be told nothing any more.
     pub(super) fn lost(&mut self, reason: &str) {
         for registered in self.registered.iter_mut().rev() {
             registered.listener.notify_lost(reason);

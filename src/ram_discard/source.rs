@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use crate::ByteRange;
 
-/// Somebody who knows which parts of a region are populated, as virtio-mem does of its region.
+/// A party that knows which parts of a region are populated, as virtio-mem does of its region.
 ///
 /// All ranges are sections: bytes from the start of the region. The state may change between two
 /// calls; the [`RamDiscardManager`](super::RamDiscardManager) sees to it that it does not while

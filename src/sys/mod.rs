@@ -9,6 +9,8 @@
 pub mod gather;
 pub mod huge_pages;
 pub mod kvm;
+#[cfg(test)]
+mod leases;
 pub mod mapping;
 pub(crate) mod page_cache;
 pub mod page_faults;

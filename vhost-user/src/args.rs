@@ -72,6 +72,11 @@ pub struct Args {
     #[arg(long, value_name = "GROUP")]
     pub socket_group: Option<String>,
 
+    /// Take memory, dirty logs and device state in files of any file system, and not only in memfds
+    /// and on tmpfs and hugetlbfs; a file system that does not answer then stops the daemon
+    #[arg(long)]
+    pub allow_file_memory: bool,
+
     /// Print the back-end's capabilities as JSON and exit; other options are ignored
     #[arg(long)]
     pub print_capabilities: bool,
@@ -105,6 +110,8 @@ pub struct Config {
     pub postcopy: bool,
     /// Who may connect to the sockets.
     pub access: Access,
+    /// Whether the front-end's files may be of any file system.
+    pub allow_file_memory: bool,
 }
 
 /// An option that breaks a rule.
@@ -206,6 +213,7 @@ impl TryFrom<Args> for Config {
             api_socket,
             discard_socket,
             state_file,
+            allow_file_memory: args.allow_file_memory,
             postcopy,
             access,
         })

@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
@@ -15,9 +15,9 @@ use vhost_user_backend::{VhostUserBackend, VringState, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_mem::controller::MemController;
-use virtio_mem::memory::RamBlock;
+use virtio_mem::memory::RamBlockError;
 use virtio_queue::QueueT;
-use vm_memory::{Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::device_state::blob;
@@ -25,9 +25,11 @@ use crate::device_state::transfer::{Channel, SILENCE_MAX, Transfers};
 use crate::gate::Gate;
 use crate::metrics::Metrics;
 use crate::postcopy::Postcopy;
-use crate::queue::{self, AtomicMemory, Memory, UsableMemory};
+use crate::queue::{self, AtomicMemory, UsableMemory};
+use crate::ram_blocks::{Kept, RamBlocks};
 use crate::sys::guest_memory;
 use crate::vring::{Calls, Vring};
+use crate::worker::Watch;
 
 /// VIRTIO_MEM_F_ACPI_PXM: node_id is valid (5.15.3).
 const VIRTIO_MEM_F_ACPI_PXM: u32 = 0;
@@ -77,6 +79,8 @@ struct Shared {
     /// Guest requests that were taken off the ring.
     served: AtomicU64,
     transfers: Arc<Transfers>,
+    blocks: RamBlocks,
+    worker: OnceLock<Arc<Watch>>,
     postcopy: Postcopy,
     /// Whether PAGEFAULT is offered.
     offers_postcopy: AtomicBool,
@@ -107,6 +111,8 @@ impl MemBackend {
             calls: Calls::default(),
             served: AtomicU64::new(0),
             transfers: Transfers::new(SILENCE_MAX)?,
+            blocks: RamBlocks::default(),
+            worker: OnceLock::new(),
             postcopy,
             offers_postcopy: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
@@ -119,6 +125,26 @@ impl MemBackend {
     pub fn offer_postcopy(self, offer: bool) -> Self {
         self.shared.offers_postcopy.store(offer, Ordering::Relaxed);
         self
+    }
+
+    /// Has the worker of the ring watched, or does not.
+    #[must_use]
+    pub fn watch_worker(self, watch: Watch) -> Self {
+        // There is one connection, and one worker.
+        let _ = self.shared.worker.set(Arc::new(watch));
+        self
+    }
+
+    /// Takes device state in files of any file system, or only in memory.
+    #[must_use]
+    pub fn allow_files(self, allow: bool) -> Self {
+        self.shared.transfers.allow_files(allow);
+        self
+    }
+
+    /// Whether the connection was ended because the worker of its ring has ended.
+    pub fn worker_lost(&self) -> bool {
+        self.shared.worker.get().is_some_and(|worker| worker.is_lost())
     }
 
     /// Postcopy on this connection.
@@ -319,26 +345,6 @@ impl MemBackend {
         );
         flags.map_or(true, |flags| u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
-
-    /// The RAM blocks of the memory table that the device's region needs.
-    fn ram_blocks(&self, memory: &Memory) -> io::Result<Vec<Arc<RamBlock>>> {
-        let region = self.shared.controller.geometry().region();
-        let mut blocks = Vec::new();
-        for entry in memory.iter() {
-            let (gpa, size) = (entry.start_addr().raw_value(), entry.len());
-            let range = virtio_mem::ByteRange::new(gpa, size);
-            if !range.zip(region).is_some_and(|(range, region)| range.overlaps(region)) {
-                continue;
-            }
-            let id = format!("mem@{gpa:#x}");
-            let Some(file) = entry.file_offset() else {
-                return Err(io::Error::other(format!("memory region {id} has no file")));
-            };
-            let block = RamBlock::new(id, gpa, size, file.file().try_clone()?, file.start());
-            blocks.push(Arc::new(block.map_err(io::Error::other)?));
-        }
-        Ok(blocks)
-    }
 }
 
 impl Shared {
@@ -426,13 +432,19 @@ impl VhostUserBackend for MemBackend {
     }
 
     fn update_memory(&self, memory: AtomicMemory) -> io::Result<()> {
+        let Shared { controller, blocks, postcopy, .. } = &*self.shared;
         let memory = memory.memory().into_inner();
         guest_memory::keep_out_of_core_dumps();
-        let result = self
-            .ram_blocks(&memory)
-            .and_then(|blocks| self.shared.controller.set_memory(blocks).map_err(io::Error::other))
-            // The relay lets nobody use it before.
-            .and_then(|()| self.shared.postcopy.map(memory));
+        let set = |new: Vec<Kept>| {
+            controller.set_memory(new.iter().map(Kept::block).collect())?;
+            blocks.keep(new);
+            Ok(())
+        };
+        let result = blocks
+            .of(&memory, controller.geometry().region())
+            .and_then(|new| set(new).map_err(|error: RamBlockError| io::Error::other(error)))
+            // The relay lets no request use it before.
+            .and_then(|()| postcopy.map(memory));
         result.inspect_err(|error| tracing::error!(%error, "refusing the front-end's memory"))
     }
 
@@ -482,11 +494,19 @@ impl VhostUserBackend for MemBackend {
         vrings: &[Vring],
         _thread_id: usize,
     ) -> io::Result<()> {
+        if let Some(worker) = self.shared.worker.get() {
+            worker.attend();
+        }
         match vrings.get(usize::from(device_event)) {
             Some(vring) => self.serve(vring),
             // An error is how a worker is ended without the crate's exit event, whose
             // descriptor it would leak with every connection.
-            None if device_event == END_EVENT => return Err(io::Error::other("connection ended")),
+            None if device_event == END_EVENT => {
+                if let Some(worker) = self.shared.worker.get() {
+                    worker.plan();
+                }
+                return Err(io::Error::other("connection ended"));
+            }
             None => tracing::warn!(device_event, "unknown event"),
         }
         Ok(())

@@ -1,25 +1,32 @@
 //! One front-end at a time: the relay in front of the crate's back-end.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::Context;
 use parking_lot::Mutex;
 use vhost_user_backend::VhostUserDaemon;
+use virtio_mem::ByteRange;
 use virtio_mem::controller::FreezeHolder;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::backend::{END_EVENT, MemBackend};
-use crate::front_door::{ConnectionEvents, Notifier, Relay};
+use crate::front_door::{ConnectionEvents, Notifier, Relay, RelayError};
+use crate::overdue::{Overdue, Patience};
+use crate::private_socket;
 use crate::queue::{AtomicMemory, Memory};
 use crate::service::Service;
+use crate::worker::Watch;
+
+/// How long the end of a connection may take. What a guest request does is not waited for by a
+/// front-end, and takes as long as it takes to discard much memory.
+const END: Patience = Patience { idle: Duration::from_secs(10), total: Duration::from_secs(300) };
 
 /// Serves front-ends, one after the other, with the same device.
 pub struct Connections {
@@ -29,6 +36,7 @@ pub struct Connections {
     postcopy: bool,
     /// A front-end was given the page faults of this process.
     exposed: AtomicBool,
+    allows_files: bool,
 }
 
 #[derive(Default)]
@@ -41,7 +49,13 @@ impl Connections {
     /// Nobody is connected yet.
     pub fn new(service: Arc<Service>, notifier: Arc<Notifier>) -> Self {
         let (current, exposed) = (Mutex::default(), AtomicBool::new(false));
-        Self { service, notifier, current, postcopy: false, exposed }
+        Self { service, notifier, current, postcopy: false, exposed, allows_files: false }
+    }
+
+    /// Whether front-ends may send files of any file system, and not memory only.
+    #[must_use]
+    pub fn allow_files(self, allows_files: bool) -> Self {
+        Self { allows_files, ..self }
     }
 
     /// Whether front-ends may use postcopy: they may not, unless told so here.
@@ -93,29 +107,32 @@ impl Connections {
 
     fn relay(&self, front: UnixStream) -> anyhow::Result<()> {
         let memory = AtomicMemory::new(Memory::new());
+        let (metrics, gate) = (self.service.metrics(), self.service.gate());
         let backend = MemBackend::new(
             Arc::clone(self.service.controller()),
-            Arc::clone(self.service.metrics()),
-            Arc::clone(self.service.gate()),
+            Arc::clone(metrics),
+            Arc::clone(gate),
             memory.clone(),
         )
         .context("cannot make a back-end")?
+        .watch_worker(Watch::new(front.try_clone()?, Arc::clone(metrics)))
+        .allow_files(self.allows_files)
         .offer_postcopy(self.postcopy);
-        let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend.clone(), memory)
-            .map_err(|error| anyhow::anyhow!("cannot set up the back-end: {error}"))?;
-        let end = EventFd::new(EFD_CLOEXEC)?;
-        for worker in daemon.get_epoll_handlers() {
-            worker.register_listener(end.as_raw_fd(), EventSet::IN, u64::from(END_EVENT))?;
-        }
-        let events =
-            Arc::new(Events { service: Arc::clone(&self.service), backend: backend.clone() });
-        let result = connect(&mut daemon).and_then(|crate_side| {
+        let overdue = self.watch_end().context("cannot watch the connection's end")?;
+        let mut threads = CrateThreads::new(&backend, memory)?;
+        let events = Arc::new(Events {
+            service: Arc::clone(&self.service),
+            backend: backend.clone(),
+            allows_files: self.allows_files,
+        });
+        let result = threads.connect().and_then(|crate_side| {
             Relay::run(front, crate_side, events, Arc::clone(&self.notifier))
                 .context("front-end connection")
         });
         if backend.postcopy().was_advised() {
             self.exposed.store(true, Ordering::Relaxed);
         }
+        overdue.begin();
         // Before anything that waits for the worker, or for the crate's thread, which may do so.
         backend.end();
         if let Err(error) = backend.abandon_postcopy() {
@@ -126,17 +143,90 @@ impl Connections {
             crate::log::flush();
             std::process::exit(1);
         }
-        // Whoever waits for a transfer would wait in the crate's thread.
+        // The crate's thread may wait for a transfer.
         backend.end_transfers();
-        // The crate's own error is the relay's, told less precisely.
-        daemon.request_shutdown();
-        let _ = daemon.wait();
-        end.write(1)?;
-        // Joins the worker: after this nobody uses the front-end's memory.
-        drop(daemon);
+        let reason = threads.end();
+        // After this, nothing uses the front-end's memory.
+        drop(threads);
         backend.postcopy().close();
-        result
+        match (result, reason) {
+            _ if backend.worker_lost() => {
+                anyhow::bail!("the worker of the ring has ended, which is a fault of this program")
+            }
+            (Err(error), Some(reason)) if is_of_the_crate(&error) => {
+                Err(anyhow::anyhow!("{error:#}: {reason}"))
+            }
+            (result, _) => result,
+        }
     }
+
+    /// Ends the process when the end of a connection takes too long: a thread waits in the kernel
+    /// for something that does not come, and no other front-end could be served. The state file is
+    /// good at every instruction.
+    fn watch_end(&self) -> io::Result<Overdue> {
+        let gate = Arc::clone(self.service.gate());
+        let give_up = || {
+            tracing::error!("the connection does not end: a thread is stuck; ending the process");
+            crate::listener::remove_all();
+            crate::log::flush();
+            std::process::exit(1);
+        };
+        Overdue::new(END, move || gate.is_busy(), give_up)
+    }
+}
+
+/// The crate's end of a connection, with the threads that serve it.
+struct CrateThreads {
+    daemon: VhostUserDaemon<MemBackend>,
+    end: EventFd,
+}
+
+impl CrateThreads {
+    fn new(backend: &MemBackend, memory: AtomicMemory) -> anyhow::Result<Self> {
+        // Before there is a worker, which nothing else ends.
+        let end = EventFd::new(EFD_CLOEXEC)?;
+        let daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend.clone(), memory)
+            .map_err(|error| anyhow::anyhow!("cannot set up the back-end: {error}"))?;
+        for worker in daemon.get_epoll_handlers() {
+            let event = u64::from(END_EVENT);
+            if let Err(error) = worker.register_listener(end.as_raw_fd(), EventSet::IN, event) {
+                // Dropped, it would wait for a worker that cannot be ended. It needs no
+                // descriptor, so that this is a kernel out of memory.
+                std::mem::forget(daemon);
+                return Err(error).context("cannot watch for the connection's end");
+            }
+        }
+        Ok(Self { daemon, end })
+    }
+
+    /// Connects to a back-end that can only listen.
+    fn connect(&mut self) -> anyhow::Result<UnixStream> {
+        let (listener, stream) =
+            private_socket::pair().context("cannot connect to the back-end")?;
+        self.daemon
+            .start(&mut listener.into())
+            .map_err(|error| anyhow::anyhow!("cannot start the back-end: {error}"))?;
+        Ok(stream)
+    }
+
+    /// The connection was shut down: waits for the thread that serves it, and tells why it has
+    /// ended.
+    fn end(&mut self) -> Option<vhost_user_backend::Error> {
+        self.daemon.wait().err()
+    }
+}
+
+impl Drop for CrateThreads {
+    fn drop(&mut self) {
+        // There is room for one, and the crate then joins the worker.
+        let _ = self.end.write(1);
+    }
+}
+
+/// Whether the crate has closed the connection, and knows why.
+fn is_of_the_crate(error: &anyhow::Error) -> bool {
+    let relay = error.downcast_ref::<RelayError>();
+    matches!(relay, Some(RelayError::Refused(_) | RelayError::Closed(_) | RelayError::Log(_)))
 }
 
 fn freeze(service: &Service, active: bool) {
@@ -151,28 +241,11 @@ fn freeze(service: &Service, active: bool) {
     }
 }
 
-/// Connects to a back-end that can only listen. The name cannot be guessed, and what connects
-/// first is served, so nobody else can come in between.
-fn connect(daemon: &mut VhostUserDaemon<MemBackend>) -> anyhow::Result<UnixStream> {
-    let connect = || -> io::Result<(UnixListener, UnixStream)> {
-        let random = || RandomState::new().build_hasher().finish();
-        let name = format!("vhost-user-mem-{:016x}{:016x}", random(), random());
-        let address = SocketAddr::from_abstract_name(name)?;
-        let listener = UnixListener::bind_addr(&address)?;
-        let stream = UnixStream::connect_addr(&address)?;
-        Ok((listener, stream))
-    };
-    let (listener, stream) = connect().context("cannot connect to the back-end")?;
-    daemon
-        .start(&mut listener.into())
-        .map_err(|error| anyhow::anyhow!("cannot start the back-end: {error}"))?;
-    Ok(stream)
-}
-
 /// What the relay sees of the connection, told to the device.
 struct Events {
     service: Arc<Service>,
     backend: MemBackend,
+    allows_files: bool,
 }
 
 impl ConnectionEvents for Events {
@@ -190,6 +263,15 @@ impl ConnectionEvents for Events {
 
     fn running(&self) {
         self.service.controller().running();
+    }
+
+    fn allows_files(&self) -> bool {
+        self.allows_files
+    }
+
+    fn is_usable(&self, gpa: u64, len: u64) -> bool {
+        let range = ByteRange::new(gpa, len);
+        range.is_none_or(|range| self.service.controller().is_usable(range))
     }
 
     fn rings_reset(&self) {}

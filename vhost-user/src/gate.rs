@@ -59,6 +59,11 @@ impl Gate {
         true
     }
 
+    /// Whether a request is inside.
+    pub fn is_busy(&self) -> bool {
+        self.state.lock().busy
+    }
+
     /// Takes back one [`close`](Self::close).
     pub fn open(&self) {
         let mut state = self.state.lock();

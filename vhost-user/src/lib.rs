@@ -4,6 +4,7 @@
 //! - [`front_door`]: the connection to the front-end, and config-change messages to it.
 //! - [`connection`]: one front-end at a time, from its arrival until it has left.
 //! - [`backend`], [`queue`], [`vring`], [`gate`]: the vhost-user device and its queue.
+//! - [`worker`]: the end of the queue's worker.
 //! - [`device_state`]: the device's state on its way to or from another daemon.
 //! - [`postcopy`]: guest memory that is used while it still arrives.
 //! - [`service`]: what the management API sees of the device.
@@ -17,6 +18,7 @@
 pub mod args;
 pub mod backend;
 pub mod connection;
+mod descriptors;
 pub mod device_state;
 pub mod discard_channel;
 pub mod front_door;
@@ -25,10 +27,14 @@ mod listener;
 pub mod log;
 pub mod management;
 pub mod metrics;
+mod overdue;
 pub mod postcopy;
+mod private_socket;
 pub mod queue;
+mod ram_blocks;
 mod renew;
 pub mod service;
+mod shared_file;
 pub mod size;
 mod socket;
 mod start;
@@ -36,6 +42,7 @@ pub mod state_file;
 mod sys;
 pub mod vmemctl;
 pub mod vring;
+pub mod worker;
 
 use std::sync::Arc;
 
@@ -69,18 +76,21 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     if let Err(error) = sys::guest_memory::limit_core_dumps() {
         tracing::warn!(%error, "a core dump may have the guest's memory in it");
     }
+    descriptors::raise_limit();
     listener::allow(config.access);
     let left = renew::left()?;
     let (start, state) = start::open(&config, left)?;
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
-    if config.state_file.is_some() {
+    if state.is_some() {
         // The process before may have ended between a change and its message.
         notifier.notify();
     }
     let service = Service::new(controller, Arc::clone(&notifier))?;
-    let connections = Connections::new(Arc::clone(&service), notifier);
-    let connections = Arc::new(connections.offer_postcopy(config.postcopy && can_postcopy()));
+    let connections = Connections::new(Arc::clone(&service), notifier)
+        .offer_postcopy(config.postcopy && can_postcopy())
+        .allow_files(config.allow_file_memory);
+    let connections = Arc::new(connections);
     // Before there is a socket that a signal would leave behind.
     let shutdown = Shutdown::on_signals(signals, Arc::clone(&connections))
         .context("cannot wait for signals")?;

@@ -67,6 +67,7 @@ pub struct Metrics {
     discarded_bytes: Counter,
     discard_failures: CopiedCounter,
     discard_clients_dropped: Counter,
+    workers_lost: Counter,
     log_lines_lost: CopiedCounter,
     discard_clients_turned_away: Counter,
     discard_client_wait: Counter<f64, AtomicU64>,
@@ -115,6 +116,10 @@ impl Metrics {
         let discard_clients_dropped = counter(
             "discard_clients_dropped",
             "Clients of the discard channel dropped for silence or for breaking the protocol",
+        );
+        let workers_lost = counter(
+            "workers_lost",
+            "Connections ended because the worker of their ring ended by itself",
         );
         let log_lines_lost = CopiedCounter::new(counter(
             "log_lines_lost",
@@ -171,6 +176,7 @@ impl Metrics {
             discarded_bytes,
             discard_failures,
             discard_clients_dropped,
+            workers_lost,
             log_lines_lost,
             discard_clients_turned_away,
             discard_client_wait,
@@ -202,6 +208,11 @@ impl Metrics {
     /// Counts a chain that was no request.
     pub fn malformed(&self) {
         self.malformed.inc();
+    }
+
+    /// The worker of a ring ended by itself.
+    pub fn worker_lost(&self) {
+        self.workers_lost.inc();
     }
 
     /// Counts a front-end.

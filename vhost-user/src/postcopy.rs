@@ -48,6 +48,8 @@ struct Faults {
     geometry: Geometry,
     offered: Option<OfferedFaults>,
     listening: bool,
+    /// What is mapped in the place of memory that does not arrive.
+    zeros: Option<OwnedFd>,
     /// The front-end's memory while it is registered. Keeps it mapped.
     memory: Option<Arc<Memory>>,
     /// Sections of the region that are plugged, ascending and apart. `None` from when they are too
@@ -73,9 +75,9 @@ impl Postcopy {
         if faults.listening {
             return Err(io::Error::other("postcopy is under way"));
         }
-        let offered = OfferedFaults::open()?;
+        let (offered, zeros) = (OfferedFaults::open()?, guest_memory::zeros()?);
         let copy = offered.copy()?;
-        faults.offered = Some(offered);
+        (faults.offered, faults.zeros) = (Some(offered), Some(zeros));
         self.advised.store(true, Ordering::Relaxed);
         Ok(copy)
     }
@@ -177,9 +179,12 @@ impl Postcopy {
         let mut faults = self.faults.lock();
         faults.listening = false;
         let (offered, memory) = (faults.offered.take(), faults.memory.take());
-        let (Some(offered), Some(memory)) = (offered, memory) else { return Ok(()) };
+        let zeros = faults.zeros.take();
+        let (Some(offered), Some(memory), Some(zeros)) = (offered, memory, zeros) else {
+            return Ok(());
+        };
         // All of it before anybody goes on, since they may miss another page next.
-        guest_memory::replace_by_zeros(&memory)?;
+        guest_memory::replace_by_zeros(&memory, &zeros)?;
         mapped(Some(&memory)).try_for_each(|(at, len)| offered.wake(at, len))
     }
 
@@ -205,7 +210,7 @@ fn mapped(memory: Option<&Memory>) -> impl Iterator<Item = (u64, u64)> {
 impl Faults {
     fn new(geometry: Geometry) -> Self {
         let plugged = Some(Vec::new());
-        Self { geometry, offered: None, listening: false, memory: None, plugged }
+        Self { geometry, offered: None, listening: false, zeros: None, memory: None, plugged }
     }
 
     /// Follows a change of `section`, unless all of the region is waited for, or is from now on.

@@ -179,15 +179,8 @@ impl VringT<AtomicMemory> for Vring {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let copied = file.as_ref().map(File::try_clone).transpose();
-        let (kick, file) = match copied {
-            Ok(kick) => (kick, file),
-            Err(error) => {
-                tracing::error!(%error, "cannot keep the kick: the ring is not started");
-                (None, None)
-            }
-        };
-        *self.kick.write() = kick;
+        // Without a descriptor left, the crate's own has to do.
+        *self.kick.write() = file.as_ref().and_then(|file| file.try_clone().ok());
         self.ring.set_kick(file);
     }
 
@@ -195,13 +188,15 @@ impl VringT<AtomicMemory> for Vring {
     /// when it stops the ring, or may have replaced the descriptor since it was found readable. An
     /// error ends the worker, and with it the connection.
     fn read_kick(&self) -> io::Result<bool> {
-        if let Some(kick) = &*self.kick.read() {
-            match take(kick) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                taken => taken?,
-            }
+        let taken = match &*self.kick.read() {
+            Some(kick) => take(kick).map(|()| self.ring.get_ref().is_enabled()),
+            // Waits where the front-end has made it block, and has taken the kick itself.
+            None => self.ring.read_kick(),
+        };
+        match taken {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            taken => taken,
         }
-        Ok(self.ring.get_ref().is_enabled())
     }
 
     fn set_call(&self, file: Option<File>) {

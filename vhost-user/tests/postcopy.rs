@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{ADDR, BLOCK, BOOT, PATIENCE, REGION, RING, gpa, options};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use test_vmm::backend_channel::{BackendChannel, Behaviour};
 use test_vmm::daemon::Daemon;
 use test_vmm::device_state;
@@ -243,17 +244,29 @@ fn a_page_that_never_comes_is_zeros() {
 #[test]
 fn a_fault_in_discarded_memory_is_the_kernels() {
     let Some(destination) = destination(&[], &[]) else { return };
-    // Nobody serves this front-end's back-end.
     let frontend = negotiated(&destination.daemon);
     let _userfaultfd = frontend.postcopy_advise().unwrap().unwrap();
     frontend.postcopy_listen().unwrap();
-    frontend.set_mem_table_postcopy(&destination.ram).unwrap();
+    let mapped = frontend.set_mem_table_postcopy(&destination.ram).unwrap();
     frontend.confirm_memory(Request::SetMemTable).unwrap();
-    // The used index of a ring in an unplugged block is read at SET_VRING_ADDR.
-    let driver = MemDriver::at(&destination.ram, gpa(7), 128, true).unwrap();
-    destination.ram.punch(gpa(7)..gpa(8)).unwrap();
-    frontend.setup_ring(0, driver.ring()).unwrap();
-    assert_eq!(frontend.config().unwrap().region_size, REGION);
+    for region in mapped {
+        let device = region.guest_addr == ADDR;
+        assert_eq!(waits_for_pages(&destination.daemon, region.user_addr), !device);
+    }
+}
+
+/// Whether a missing page at an address of the daemon is the front-end's to bring.
+fn waits_for_pages(daemon: &Daemon, address: u64) -> bool {
+    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", daemon.pid())).unwrap();
+    let mut lines = smaps.lines().skip_while(|line| {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let parse = |text| u64::from_str_radix(text, 16).ok();
+        let range = range.and_then(|(start, end)| Some(parse(start)?..parse(end)?));
+        !range.is_some_and(|range| range.contains(&address))
+    });
+    let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).expect("it is mapped");
+    // VM_UFFD_MISSING.
+    flags.split(' ').any(|flag| flag == "um")
 }
 
 #[test]
@@ -267,6 +280,24 @@ fn the_end_lets_go_on_who_still_waits() {
     assert_eq!(destination.daemon.api().device().unwrap()["migration_active"], false);
     // Although the front-end still has its copy of the descriptor.
     frontend.get_vring_base(0).unwrap();
+    drop(shared);
+}
+
+#[test]
+fn memory_that_does_not_arrive_is_replaced_although_the_system_reserves_no_more() {
+    let Some(mut destination) = destination(&[state()], &[]) else { return };
+    let (frontend, shared) = destination.stuck();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", destination.daemon.pid()));
+    let status = status.unwrap();
+    let data = status.lines().find_map(|line| line.strip_prefix("VmData:")).unwrap();
+    let data: u64 = data.trim().trim_end_matches(" kB").parse().unwrap();
+    // As with vm.overcommit_memory=2: there is room for threads, and none for a guest's memory.
+    let limit = Some((data << 10) + (REGION >> 2));
+    let pid = i32::try_from(destination.daemon.pid()).ok().and_then(Pid::from_raw);
+    prlimit(pid, Resource::Data, Rlimit { current: limit, maximum: None }).unwrap();
+    frontend.disconnect();
+    destination.wait_disconnected();
+    assert!(destination.daemon.is_running(), "{}", destination.daemon.stderr());
     drop(shared);
 }
 

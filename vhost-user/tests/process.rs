@@ -74,16 +74,19 @@ fn a_terminal_that_closes_ends_nothing() {
 }
 
 #[test]
-fn signals_that_the_launcher_blocked_are_seen_to() {
+fn signals_that_the_launcher_blocked_or_ignored_are_seen_to() {
     let block = "--block-signal=TERM,INT,BUS";
     if !Command::new("env").args([block, "true"]).status().is_ok_and(|status| status.success()) {
         return eprintln!("skipped: env(1) cannot block signals here");
     }
-    for signal in [Signal::TERM, Signal::INT] {
+    let blocked = &["env", block][..];
+    let ignored = &["sh", "-c", "trap '' TERM INT HUP; exec \"$@\"", "sh"];
+    let cases = [(blocked, Signal::TERM), (blocked, Signal::INT), (ignored, Signal::TERM)];
+    for (launcher, signal) in cases {
         let dir = tempfile::tempdir().unwrap();
         let (socket, api) = (dir.path().join("vhost.sock"), dir.path().join("api.sock"));
-        let mut daemon = Command::new("env");
-        daemon.args([block, DAEMON]).args(REGION).arg("--socket-path").arg(&socket);
+        let mut daemon = Command::new(launcher[0]);
+        daemon.args(&launcher[1..]).arg(DAEMON).args(REGION).arg("--socket-path").arg(&socket);
         let daemon = daemon.arg("--api-socket").arg(&api).stderr(Stdio::null()).spawn().unwrap();
         let mut daemon = Started(daemon);
         daemon.wait_for(&api);

@@ -6,6 +6,9 @@ mod common;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{BLOCK, PATIENCE, connect, gpa, options, ram};
@@ -31,10 +34,10 @@ fn daemon(options: DaemonOptions) -> Option<Daemon> {
 }
 
 /// What a front-end has that used postcopy: the daemon's page faults, and where its memory was.
-fn use_postcopy(daemon: &Daemon, ram: &GuestRam) -> (OwnedFd, Vec<MemoryRegion>) {
-    let frontend = Frontend::connect(&daemon.socket()).unwrap();
+fn use_postcopy(socket: &Path, ram: &GuestRam) -> (OwnedFd, Vec<MemoryRegion>) {
+    let frontend = Frontend::connect(socket).unwrap();
     let agreed = frontend.negotiate(USUAL_FEATURES, PROTOCOL).unwrap();
-    assert_ne!(agreed.protocol & protocol_feature::PAGEFAULT, 0, "{}", daemon.stderr());
+    assert_ne!(agreed.protocol & protocol_feature::PAGEFAULT, 0);
     let userfaultfd = frontend.postcopy_advise().unwrap().unwrap();
     frontend.postcopy_listen().unwrap();
     let mapped = frontend.set_mem_table_postcopy(ram).unwrap();
@@ -58,7 +61,7 @@ fn without_the_option_no_front_end_gets_the_page_faults() {
 fn what_a_front_end_has_kept_reaches_nothing_of_the_next() {
     let Some(daemon) = daemon(options()) else { return };
     let ram = ram();
-    let (kept, mapped) = use_postcopy(&daemon, &ram);
+    let (kept, mapped) = use_postcopy(&daemon.socket(), &ram);
     let (frontend, _channel, mut driver) = connect(&daemon, &ram);
     assert_eq!(driver.plug(gpa(1), 1).unwrap().kind(), ResponseType::Ack);
     let faults = ClientFaults::new(kept).unwrap();
@@ -93,9 +96,10 @@ fn all_but_the_memory_of_the_process_is_kept() {
         let inodes = || sockets.each_ref().map(|path| fs::metadata(path).unwrap().ino());
         let before = (daemon.pid(), inodes());
         for round in 1..4 {
-            drop(use_postcopy(&daemon, &ram));
+            drop(use_postcopy(&daemon.socket(), &ram));
             // It waits at the socket while there is another process image behind it.
-            let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+            let (frontend, channel, mut driver) = connect(&daemon, &ram);
+            assert!(channel.wait_beyond(0, PATIENCE), "told of what may have changed meanwhile");
             let config = frontend.config().unwrap();
             assert_eq!((config.plugged_size, config.requested_size), (2 * BLOCK, 16 * BLOCK));
             assert_eq!(driver.plug(gpa(5), 1).unwrap().kind(), ResponseType::Busy, "frozen");
@@ -118,6 +122,33 @@ fn all_but_the_memory_of_the_process_is_kept() {
 }
 
 #[test]
+fn a_listening_socket_that_was_inherited_is_served_again() {
+    if OfferedFaults::open().is_err() {
+        return eprintln!("skipped: no postcopy in this environment");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vhost.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_vhost-user-mem"))
+        .args(["--fd", "0", "--postcopy", "--addr", "0x140000000", "--region-size", "1G"])
+        .args(["--requested-size", "128M"])
+        .stdin(OwnedFd::from(listener))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    for _ in 0..2 {
+        drop(use_postcopy(&socket, &ram()));
+        let frontend = Frontend::connect(&socket).unwrap();
+        frontend.negotiate(USUAL_FEATURES, PROTOCOL).unwrap();
+        assert_eq!(frontend.config().unwrap().requested_size, 128 << 20);
+    }
+    assert!(daemon.try_wait().unwrap().is_none());
+    rustix::process::kill_process(rustix::process::Pid::from_child(&daemon), Signal::TERM).unwrap();
+    assert!(daemon.wait().unwrap().success());
+    assert!(socket.exists(), "it is not the daemon's to remove");
+}
+
+#[test]
 fn an_ordinary_front_end_does_not_start_it_anew() {
     let Some(daemon) = daemon(options()) else { return };
     for _ in 0..3 {
@@ -131,7 +162,7 @@ fn an_ordinary_front_end_does_not_start_it_anew() {
 fn a_signal_at_any_moment_of_the_start_anew_ends_it_in_order() {
     for delay in 0..12 {
         let Some(mut daemon) = daemon(options()) else { return };
-        drop(use_postcopy(&daemon, &ram()));
+        drop(use_postcopy(&daemon.socket(), &ram()));
         std::thread::sleep(Duration::from_micros(delay * 700));
         daemon.signal(Signal::TERM).unwrap();
         let status = daemon.terminate(PATIENCE).unwrap();

@@ -36,7 +36,7 @@ const AT_EVENT: usize = 5;
 
 const WORD_BITS: usize = u64::BITS as usize;
 
-/// Neither may a client change the file, nor anybody its size: a reader of a file that shrinks is
+/// No client may change the file, and no process its size: a reader of a file that shrinks is
 /// killed by SIGBUS.
 const SEALS: SealFlags =
     SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::FUTURE_WRITE).union(SealFlags::SEAL);
@@ -139,7 +139,7 @@ impl BitmapWriter {
         let words = self.words.words();
         let sequence = words[AT_SEQUENCE].load(Ordering::Relaxed);
         words[AT_SEQUENCE].store(sequence.wrapping_add(1), Ordering::Relaxed);
-        // Whoever sees one of the stores below sees the odd count.
+        // A reader that sees one of the stores below sees the odd count.
         fence(Ordering::Release);
         words[AT_EVENT].store(event, Ordering::Relaxed);
         for (blocks, plugged) in changes {
@@ -158,7 +158,7 @@ fn set(bits: &[AtomicU64], blocks: Range<usize>, plugged: bool) {
         let mask = (u64::MAX >> (WORD_BITS - (end - at))) << (at % WORD_BITS);
         let before = bits[index].load(Ordering::Relaxed);
         let after = if plugged { before | mask } else { before & !mask };
-        // Not written when it stays, so that pages of a large bitmap that nobody uses stay away.
+        // Not written when it stays, so that pages of a large bitmap that are not used stay away.
         if after != before {
             bits[index].store(after, Ordering::Relaxed);
         }

@@ -77,8 +77,8 @@ pub struct DeviceSizes {
 ///
 /// Listeners are called on a thread of this value, with its lock held, while the device's process
 /// and the guest wait. They must not call back. A listener, a registration or a visit that lasts
-/// longer than [`patience`](Self::patience) while a change comes costs the connection; whoever
-/// needs longer freezes block state first.
+/// longer than [`patience`](Self::patience) while a change comes costs the connection; a user
+/// that needs longer freezes block state first.
 ///
 /// What is replayed is the state after the last event that the listeners were told: the bitmap in
 /// shared memory, with what of those events it does not show yet.
@@ -349,7 +349,7 @@ impl Shared {
 
     /// At least the asked blocks, as after the last event that this client dealt with.
     ///
-    /// The server waits for this client before it goes on to the next change, and the view is
+    /// The server waits for this client before it begins the next change, and the view is
     /// locked, so the writer can come in between only while it finishes the last one.
     fn blocks(
         &self,

@@ -120,7 +120,7 @@ impl FrameReader {
 ///
 /// # Errors
 ///
-/// When there is no room, or nobody at the other end. The stream is of no use then.
+/// When there is no room, or the other end is closed. The stream is of no use then.
 pub fn send(stream: &UnixStream, message: &impl Message) -> io::Result<()> {
     send_frame(stream, message, &[])
 }

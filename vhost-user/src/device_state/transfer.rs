@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, PipeReader, PipeWriter, Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,8 @@ use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
+
+use crate::shared_file::FileKind;
 
 /// How long a transfer of a daemon may stand still.
 pub const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -29,6 +32,8 @@ pub struct Transfers {
     /// Hung up once the connection has ended.
     end: PipeReader,
     silence_max: Duration,
+    /// Whether files of any file system are taken.
+    allows_files: AtomicBool,
 }
 
 struct State {
@@ -47,7 +52,7 @@ enum Phase {
 /// The descriptor of a transfer.
 pub struct Channel {
     file: File,
-    /// Pipes and sockets can stand still, regular files cannot.
+    /// Pipes and sockets can stand still, files in memory cannot.
     waits: bool,
     transfers: Arc<Transfers>,
 }
@@ -62,7 +67,14 @@ impl Transfers {
         let (end, connection) = io::pipe()?;
         let state = State { phase: Phase::None, connection: Some(connection) };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        Ok(Arc::new(Self { state, changed, end, silence_max }))
+        let allows_files = AtomicBool::new(false);
+        Ok(Arc::new(Self { state, changed, end, silence_max, allows_files }))
+    }
+
+    /// Takes files of any file system, or only memory: reading and writing others may stand still
+    /// without a bound.
+    pub fn allow_files(&self, allow: bool) {
+        self.allows_files.store(allow, Ordering::Relaxed);
     }
 
     /// Runs `transfer` in a thread of its own and closes `file` after it. `name` is for logs.
@@ -77,11 +89,16 @@ impl Transfers {
         file: File,
         transfer: impl FnOnce(&mut Channel) -> anyhow::Result<()> + Send + 'static,
     ) -> io::Result<()> {
-        let kind = FileType::from_raw_mode(fstat(&file)?.st_mode);
-        let waits = match kind {
-            FileType::Fifo | FileType::Socket => true,
-            FileType::RegularFile => false,
-            _ => return Err(io::Error::other("not a pipe, a socket or a regular file")),
+        let waits = match FileKind::of(&file) {
+            FileKind::Pipe | FileKind::Socket => true,
+            FileKind::Memory => false,
+            FileKind::Other if !self.allows_files.load(Ordering::Relaxed) => {
+                return Err(io::Error::other("not a pipe, a socket or a file in memory"));
+            }
+            FileKind::Other => match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+                FileType::RegularFile => false,
+                _ => return Err(io::Error::other("not a pipe, a socket or a regular file")),
+            },
         };
         {
             let mut state = self.state.lock();
@@ -262,13 +279,18 @@ mod tests {
             assert!(saving.check() && loading.check());
             assert!(*read.lock() == bytes);
         }
-        let mut stored = tempfile::tempfile().unwrap();
-        stored.write_all(&bytes).unwrap();
-        io::Seek::rewind(&mut stored).unwrap();
-        let transfers = Transfers::new(SILENCE_MAX).unwrap();
-        let read = load(&transfers, stored, 1 << 20);
-        assert!(transfers.check());
-        assert!(*read.lock() == bytes);
+        let memfd = rustix::fs::memfd_create("stored", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        for (mut stored, allows_files) in
+            [(File::from(memfd), false), (tempfile::tempfile_in(".").unwrap(), true)]
+        {
+            stored.write_all(&bytes).unwrap();
+            io::Seek::rewind(&mut stored).unwrap();
+            let transfers = Transfers::new(SILENCE_MAX).unwrap();
+            transfers.allow_files(allows_files);
+            let read = load(&transfers, stored, 1 << 20);
+            assert!(transfers.check());
+            assert!(*read.lock() == bytes);
+        }
     }
 
     #[test]
@@ -330,9 +352,14 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_refused() {
-        let transfers = Transfers::new(SILENCE_MAX).unwrap();
-        let zero = File::open("/dev/zero").unwrap();
-        assert!(transfers.start("load", zero, |_| Ok(())).is_err());
+    fn devices_are_refused_and_files_that_are_not_memory_unless_they_are_allowed() {
+        for allows_files in [false, true] {
+            let transfers = Transfers::new(SILENCE_MAX).unwrap();
+            transfers.allow_files(allows_files);
+            let zero = File::open("/dev/zero").unwrap();
+            assert!(transfers.start("load", zero, |_| Ok(())).is_err());
+            let file = File::open("Cargo.toml").unwrap();
+            assert_eq!(transfers.start("load", file, |_| Ok(())).is_ok(), allows_files);
+        }
     }
 }

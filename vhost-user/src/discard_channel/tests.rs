@@ -227,7 +227,7 @@ fn a_client_that_asks_without_reading_is_dropped_without_a_wait() {
     let rig = rig();
     let raw = Raw::attached(&rig);
     raw.stream.set_write_timeout(Some(SOON)).unwrap();
-    // Its answers fill the socket; then it is dropped, and what it says is for nobody.
+    // Its answers fill the socket; then it is dropped, and what it says counts for nothing.
     let mut id = 0;
     while send(&raw.stream, &ClientMessage::GetSizes { id }).is_ok() || rig.dropped() == 0 {
         id += 1;

@@ -24,9 +24,16 @@ impl DirtyLog {
         let Some(fd) = fds.pop() else {
             return Err(RelayError::Fds { request, count: 0 });
         };
+        let (size, offset) = (u64_at(&body, 0), u64_at(&body, 8));
+        let page_size = rustix::param::page_size() as u64;
+        if size == 0 || offset % page_size != 0 {
+            let reason =
+                format!("a log of {size} bytes at {offset:#x}: the offset is to be a page's");
+            return Err(RelayError::Value { request, reason });
+        }
         let stat = fstat(&fd).map_err(|e| RelayError::io("cannot look at the dirty log", e))?;
         // A page that the file does not have would kill the daemon at the first mark.
-        let end = u64_at(&body, 0).checked_add(u64_at(&body, 8));
+        let end = size.checked_add(offset);
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         if regular && end.is_none_or(|end| end > u64::try_from(stat.st_size).unwrap_or(0)) {
             let reason = format!("a log that ends past its file of {} bytes", stat.st_size);

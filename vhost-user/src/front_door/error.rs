@@ -17,6 +17,12 @@ pub enum RelayError {
         /// What is wrong.
         reason: String,
     },
+    /// There was no room for the descriptors of a message.
+    #[error(
+        "there are not enough file descriptors for what the front-end sent: raise the limit of \
+         open files"
+    )]
+    NoDescriptors,
     /// The connection was closed in the middle of a message.
     #[error("the connection was closed in the middle of a message")]
     Truncated,
@@ -67,6 +73,9 @@ pub enum RelayError {
     /// The device side closed the connection instead of answering.
     #[error("the device could not handle {0} and closed the connection")]
     Closed(FrontendRequest),
+    /// The device side did not answer in time.
+    #[error("the device did not answer {0} in time")]
+    Silent(FrontendRequest),
     /// The dirty log could not be applied to memory that was added after it.
     #[error("the dirty log does not cover the memory that {0} added")]
     Log(FrontendRequest),

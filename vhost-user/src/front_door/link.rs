@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -31,6 +32,8 @@ pub(super) enum Side {
 pub(super) enum Stop {
     /// A side closed its end between two messages.
     Closed(Side),
+    /// Nothing came in time.
+    Late,
     /// Something went wrong.
     Failed(RelayError),
 }
@@ -71,12 +74,21 @@ impl Link {
 
     /// Reads one message, however it was cut into writes.
     pub(super) fn receive(&self, side: Side) -> Result<Message, Stop> {
+        self.receive_until(side, None)
+    }
+
+    /// The same, but for no longer than `until`.
+    pub(super) fn receive_until(
+        &self,
+        side: Side,
+        until: Option<Instant>,
+    ) -> Result<Message, Stop> {
         let mut bytes = [0; HEADER_SIZE];
         let mut fds = Vec::new();
-        self.fill(side, &mut bytes, &mut fds, true)?;
+        self.fill(side, &mut bytes, &mut fds, true, until)?;
         let header = Header::parse(&bytes)?;
         let mut body = vec![0; header.size as usize];
-        self.fill(side, &mut body, &mut fds, false)?;
+        self.fill(side, &mut body, &mut fds, false, until)?;
         Ok(Message { header, body, fds })
     }
 
@@ -87,6 +99,7 @@ impl Link {
         buffer: &mut [u8],
         fds: &mut Vec<OwnedFd>,
         between_messages: bool,
+        until: Option<Instant>,
     ) -> Result<(), Stop> {
         let mut done = 0;
         while done < buffer.len() {
@@ -99,7 +112,7 @@ impl Link {
                 Err(Stop::Failed(RelayError::Io { source, .. }))
                     if source.kind() == std::io::ErrorKind::WouldBlock =>
                 {
-                    self.wait(side, PollFlags::IN)?;
+                    self.wait(side, PollFlags::IN, until)?;
                 }
                 Err(stop) => return Err(stop),
             }
@@ -122,7 +135,7 @@ impl Link {
             let attached = if done == 0 { fds } else { &[] };
             match send_some(self.stream(side).as_fd(), &bytes[done..], attached) {
                 Ok(count) => done += count,
-                Err(Errno::AGAIN) => self.wait(side, PollFlags::OUT)?,
+                Err(Errno::AGAIN) => self.wait(side, PollFlags::OUT, None)?,
                 Err(Errno::INTR) => {}
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(Stop::Closed(side)),
                 Err(error) => return Err(RelayError::io("cannot send a message", error).into()),
@@ -132,7 +145,7 @@ impl Link {
     }
 
     /// Waits until `side` is ready, or until the other side has gone.
-    fn wait(&self, side: Side, what: PollFlags) -> Result<(), Stop> {
+    fn wait(&self, side: Side, what: PollFlags, until: Option<Instant>) -> Result<(), Stop> {
         // While the front-end is expected to speak, the crate has nothing to say. The other way
         // round, the front-end may well have sent its next request, or closed its sending half
         // after the last one and still wait for the answer.
@@ -152,7 +165,11 @@ impl Link {
                 PollFd::new(self.stream(other), watched),
                 PollFd::from_borrowed_fd(lost, lost_events),
             ];
-            match poll(&mut polled, None) {
+            // A duration that is none of the kernel's is long enough to be none at all.
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            match poll(&mut polled, timeout.as_ref()) {
+                Ok(0) if left.is_some_and(|left| left.is_zero()) => return Err(Stop::Late),
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(error) => {
@@ -220,7 +237,11 @@ fn receive_some(
             fds.extend(rights);
         }
     }
-    if fds.len() > FDS_MAX || received.flags.contains(ReturnFlags::CTRUNC) {
+    let truncated = received.flags.contains(ReturnFlags::CTRUNC);
+    if truncated && fds.len() < FDS_MAX {
+        return Err(RelayError::NoDescriptors.into());
+    }
+    if truncated || fds.len() > FDS_MAX {
         return Err(RelayError::TooManyFds.into());
     }
     Ok(received.bytes)

@@ -18,6 +18,7 @@ mod dirty_log;
 mod error;
 mod eventfd;
 mod link;
+mod memory_table;
 mod message;
 mod notifier;
 mod postcopy;

@@ -30,6 +30,13 @@ pub trait ConnectionEvents: Send + Sync + 'static {
     /// A ring runs. Called again with every change of the rings, as long as one does.
     fn running(&self);
 
+    /// Whether files of any file system are taken for memory, logs and device state.
+    fn allows_files(&self) -> bool;
+
+    /// Whether the guest may use `len` bytes at `gpa` now: what lies in the device's region is
+    /// plugged.
+    fn is_usable(&self, gpa: u64, len: u64) -> bool;
+
     /// RESET_DEVICE or RESET_OWNER has disabled all rings. Called while quiesced.
     fn rings_reset(&self);
 

@@ -11,10 +11,12 @@ use super::link::Stop;
 use super::message::{FrontendRequest, Message, Reply, protocol, u32_at};
 use super::quiesced::Quiesced;
 use super::session::{LOG_ALL, PROTOCOL_FEATURES, Session};
+use crate::descriptors;
+use crate::shared_file::{FileKind, NOT_MEMORY};
 use crate::sys::guest_memory;
 
 /// Largest queue of the device.
-const QUEUE_SIZE_MAX: u32 = 128;
+pub(super) const QUEUE_SIZE_MAX: u16 = 128;
 /// Bytes in front of the content of GET_CONFIG and SET_CONFIG.
 const CONFIG_HEADER: usize = 12;
 /// Size of the configuration space for the crate.
@@ -70,11 +72,8 @@ impl Session<'_> {
             }
             R::GET_CONFIG | R::SET_CONFIG => self.config(request, message),
             R::SET_DEVICE_STATE_FD | R::CHECK_DEVICE_STATE => self.device_state(request, message),
-            R::SET_VRING_ADDR if self.unconfirmed.is_some() => {
-                // The crate reads the used index, and nobody would bring its page.
-                let reason = "memory that it has not confirmed".into();
-                Err(RelayError::Value { request, reason }.into())
-            }
+            R::SET_VRING_ADDR => self.set_vring_addr(message),
+            R::GET_MAX_MEM_SLOTS => self.get_max_mem_slots(message),
             R::POSTCOPY_ADVISE | R::POSTCOPY_LISTEN | R::POSTCOPY_END => {
                 self.postcopy(request, message)
             }
@@ -210,9 +209,12 @@ impl Session<'_> {
         } else if message.fds.len() != regions {
             return Err(RelayError::Fds { request, count: message.fds.len() }.into());
         }
-        let quiesced = Quiesced::new(self.events, self.link)?;
+        self.check_files(request, &message)?;
         let mut body = message.body.clone();
+        let table = self.table.after(request, &mut message)?;
+        let quiesced = Quiesced::new(self.events, self.link)?;
         self.forward(request, message)?;
+        self.table = table;
         if request == FrontendRequest::REM_MEM_REG {
             drop(quiesced);
             return self.acknowledge(header, 0);
@@ -240,8 +242,57 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Refuses files whose file system could keep the daemon waiting: from here on it is asked.
+    fn check_files(&self, request: FrontendRequest, message: &Message) -> Result<(), RelayError> {
+        let is_memory = |file| FileKind::of(file) == FileKind::Memory;
+        if self.events.allows_files() || message.fds.iter().all(is_memory) {
+            return Ok(());
+        }
+        Err(RelayError::Value { request, reason: NOT_MEMORY.to_owned() })
+    }
+
+    /// There may be fewer descriptors than the crate has slots.
+    fn get_max_mem_slots(&self, message: Message) -> Result<(), Stop> {
+        let header = message.header;
+        let reply = self.forward(FrontendRequest::GET_MAX_MEM_SLOTS, message)?;
+        let slots = reply.u64_at(0).min(descriptors::memory_slots());
+        self.answer(header, &slots.to_le_bytes(), &[])
+    }
+
+    /// The crate says of no address why it refuses it; and takes rings in memory that the guest may
+    /// not use, which it could never serve.
+    fn set_vring_addr(&mut self, message: Message) -> Result<(), Stop> {
+        let request = FrontendRequest::SET_VRING_ADDR;
+        let refuse = |reason| Err(RelayError::Value { request, reason }.into());
+        if self.unconfirmed.is_some() {
+            // The crate reads the used index, and the front-end would not bring its page.
+            return refuse("memory that it has not confirmed".into());
+        }
+        let size = u64::from(self.rings.size(message.u32_at(0)));
+        for (what, at, len) in [
+            ("descriptor table", 8, 16 * size),
+            ("used ring", 16, 6 + 8 * size),
+            ("available ring", 24, 6 + 2 * size),
+        ] {
+            let user_addr = message.u64_at(at);
+            let Some(gpa) = self.table.gpa_of(user_addr) else {
+                return refuse(format!(
+                    "a {what} at user address {user_addr:#x}, which is in no memory region"
+                ));
+            };
+            if !self.events.is_usable(gpa, len) {
+                return refuse(format!(
+                    "a {what} at guest-physical {gpa:#x}, in memory of the device that is not \
+                     plugged: is --addr right?"
+                ));
+            }
+        }
+        self.pass(request, message)
+    }
+
     fn set_log_base(&mut self, message: Message) -> Result<(), Stop> {
         let header = message.header;
+        self.check_files(FrontendRequest::SET_LOG_BASE, &message)?;
         let log = DirtyLog::new(message)?;
         let request = FrontendRequest::SET_LOG_BASE;
         let reply = self.inject(request, &log.body, &[log.fd.as_fd()])?;
@@ -252,13 +303,16 @@ impl Session<'_> {
 
     fn set_vring_num(&mut self, message: Message) -> Result<(), Stop> {
         let num = message.u32_at(4);
-        if num == 0 || num > QUEUE_SIZE_MAX || !num.is_power_of_two() {
+        if num == 0 || num > u32::from(QUEUE_SIZE_MAX) || !num.is_power_of_two() {
             let reason = format!("{num} entries, not a power of two up to {QUEUE_SIZE_MAX}");
             return Err(
                 RelayError::Value { request: FrontendRequest::SET_VRING_NUM, reason }.into()
             );
         }
-        self.pass(FrontendRequest::SET_VRING_NUM, message)
+        let index = message.u32_at(0);
+        self.pass(FrontendRequest::SET_VRING_NUM, message)?;
+        self.rings.resize(index, u16::try_from(num).unwrap_or(QUEUE_SIZE_MAX));
+        Ok(())
     }
 
     fn set_vring_kick(&mut self, message: Message) -> Result<(), Stop> {
@@ -370,6 +424,11 @@ impl Session<'_> {
             let (direction, phase) = (message.u32_at(0), message.u32_at(4));
             if direction > LOAD || phase != STOPPED {
                 warn!(direction, phase, "unknown direction or phase of device state");
+                return self.answer(message.header, &NO_TRANSFER.to_le_bytes(), &[]);
+            }
+            let files = message.fds.iter().any(|fd| FileKind::of(fd) == FileKind::Other);
+            if files && !self.events.allows_files() {
+                warn!("device state cannot be transferred by {NOT_MEMORY}");
                 return self.answer(message.header, &NO_TRANSFER.to_le_bytes(), &[]);
             }
         }

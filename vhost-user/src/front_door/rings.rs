@@ -1,5 +1,7 @@
 //! Which rings run, as the front-end's messages say.
 
+use std::collections::BTreeMap;
+
 /// Rings that are followed; the crate refuses indices that it does not have.
 const RINGS: u32 = 64;
 
@@ -12,11 +14,25 @@ pub(super) struct Rings {
     known: u64,
     /// A reset disabled all rings, and none has been enabled since.
     reset: bool,
+    /// Entries of those that the front-end has told the size of.
+    sizes: BTreeMap<u32, u16>,
 }
 
 impl Rings {
     fn bit(index: u32) -> u64 {
         if index < RINGS { 1 << index } else { 0 }
+    }
+
+    /// The crate has accepted the size of a ring.
+    pub(super) fn resize(&mut self, index: u32, size: u16) {
+        if index < RINGS {
+            self.sizes.insert(index, size);
+        }
+    }
+
+    /// Entries of a ring; as many as there can be while the front-end has not said.
+    pub(super) fn size(&self, index: u32) -> u16 {
+        self.sizes.get(&index).copied().unwrap_or(super::requests::QUEUE_SIZE_MAX)
     }
 
     /// A kick descriptor came.

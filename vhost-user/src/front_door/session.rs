@@ -1,6 +1,7 @@
 //! What is known about one connection, and the exchange of its messages.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use tracing::{debug, trace, warn};
 
@@ -8,6 +9,7 @@ use super::dirty_log::DirtyLog;
 use super::error::RelayError;
 use super::eventfd;
 use super::link::{Link, Side, Stop};
+use super::memory_table::MemoryTable;
 use super::message::{FrontendRequest, Header, Message, Reply, protocol};
 use super::notifier::Notifier;
 use super::quiesced::Quiesced;
@@ -19,12 +21,18 @@ pub(super) const LOG_ALL: u64 = 1 << 26;
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub(super) const PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// How long the crate may take to answer what does not touch guest memory. It never takes long,
+/// unless there was no descriptor left for one in the message: then it drops the header, takes the
+/// body for the next one, and waits for more.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
 /// The state of one connection.
 pub(super) struct Session<'a> {
     pub(super) link: &'a Link,
     pub(super) events: &'a dyn ConnectionEvents,
     pub(super) notifier: &'a Notifier,
     pub(super) rings: Rings,
+    pub(super) table: MemoryTable,
     pub(super) owned: bool,
     /// Features that the crate has in force.
     pub(super) features: u64,
@@ -53,6 +61,7 @@ impl<'a> Session<'a> {
             events,
             notifier,
             rings: Rings::default(),
+            table: MemoryTable::default(),
             owned: false,
             features: 0,
             enables_rings: false,
@@ -78,6 +87,7 @@ impl<'a> Session<'a> {
         };
         match stop {
             Stop::Closed(side) => Ok(side),
+            Stop::Late => Err(RelayError::Truncated),
             Stop::Failed(error) => Err(error),
         }
     }
@@ -177,12 +187,21 @@ impl<'a> Session<'a> {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Message, Stop> {
+        // The crate's end of the socket needs as many descriptors as the message has, and the device
+        // as many again.
+        let twice = fds.iter().chain(fds);
+        let room: Result<Vec<_>, _> = twice.map(BorrowedFd::try_clone_to_owned).collect();
+        if room.map(drop).is_err() {
+            return Err(RelayError::NoDescriptors.into());
+        }
+        let until = self.is_bounded(request).then(|| Instant::now() + ANSWER_MAX);
         let reply = self
             .link
             .send(Side::Crate, header.asking(), body, fds)
-            .and_then(|()| self.link.receive(Side::Crate))
+            .and_then(|()| self.link.receive_until(Side::Crate, until))
             .map_err(|stop| match stop {
                 Stop::Closed(Side::Crate) => RelayError::Closed(request).into(),
+                Stop::Late => RelayError::Silent(request).into(),
                 other => other,
             })?;
         if reply.header.request != header.request || !reply.header.is_reply() {
@@ -200,6 +219,14 @@ impl<'a> Session<'a> {
             }
         }
         Ok(reply)
+    }
+
+    /// Whether the answer of the crate has a bound. In postcopy, a ring may be held by a request
+    /// that waits for a page.
+    fn is_bounded(&self, request: FrontendRequest) -> bool {
+        use FrontendRequest as R;
+        let with_one = [R::SET_VRING_KICK, R::SET_VRING_CALL, R::SET_VRING_ERR];
+        !self.listening && (with_one.contains(&request) || request == R::SET_DEVICE_STATE_FD)
     }
 
     /// Sends a reply to the front-end.

@@ -13,7 +13,7 @@ use tracing_subscriber::layer::{self, Context};
 use super::notice;
 
 /// Lines of one kind that are told one by one. Their reasons may differ.
-const FIRST: u32 = 10;
+const FIRST: u32 = 30;
 
 /// Between two counts. A kind that was quiet for as long begins anew.
 pub(super) const INTERVAL: Duration = Duration::from_secs(10);
@@ -171,7 +171,7 @@ mod tests {
         let passed = limited(|limit| {
             flood(1000);
             let [line] = &limit.repeated()[..] else { panic!("one kind") };
-            let told = "990 more like this: a guest does it again\n";
+            let told = "970 more like this: a guest does it again\n";
             assert!(line.contains("WARN") && line.contains(module_path!()), "{line}");
             assert!(line.ends_with(told), "{line}");
             flood(5);
@@ -196,11 +196,11 @@ mod tests {
         let passed = limited(|limit| {
             flood(1000);
             tracing::error!("something else");
-            for _ in 0..20 {
+            for _ in 0..40 {
                 tracing::debug!("asked for");
             }
             assert_eq!(limit.repeated().len(), 1);
         });
-        assert_eq!(passed, FIRST + 1 + 20);
+        assert_eq!(passed, FIRST + 1 + 40);
     }
 }

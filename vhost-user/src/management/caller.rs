@@ -22,7 +22,7 @@ impl Caller {
         Self { management, calls: Arc::new(Semaphore::new(CALLS)) }
     }
 
-    /// A call that was begun goes on to its end, also when nobody waits for it any more. So its place
+    /// A call that was begun runs to its end, also when its client has gone. So its place
     /// goes with it: clients that leave and come again do not make more of them.
     pub(super) async fn call<T: Send + 'static>(
         &self,

@@ -175,7 +175,7 @@ pub(super) async fn populated(State(api): State<Api>) -> Result<Response, Proble
     (status = 200, description = "The device after the reset", body = DeviceInfo),
     (status = 400, response = openapi::Malformed),
     (status = 408, response = openapi::TooSlow),
-    (status = 409, description = "Memory cannot be given back now", body = Problem,
+    (status = 409, description = "Memory cannot be discarded now", body = Problem,
         content_type = "application/problem+json"),
     (status = 413, response = openapi::TooLarge),
     (status = 415, response = openapi::WrongType),

@@ -63,7 +63,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// When somebody serves the socket, when the path is something else than a socket, or when
+    /// When the socket is served already, when the path is something else than a socket, or when
     /// it cannot be bound.
     pub fn bind(path: impl AsRef<Path>, management: Arc<dyn Management>) -> io::Result<Self> {
         let (listener, file) = listener::bind(path.as_ref())?;

@@ -65,7 +65,10 @@ fn new_by(namings: &[Naming], path: &Path, content: &Content<'_>) -> io::Result<
         Err(error) if is_unsupported(&error) => {
             let _ = fs::remove_file(&temporary);
             let file = create(path)?;
-            write(&file, path, content)?;
+            if let Err(error) = write(&file, path, content) {
+                let _ = fs::remove_file(path);
+                return Err(error);
+            }
             sync_folder(path)?;
             return Ok(file);
         }
@@ -101,13 +104,15 @@ pub(super) fn instead_of(old: &File, path: &Path, content: &Content<'_>) -> io::
         file.set_permissions(metadata.permissions())?;
         fs::rename(&temporary, path)
     };
-    match replaced().and_then(|()| assert_same(&file, path)).and_then(|()| sync_folder(path)) {
-        Ok(()) => Ok(file),
-        Err(error) => {
-            let _ = fs::remove_file(&temporary);
-            Err(error)
-        }
+    if let Err(error) = replaced() {
+        let _ = fs::remove_file(&temporary);
+        return Err(error);
     }
+    // It has the name by now, so this cannot be an error any more.
+    if let Err(error) = sync_folder(path) {
+        tracing::warn!(%error, path = %path.display(), "cannot sync the folder of the state file");
+    }
+    Ok(file)
 }
 
 /// Makes a file without a name.

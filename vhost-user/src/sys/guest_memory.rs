@@ -1,28 +1,42 @@
 //! Mappings of guest memory as a whole.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::ptr;
 
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::queue::Memory;
 
-/// Puts private memory of zeros in the place of all of `memory`. Nothing that is read then comes
-/// from the front-end's files, and nothing that is written goes there.
+/// A file of zeros, to be mapped in the place of guest memory. Made before there is a need: then
+/// there may be no descriptor left.
+///
+/// # Errors
+///
+/// When there is no descriptor to be had.
+pub(crate) fn zeros() -> io::Result<OwnedFd> {
+    Ok(memfd_create("zeros", MemfdFlags::CLOEXEC)?)
+}
+
+/// Puts the file of [`zeros`] in the place of all of `memory`. Nothing that is read then comes from
+/// the front-end's files, and nothing that is written goes there. Unlike for private memory, the
+/// kernel reserves nothing for it, which it might refuse for as much as a guest has.
 ///
 /// # Errors
 ///
 /// When the kernel refuses; a part may have been replaced.
-pub(crate) fn replace_by_zeros(memory: &Memory) -> io::Result<()> {
-    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+pub(crate) fn replace_by_zeros(memory: &Memory, zeros: &OwnedFd) -> io::Result<()> {
+    let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+    ftruncate(zeros, memory.iter().map(GuestMemoryRegion::len).max().unwrap_or(0))?;
     for region in memory.iter() {
         let (start, len) = (region.as_ptr().cast(), region.len() as usize);
         // SAFETY: this is the whole mapping of a region, which `memory` keeps mapped, and which is
         // unmapped by its address later. It is only accessed by volatile and atomic operations
         // that expect any content at any time.
-        unsafe { mmap_anonymous(start, len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        unsafe { mmap(start, len, ProtFlags::READ | ProtFlags::WRITE, flags, zeros, 0) }?;
     }
     Ok(())
 }
@@ -93,14 +107,14 @@ mod tests {
 
     #[test]
     fn what_is_written_after_a_replacement_does_not_reach_the_file() {
-        let fd = rustix::fs::memfd_create("replaced", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let fd = memfd_create("replaced", MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);
         file.set_len(4 << 12).unwrap();
         let offset = FileOffset::new(file.try_clone().unwrap(), 0);
         let ranges = [(GuestAddress(1 << 20), 4 << 12, Some(offset))];
         let memory = Memory::from_ranges_with_files(ranges).unwrap();
         memory.write_obj(7u8, GuestAddress(1 << 20)).unwrap();
-        replace_by_zeros(&memory).unwrap();
+        replace_by_zeros(&memory, &zeros().unwrap()).unwrap();
         assert_eq!(memory.read_obj::<u8>(GuestAddress(1 << 20)).unwrap(), 0);
         memory.write_obj(9u8, GuestAddress((1 << 20) + 4096)).unwrap();
         let bytes = std::os::unix::fs::FileExt::read_at;

@@ -63,7 +63,7 @@ impl<'a> Console<'a> {
         }
     }
 
-    /// Writes a line to stderr; there is nobody to tell if that fails.
+    /// Writes a line to stderr; a failure of that cannot be told.
     pub fn complain(&mut self, line: &str) {
         let _ = writeln!(self.err, "{line}");
     }

@@ -17,7 +17,7 @@ use crate::size::format_size;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Failure {
-    /// Nobody serves the socket.
+    /// The socket is not served.
     #[error("cannot reach the daemon at {}: {source}", path.display())]
     Unreachable {
         /// The socket.
@@ -44,7 +44,7 @@ pub enum Failure {
         /// What stood in the way, if that is known.
         obstacle: Option<&'static str>,
     },
-    /// Somebody else asked for another size meanwhile.
+    /// Another client asked for another size meanwhile.
     #[error("superseded: the requested size is now {}, no longer {} (plugged: {})",
         format_size(*requested_size), format_size(*wanted), format_size(*plugged_size))]
     Superseded {
@@ -92,7 +92,7 @@ impl Failure {
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::TimedOut { .. } => 3,
-            // Whoever read the output has seen enough.
+            // The reader of the output has seen enough.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
             _ => 1,
         }

@@ -59,8 +59,8 @@ struct EndOfReader<'a>(&'a Shared);
 impl Drop for EndOfReader<'_> {
     fn drop(&mut self) {
         let lost = self.0.lose("the thread that reads events has ended");
-        // Whoever registers from here on fails, so nobody is missed. When this side has closed the
-        // connection there is nobody to tell, and a listener may be the one that did.
+        // A listener that registers from here on fails, so none is missed. When this side has closed
+        // the connection none is to be told, and a listener may be the one that did.
         if !self.0.closing.load(Ordering::Acquire) {
             self.0.view.lock().listeners.lost(&lost.0);
         }
@@ -126,7 +126,7 @@ impl Shared {
             return Err(format!("event {number} is about {wrong}, which are not whole blocks"));
         }
         let mut view = self.view.lock();
-        // What was on its way when this side ended the connection is for nobody.
+        // What was on its way when this side ended the connection counts for nothing.
         self.requests.check().map_err(|lost| lost.0)?;
         if number <= view.event {
             return Err(format!("event {number} after event {}", view.event));
@@ -146,7 +146,7 @@ impl Shared {
                 view.note(number, sections, populated, self.bitmap.event());
                 ClientMessage::Ack { event: number }
             }
-            // Whoever had populated it has discarded it again, and the server does not ask for it.
+            // Listeners that had populated it have discarded it again; the server does not ask for it.
             Some(refused) => ClientMessage::Refuse { event: number, reason: refused.to_string() },
         };
         // Sent with the view locked: what is done after it is after the event.

@@ -88,7 +88,7 @@ impl Requests {
         Ok(id)
     }
 
-    /// Hands an answer over; false when nobody waits for it.
+    /// Hands an answer over; false when no thread waits for it.
     pub(super) fn answer(&self, id: u64, answer: Answer) -> bool {
         let mut inner = self.inner.lock();
         let Some(slot @ None) = inner.waiting.get_mut(&id) else { return false };

@@ -73,7 +73,7 @@ impl Server {
         self.frames.next(&self.stream).unwrap()
     }
 
-    /// Sends an event and gives back the answer.
+    /// Sends an event and returns the answer.
     fn event(&mut self, section: ByteRange, populated: bool) -> ClientMessage {
         self.event_of(&[section], populated)
     }

@@ -37,7 +37,7 @@ pub enum ClientMessage {
         /// Number of the freeze.
         freeze: u64,
     },
-    /// The freeze is to go on. It was held without a gap when that is done.
+    /// The freeze is to continue. It was held without a gap when that is done.
     Renew {
         /// Comes back in the answer.
         id: u64,

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use super::super::link::send_some;
 use super::super::message::{FrontendRequest as R, Header, protocol};
-use super::harness::{Bench, FEATURES, OFFERED, assert_closed, event, region, witness};
+use super::harness::{Bench, FEATURES, OFFERED, assert_closed, event, memfd, region, witness};
 
 #[test]
 fn single_bytes_make_messages() {
@@ -61,7 +61,7 @@ fn descriptors_of_refused_requests_are_closed() {
 fn memory_changes_while_quiesced() {
     let bench = Bench::negotiated();
     let (kept, pipe) = witness();
-    assert_eq!(bench.ask(R::ADD_MEM_REG, &region(0, 4096), &[pipe.as_fd()]), 0);
+    assert_eq!(bench.ask(R::ADD_MEM_REG, &region(0, 4096), &[memfd(4096).as_fd()]), 0);
     assert_eq!(bench.ask(R::REM_MEM_REG, &region(0, 4096), &[pipe.as_fd()]), 0);
     drop(pipe);
     assert_closed(kept);

@@ -28,6 +28,8 @@ pub(super) const OFFERED: u64 = 1 << protocol::MQ
 
 /// Where the crate maps what is at 0, and what it maps nowhere.
 pub(super) const MAPPED: u64 = 0x7fff_0000_0000;
+/// A page that the guest may not use.
+pub(super) const UNPLUGGED: u64 = 0xf000;
 pub(super) const NOWHERE: u64 = 0x1000_0000;
 
 /// What happened, in order.
@@ -48,6 +50,12 @@ impl ConnectionEvents for Recorder {
         self.0.lock().push("release".into());
     }
     fn running(&self) {}
+    fn allows_files(&self) -> bool {
+        false
+    }
+    fn is_usable(&self, gpa: u64, len: u64) -> bool {
+        gpa + len <= UNPLUGGED || gpa >= UNPLUGGED + 0x1000
+    }
     fn rings_reset(&self) {
         self.0.lock().push("rings_reset".into());
     }

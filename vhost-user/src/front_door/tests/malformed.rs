@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::super::RelayError;
 use super::super::message::{FDS_MAX, FrontendRequest as R, Header, protocol};
@@ -137,6 +138,20 @@ fn what_signals_a_ring_must_be_an_eventfd() {
             assert_eq!(bench.take_journal(), [""; 0]);
         }
     }
+}
+
+/// It is signalled as often as it counts, which may be for ever.
+#[test]
+fn a_kick_in_semaphore_mode_is_refused() {
+    let flags = EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE;
+    let kick = eventfd(1_000_000, flags).unwrap();
+    let mut bench = Bench::negotiated();
+    assert_eq!(bench.ask(R::SET_VRING_CALL, &[0; 8], &[kick.as_fd()]), 0);
+    bench.take_journal();
+    assert_eq!(bench.ask(R::SET_VRING_KICK, &[0; 8], &[kick.as_fd()]), 1);
+    let error = bench.outcome().unwrap_err().to_string();
+    assert!(error.contains("SET_VRING_KICK with an eventfd in semaphore mode"), "{error}");
+    assert_eq!(bench.take_journal(), [""; 0]);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! The relay with the crate that it stands in front of.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, RwLock};
 use std::thread::{JoinHandle, spawn};
@@ -141,8 +142,11 @@ fn logs_follow_memory() {
 #[test]
 fn what_it_refuses_has_a_name() {
     let (mut bench, crate_thread) = bench();
-    assert_eq!(add(&bench, 0), 0);
-    assert_eq!(add(&bench, 0), 1);
+    // Nothing is mapped for writing that cannot be written.
+    let memory = memfd(0x10000);
+    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+    let read_only = File::open(path).unwrap();
+    assert_eq!(bench.ask(R::ADD_MEM_REG, &region(0, 0x10000), &[read_only.as_fd()]), 1);
     assert!(matches!(bench.outcome(), Err(RelayError::Refused(R::ADD_MEM_REG))));
     crate_thread.join().unwrap();
 }

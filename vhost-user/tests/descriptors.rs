@@ -1,0 +1,96 @@
+//! A daemon without file descriptors left: an error ends the connection, and nothing hangs.
+
+mod common;
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{ADDR, BOOT, REGION, RING, gpa, options, ram};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use test_vmm::backend_channel::{BackendChannel, Behaviour};
+use test_vmm::connection::{Connection, Error};
+use test_vmm::daemon::Daemon;
+use test_vmm::driver::{MemDriver, ResponseType};
+use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
+use test_vmm::memory::{GuestRam, Layout};
+
+/// Sets how many descriptors the daemon may have; `None` for as many as the system lets it.
+fn limit(daemon: &Daemon, count: Option<u64>) {
+    let pid = i32::try_from(daemon.pid()).ok().and_then(Pid::from_raw);
+    let before = rustix::process::getrlimit(Resource::Nofile);
+    let limit = Rlimit { current: count.or(before.maximum), maximum: before.maximum };
+    prlimit(pid, Resource::Nofile, limit).unwrap();
+}
+
+fn descriptors(daemon: &Daemon) -> u64 {
+    fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count() as u64
+}
+
+/// All that a front-end does, as far as it gets; its requests are answered, or the connection ends.
+fn visit(daemon: &Daemon, ram: &Arc<GuestRam>) -> Result<(), Error> {
+    let mut connection = Connection::connect(&daemon.socket(), common::PATIENCE)?;
+    connection.set_timeout(Duration::from_secs(30));
+    let frontend = Frontend::new(connection);
+    frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES)?;
+    let _channel = BackendChannel::open(&frontend, Behaviour::AckAtOnce)?;
+    frontend.set_mem_table(ram)?;
+    let mut driver = MemDriver::at(ram, RING, 128, true).unwrap();
+    frontend.start_ring(0, driver.ring())?;
+    frontend.set_mem_table(ram)?;
+    assert_eq!(driver.plug(gpa(0), 1).unwrap().kind(), ResponseType::Ack);
+    assert_eq!(driver.unplug(gpa(0), 1).unwrap().kind(), ResponseType::Ack);
+    frontend.get_vring_base(0)?;
+    test_vmm::device_state::save(&frontend)?;
+    Ok(())
+}
+
+#[test]
+fn with_any_number_of_descriptors_left_a_front_end_is_served_or_refused_and_the_next_is_served() {
+    let mut daemon = common::daemon(options());
+    let ram = ram();
+    visit(&daemon, &ram).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    let used = descriptors(&daemon);
+    let mut served = 0;
+    for left in 0..40 {
+        limit(&daemon, Some(used + left));
+        let outcome = visit(&daemon, &ram);
+        limit(&daemon, None);
+        if let Err(Error::Timeout(..)) = outcome {
+            panic!("with {left} descriptors left: {outcome:?} {}", daemon.stderr());
+        }
+        served += u32::from(outcome.is_ok());
+        let next = visit(&daemon, &ram);
+        assert!(next.is_ok(), "after {left} descriptors: {next:?} {}", daemon.stderr());
+    }
+    assert!(0 < served && served < 40, "{served}");
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn as_many_regions_as_there_are_descriptors_for_are_offered_and_can_be_had() {
+    let daemon = common::daemon(options());
+    let before = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let status = fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let soft = line.split_whitespace().nth(3).unwrap();
+    assert_eq!(soft.parse::<u64>().ok(), before, "the soft limit is raised to the hard one");
+    limit(&daemon, Some(1024));
+    let layout = Layout::boot_and_device(BOOT, ADDR, REGION).unwrap().split(ADDR, 512).unwrap();
+    let ram = Arc::new(GuestRam::new(layout).unwrap());
+    let frontend = Frontend::connect(&daemon.socket()).unwrap();
+    frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
+    let slots = frontend.get_max_mem_slots().unwrap();
+    assert_eq!(slots, 384);
+    for region in &ram.regions()[..slots as usize] {
+        frontend.add_mem_region(&ram, region).unwrap();
+    }
+    let mut driver = MemDriver::at(&ram, RING, 128, true).unwrap();
+    frontend.start_ring(0, driver.ring()).unwrap();
+    let last = slots - 2;
+    assert_eq!(driver.plug(gpa(last), 1).unwrap().kind(), ResponseType::Ack);
+    assert_eq!(driver.plug(gpa(last + 1), 1).unwrap().kind(), ResponseType::Busy);
+    // One for the mapping and one for the device, and no more with each change.
+    assert!(descriptors(&daemon) < 2 * slots + 40, "{}", descriptors(&daemon));
+}
