@@ -219,6 +219,7 @@ fn remote(max_bandwidth: Option<u64>) -> (f64, f64) {
                 urgent: Some(channel(far_urgent)),
                 reconnect: Box::new(GiveUp),
                 failed: Arc::new(Stop),
+                listening: None,
             }),
             progress: Arc::clone(&progress),
         }

@@ -3,6 +3,7 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -64,6 +65,8 @@ pub struct Channel {
     fd: Arc<OwnedFd>,
     /// Who may cancel it.
     progress: Option<Arc<Progress>>,
+    /// Once true, it is too late for that.
+    committed: Option<Arc<AtomicBool>>,
     written: u64,
     /// No read waits longer; for the end of a migration, where the other side must answer.
     patience: Option<Duration>,
@@ -79,7 +82,13 @@ impl Channel {
     pub fn new(fd: impl Into<OwnedFd>, progress: Arc<Progress>) -> io::Result<Self> {
         let fd = fd.into();
         rustix::io::ioctl_fionbio(&fd, true)?;
-        Ok(Self { fd: Arc::new(fd), progress: Some(progress), written: 0, patience: None })
+        Ok(Self {
+            fd: Arc::new(fd),
+            progress: Some(progress),
+            committed: None,
+            written: 0,
+            patience: None,
+        })
     }
 
     /// Another handle of the same channel.
@@ -87,6 +96,7 @@ impl Channel {
         Self {
             fd: Arc::clone(&self.fd),
             progress: self.progress.clone(),
+            committed: self.committed.clone(),
             written: 0,
             patience: None,
         }
@@ -97,8 +107,15 @@ impl Channel {
         Self { progress: None, ..self.clone_handle() }
     }
 
+    /// Another handle of the same channel, which ends only with the channel once `committed` is
+    /// true. So do the handles that are cloned from it.
+    pub(super) fn cancellable_until(&self, committed: Arc<AtomicBool>) -> Self {
+        Self { committed: Some(committed), ..self.clone_handle() }
+    }
+
     fn is_cancelled(&self) -> bool {
-        self.progress.as_ref().is_some_and(|progress| progress.is_cancelled())
+        let committed = self.committed.as_ref().is_some_and(|it| it.load(Ordering::Acquire));
+        !committed && self.progress.as_ref().is_some_and(|progress| progress.is_cancelled())
     }
 
     /// Lets a read wait for at most so long.

@@ -29,8 +29,14 @@ pub trait Devices {
     /// When a device cannot be saved.
     fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError>;
 
-    /// Loads the state of a device. `early` while no memory came yet. Memory need not be there
-    /// before all is [`loaded`](Self::loaded): a snapshot's comes last.
+    /// Loads the state of a device. `early` while no memory came yet.
+    ///
+    /// What a device may touch of guest memory depends on what is loaded. In postcopy and lazy restore,
+    /// all of it from LISTEN on, in every section that is not early: a page that is outstanding is
+    /// waited for. If the migration fails or is cancelled meanwhile, that wait ends with zeros, and
+    /// the guest does not run here whatever the device makes of them. In precopy, all of it in the
+    /// same sections. In a snapshot that is restored at once, nothing before
+    /// [`loaded`](Self::loaded): memory comes last.
     ///
     /// # Errors
     ///

@@ -14,7 +14,7 @@ use crate::ram_discard::{FreezeError, FreezeLost, Unavailable};
 pub enum MigrationError {
     /// What came is no migration stream, or ends too early.
     #[error(transparent)]
-    Format(#[from] FormatError),
+    Format(FormatError),
     /// The RAM blocks of the two sides differ.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -103,6 +103,17 @@ pub enum MigrationError {
     /// What the migration was asked for cannot be done together.
     #[error("{0}")]
     NotPossible(String),
+    /// The destination sends more than is kept for it.
+    #[error(
+        "the destination sends more than {limit} {what} that are not answered yet; one that works \
+         does not, so it is not listened to any more"
+    )]
+    Flooded {
+        /// What it sends.
+        what: &'static str,
+        /// How many are kept.
+        limit: usize,
+    },
     /// The other side closed the channel.
     #[error("the other side closed the channel while {0}")]
     ChannelClosed(&'static str),
@@ -114,14 +125,37 @@ pub enum MigrationError {
         /// Why it could not.
         reason: String,
     },
+    /// Memory is given up before all of it has arrived.
+    #[error(
+        "{pages} pages have not arrived and are not waited for any more; a guest that runs on this \
+         memory must be stopped"
+    )]
+    Outstanding {
+        /// Target pages.
+        pages: u64,
+    },
     /// Somebody cancelled it.
     #[error("cancelled")]
     Cancelled,
 }
 
+impl From<FormatError> for MigrationError {
+    fn from(error: FormatError) -> Self {
+        match &error {
+            // A read that was cancelled says nothing of the stream.
+            FormatError::Wire(WireError::Io { source, .. })
+                if source.raw_os_error() == Some(libc::ECANCELED) =>
+            {
+                Self::Cancelled
+            }
+            _ => Self::Format(error),
+        }
+    }
+}
+
 impl From<WireError> for MigrationError {
     fn from(error: WireError) -> Self {
-        Self::Format(error.into())
+        FormatError::from(error).into()
     }
 }
 
@@ -138,6 +172,24 @@ impl MigrationError {
     pub(crate) fn memory(block: &str, what: &'static str) -> impl FnOnce(io::Error) -> Self {
         let block = block.to_owned();
         move |source| Self::Memory { block, what, source }
+    }
+
+    /// Whether it passes once there is memory.
+    pub(crate) fn is_no_memory(&self) -> bool {
+        match self {
+            Self::Io { source, .. } | Self::Memory { source, .. } => {
+                matches!(source.raw_os_error(), Some(libc::ENOMEM | libc::ENOSPC))
+            }
+            _ => false,
+        }
+    }
+
+    /// The same as an error of a system call, with its number if it has one.
+    pub(crate) fn into_io(self) -> io::Error {
+        match self {
+            Self::Io { source, .. } | Self::Memory { source, .. } => source,
+            other => io::Error::other(other),
+        }
     }
 
     /// The error number that tells the source of it.

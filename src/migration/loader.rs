@@ -148,6 +148,11 @@ impl<'a> Loader<'a> {
         Ok(read_footer(reader, section_id)?)
     }
 
+    /// Whether devices and handlers have taken over what came.
+    pub(super) fn is_loaded(&self) -> bool {
+        self.loaded
+    }
+
     /// The last chance to refuse.
     pub(super) fn all_loaded(&mut self) -> Result<(), MigrationError> {
         if !self.loaded {

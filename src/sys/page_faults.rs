@@ -347,6 +347,8 @@ pub(super) fn messages(fd: BorrowedFd<'_>, each: impl FnMut(&UffdMsg)) -> io::Re
         std::slice::from_raw_parts_mut(messages.as_mut_ptr().cast::<u8>(), size_of_val(&messages))
     };
     let read = match rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut *bytes)) {
+        // Not of a userfaultfd, which has a message or would block.
+        Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
         Ok(read) => read,
         Err(Errno::AGAIN) => return Ok(()),
         Err(errno) => return Err(errno.into()),

@@ -9,7 +9,7 @@
 //! long as that lives, and nothing takes this back. A copy is for somebody who is trusted with the process.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 
@@ -18,6 +18,9 @@ use super::page_faults::{
     IOC_ZEROPAGE, Placed, REGISTER_MODE_MISSING, UffdioCopy, UffdioZeropage, handshake, messages,
 };
 use super::userfaultfd::{IOC_REGISTER, UffdioRange, UffdioRegister, open};
+
+/// What the kernel calls the file of a userfaultfd.
+const USERFAULTFD: &[u8] = b"anon_inode:[userfaultfd]";
 
 /// A userfaultfd for mappings of this process. Faults of system calls are not for it: those on
 /// registered memory fail with `EFAULT`. For that, no privilege is needed.
@@ -96,12 +99,19 @@ pub struct ClientFault {
 pub struct ClientFaults(OwnedFd);
 
 impl ClientFaults {
-    /// Takes the descriptor that came from the other process.
+    /// Takes the descriptor that came from the other process, which may be any.
     ///
     /// # Errors
     ///
-    /// When it cannot be set not to block.
+    /// `InvalidInput` when it is not a userfaultfd; or when it cannot be set not to block.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        // The kernel's own name of it, which no file has. Nothing is asked of the descriptor itself,
+        // since a file system in user space would not have to answer.
+        let name = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
+        if name.to_bytes() != USERFAULTFD {
+            let what = format!("{name:?} where a userfaultfd was expected");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
         rustix::io::ioctl_fionbio(&fd, true)?;
         fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
         Ok(Self(fd))
@@ -111,9 +121,10 @@ impl ClientFaults {
     ///
     /// # Errors
     ///
-    /// When they cannot be read: it is no userfaultfd, or the other process never finished
-    /// opening it.
+    /// When they cannot be read: the other process never finished opening it.
     pub fn read(&self, faults: &mut Vec<ClientFault>) -> io::Result<()> {
+        // The other process shares this flag and may have lifted it.
+        rustix::io::ioctl_fionbio(&self.0, true)?;
         messages(self.0.as_fd(), |message| {
             faults.push(ClientFault { address: message.address, thread: message.thread });
         })
@@ -124,7 +135,7 @@ impl ClientFaults {
     ///
     /// # Errors
     ///
-    /// `EINVAL` when these are no whole pages, `ENOTTY` when it is no userfaultfd.
+    /// `EINVAL` when these are no whole pages.
     pub fn wake(&self, address: u64, len: u64) -> io::Result<()> {
         wake(self.0.as_fd(), address, len)
     }
@@ -135,30 +146,23 @@ impl ClientFaults {
     /// # Errors
     ///
     /// `ENOENT` when the other process has not registered the range, `ESRCH` when it has ended,
-    /// `ENOSPC` or `ENOMEM` when there is no memory.
+    /// `ENOSPC` or `ENOMEM` when there is no memory; `EAGAIN` while its address space changes, which
+    /// may last until events of it were [`read`](Self::read).
     pub fn place_zeros(&self, address: u64, len: u64) -> io::Result<Placed> {
         let range = || UffdioRange { start: address, len };
-        loop {
-            let mut zeropage = UffdioZeropage { range: range(), mode: 0, zeropage: 0 };
-            // SAFETY: UFFDIO_ZEROPAGE takes this structure. It puts zeros where a process misses a
-            // page, which is what the kernel would do if nobody had asked for faults.
-            let zeroed = unsafe { super::ioctl(&self.0, IOC_ZEROPAGE, &mut zeropage) };
-            let placed = match zeroed {
-                // Not possible on hugetlb.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    self.copy_zeros(range())
-                }
-                other => other.map(|_| ()),
-            };
-            match placed {
-                Ok(()) => return Ok(Placed::Done),
-                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                    return Ok(Placed::Exists(0));
-                }
-                // The other process's address space is changing.
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
-                Err(error) => return Err(error),
-            }
+        let mut zeropage = UffdioZeropage { range: range(), mode: 0, zeropage: 0 };
+        // SAFETY: UFFDIO_ZEROPAGE takes this structure. It puts zeros where a process misses a page,
+        // which is what the kernel would do if faults had not been asked for.
+        let zeroed = unsafe { super::ioctl(&self.0, IOC_ZEROPAGE, &mut zeropage) };
+        let placed = match zeroed {
+            // Not possible on hugetlb.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.copy_zeros(range()),
+            other => other.map(|_| ()),
+        };
+        match placed {
+            Ok(()) => Ok(Placed::Done),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(Placed::Exists(0)),
+            Err(error) => Err(error),
         }
     }
 
@@ -183,6 +187,33 @@ fn wake(fd: BorrowedFd<'_>, address: u64, len: u64) -> io::Result<()> {
     // SAFETY: UFFDIO_WAKE takes this structure.
     unsafe { super::ioctl(fd, IOC_WAKE, &mut range) }?;
     Ok(())
+}
+
+/// A client that is told of what it removes, for tests.
+#[cfg(test)]
+pub(crate) mod removals {
+    use super::*;
+    use crate::sys::HostMapping;
+
+    impl OfferedFaults {
+        /// As [`open`](Self::open), and each removal waits until its event is read.
+        pub(crate) fn open_with_removals() -> io::Result<Self> {
+            let removals = (1 << 3, "EVENT_REMOVE (Linux 4.11)");
+            let needed = [FEATURE_MISSING_HUGETLBFS, FEATURE_MISSING_SHMEM, removals];
+            handshake(&needed, || open(false)).map(Self)
+        }
+    }
+
+    /// Removes the first `len` bytes of a mapping from the page tables. The file keeps them.
+    pub(crate) fn forget(mapping: &HostMapping, len: u64) {
+        let address = mapping.locate(0, len).0;
+        let len = usize::try_from(len).unwrap();
+        // SAFETY: the range is inside the mapping, which is shared: its bytes are those of the file
+        // before and after.
+        unsafe {
+            rustix::mm::madvise(address.cast(), len, rustix::mm::Advice::LinuxDontNeed).unwrap();
+        }
+    }
 }
 
 #[cfg(test)]
@@ -260,13 +291,42 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_of_another_kind_is_an_error_and_no_more() {
-        let (read, _write) = io::pipe().unwrap();
-        let client = ClientFaults::new(read.into()).unwrap();
+    fn a_page_is_not_placed_while_an_event_of_the_other_is_unread() {
+        let file = file();
+        let theirs = mapped(&file);
+        let offered = OfferedFaults::open_with_removals().unwrap();
+        let base = theirs.addr() as u64;
+        offered.register(base, 8 * PAGE).unwrap();
+        let client = ClientFaults::new(offered.copy().unwrap()).unwrap();
+        let changing = Arc::clone(&theirs);
+        let changer = thread::spawn(move || removals::forget(&changing, PAGE));
+        let refused = loop {
+            match client.place_zeros(base + PAGE, PAGE) {
+                Ok(Placed::Done | Placed::Exists(_)) => thread::sleep(Duration::from_micros(50)),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused.raw_os_error(), Some(libc::EAGAIN));
+        assert!(!changer.is_finished());
         let mut found = Vec::new();
         client.read(&mut found).unwrap();
-        assert!(found.is_empty());
-        assert!(client.wake(0, PAGE).is_err());
-        assert!(client.place_zeros(0, PAGE).is_err());
+        assert_eq!(found, []);
+        changer.join().unwrap();
+        assert_eq!(client.place_zeros(base + 2 * PAGE, PAGE).unwrap(), Placed::Done);
+    }
+
+    #[test]
+    fn a_descriptor_of_another_kind_is_refused() {
+        let (pipe, _write) = io::pipe().unwrap();
+        let name =
+            rustix::fs::memfd_create("anon_inode:[userfaultfd]", rustix::fs::MemfdFlags::CLOEXEC);
+        let null = File::open("/dev/null").unwrap();
+        for other in
+            [pipe.into(), name.unwrap(), null.into(), OwnedFd::from(tempfile::tempfile().unwrap())]
+        {
+            let error = ClientFaults::new(other).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            assert!(error.to_string().contains("where a userfaultfd was expected"), "{error}");
+        }
     }
 }

@@ -125,7 +125,7 @@ fn an_empty_pool_of_huge_pages_refuses_precopy_and_the_guest_stays() {
 }
 
 #[test]
-fn a_full_tmpfs_pauses_postcopy_until_there_is_room() {
+fn a_full_tmpfs_holds_up_postcopy_until_there_is_room() {
     let _alone = alone();
     let plugged = Pattern::None.plugged(SMALL);
     let from = Side::new(Kind::Memfd, &plugged).unwrap();
@@ -141,11 +141,11 @@ fn a_full_tmpfs_pauses_postcopy_until_there_is_room() {
         from.block.mapping().write(page * PAGE + 16, &(page + 1).to_le_bytes());
     }
     let (here, there) = guests(&from, &to);
-    let links = vec![UnixStream::pair().unwrap(), UnixStream::pair().unwrap()];
-    let (sent, received) =
-        run(&from, &to, &here, &there, Some(SwitchWhen::AtOnce), links, move || {
-            room.set(SMALL as u64 * BLOCK).unwrap();
-        });
+    // None to recover over.
+    let links = vec![UnixStream::pair().unwrap()];
+    let more = later(move || room.set(SMALL as u64 * BLOCK).unwrap());
+    let (sent, received) = run(&from, &to, &here, &there, Some(SwitchWhen::AtOnce), links, || {});
+    more.join().unwrap();
     sent.unwrap();
     received.unwrap();
     there.wait_rounds(2);
@@ -155,6 +155,50 @@ fn a_full_tmpfs_pauses_postcopy_until_there_is_room() {
         to.block.mapping().read(page * PAGE + 16, &mut content);
         assert_eq!(u64::from_le_bytes(content), page + 1);
     }
+}
+
+/// Makes room after a moment, in which what there is has long been used up.
+fn later(make_room: impl FnOnce() + Send + 'static) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        thread::sleep(Duration::from_millis(500));
+        make_room();
+    })
+}
+
+#[test]
+fn a_full_tmpfs_holds_up_a_lazy_restore_until_there_is_room() {
+    let _alone = alone();
+    let plugged = Pattern::None.plugged(SMALL);
+    let from = Side::new(Kind::Memfd, &plugged).unwrap();
+    let (to, room) = match Side::with_room((1 << 20) + 37 * PAGE, &plugged) {
+        Ok(to) => to,
+        Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
+    };
+    let nr_pages = from.block.used_length() / PAGE;
+    for page in 0..nr_pages {
+        from.block.mapping().write(page * PAGE, &(page + 1).to_le_bytes());
+    }
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    crate::save_stopped(&from, &file);
+    let (tell, failed) = mpsc::channel();
+    let restored = crate::restore_at_once(&to, &file, Arc::new(Tell(tell)));
+    let mapping = Arc::clone(to.block.mapping());
+    // From the end, where the background comes last.
+    let guest = thread::spawn(move || {
+        let mut content = [0; 8];
+        let read = (0..nr_pages).rev().map(|page| {
+            mapping.read(page * PAGE, &mut content);
+            u64::from_le_bytes(content)
+        });
+        read.collect::<Vec<_>>()
+    });
+    assert_eq!(failed.recv_timeout(Duration::from_millis(500)).ok(), None);
+    assert!(!guest.is_finished());
+    assert!(restored.outstanding() > nr_pages / 2);
+    room.set(SMALL as u64 * BLOCK).unwrap();
+    restored.wait().unwrap();
+    assert_eq!(guest.join().unwrap(), (1..=nr_pages).rev().collect::<Vec<_>>());
+    assert_eq!(restored.outstanding(), 0);
 }
 
 /// Passes on why faults are not answered any more.

@@ -12,6 +12,7 @@ mod guest;
 mod huge_page_pool;
 mod memory;
 
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
@@ -35,7 +36,8 @@ use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
 use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use virtio_mem::migration::snapshot::{
-    BackgroundSnapshot, Restore, Snapshot, restore, restore_lazily, save, save_in_background,
+    BackgroundSnapshot, LazyRestore, Restore, Snapshot, restore, restore_lazily, save,
+    save_in_background,
 };
 use virtio_mem::migration::stream::Configuration;
 
@@ -163,6 +165,7 @@ fn run(
             urgent: Some(Channel::new(urgent.1, Arc::clone(&progress)).unwrap()),
             reconnect: Box::new(Next(there_hears, Arc::clone(&progress), Box::new(between))),
             failed: Arc::clone(&vm) as Arc<dyn HandlerFailed>,
+            listening: None,
         });
         Incoming {
             configuration: Configuration::new("matrix"),
@@ -272,13 +275,26 @@ fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
 fn lazily(from: &Side, to: &Side, here: &Arc<Vm>, there: &Arc<Vm>) {
     here.stop().unwrap();
     let file = Arc::new(tempfile::tempfile().unwrap());
+    save_stopped(from, &file);
+    let restored = restore_at_once(to, &file, Arc::clone(there) as Arc<dyn HandlerFailed>);
+    there.start();
+    there.run().unwrap();
+    there.wait_rounds(2);
+    restored.wait().unwrap();
+    there.wait_rounds(2);
+}
+
+fn save_stopped(from: &Side, file: &File) {
     let snapshot = Snapshot {
         configuration: Configuration::new("matrix"),
         blocks: &from.blocks,
         devices: &mut NoDevices,
         progress: Arc::new(Progress::new()),
     };
-    save(snapshot, &file).unwrap();
+    save(snapshot, file).unwrap();
+}
+
+fn restore_at_once(to: &Side, file: &Arc<File>, failed: Arc<dyn HandlerFailed>) -> LazyRestore {
     let what = Restore {
         configuration: Configuration::new("matrix"),
         blocks: Arc::clone(&to.blocks),
@@ -286,13 +302,7 @@ fn lazily(from: &Side, to: &Side, here: &Arc<Vm>, there: &Arc<Vm>) {
         threads: 1,
         progress: Arc::new(Progress::new()),
     };
-    let failed = Arc::clone(there) as Arc<dyn HandlerFailed>;
-    let restored = restore_lazily(what, file, failed).unwrap();
-    there.start();
-    there.run().unwrap();
-    there.wait_rounds(2);
-    restored.wait().unwrap();
-    there.wait_rounds(2);
+    restore_lazily(what, Arc::clone(file), failed).unwrap()
 }
 
 const SMALL: usize = 6;

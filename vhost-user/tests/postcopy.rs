@@ -134,6 +134,13 @@ fn negotiated(daemon: &Daemon) -> Frontend {
     frontend
 }
 
+impl Drop for Destination {
+    fn drop(&mut self) {
+        // No guest runs on what never arrives.
+        self.lazy.abandon();
+    }
+}
+
 impl Destination {
     /// Connects in postcopy; the ring is not set up.
     fn listen(&self) -> (Frontend, SharedFaults) {

@@ -173,6 +173,7 @@ fn receive(case: &Case, to: &Side, main: UnixStream, urgent: Option<UnixStream>)
             urgent: Some(Channel::new(urgent, Arc::clone(&progress))?),
             reconnect: Box::new(GiveUp),
             failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
+            listening: None,
         }),
         None => None,
     };

@@ -110,6 +110,18 @@ impl LazyBlock {
         self.state.lock().outstanding.count()
     }
 
+    /// Whether accesses to it wait for pages that are outstanding.
+    pub(super) fn is_awaited(&self) -> bool {
+        let state = self.state.lock();
+        !state.ended && state.outstanding.count() != 0
+    }
+
+    /// Whether any page of `range` is outstanding.
+    pub(super) fn is_outstanding(&self, range: ByteRange) -> bool {
+        let pages = pages_touched(range);
+        self.state.lock().outstanding.next_set(pages.start, pages.end).is_some()
+    }
+
     pub(super) fn outstanding_bitmap(&self) -> PageBitmap {
         self.state.lock().outstanding.clone()
     }
@@ -127,16 +139,23 @@ impl LazyBlock {
         Ok(())
     }
 
+    /// Lets faults be the kernel's again, in all ranges that it can.
+    ///
+    /// # Errors
+    ///
+    /// The first range that the kernel refuses.
     pub(super) fn unregister(&self, faults: &PageFaults) -> Result<(), MigrationError> {
         // Held meanwhile: a fault that was read before is looked at before or after, not between.
         let mut state = self.state.lock();
-        state.ended = true;
+        if std::mem::replace(&mut state.ended, true) {
+            return Ok(());
+        }
+        let mut result = Ok(());
         for &range in &self.registered {
-            let unregistered = faults.unregister(self.mapping, range);
-            unregistered.map_err(self.failed("end waiting for its pages"))?;
+            result = result.and(faults.unregister(self.mapping, range));
         }
         state.no_huge_pages = None;
-        Ok(())
+        result.map_err(self.failed("end waiting for its pages"))
     }
 
     /// Makes sure that no page that is outstanding is there, since no fault would be seen: one with
@@ -171,12 +190,23 @@ impl LazyBlock {
         }
     }
 
-    /// Gives back what was put into discarded ranges meanwhile.
-    pub(super) fn sweep_discarded(&self) -> Result<(), MigrationError> {
-        for range in self.block.discarded()? {
-            self.block.sweep(range).map_err(self.failed("give memory back"))?;
+    /// Discards what discarded ranges hold by now; how many of them could not be.
+    pub(super) fn sweep_discarded(&self) -> u64 {
+        let discarded = match self.block.discarded() {
+            Ok(discarded) => discarded,
+            Err(error) => {
+                tracing::warn!(block = self.id(), %error, "cannot sweep discarded memory");
+                return 1;
+            }
+        };
+        let mut unswept = 0;
+        for range in discarded {
+            if let Err(error) = self.block.sweep(range) {
+                tracing::warn!(block = self.id(), %range, %error, "cannot sweep discarded memory");
+                unswept += 1;
+            }
         }
-        Ok(())
+        unswept
     }
 
     /// Places what is outstanding. What was placed before an error has `arrived`.
@@ -192,6 +222,10 @@ impl LazyBlock {
         };
         self.check(range)?;
         let mut state = self.state.lock();
+        if state.ended {
+            let given_up = io::Error::from_raw_os_error(libc::ECANCELED);
+            return Err(self.failed("place a page of memory that was given up")(given_up));
+        }
         let runs: Vec<_> = state.outstanding.runs(pages_touched(range)).collect();
         for run in runs {
             let part = bytes_of(run.clone());
@@ -310,6 +344,9 @@ impl LazyBlock {
 impl State {
     fn ask(&mut self, page: ByteRange, thread: u32) -> Option<Resolution> {
         let pages = pages_touched(page);
+        if self.ended {
+            return None;
+        }
         self.outstanding.next_set(pages.start, pages.end)?;
         if self.requested.contains_key(&pages.start) {
             return Some(Resolution::Requested);

@@ -18,20 +18,38 @@ use crate::sys::page_faults::Fault;
 /// How often it is looked whether there is memory by now for a page of zeros.
 pub(super) const MEMORY_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
-/// Is told when faults cannot be answered any more: whoever needs a page waits for ever, so the
-/// guest must be stopped. Its memory is not lost.
+/// Is told when faults cannot be answered any more: accesses to what is outstanding wait for ever,
+/// so the guest must be stopped. What has arrived of its memory is not lost.
 pub trait HandlerFailed: Send + Sync {
-    /// Why.
+    /// Why. Called on any thread, also while one unwinds from a panic, so it must neither panic
+    /// nor wait for the guest.
     fn handler_failed(&self, error: &MigrationError);
 }
 
 /// A thread that answers the faults of a [`LazyRam`]. It touches none of the memory itself.
 ///
-/// Whatever ends it, those who wait keep waiting as long as the [`LazyRam`] lives: a missing page
-/// never becomes zeros.
+/// Whatever ends it, accesses that wait keep waiting: a missing page never becomes zeros. When the
+/// value is dropped before all has arrived, [`HandlerFailed`] is told, once.
 pub struct FaultHandler {
+    lazy: Arc<LazyRam>,
+    failure: Arc<Failure>,
     stop: Arc<Stop>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Whom to tell that faults are not answered any more, and whether that was done.
+pub(super) struct Failure {
+    failed: Arc<dyn HandlerFailed>,
+    told: AtomicBool,
+}
+
+impl Failure {
+    pub(super) fn tell(&self, error: &MigrationError) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            tracing::error!(%error, "faults are not answered any more");
+            self.failed.handler_failed(error);
+        }
+    }
 }
 
 /// Ends a thread that polls it.
@@ -75,15 +93,21 @@ impl FaultHandler {
         failed: Arc<dyn HandlerFailed>,
     ) -> Result<Self, MigrationError> {
         let stop = Stop::new()?;
-        let seen = Arc::clone(&stop);
+        let failure = Arc::new(Failure { failed, told: AtomicBool::new(false) });
+        *lazy.failure.write() = Some(Arc::clone(&failure));
+        let (seen, served, told) = (Arc::clone(&stop), Arc::clone(&lazy), Arc::clone(&failure));
         let thread = std::thread::Builder::new().name("faults".to_owned()).spawn(move || {
-            if let Err(error) = serve(&lazy, &seen) {
-                tracing::error!(%error, "faults are not answered any more");
-                failed.handler_failed(&error);
+            if let Err(error) = serve(&served, &seen) {
+                told.tell(&error);
             }
         });
         let thread = thread.map_err(MigrationError::io("start a thread"))?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { lazy, failure, stop, thread: Some(thread) })
+    }
+
+    /// Tells that what is outstanding does not arrive any more.
+    pub(in crate::migration) fn fail(&self, error: &MigrationError) {
+        self.failure.tell(error);
     }
 }
 
@@ -92,6 +116,10 @@ impl Drop for FaultHandler {
         self.stop.stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+        *self.lazy.failure.write() = None;
+        if self.lazy.is_awaited() {
+            self.failure.tell(&MigrationError::Outstanding { pages: self.lazy.outstanding() });
         }
     }
 }
@@ -103,11 +131,13 @@ fn serve(lazy: &LazyRam, stop: &Stop) -> Result<(), MigrationError> {
     let mut starved: BTreeMap<(usize, u64), (Fault, Instant)> = BTreeMap::new();
     while !stop.is_stopped() {
         let mut fds = [PollFd::new(&lazy.faults, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-        match poll(&mut fds, (!starved.is_empty()).then_some(&MEMORY_POLL)) {
+        let again = !starved.is_empty() || lazy.has_failed_requests();
+        match poll(&mut fds, again.then_some(&MEMORY_POLL)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(MigrationError::io("wait for faults")(errno.into())),
         }
         lazy.faults.read(&mut found).map_err(MigrationError::io("read faults"))?;
+        lazy.retry_requests();
         let (since, again) = (Instant::now(), std::mem::take(&mut starved));
         let waited = !again.is_empty();
         let found = found.drain(..).map(|fault| (fault, since));
@@ -135,12 +165,7 @@ impl LazyRam {
             Resolution::Arrived => self.statistics.lock().arrived += 1,
             Resolution::Requested => {}
             Resolution::NoMemory => return Ok(false),
-            Resolution::Request(range) => {
-                if let Err(error) = self.request(index, range) {
-                    // It is asked for again once there is somebody to ask.
-                    tracing::debug!(%error, %range, "cannot ask for a page now");
-                }
-            }
+            Resolution::Request(range) => self.request_or_note(index, range),
         }
         Ok(true)
     }

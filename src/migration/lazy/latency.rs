@@ -48,6 +48,8 @@ pub struct FaultStatistics {
     pub remote: Histogram,
     /// Pages that had arrived by the time that somebody looked.
     pub arrived: u64,
+    /// Discarded ranges whose memory could not be discarded again at the end.
+    pub unswept: u64,
     /// How long each thread waited for pages it was the first to ask for (QEMU's blocktime).
     pub blocktime: BTreeMap<u32, Duration>,
 }

@@ -12,6 +12,7 @@ mod handler;
 mod latency;
 mod shared;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
@@ -39,19 +40,42 @@ pub trait PageSource: Send + Sync {
     /// When they cannot be had now. They stay outstanding; whoever waits goes on waiting until
     /// somebody calls [`LazyRam::request_again`].
     fn request(&self, lazy: &LazyRam, block: usize, range: ByteRange) -> io::Result<()>;
+
+    /// Whether a request that failed is made again by itself, several times a second, because what
+    /// it failed for may pass: there is no memory, or a file cannot be read. Without,
+    /// [`LazyRam::request_again`] makes it.
+    fn is_retried(&self) -> bool {
+        false
+    }
+}
+
+/// How often a request is made again before [`HandlerFailed`] is told, unless there is only no
+/// memory, which is waited for. Twenty a second.
+const TRIES_MAX: u32 = 100;
+
+/// A request that failed, of a source that is asked again.
+struct FailedRequest {
+    range: ByteRange,
+    tries: u32,
 }
 
 /// Blocks whose pages arrive on demand.
 ///
-/// Must live until nothing is outstanding: when it is dropped before, what is missing becomes
-/// zeros, so the guest must not run any more then.
+/// However it ends, a page that is outstanding never becomes zeros under a guest: dropped before
+/// all has arrived, the value leaves its userfaultfd open until the process ends, and accesses to
+/// what is missing wait until then. Only [`abandon`](Self::abandon) lets them continue, with zeros.
 pub struct LazyRam {
-    faults: PageFaults,
-    blocks: Vec<LazyBlock>,
+    // Shared with nothing but the leak in `drop`.
+    faults: Arc<PageFaults>,
+    blocks: Arc<[LazyBlock]>,
     statistics: Arc<Mutex<FaultStatistics>>,
     source: RwLock<Option<Arc<dyn PageSource>>>,
     /// Other processes that share the memory and wait for its pages.
     clients: RwLock<Vec<Arc<Client>>>,
+    /// By block and start.
+    failed_requests: Mutex<BTreeMap<(usize, u64), FailedRequest>>,
+    /// Whom to tell of requests that fail for long.
+    failure: RwLock<Option<Arc<handler::Failure>>>,
 }
 
 impl LazyRam {
@@ -74,15 +98,59 @@ impl LazyRam {
             block.register(&faults)?;
         }
         let lazy = Self {
-            faults,
-            blocks: lazy,
+            faults: Arc::new(faults),
+            blocks: lazy.into(),
             statistics: Arc::default(),
             source: RwLock::new(None),
             clients: RwLock::default(),
+            failed_requests: Mutex::default(),
+            failure: RwLock::default(),
         };
-        // Whatever was there when faults were registered would have been taken for arrived.
-        lazy.refuse_present()?;
+        // What was there when faults were registered would have been taken for arrived.
+        if let Err(error) = lazy.refuse_present() {
+            lazy.abandon();
+            return Err(error);
+        }
         Ok(lazy)
+    }
+
+    /// Whether accesses to these blocks can be made to wait: what [`new`](Self::new) would find only
+    /// when the guest is stopped. Nothing is left registered.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel lacks or forbids, or which block's memory is of a kind that cannot.
+    pub fn check(blocks: &[Arc<MigrationBlock>]) -> Result<(), MigrationError> {
+        let mut faults =
+            PageFaults::open(FaultKind::Missing).map_err(MigrationError::io("use userfaultfd"))?;
+        for block in blocks {
+            let Some(first) = ByteRange::new(0, block.page_size()) else { continue };
+            let index = faults.add(Arc::clone(block.mapping()));
+            let what = "have accesses to its memory wait, which postcopy needs and memfd, tmpfs and \
+                        hugetlbfs can";
+            faults.register(index, first).map_err(MigrationError::memory(block.id(), what))?;
+        }
+        Ok(())
+    }
+
+    /// Gives up on what is outstanding, in memory that no guest runs on and none will: accesses
+    /// that wait continue and find zeros, those of clients as well.
+    pub fn abandon(&self) {
+        for (index, block) in self.blocks.iter().enumerate() {
+            if let Err(error) = block.unregister(&self.faults) {
+                // What is still registered ends with the value.
+                tracing::warn!(block = block.id(), %error, "cannot end waiting for its pages");
+            }
+            // A client faults again, and is then answered with zeros.
+            if let Some(range) = ByteRange::new(0, block.block().mapping().len()) {
+                self.wake_clients(index, range);
+            }
+        }
+    }
+
+    /// Whether accesses wait for pages that have not arrived.
+    pub fn is_awaited(&self) -> bool {
+        self.blocks.iter().any(LazyBlock::is_awaited)
     }
 
     /// To be called again when others have had to do with the memory before the guest runs.
@@ -190,21 +258,27 @@ impl LazyRam {
     }
 
     /// Ends it, when nothing is outstanding: faults are the kernel's again, and what discarded
-    /// ranges hold is given back.
+    /// ranges hold is discarded. What cannot be discarded is logged and counted
+    /// ([`FaultStatistics::unswept`]): it costs memory, and no guest misses it.
     ///
     /// # Errors
     ///
-    /// `EBUSY` when something is outstanding; or when the kernel refuses.
+    /// `EBUSY` when something is outstanding; or that the kernel refuses to end faults, which end
+    /// with the value then.
     pub fn finish(&self) -> Result<(), MigrationError> {
         if self.outstanding() != 0 {
             let source = io::ErrorKind::ResourceBusy.into();
             return Err(MigrationError::Io { what: "end with pages outstanding", source });
         }
-        for block in &self.blocks {
-            block.unregister(&self.faults)?;
-            block.sweep_discarded()?;
+        let mut result = Ok(());
+        for block in &*self.blocks {
+            result = result.and(block.unregister(&self.faults));
+            let unswept = block.sweep_discarded();
+            if unswept != 0 {
+                self.statistics.lock().unswept += unswept;
+            }
         }
-        Ok(())
+        result
     }
 
     fn request(&self, block: usize, range: ByteRange) -> io::Result<()> {
@@ -212,6 +286,47 @@ impl LazyRam {
         match source {
             Some(source) => source.request(self, block, range),
             None => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Asks for a page. When that fails, it is made again, by [`retry_requests`](Self::retry_requests)
+    /// or once there is a source again.
+    fn request_or_note(&self, block: usize, range: ByteRange) {
+        if let Err(error) = self.request(block, range) {
+            tracing::debug!(%error, %range, "cannot ask for a page now");
+            if self.source.read().as_ref().is_some_and(|source| source.is_retried()) {
+                let mut failed = self.failed_requests.lock();
+                if failed.is_empty() {
+                    tracing::warn!(%error, %range, "a page cannot be had now; it is tried again");
+                }
+                failed.insert((block, range.start()), FailedRequest { range, tries: 0 });
+            }
+        }
+    }
+
+    fn has_failed_requests(&self) -> bool {
+        !self.failed_requests.lock().is_empty()
+    }
+
+    /// Makes requests again that failed. One that has failed for long is told, and still made: the
+    /// guest may be stopped until what it needs can be had.
+    fn retry_requests(&self) {
+        let failed = std::mem::take(&mut *self.failed_requests.lock());
+        for ((block, start), mut request) in failed {
+            // Background reading may have brought it meanwhile.
+            if !self.blocks[block].is_outstanding(request.range) {
+                continue;
+            }
+            let Err(error) = self.request(block, request.range) else { continue };
+            if !block::is_no_memory(&error) {
+                request.tries = request.tries.saturating_add(1);
+            }
+            if request.tries == TRIES_MAX
+                && let Some(failure) = &*self.failure.read()
+            {
+                failure.tell(&MigrationError::io("bring a page that is waited for")(error));
+            }
+            self.failed_requests.lock().insert((block, start), request);
         }
     }
 
@@ -225,6 +340,20 @@ impl LazyRam {
     fn wake_clients(&self, block: usize, range: ByteRange) {
         for client in &*self.clients.read() {
             client.arrived(self, block, range);
+        }
+    }
+}
+
+impl Drop for LazyRam {
+    fn drop(&mut self) {
+        if self.is_awaited() {
+            tracing::error!(
+                pages = self.outstanding(),
+                "memory is dropped before it has arrived; accesses to it wait until the process ends"
+            );
+            // Closing the descriptor would turn each missing page into zeros, and so would a huge
+            // page beside it, which the blocks forbid for as long as they live.
+            std::mem::forget((Arc::clone(&self.faults), Arc::clone(&self.blocks)));
         }
     }
 }

@@ -12,14 +12,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::LazyRam;
-use super::block::{Resolution, is_no_memory};
+use super::block::Resolution;
 use super::handler::{HandlerFailed, MEMORY_POLL, Stop};
 use crate::ByteRange;
 use crate::migration::error::MigrationError;
@@ -104,11 +104,24 @@ impl SharedFaults {
     }
 }
 
+/// How long the end of a client's thread is waited for. It does nothing that takes longer, unless the
+/// client lets a read wait that it was told not to.
+const END: Duration = Duration::from_secs(2);
+
 impl Drop for SharedFaults {
     fn drop(&mut self) {
         self.stop.stop();
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            let deadline = Instant::now() + END;
+            while !thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            match thread.is_finished() {
+                true => drop(thread.join()),
+                false => {
+                    tracing::warn!("a client holds up the thread of its faults, which is left")
+                }
+            }
         }
         self.lazy.clients.write().retain(|client| !Arc::ptr_eq(client, &self.client));
     }
@@ -151,12 +164,13 @@ impl State {
 impl Client {
     fn serve(&self, lazy: &LazyRam, stop: &Stop) -> Result<(), MigrationError> {
         let mut found = Vec::new();
-        // For which there was no memory, by address.
+        // Which could not be answered for now, by address.
         let mut starved = BTreeMap::new();
         while !stop.is_stopped() {
             let mut fds =
                 [PollFd::new(&self.faults, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-            match poll(&mut fds, (!starved.is_empty()).then_some(&MEMORY_POLL)) {
+            let again = !starved.is_empty() || lazy.has_failed_requests();
+            match poll(&mut fds, again.then_some(&MEMORY_POLL)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(MigrationError::io("wait for faults")(errno.into())),
             }
@@ -165,13 +179,15 @@ impl Client {
                 let source = io::ErrorKind::InvalidInput.into();
                 return Err(MigrationError::Io { what: "wait for faults of a client", source });
             }
+            // Which also takes the events that its address space changes, until which it takes no page.
             let read = self.faults.read(&mut found);
             read.map_err(MigrationError::io("read faults of a client"))?;
+            lazy.retry_requests();
             let again = std::mem::take(&mut starved);
             for fault in again.into_values().chain(found.drain(..)) {
                 match self.answer(lazy, fault) {
                     Ok(()) => {}
-                    Err(error) if is_no_memory(&error) => {
+                    Err(error) if is_for_now(&error) => {
                         starved.insert(fault.address, fault);
                     }
                     // The client has ended.
@@ -201,12 +217,7 @@ impl Client {
         state.waiting.insert((block, page.start()));
         drop(state);
         match lazy.blocks[block].ask(page, fault.thread) {
-            Some(Resolution::Request(range)) => {
-                if let Err(error) = lazy.request(block, range) {
-                    // It is asked for again once there is somebody to ask.
-                    tracing::debug!(%error, %range, "cannot ask for a page now");
-                }
-            }
+            Some(Resolution::Request(range)) => lazy.request_or_note(block, range),
             Some(_) => {}
             None => {
                 self.state.lock().waiting.remove(&(block, page.start()));
@@ -249,6 +260,11 @@ impl Client {
             }
         }
     }
+}
+
+/// Whether a fault of a client can be answered later.
+fn is_for_now(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOSPC | libc::EAGAIN))
 }
 
 #[cfg(test)]

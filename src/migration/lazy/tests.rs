@@ -68,6 +68,7 @@ fn whoever_waits_with_nobody_to_ask_goes_on_when_there_is_somebody() {
     assert_eq!((sevens.asked.load(Ordering::Relaxed), lazy.outstanding()), (2, 98));
     assert_eq!(lazy.statistics().remote.count, 2);
     assert!(lazy.finish().is_err(), "98 pages are outstanding");
+    lazy.abandon();
 }
 
 #[test]
@@ -143,4 +144,134 @@ fn huge_pages_are_forbidden_while_pages_are_outstanding() {
     assert!(parts.iter().all(|flags| flags.contains(" nh ")), "{parts:?}");
     lazy.place_zeros(0, block.used().unwrap()).unwrap();
     lazy.finish().unwrap();
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    /// Offsets from inside the block, around its end and around the end of all numbers.
+    #[test]
+    fn page_records_at_any_offset_are_placed_or_refused(
+        pages in proptest::collection::vec(
+            proptest::prop_oneof![0..200u64, 1000..1100u64, (u64::MAX / PAGE - 70)..=u64::MAX / PAGE],
+            1..30,
+        ),
+        zeros in proptest::bits::u32::ANY,
+    ) {
+        use crate::migration::ram::RamRecords;
+        use crate::migration::stream::{PageHeader, PageKind, put_end_of_section};
+        use crate::migration::wire::{WireReader, WireWrite};
+        let side = Side::new(&[0, 1]);
+        let lazy = hundred(&side);
+        let mut bytes = Vec::new();
+        for (index, page) in pages.iter().enumerate() {
+            let zero = zeros >> (index % 32) & 1 != 0;
+            let kind = if zero { PageKind::Zero } else { PageKind::Normal };
+            bytes.put_be64(PageHeader::page_word(kind, page * PAGE, false));
+            bytes.put_name("vmem0");
+            bytes.put(if zero { &[0][..] } else { &[7; PAGE as usize][..] });
+        }
+        put_end_of_section(&mut bytes);
+        let placed = RamRecords::new(&|| false).place_section(&lazy, &mut WireReader::new(&bytes[..]));
+        let fit = pages.iter().take_while(|page| **page < 1024).copied();
+        let arrived: std::collections::BTreeSet<u64> = fit.clone().filter(|page| *page < 100).collect();
+        proptest::prop_assert_eq!(placed.is_ok(), fit.count() == pages.len(), "{:?}", placed);
+        if placed.is_ok() {
+            proptest::prop_assert_eq!(lazy.outstanding(), 100 - arrived.len() as u64);
+        }
+        lazy.abandon();
+    }
+}
+
+/// Counts how often it is told.
+#[derive(Default)]
+struct Failures(AtomicUsize);
+
+impl HandlerFailed for Failures {
+    fn handler_failed(&self, error: &MigrationError) {
+        assert!(matches!(error, MigrationError::Outstanding { pages: 100 }), "{error}");
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn hundred(side: &Side) -> Arc<LazyRam> {
+    let block = Arc::clone(side.blocks.get("vmem0").unwrap());
+    let mut outstanding = PageBitmap::new(block.used_length() / PAGE);
+    outstanding.set_range(0..100);
+    Arc::new(LazyRam::new(vec![(block, outstanding)]).unwrap())
+}
+
+#[test]
+fn memory_that_is_dropped_before_it_has_arrived_never_becomes_zeros() {
+    let side = Arc::new(Side::new(&[0, 1]));
+    let lazy = hundred(&side);
+    let failed = Arc::new(Failures::default());
+    let told = Arc::clone(&failed) as Arc<dyn HandlerFailed>;
+    let handler = FaultHandler::start(Arc::clone(&lazy), told).unwrap();
+    let reading = Arc::clone(&side);
+    let waits = thread::spawn(move || read(&reading, 10));
+    while lazy.blocks[0].requested().is_empty() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    // However it comes about.
+    let unwinding = thread::spawn(move || {
+        let _dropped = (handler, lazy);
+        panic!("while memory arrives");
+    });
+    unwinding.join().unwrap_err();
+    assert_eq!(failed.0.load(Ordering::Relaxed), 1);
+    let reading = Arc::clone(&side);
+    let begins = thread::spawn(move || read(&reading, 20));
+    thread::sleep(Duration::from_millis(100));
+    assert!(!waits.is_finished() && !begins.is_finished(), "they read zeros");
+}
+
+#[test]
+fn memory_that_is_given_up_is_zeros_for_those_who_waited() {
+    let side = Arc::new(Side::new(&[0, 1]));
+    let lazy = hundred(&side);
+    let handler = FaultHandler::start(Arc::clone(&lazy), Arc::new(NoFailure)).unwrap();
+    let reading = Arc::clone(&side);
+    let waits = thread::spawn(move || read(&reading, 10));
+    while lazy.blocks[0].requested().is_empty() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    lazy.abandon();
+    assert_eq!(waits.join().unwrap(), 0);
+    assert_eq!(read(&side, 20), 0);
+    let late = lazy.place(0, 30 * PAGE, &[7; PAGE as usize]).unwrap_err().to_string();
+    assert!(late.contains("memory that was given up"), "{late}");
+    drop((handler, lazy));
+}
+
+#[test]
+fn blocktime_is_of_the_threads_that_waited_first() {
+    let side = Arc::new(Side::new(&[0, 1]));
+    let (lazy, _handler) = lazy(&side, 0..100);
+    let reading = Arc::clone(&side);
+    let (tell, told) = std::sync::mpsc::channel();
+    let reader = thread::spawn(move || {
+        tell.send(rustix::thread::gettid().as_raw_nonzero().get() as u32).unwrap();
+        (read(&reading, 10), read(&reading, 11))
+    });
+    let thread = told.recv().unwrap();
+    let waited = Duration::from_millis(30);
+    for page in [10, 11] {
+        while lazy.blocks[0].requested().is_empty() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        thread::sleep(waited);
+        lazy.place(0, page * PAGE, &[7; PAGE as usize]).unwrap();
+    }
+    assert_eq!(reader.join().unwrap(), (7, 7));
+    // Pages that nothing was waited for, and pages of zeros, count for nothing.
+    lazy.place(0, 0, &[7; 10 * PAGE as usize]).unwrap();
+    assert_eq!(read(&side, 900), 0);
+    let statistics = lazy.statistics();
+    assert_eq!(statistics.blocktime.keys().copied().collect::<Vec<_>>(), [thread]);
+    assert!(statistics.blocktime[&thread] >= 2 * waited, "{statistics:?}");
+    assert_eq!(
+        (statistics.remote.count, statistics.remote.total),
+        (2, statistics.blocktime[&thread])
+    );
+    lazy.abandon();
 }

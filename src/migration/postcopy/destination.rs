@@ -1,24 +1,19 @@
-//! The destination: the guest runs, and its memory arrives.
+//! The destination up to LISTEN: what is to arrive, and that this memory can do it.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::Mutex;
-
-use super::{Channels, Reconnect, received};
+use super::listening::Listening;
+use super::return_channel::ReturnChannel;
+use super::{Reconnect, handover::Handover};
 use crate::ByteRange;
-use crate::migration::channel::{Channel, Sink};
+use crate::migration::channel::Channel;
 use crate::migration::error::MigrationError;
 use crate::migration::lazy::{FaultHandler, HandlerFailed, LazyRam, PageSource};
 use crate::migration::loader::out_of_place;
 use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
-use crate::migration::progress::{Counters, Progress, Status};
-use crate::migration::ram::{MigrationBlock, RamBlocks, RamRecords};
-use crate::migration::stream::{
-    AdvisedSizes, Command, Record, ReturnMessage, TARGET_PAGE_SIZE, read_footer, read_record,
-};
-use crate::migration::wire::{WireRead, WireReader};
+use crate::migration::progress::Progress;
+use crate::migration::ram::{MigrationBlock, RamBlocks};
+use crate::migration::stream::{AdvisedSizes, Command, TARGET_PAGE_SIZE};
 
 /// Postcopy on the destination. A virtio-mem device of this process is frozen meanwhile
 /// ([`FreezeHolder::Incoming`](crate::controller::FreezeHolder::Incoming)).
@@ -31,7 +26,14 @@ pub struct PostcopyIncoming<'a> {
     pub reconnect: Box<dyn Reconnect + 'a>,
     /// Is told when the guest must be stopped, since faults cannot be answered any more.
     pub failed: Arc<dyn HandlerFailed>,
+    /// Is handed the memory once accesses to it wait and are answered, before the devices behind
+    /// LISTEN are loaded: the time for other processes that share it to take part, by
+    /// [`SharedFaults`](crate::migration::lazy::SharedFaults).
+    pub listening: Option<OnListen<'a>>,
 }
+
+/// What is done with memory that is about to arrive. An error leaves the guest at the source.
+pub type OnListen<'a> = Box<dyn FnOnce(&Arc<LazyRam>) -> Result<(), String> + 'a>;
 
 /// How far it has come (QEMU's PostcopyState).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,57 +41,52 @@ enum Stage {
     None,
     Advised,
     Listening,
-    Running,
 }
 
-/// What arrives, and what has not yet.
+/// What is to arrive.
 pub(crate) struct Arriving<'a> {
     incoming: PostcopyIncoming<'a>,
     stage: Stage,
     /// By block, in the order of the registry: what the source will send.
     outstanding: Vec<(String, PageBitmap)>,
-    memory: Option<(Arc<LazyRam>, FaultHandler)>,
     progress: Arc<Progress>,
 }
 
 impl<'a> Arriving<'a> {
     pub(crate) fn new(incoming: PostcopyIncoming<'a>, progress: Arc<Progress>) -> Self {
-        Self { incoming, stage: Stage::None, outstanding: Vec::new(), memory: None, progress }
+        Self { incoming, stage: Stage::None, outstanding: Vec::new(), progress }
     }
 
-    /// Whether the guest is to run now.
-    pub(crate) fn is_running(&self) -> bool {
-        self.stage == Stage::Running
+    /// What is to be done with the memory once it listens.
+    pub(crate) fn on_listen(&mut self) -> Option<OnListen<'a>> {
+        self.incoming.listening.take()
     }
 
-    /// Handles a command that only postcopy has; `at` is where it stands on the stream.
-    pub(crate) fn command(&mut self, command: Command, at: u64) -> Result<(), MigrationError> {
+    /// Handles a command that only postcopy has; `at` is where it stands on the stream. `listed` is
+    /// whether the list of RAM blocks came, which decides on their lengths.
+    pub(crate) fn command(
+        &mut self,
+        command: Command,
+        at: u64,
+        listed: bool,
+    ) -> Result<(), MigrationError> {
         match (&command, self.stage) {
             (Command::PostcopyAdvise(Some(sizes)), Stage::None) => {
                 self.check_sizes(*sizes)?;
+                // Before precopy has taken its time, and while the guest still runs.
+                LazyRam::check(&self.incoming.blocks.migratable()?)?;
                 self.stage = Stage::Advised;
                 Ok(())
             }
-            (Command::PostcopyRamDiscard { block, ranges }, Stage::Advised) => {
+            (Command::PostcopyRamDiscard { block, ranges }, Stage::Advised) if listed => {
                 ranges.iter().try_for_each(|&range| self.expect(block, range))
             }
-            (Command::PostcopyListen, Stage::Advised) => {
-                self.listen()?;
+            (Command::PostcopyListen, Stage::Advised) if listed => {
                 self.stage = Stage::Listening;
-                Ok(())
-            }
-            (Command::PostcopyRun, Stage::Listening) => {
-                self.stage = Stage::Running;
                 Ok(())
             }
             _ => Err(out_of_place(&format!("{command:?}"), at, "not possible now")),
         }
-    }
-
-    /// The devices have their state, and nothing has arrived yet. A device of another process, which
-    /// knows nothing of this, may have reserved huge pages for what is plugged.
-    pub(crate) fn devices_loaded(&self) -> Result<(), MigrationError> {
-        self.memory.as_ref().map_or(Ok(()), |(lazy, _)| lazy.refuse_present())
     }
 
     /// Page sizes must be alike, since host pages are placed whole.
@@ -135,8 +132,13 @@ impl<'a> Arriving<'a> {
         Ok(())
     }
 
-    /// From here on whoever touches what has not arrived waits.
-    fn listen(&mut self) -> Result<(), MigrationError> {
+    /// From here on accesses to what has not arrived wait, and are asked for on `back`.
+    pub(crate) fn listen(
+        mut self,
+        back: Arc<ReturnChannel>,
+        handover: Arc<Handover>,
+        section_id: u32,
+    ) -> Result<Listening<'a>, MigrationError> {
         // Also those of which nothing is to come: after a break the source asks for all of them.
         let mut blocks = Vec::new();
         for block in self.incoming.blocks.migratable()? {
@@ -150,60 +152,27 @@ impl<'a> Arriving<'a> {
         }
         let lazy = Arc::new(LazyRam::new(blocks)?);
         self.progress.watch_faults(lazy.shared_statistics());
-        let handler = FaultHandler::start(Arc::clone(&lazy), Arc::clone(&self.incoming.failed))?;
-        self.memory = Some((lazy, handler));
-        Ok(())
-    }
-
-    /// Takes what arrives until everything has, over as many channels as it takes. The guest runs.
-    pub(crate) fn run(
-        &mut self,
-        main: Channel,
-        reader: WireReader<Channel>,
-        section_id: u32,
-    ) -> Result<(), MigrationError> {
-        let Some((lazy, _)) = &self.memory else {
-            return Err(out_of_place("RUN", reader.offset(), "before LISTEN"));
-        };
-        let lazy = Arc::clone(lazy);
-        let mut channels = Channels { main, urgent: self.incoming.urgent.take() };
-        let mut reader = Some(reader);
-        loop {
-            self.progress.set_status(Status::PostcopyActive);
-            let session = Session { lazy: &lazy, section_id, progress: &self.progress };
-            let error = match session.take_all(&channels, reader.take()) {
-                Ok(()) => break,
-                Err(error) => error,
-            };
-            // Faults go on being answered where nothing has to come for them.
-            lazy.set_source(None);
-            channels.main.shutdown();
-            if let Some(urgent) = &channels.urgent {
-                urgent.shutdown();
+        lazy.set_source(Some(Arc::clone(&back) as Arc<dyn PageSource>));
+        let Self { incoming, progress, .. } = self;
+        let PostcopyIncoming { urgent, reconnect, failed, .. } = incoming;
+        let urgent = urgent.map(|urgent| handover.cancellable(&urgent));
+        match FaultHandler::start(Arc::clone(&lazy), failed) {
+            Ok(handler) => Ok(Listening {
+                lazy,
+                handler,
+                urgent,
+                reconnect,
+                back,
+                handover,
+                section_id,
+                progress,
+            }),
+            Err(error) => {
+                // The guest stays at the source.
+                lazy.abandon();
+                Err(error)
             }
-            self.progress.set_status(Status::PostcopyPaused);
-            tracing::warn!(%error, "the channel is broken; who needs memory waits");
-            match self.incoming.reconnect.reconnect(&error) {
-                Some(new) => channels = new,
-                None => {
-                    // Whoever waits must not go on with zeros, so nothing of this may end before
-                    // the process does.
-                    std::mem::forget(self.memory.take());
-                    self.incoming.failed.handler_failed(&error);
-                    return Err(error);
-                }
-            }
-            self.progress.set_status(Status::PostcopyRecover);
         }
-        lazy.set_source(None);
-        lazy.finish()?;
-        let mut bytes = Vec::new();
-        ReturnMessage::Shut(0).put(&mut bytes);
-        // The source is not needed any more; it may well have gone.
-        if let Err(error) = channels.main.uncancellable().write(&bytes) {
-            tracing::debug!(%error, "cannot tell the source that everything has arrived");
-        }
-        Ok(())
     }
 }
 
@@ -222,165 +191,4 @@ fn give_stale_back(block: &MigrationBlock, outstanding: &PageBitmap) -> Result<(
         given.map_err(MigrationError::memory(block.id(), "give stale pages back"))?;
     }
     Ok(())
-}
-
-/// The pages that arrive over one pair of channels.
-struct Session<'a> {
-    lazy: &'a Arc<LazyRam>,
-    section_id: u32,
-    progress: &'a Progress,
-}
-
-impl Session<'_> {
-    fn take_all(
-        &self,
-        channels: &Channels,
-        reader: Option<WireReader<Channel>>,
-    ) -> Result<(), MigrationError> {
-        let back = Arc::new(Back {
-            channel: Mutex::new(channels.main.uncancellable()),
-            last_block: AtomicU32::new(u32::MAX),
-        });
-        let resumed = reader.is_none();
-        let mut reader =
-            reader.unwrap_or_else(|| WireReader::with_capacity(channels.main.uncancellable(), 0));
-        std::thread::scope(|scope| {
-            let urgent = channels.urgent.as_ref().map(Channel::uncancellable);
-            let broken = channels.main.clone_handle();
-            let taking = urgent.map(|urgent| {
-                scope.spawn(move || {
-                    let result = self.take_urgent(urgent);
-                    if result.is_err() {
-                        broken.shutdown();
-                    }
-                    result
-                })
-            });
-            if !resumed {
-                self.lazy.set_source(Some(Arc::clone(&back) as Arc<dyn PageSource>));
-                // Faults before now found nobody to ask.
-                let asked = self.lazy.request_again();
-                asked.map_err(MigrationError::io("ask for pages"))?;
-            }
-            let result = self.take_main(&mut reader, &back);
-            // At the end of the stream there may still be pages on the other channel, which ends
-            // by itself then.
-            if (result.is_err() || self.lazy.outstanding() == 0)
-                && let Some(urgent) = &channels.urgent
-            {
-                urgent.shutdown();
-            }
-            let urgent = taking.map_or(Ok(()), |taking| {
-                taking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            });
-            result?;
-            match self.lazy.outstanding() {
-                // Whatever became of the other channel then.
-                0 => Ok(()),
-                left => {
-                    urgent?;
-                    let what = format!("{left} pages never came");
-                    Err(out_of_place("end of the stream", reader.offset(), &what))
-                }
-            }
-        })
-    }
-
-    /// Reads the stream to its end.
-    fn take_main(
-        &self,
-        reader: &mut WireReader<Channel>,
-        back: &Arc<Back>,
-    ) -> Result<(), MigrationError> {
-        let mut records = RamRecords::new();
-        loop {
-            let at = reader.offset();
-            match read_record(reader)? {
-                Record::Continued { section_id, .. } if section_id == self.section_id => {
-                    records.place_section(self.lazy, reader)?;
-                    read_footer(reader, section_id)?;
-                }
-                Record::Command(Command::RecvBitmap { block }) => {
-                    let Some(index) = self.lazy.find(&block) else {
-                        return back.send_received(&block, None);
-                    };
-                    back.send_received(&block, Some(&self.lazy.outstanding_of(index)))?;
-                }
-                Record::Command(Command::PostcopyResume) => {
-                    back.send(&ReturnMessage::ResumeAck)?;
-                    Counters::add(&self.progress.counters.postcopy_recoveries, 1);
-                    self.lazy.set_source(Some(Arc::clone(back) as Arc<dyn PageSource>));
-                    let asked = self.lazy.request_again();
-                    asked.map_err(MigrationError::io("ask for pages again"))?;
-                }
-                Record::Command(Command::Ping(value)) => {
-                    back.send(&ReturnMessage::Pong(value))?;
-                }
-                Record::Eof => return Ok(()),
-                other => {
-                    return Err(out_of_place(
-                        &format!("{other:?}"),
-                        at,
-                        "not possible in postcopy",
-                    ));
-                }
-            }
-        }
-    }
-
-    /// Takes the pages that were asked for, until the channel ends.
-    fn take_urgent(&self, channel: Channel) -> Result<(), MigrationError> {
-        let mut reader = WireReader::new(channel);
-        let mut records = RamRecords::new();
-        while !reader.is_at_end().map_err(MigrationError::io("read pages"))? {
-            if records.place_page(self.lazy, &mut reader)? {
-                return Ok(());
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The way back to the source.
-struct Back {
-    channel: Mutex<Channel>,
-    /// The block that was asked for last.
-    last_block: AtomicU32,
-}
-
-impl Back {
-    fn send(&self, message: &ReturnMessage) -> Result<(), MigrationError> {
-        let mut bytes = Vec::new();
-        message.put(&mut bytes);
-        self.channel.lock().write(&bytes).map_err(MigrationError::io("answer the source"))
-    }
-
-    fn send_received(
-        &self,
-        block: &str,
-        outstanding: Option<&PageBitmap>,
-    ) -> Result<(), MigrationError> {
-        let Some(outstanding) = outstanding else {
-            let what = format!("received pages of block {block:?} are asked for");
-            return Err(MigrationError::Page { at: 0, what });
-        };
-        let mut bytes = Vec::new();
-        received::put(&mut bytes, block, outstanding);
-        self.channel.lock().write(&bytes).map_err(MigrationError::io("answer the source"))
-    }
-}
-
-impl PageSource for Back {
-    fn request(&self, lazy: &LazyRam, block: usize, range: ByteRange) -> io::Result<()> {
-        let mut channel = self.channel.lock();
-        let known = u32::try_from(block).ok() == Some(self.last_block.load(Ordering::Relaxed));
-        let name = (!known).then(|| lazy.block(block).id().to_owned());
-        let len = u32::try_from(range.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let message = ReturnMessage::RequestPages { block: name, start: range.start(), len };
-        let mut bytes = Vec::new();
-        message.put(&mut bytes);
-        channel.write(&bytes)?;
-        self.last_block.store(u32::try_from(block).unwrap_or(u32::MAX), Ordering::Relaxed);
-        Ok(())
-    }
 }

@@ -6,19 +6,43 @@
 //! A broken channel loses nothing: both sides pause, and go on over a new one.
 
 mod destination;
+mod handover;
+mod listening;
 mod received;
 mod requests;
+mod return_channel;
 mod source;
 
 pub(super) use destination::Arriving;
-pub use destination::PostcopyIncoming;
-pub(super) use source::PostcopySource;
+pub use destination::{OnListen, PostcopyIncoming};
+pub(super) use handover::Handover;
+pub(super) use requests::Asked;
+pub(super) use return_channel::ReturnChannel;
+pub(super) use source::{AnswerRequests, PostcopySource};
 
 use super::channel::Channel;
 use super::error::MigrationError;
 
 /// Everything is loaded and the guest can run (QEMU's QEMU_VM_PING_PACKAGED_LOADED).
 pub(super) const PING_PACKAGE_LOADED: u32 = 0x42;
+
+/// The most bytes of device state in a package, sent or taken.
+pub(super) const PACKAGE_MAX: u64 = 1 << 30;
+
+/// The length of a package as it is sent.
+///
+/// # Errors
+///
+/// When the destination would refuse it.
+pub(super) fn package_len(len: usize) -> Result<u32, MigrationError> {
+    let fits = u32::try_from(len).ok().filter(|len| u64::from(*len) <= PACKAGE_MAX);
+    fits.ok_or_else(|| {
+        let limit =
+            format!("{len} bytes of device state, of which at most {PACKAGE_MAX} can be sent");
+        let source = std::io::Error::new(std::io::ErrorKind::FileTooLarge, limit);
+        MigrationError::Io { what: "package the device state", source }
+    })
+}
 
 /// The channels of a migration in postcopy.
 #[derive(Debug)]
@@ -28,6 +52,22 @@ pub struct Channels {
     /// Pages that somebody waits for (QEMU's postcopy-preempt). Without it they go on the main
     /// channel, behind what is already under way there.
     pub urgent: Option<Channel>,
+}
+
+impl Channels {
+    /// Ends both.
+    fn shutdown(&self) {
+        self.main.shutdown();
+        if let Some(urgent) = &self.urgent {
+            urgent.shutdown();
+        }
+    }
+
+    /// Handles that end only with the channels.
+    fn uncancellable(&self) -> Self {
+        let urgent = self.urgent.as_ref().map(Channel::uncancellable);
+        Self { main: self.main.uncancellable(), urgent }
+    }
 }
 
 /// Makes new channels after the old ones broke.

@@ -1,11 +1,61 @@
 //! What the destination asked for and told, between the thread that hears it and the one that
 //! sends.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::ByteRange;
+use crate::migration::error::MigrationError;
+use crate::migration::handler::PostcopySave;
+use crate::migration::stream::TARGET_PAGE_SIZE;
+
+/// The most requests that wait to be sent: more than vCPUs can have, each with all the faults that
+/// KVM lets it run on with.
+const WAITING_MAX: usize = 64 << 10;
+
+/// What the destination asks for, by the blocks that there are.
+pub(crate) struct Asked {
+    /// Ids and lengths in bytes.
+    blocks: Vec<(Arc<str>, u64)>,
+    /// The block of the request before.
+    last: Option<usize>,
+}
+
+impl Asked {
+    pub(crate) fn of(memory: &dyn PostcopySave) -> Self {
+        let blocks = memory.blocks().into_iter();
+        let blocks = blocks.map(|(id, nr_pages)| (id.into(), nr_pages * TARGET_PAGE_SIZE));
+        Self { blocks: blocks.collect(), last: None }
+    }
+
+    /// A new channel, on which no block was named yet.
+    pub(super) fn restart(&mut self) {
+        self.last = None;
+    }
+
+    /// Block and range of a request.
+    pub(super) fn find(
+        &mut self,
+        block: Option<&str>,
+        start: u64,
+        len: u32,
+    ) -> Result<(Arc<str>, ByteRange), MigrationError> {
+        if let Some(id) = block {
+            self.last = self.blocks.iter().position(|(known, _)| **known == *id);
+        }
+        let found = self.last.map(|index| &self.blocks[index]);
+        let range = ByteRange::new(start, u64::from(len));
+        let found = found.zip(range).filter(|((_, block_len), range)| range.end() <= *block_len);
+        let Some(((id, _), range)) = found else {
+            let of = block.unwrap_or("of the request before");
+            let what = format!("a request for {len:#x} bytes at {start:#x} of block {of:?}");
+            return Err(MigrationError::Unexpected(what));
+        };
+        Ok((Arc::clone(id), range))
+    }
+}
 
 /// Requests that wait for the next write on the main channel.
 #[derive(Default)]
@@ -18,7 +68,7 @@ pub(super) struct Requests {
 #[derive(Default)]
 pub(super) struct Told {
     /// Pages asked for, of a block.
-    pub(super) pages: Vec<(String, ByteRange)>,
+    pub(super) pages: Vec<(Arc<str>, ByteRange)>,
     /// The destination has everything.
     pub(super) done: bool,
     /// Nothing more will be told.
@@ -26,9 +76,18 @@ pub(super) struct Told {
 }
 
 impl Requests {
-    pub(super) fn push(&self, block: String, range: ByteRange) {
-        self.told.lock().pages.push((block, range));
+    /// # Errors
+    ///
+    /// When more wait than any destination that works asks for.
+    pub(super) fn push(&self, block: Arc<str>, range: ByteRange) -> Result<(), MigrationError> {
+        let mut told = self.told.lock();
+        if told.pages.len() == WAITING_MAX {
+            return Err(MigrationError::Flooded { what: "page requests", limit: WAITING_MAX });
+        }
+        told.pages.push((block, range));
+        drop(told);
         self.changed.notify_all();
+        Ok(())
     }
 
     pub(super) fn done(&self) {
@@ -58,5 +117,47 @@ impl Requests {
             self.changed.wait_for(&mut told, Duration::from_secs(1));
         }
         Told { pages: Vec::new(), done: told.done, closed: told.closed }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page() -> ByteRange {
+        ByteRange::new(0, TARGET_PAGE_SIZE).unwrap()
+    }
+
+    #[test]
+    fn requests_that_nothing_works_through_end_the_destination() {
+        let requests = Requests::default();
+        let id: Arc<str> = "ram".into();
+        for _ in 0..WAITING_MAX {
+            requests.push(Arc::clone(&id), page()).unwrap();
+        }
+        let error = requests.push(Arc::clone(&id), page()).unwrap_err().to_string();
+        assert!(error.contains("more than 65536 page requests"), "{error}");
+        assert_eq!(requests.wait(Duration::ZERO).pages.len(), WAITING_MAX);
+        requests.push(id, page()).unwrap();
+    }
+
+    #[test]
+    fn requests_are_of_blocks_that_there_are() {
+        let blocks = vec![("ram".into(), 1 << 20), ("vmem0".into(), 1 << 30)];
+        let mut asked = Asked { blocks, last: None };
+        assert!(asked.find(None, 0, 4096).is_err(), "no block was named");
+        assert_eq!(&*asked.find(Some("vmem0"), 1 << 20, 4096).unwrap().0, "vmem0");
+        assert_eq!(&*asked.find(None, (1 << 30) - 4096, 4096).unwrap().0, "vmem0");
+        for (block, start, len) in [
+            (Some("other"), 0, 4096),
+            (Some("ram"), 1 << 20, 4096),
+            (None, u64::MAX, 4096),
+            (None, 0, 0),
+        ] {
+            assert!(asked.find(block, start, len).is_err(), "{block:?} {start:#x} {len:#x}");
+        }
+        asked.find(Some("ram"), 0, 4096).unwrap();
+        asked.restart();
+        assert!(asked.find(None, 0, 4096).is_err(), "a new channel");
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::requests::{Requests, Told};
+use super::requests::{Asked, Requests, Told};
 use super::{Channels, Reconnect, received};
 use crate::migration::bandwidth::Bandwidth;
 use crate::migration::channel::{Channel, Sink};
@@ -27,12 +27,54 @@ const BATCH: u64 = 256 << 10;
 /// How long the other side may take to answer in the handshake of a recovery.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 
+/// Answers what the destination asks for while it loads its devices: the guest is still here, and
+/// stopped, so one thread sends everything.
+pub(crate) struct AnswerRequests<'a> {
+    /// The handler that has the memory.
+    pub(crate) memory: &'a mut dyn PostcopySave,
+    pub(crate) section_id: u32,
+    pub(crate) main: &'a mut Channel,
+    pub(crate) urgent: Option<&'a mut Channel>,
+    pub(crate) asked: &'a mut Asked,
+    pub(crate) progress: &'a Progress,
+}
+
+impl AnswerRequests<'_> {
+    /// Sends the pages of a request at once.
+    pub(crate) fn answer(&mut self, message: ReturnMessage) -> Result<(), MigrationError> {
+        let ReturnMessage::RequestPages { block, start, len } = message else {
+            return match message {
+                ReturnMessage::Shut(code) if code != 0 => Err(MigrationError::Refused(code)),
+                other => Err(unexpected(&other)),
+            };
+        };
+        let (block, range) = self.asked.find(block.as_deref(), start, len)?;
+        let mut gathered = GatherWrite::new();
+        let out = match &mut self.urgent {
+            Some(urgent) => {
+                self.memory.requested(&block, range, &mut gathered)?;
+                &mut **urgent
+            }
+            None => {
+                put_start(&mut gathered, SectionKind::Part, self.section_id);
+                self.memory.requested(&block, range, &mut gathered)?;
+                put_end(&mut gathered, self.section_id);
+                &mut *self.main
+            }
+        };
+        Counters::add(&self.progress.counters.transferred, gathered.len_bytes());
+        out.write_gathered(&mut gathered).map_err(MigrationError::io("send a page asked for"))
+    }
+}
+
 /// The source after the guest has left.
 pub(crate) struct PostcopySource<'a> {
     /// The handler that has the memory.
     pub(crate) memory: &'a mut dyn PostcopySave,
     /// The id of its sections.
     pub(crate) section_id: u32,
+    /// What was asked for before.
+    pub(crate) asked: Asked,
     pub(crate) reconnect: Box<dyn Reconnect + 'a>,
     /// Bytes a second that are sent without having been asked for.
     pub(crate) max_bandwidth: Option<u64>,
@@ -51,13 +93,13 @@ impl PostcopySource<'_> {
         channels: Channels,
         back: WireReader<Channel>,
     ) -> Result<(), MigrationError> {
-        let Self { memory, section_id, mut reconnect, max_bandwidth, progress } = self;
+        let Self { memory, section_id, mut asked, mut reconnect, max_bandwidth, progress } = self;
         let memory = Mutex::new(memory);
         let mut channels = channels;
         let mut back = Some(back);
         loop {
             let stream = Stream { memory: &memory, section_id, max_bandwidth, progress: &progress };
-            let error = match stream.send_all(channels, back.take()) {
+            let error = match stream.send_all(channels, back.take(), &mut asked) {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };
@@ -84,12 +126,14 @@ impl Stream<'_, '_> {
         &self,
         channels: Channels,
         back: Option<WireReader<Channel>>,
+        asked: &mut Asked,
     ) -> Result<(), MigrationError> {
         let Channels { mut main, urgent } = channels;
         let back = match back {
             Some(back) => back,
             None => {
                 let mut back = WireReader::new(main.uncancellable());
+                asked.restart();
                 self.resume(&mut main, &mut back)?;
                 Counters::add(&self.progress.counters.postcopy_recoveries, 1);
                 back
@@ -102,12 +146,10 @@ impl Stream<'_, '_> {
             let broken = main.clone_handle();
             let (requests, urgent) = (&requests, urgent.as_ref());
             let answering = scope.spawn(move || {
-                let result = self.answer(back, requests, urgent);
+                let result = self.answer(back, asked, requests, urgent);
                 requests.close();
-                if result.is_err() {
-                    // Whoever writes to it must not wait for a reader that is gone.
-                    broken.shutdown();
-                }
+                // What writes to it must not wait for a reader that is gone, or needs nothing more.
+                broken.shutdown();
                 result
             });
             let result = self.background(&mut main, urgent, requests);
@@ -118,9 +160,10 @@ impl Stream<'_, '_> {
                 std::panic::resume_unwind(panic);
             });
             match (result, answered) {
-                (Ok(()), Ok(())) => Ok(()),
+                // It has everything, whatever became of the end of the stream.
+                (_, Ok(())) => Ok(()),
                 // What broke first is more telling than what broke because of it.
-                (_, Err(error)) | (Err(error), Ok(())) => Err(error),
+                (Err(error), Err(MigrationError::ChannelClosed(_))) | (_, Err(error)) => Err(error),
             }
         })
     }
@@ -176,7 +219,7 @@ impl Stream<'_, '_> {
                 continue;
             }
             let mut any = !pause.is_zero();
-            self.start(&mut gathered, SectionKind::Part);
+            put_start(&mut gathered, SectionKind::Part, self.section_id);
             {
                 let mut memory = self.memory.lock();
                 for (block, range) in told.pages {
@@ -187,7 +230,7 @@ impl Stream<'_, '_> {
                     any |= memory.next(batch, &mut gathered)?;
                 }
             }
-            self.end(&mut gathered);
+            put_end(&mut gathered, self.section_id);
             if !any {
                 gathered.clear();
                 break;
@@ -202,8 +245,8 @@ impl Stream<'_, '_> {
             let ended = urgent.lock().write(&end);
             ended.map_err(MigrationError::io("end the channel of pages asked for"))?;
         }
-        self.start(&mut gathered, SectionKind::End);
-        self.end(&mut gathered);
+        put_start(&mut gathered, SectionKind::End, self.section_id);
+        put_end(&mut gathered, self.section_id);
         let mut eof = Vec::new();
         put_eof(&mut eof);
         gathered.push_bytes(&eof);
@@ -214,27 +257,14 @@ impl Stream<'_, '_> {
         }
     }
 
-    fn start(&self, gathered: &mut GatherWrite, kind: SectionKind) {
-        let mut bytes = Vec::new();
-        put_continued(&mut bytes, kind, self.section_id);
-        gathered.push_bytes(&bytes);
-    }
-
-    fn end(&self, gathered: &mut GatherWrite) {
-        let mut bytes = Vec::new();
-        put_end_of_section(&mut bytes);
-        put_footer(&mut bytes, self.section_id);
-        gathered.push_bytes(&bytes);
-    }
-
     /// Reads what the destination asks for; answers at once where there is a channel for it.
     fn answer(
         &self,
         mut back: WireReader<Channel>,
+        asked: &mut Asked,
         requests: &Requests,
         urgent: Option<&Mutex<Channel>>,
     ) -> Result<(), MigrationError> {
-        let mut last_block = None;
         let mut gathered = GatherWrite::new();
         loop {
             let ended = back.is_at_end().map_err(MigrationError::io("hear the destination"))?;
@@ -243,21 +273,14 @@ impl Stream<'_, '_> {
             }
             match ReturnMessage::read(&mut back)? {
                 ReturnMessage::RequestPages { block, start, len } => {
-                    if let Some(block) = block {
-                        last_block = Some(block);
-                    }
-                    let range = crate::ByteRange::new(start, u64::from(len));
-                    let (Some(block), Some(range)) = (&last_block, range) else {
-                        let what = format!("a request for {len} bytes at {start:#x} of no block");
-                        return Err(MigrationError::Unexpected(what));
-                    };
+                    let (block, range) = asked.find(block.as_deref(), start, len)?;
                     match urgent {
-                        None => requests.push(block.clone(), range),
+                        None => requests.push(block, range)?,
                         Some(urgent) => {
                             // Held from before the pages are taken until they are written, so that
                             // the end of this channel cannot come between.
                             let mut urgent = urgent.lock();
-                            self.memory.lock().requested(block, range, &mut gathered)?;
+                            self.memory.lock().requested(&block, range, &mut gathered)?;
                             let sent = gathered.len_bytes();
                             Counters::add(&self.progress.counters.transferred, sent);
                             let written = urgent.write_gathered(&mut gathered);
@@ -275,6 +298,19 @@ impl Stream<'_, '_> {
             }
         }
     }
+}
+
+fn put_start(gathered: &mut GatherWrite, kind: SectionKind, section_id: u32) {
+    let mut bytes = Vec::new();
+    put_continued(&mut bytes, kind, section_id);
+    gathered.push_bytes(&bytes);
+}
+
+fn put_end(gathered: &mut GatherWrite, section_id: u32) {
+    let mut bytes = Vec::new();
+    put_end_of_section(&mut bytes);
+    put_footer(&mut bytes, section_id);
+    gathered.push_bytes(&bytes);
 }
 
 fn unexpected(message: &ReturnMessage) -> MigrationError {

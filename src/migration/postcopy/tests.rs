@@ -19,6 +19,9 @@ use crate::migration::stream::Configuration;
 use crate::migration::test_support::{Late, PAGE, Side, fill, late, tcp_pair};
 use crate::sys::HostMapping;
 
+mod destination;
+mod peers;
+
 const OPTIONS: ListOptions = ListOptions { ignore_shared: false, postcopy: true };
 
 /// A guest that does not run on the source, and reads its memory in odd order on the destination.
@@ -174,6 +177,7 @@ fn migrate_by(
             urgent: far_urgent.map(|urgent| channel(&progress, urgent.into())),
             reconnect: Box::new(Prepared(destination_hears, Arc::clone(&progress))),
             failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
+            listening: None,
         };
         let incoming = Incoming {
             configuration: Configuration::new("test"),

@@ -29,9 +29,16 @@ pub trait Guest: Send + Sync {
 
     /// Lets the guest run, for the first time on the destination, or again on the source.
     ///
+    /// In postcopy most of its memory is still outstanding. It arrives beside this call, on threads
+    /// of the engine, so what is done here may touch all of it, and may wait for others that do
+    /// (kernel vhost, a vhost-user back-end that takes part in the faults). It must not wait for the
+    /// migration to end, which waits for this.
+    ///
     /// # Errors
     ///
-    /// Why it cannot run.
+    /// Why it cannot run. A source that had the guest reports it; on the destination of postcopy the
+    /// guest has left its source by then, so memory is taken to its end before the error is
+    /// returned, and the VMM may try again.
     fn run(&self) -> Result<(), String>;
 
     /// Keeps vCPUs from running for `percent` of the time, 0 to 99, so that memory is written

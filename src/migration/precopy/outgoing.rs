@@ -4,16 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::convergence::{Switchover, Throttle, ThrottleParameters};
-use super::return_path::ReturnPath;
+use super::return_path::{ReturnPath, refuse};
 use super::{Guest, PING_LOADED, handlers};
 use crate::migration::bandwidth::Bandwidth;
 use crate::migration::channel::{BufferSink, Channel, Sink};
 use crate::migration::devices::Devices;
 use crate::migration::error::MigrationError;
 use crate::migration::framing::{Framing, write};
-use crate::migration::handler::SaveHandler;
+use crate::migration::handler::{PostcopySave, SaveHandler};
 use crate::migration::postcopy::{
-    Channels, PING_PACKAGE_LOADED, PostcopyOutgoing, PostcopySource, SwitchWhen,
+    AnswerRequests, Asked, Channels, PING_PACKAGE_LOADED, PostcopyOutgoing, PostcopySource,
+    SwitchWhen, package_len,
 };
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::stream::{
@@ -167,7 +168,9 @@ impl Outgoing<'_> {
             framing.start(out, &mut **handler)?;
         }
         self.progress.set_status(Status::Active);
-        let next = self.iterate(out, back.as_ref(), &framing)?;
+        let next = self
+            .iterate(out, back.as_ref(), &framing)
+            .map_err(|error| reason_of(back.as_ref(), error))?;
         // From here on the guest stands still.
         self.progress.set_status(Status::Device);
         self.progress.guest_stopped();
@@ -176,7 +179,9 @@ impl Outgoing<'_> {
             .map_err(|reason| MigrationError::Vmm { what: "stop the guest", reason })?;
         *owner = Owner::Stopped;
         match next {
-            Next::Complete => self.complete(out, back.as_ref(), framing),
+            Next::Complete => self
+                .complete(out, back.as_ref(), framing)
+                .map_err(|error| reason_of(back.as_ref(), error)),
             Next::Postcopy => match back {
                 Some(back) => self.postcopy(channel, back, framing, owner),
                 None => Err(handlers::no_way_back()),
@@ -204,7 +209,8 @@ impl Outgoing<'_> {
             let mut bytes = Vec::new();
             put_command(&mut bytes, &Command::Ping(PING_LOADED));
             write(out, &bytes)?;
-            back.wait_for_pong(PING_LOADED, self.parameters.verdict_timeout, &self.progress)?;
+            let patience = self.parameters.verdict_timeout;
+            back.wait_for_pong(PING_LOADED, patience, &self.progress, &mut refuse)?;
         }
         self.check_frozen()?;
         // The verdict: the destination has everything. With what follows it gets the guest, and
@@ -253,36 +259,59 @@ impl Outgoing<'_> {
         let mut loaded = Vec::new();
         put_command(&mut loaded, &Command::Ping(PING_PACKAGE_LOADED));
         write(&mut package, &loaded)?;
-        let len = u32::try_from(package.bytes.len()).map_err(|_| MigrationError::Io {
-            what: "package the device state",
-            source: std::io::ErrorKind::FileTooLarge.into(),
-        })?;
+        let len = package_len(package.bytes.len())?;
         put_command(&mut bytes, &Command::Packaged { len });
         bytes.extend_from_slice(&package.bytes);
         write(out, &bytes)?;
-        back.wait_for_pong(PING_PACKAGE_LOADED, self.parameters.verdict_timeout, &self.progress)?;
+        let Some(mut postcopy) = self.postcopy.take() else {
+            return Err(MigrationError::Unexpected("postcopy was not provided for".to_owned()));
+        };
+        let section_id = u32::try_from(index).unwrap_or(u32::MAX);
+        let (patience, progress) = (self.parameters.verdict_timeout, Arc::clone(&self.progress));
+        let mut asked = Asked::of(self.memory(index)?);
+        // From here on a device that is loaded there may need memory.
+        let mut answers = AnswerRequests {
+            memory: self.memory(index)?,
+            section_id,
+            main: out,
+            urgent: postcopy.urgent.as_mut(),
+            asked: &mut asked,
+            progress: &progress,
+        };
+        let answer = &mut |message| answers.answer(message);
+        back.wait_for_pong(PING_PACKAGE_LOADED, patience, &progress, answer)?;
         self.check_frozen()?;
         // The verdict. With what follows the destination gets the guest.
         let mut bytes = Vec::new();
         put_command(&mut bytes, &Command::PostcopyRun);
         write(&mut out.uncancellable(), &bytes)?;
-        back.wait_for_taken(self.parameters.verdict_timeout)?;
+        let mut answers = AnswerRequests {
+            memory: self.memory(index)?,
+            section_id,
+            main: out,
+            urgent: postcopy.urgent.as_mut(),
+            asked: &mut asked,
+            progress: &progress,
+        };
+        back.wait_for_taken(patience, &mut |message| answers.answer(message))?;
         *owner = Owner::Gone;
         self.progress.guest_runs_elsewhere();
         let back = back.end()?;
-        let Some(PostcopyOutgoing { urgent, reconnect, .. }) = self.postcopy.take() else {
-            return Err(MigrationError::Unexpected("postcopy was not provided for".to_owned()));
-        };
-        let Some(memory) = self.handlers[index].postcopy() else {
-            return Err(MigrationError::Unexpected("no handler has memory".to_owned()));
-        };
-        let section_id = u32::try_from(index).unwrap_or(u32::MAX);
-        let progress = Arc::clone(&self.progress);
+        let PostcopyOutgoing { urgent, reconnect, .. } = postcopy;
         let main = channel.uncancellable();
         let urgent = urgent.map(|urgent| urgent.uncancellable());
         let max_bandwidth = self.parameters.max_postcopy_bandwidth;
-        let source = PostcopySource { memory, section_id, reconnect, max_bandwidth, progress };
+        let memory = self.memory(index)?;
+        let source =
+            PostcopySource { memory, section_id, asked, reconnect, max_bandwidth, progress };
         source.run(Channels { main, urgent }, back)
+    }
+
+    /// The side of a handler that goes on after the guest has left.
+    fn memory(&mut self, index: usize) -> Result<&mut dyn PostcopySave, MigrationError> {
+        self.handlers[index]
+            .postcopy()
+            .ok_or_else(|| MigrationError::Unexpected("no handler has memory".to_owned()))
     }
 
     /// Fails when blocks may have been plugged, and so are missing at the destination.
@@ -363,5 +392,13 @@ impl Outgoing<'_> {
                 pause -= step;
             }
         }
+    }
+}
+
+/// Why `error` came about, if the destination said so.
+fn reason_of(back: Option<&ReturnPath>, error: MigrationError) -> MigrationError {
+    match back {
+        Some(back) => back.reason_of(error),
+        None => error,
     }
 }

@@ -1,5 +1,7 @@
 //! Page records of a stream, placed where the guest already waits for them.
 
+use std::time::Duration;
+
 use super::MigrationBlock;
 use crate::ByteRange;
 use crate::migration::error::MigrationError;
@@ -10,8 +12,13 @@ use crate::migration::wire::WireRead;
 /// Pages are placed in runs of at most so many bytes, or of one host page.
 const RUN_MAX: usize = 256 << 10;
 
+/// Between two attempts to place pages for which there is no memory.
+const MEMORY_POLL: Duration = Duration::from_millis(50);
+
 /// Reads the records of one channel.
-pub(crate) struct RamRecords {
+pub(crate) struct RamRecords<'a> {
+    /// Whether to wait for memory when there is none.
+    waits: &'a dyn Fn() -> bool,
     /// The block of the record before.
     current: Option<usize>,
     /// Where what is collected belongs: bytes from the start of the current block.
@@ -22,10 +29,11 @@ pub(crate) struct RamRecords {
     any: bool,
 }
 
-impl RamRecords {
-    /// Of a channel on which nothing was read.
-    pub(crate) fn new() -> Self {
-        Self { current: None, start: 0, bytes: Vec::new(), any: false }
+impl<'a> RamRecords<'a> {
+    /// Of a channel on which nothing was read. While there is no memory for a page and `waits` says
+    /// so, nothing more is read, and it is tried again several times a second.
+    pub(crate) fn new(waits: &'a dyn Fn() -> bool) -> Self {
+        Self { waits, current: None, start: 0, bytes: Vec::new(), any: false }
     }
 
     /// Places the pages of a section, up to its end.
@@ -85,6 +93,14 @@ impl RamRecords {
             return Err(bad(at, "a page continues a block that was never named"));
         };
         let block = lazy.block(index);
+        // Before anything is computed with it: an offset may be any multiple of the page size.
+        let within = ByteRange::new(offset, TARGET_PAGE_SIZE)
+            .filter(|page| page.end() <= block.used_length());
+        if within.is_none() {
+            let (id, len) = (block.id(), block.used_length());
+            let what = format!("a page at {offset:#x} of block {id:?}, which has {len:#x} bytes");
+            return Err(bad(at, &what));
+        }
         let page_size = host_page(block);
         self.make_room(lazy, page_size, offset)?;
         if self.bytes.is_empty() {
@@ -140,7 +156,20 @@ impl RamRecords {
         let Some(index) = self.current.filter(|_| !self.bytes.is_empty()) else { return Ok(()) };
         let range = ByteRange::new(self.start, self.bytes.len() as u64);
         if self.any {
-            lazy.place(index, self.start, &self.bytes)?;
+            let mut waited = false;
+            loop {
+                match lazy.place(index, self.start, &self.bytes) {
+                    Ok(()) => break,
+                    Err(error) if error.is_no_memory() && (self.waits)() => {
+                        if !waited {
+                            tracing::warn!(%error, "no memory for pages that arrive; they wait");
+                        }
+                        waited = true;
+                        std::thread::sleep(MEMORY_POLL);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
         } else if let Some(range) = range {
             lazy.place_zeros(index, range)?;
         }

@@ -37,6 +37,10 @@ const CLEAR_CHUNK_PAGES: u64 = 1 << 18;
 /// nobody would notice that the migration was cancelled.
 const ITERATE_PAGES: u64 = (64 << 20) / TARGET_PAGE_SIZE;
 
+/// The most bytes of a request where host pages are smaller: a request is gathered as a whole. QEMU's
+/// are one host page.
+const REQUEST_MAX: u64 = 1 << 20;
+
 /// A block that is sent, and what is known of its pages.
 pub struct SaveBlock {
     block: Arc<MigrationBlock>,
@@ -508,6 +512,7 @@ impl PostcopySave for RamSave {
             let block = &self.blocks[*index].block;
             let page_size = block.page_size();
             range.end() <= block.used_length()
+                && range.len() <= page_size.max(REQUEST_MAX)
                 && range.start().is_multiple_of(page_size)
                 && range.len().is_multiple_of(page_size)
         };

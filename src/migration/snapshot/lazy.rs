@@ -6,6 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::load::freeze;
 use super::stream::{Placed, load};
@@ -20,17 +23,34 @@ use crate::migration::stream::TARGET_PAGE_SIZE;
 
 /// A guest whose memory is still being read. It may run.
 ///
-/// Dropped before all has arrived, it leaves those who wait for a page waiting until the process
-/// ends: a missing page never becomes zeros.
+/// Two things read: faults their own page, for as long as this value lives, and a thread the rest,
+/// which [`wait`](Self::wait) waits for. [`Progress::cancel`] ends that thread, and no more: the guest
+/// runs on, and reads what it touches.
+///
+/// Dropped before all has arrived, it leaves accesses to what is missing waiting until the process
+/// ends, and tells [`HandlerFailed`]: a missing page never becomes zeros.
 pub struct LazyRestore {
+    // Dropped first, so that nothing is read any more when it is looked what has arrived.
+    prefetch: Mutex<Prefetch>,
+    _handler: FaultHandler,
     lazy: Arc<LazyRam>,
-    handler: Option<FaultHandler>,
-    prefetch: Option<JoinHandle<Result<(), MigrationError>>>,
-    stop: Arc<AtomicBool>,
+    source: Arc<Pages>,
     progress: Arc<Progress>,
-    /// Until all has arrived.
-    _frozen: FrozenBlocks,
 }
+
+/// The thread that reads what is not touched.
+struct Prefetch {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<(), MigrationError>>>,
+    /// Until all has arrived, block state is frozen, and the blocks keep their lengths.
+    held: Option<(FrozenBlocks, Vec<InMigration>)>,
+}
+
+/// Between two attempts of that thread when there is no memory, or the file cannot be read.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// How often it tries what the file is wanting before [`LazyRestore::wait`] says why.
+const TRIES_MAX: u32 = 20;
 
 /// As [`restore`](super::restore), but returns as soon as the devices are there: pages are read when they are
 /// touched, and in the background. What the file has no page for is the kernel's to fill with
@@ -57,45 +77,47 @@ pub fn restore_lazily(
             .map(|Placed { block, pages, in_migration, .. }| ((block, pages), in_migration))
             .unzip();
         let memory = Arc::new(LazyRam::new(blocks)?);
-        let (file, failed) = (Arc::clone(&file), Arc::clone(&failed));
-        let source = Arc::new(Pages {
-            file,
-            offsets,
-            failed: Arc::clone(&failed),
-            _in_migration: in_migration,
-        });
+        let file = Arc::clone(&file);
+        let source = Arc::new(Pages { file, offsets });
         progress.watch_faults(memory.shared_statistics());
         memory.set_source(Some(Arc::clone(&source) as Arc<dyn PageSource>));
         // Loading devices may touch memory.
-        let handler = FaultHandler::start(Arc::clone(&memory), failed)?;
-        lazy = Some((memory, handler, source));
+        let handler = FaultHandler::start(Arc::clone(&memory), Arc::clone(&failed))?;
+        lazy = Some((memory, handler, source, in_migration));
         Ok(())
     });
+    let abandoned = lazy.as_ref().map(|(memory, ..)| Arc::clone(memory));
     let started = loaded.and_then(|()| {
-        let (lazy, handler, source) = lazy.ok_or_else(|| MigrationError::Page {
+        let (lazy, handler, source, in_migration) = lazy.ok_or_else(|| MigrationError::Page {
             at: 0,
             what: "the file has no RAM".to_owned(),
         })?;
         // A device of another process may have reserved huge pages for what is plugged.
         lazy.refuse_present()?;
         let stop = Arc::new(AtomicBool::new(false));
-        let (memory, stopped) = (Arc::clone(&lazy), Arc::clone(&stop));
-        let counted = Arc::clone(&progress);
-        let prefetch = std::thread::Builder::new()
-            .name("prefetch".to_owned())
-            .spawn(move || source.prefetch(&memory, &stopped, &counted))
-            .map_err(MigrationError::io("start a thread"))?;
-        let (handler, prefetch) = (Some(handler), Some(prefetch));
-        let progress = Arc::clone(&progress);
-        Ok(LazyRestore { lazy, handler, prefetch, stop, progress, _frozen: frozen })
+        let prefetch = Prefetch { stop, thread: None, held: Some((frozen, in_migration)) };
+        let (prefetch, progress) = (Mutex::new(prefetch), Arc::clone(&progress));
+        let restore = LazyRestore { prefetch, _handler: handler, lazy, source, progress };
+        restore.read_ahead(&mut restore.prefetch.lock())?;
+        Ok(restore)
     });
     if let Err(error) = &started {
+        if let Some(memory) = abandoned {
+            // The guest must not run.
+            memory.abandon();
+        }
         progress.fail(error);
     }
     started
 }
 
 impl LazyRestore {
+    /// The memory, for other processes that share it and take part by
+    /// [`SharedFaults`](crate::migration::lazy::SharedFaults).
+    pub fn memory(&self) -> &Arc<LazyRam> {
+        &self.lazy
+    }
+
     /// Pages that have not arrived.
     pub fn outstanding(&self) -> u64 {
         self.lazy.outstanding()
@@ -106,35 +128,53 @@ impl LazyRestore {
         self.lazy.statistics()
     }
 
-    /// Waits until all has arrived. The file is not needed any more then.
+    /// Waits until all has arrived. The file is not needed any more then. Where there is no memory,
+    /// that is waited for.
     ///
     /// # Errors
     ///
-    /// Why a page cannot be read; those who wait for it keep waiting.
-    pub fn wait(mut self) -> Result<(), MigrationError> {
-        let prefetched = self.prefetch.take().map_or(Ok(()), |prefetch| {
-            prefetch.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
-        let result = prefetched.and_then(|()| self.lazy.finish());
-        match &result {
-            Ok(()) => self.progress.set_status(Status::Completed),
-            Err(error) => self.progress.fail(error),
+    /// Why the rest is not read in the background: the file cannot be read, or it was cancelled.
+    /// The guest may run on in either case, and its faults are answered. Called again, it reads on
+    /// unless it was cancelled.
+    pub fn wait(&self) -> Result<(), MigrationError> {
+        let mut prefetch = self.prefetch.lock();
+        if prefetch.held.is_none() {
+            return Ok(());
         }
-        result
+        if prefetch.thread.is_none() && self.lazy.outstanding() != 0 {
+            self.read_ahead(&mut prefetch)?;
+        }
+        let read = prefetch.thread.take().map_or(Ok(()), |thread| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        if self.lazy.outstanding() != 0
+            && let Err(error) = read
+        {
+            self.progress.fail(&error);
+            return Err(error);
+        }
+        self.lazy.finish()?;
+        prefetch.held = None;
+        self.progress.set_status(Status::Completed);
+        Ok(())
+    }
+
+    fn read_ahead(&self, prefetch: &mut Prefetch) -> Result<(), MigrationError> {
+        let (source, memory) = (Arc::clone(&self.source), Arc::clone(&self.lazy));
+        let (stop, progress) = (Arc::clone(&prefetch.stop), Arc::clone(&self.progress));
+        let thread = std::thread::Builder::new().name("prefetch".to_owned());
+        let thread = thread.spawn(move || source.prefetch(&memory, &stop, &progress));
+        prefetch.thread = Some(thread.map_err(MigrationError::io("start a thread"))?);
+        Ok(())
     }
 }
 
-impl Drop for LazyRestore {
+impl Drop for Prefetch {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        if let Some(prefetch) = self.prefetch.take() {
-            let _ = prefetch.join();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
-        if self.lazy.outstanding() != 0 {
-            // Closing the descriptor would turn what is missing into zeros.
-            std::mem::forget(Arc::clone(&self.lazy));
-        }
-        drop(self.handler.take());
     }
 }
 
@@ -143,15 +183,24 @@ struct Pages {
     file: Arc<File>,
     /// Of each block the first page, bytes from the start of the file.
     offsets: Vec<u64>,
-    failed: Arc<dyn HandlerFailed>,
-    /// The blocks, which keep their lengths meanwhile.
-    _in_migration: Vec<InMigration>,
 }
 
 impl Pages {
     fn read(&self, block: usize, range: ByteRange, bytes: &mut Vec<u8>) -> io::Result<()> {
         bytes.resize(usize::try_from(range.len()).map_err(|_| io::ErrorKind::OutOfMemory)?, 0);
         self.file.read_exact_at(bytes, self.offsets[block] + range.start())
+    }
+
+    /// Reads pages and places them.
+    fn bring(
+        &self,
+        lazy: &LazyRam,
+        block: usize,
+        range: ByteRange,
+        bytes: &mut Vec<u8>,
+    ) -> Result<(), MigrationError> {
+        self.read(block, range, bytes).map_err(MigrationError::io("read pages"))?;
+        lazy.place(block, range.start(), bytes)
     }
 
     /// Places all pages, one after the other.
@@ -162,6 +211,7 @@ impl Pages {
         progress: &Progress,
     ) -> Result<(), MigrationError> {
         let mut bytes = Vec::new();
+        let mut tries = 0;
         for block in 0..lazy.nr_blocks() {
             let page_size = lazy.block(block).page_size();
             let max = PIECE.max(page_size) / TARGET_PAGE_SIZE;
@@ -170,12 +220,22 @@ impl Pages {
                 if stop.load(Ordering::Relaxed) || progress.is_cancelled() {
                     return Err(MigrationError::Cancelled);
                 }
-                page = run.end;
                 let range = bytes_of(run.clone());
-                self.read(block, range, &mut bytes).map_err(MigrationError::io("read pages"))?;
-                lazy.place(block, range.start(), &bytes)?;
-                Counters::add(&progress.counters.normal, run.end - run.start);
-                Counters::add(&progress.counters.transferred, range.len());
+                match self.bring(lazy, block, range, &mut bytes) {
+                    Ok(()) => {
+                        (page, tries) = (run.end, 0);
+                        Counters::add(&progress.counters.normal, run.end - run.start);
+                        Counters::add(&progress.counters.transferred, range.len());
+                    }
+                    Err(error) if error.is_no_memory() || tries < TRIES_MAX => {
+                        if tries == 0 {
+                            tracing::warn!(%error, "memory is not read on for now");
+                        }
+                        tries += 1;
+                        std::thread::sleep(RETRY);
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         }
         Ok(())
@@ -185,15 +245,10 @@ impl Pages {
 impl PageSource for Pages {
     /// Reads and places the page at once, on the thread that answers faults.
     fn request(&self, lazy: &LazyRam, block: usize, range: ByteRange) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        let placed = self
-            .read(block, range, &mut bytes)
-            .map_err(MigrationError::io("read a page that is waited for"))
-            .and_then(|()| lazy.place(block, range.start(), &bytes));
-        placed.map_err(|error| {
-            // Nobody will ask again.
-            self.failed.handler_failed(&error);
-            io::Error::other(error.to_string())
-        })
+        self.bring(lazy, block, range, &mut Vec::new()).map_err(MigrationError::into_io)
+    }
+
+    fn is_retried(&self) -> bool {
+        true
     }
 }

@@ -9,7 +9,7 @@ use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::ram::MigrationBlock;
 use crate::migration::test_support::{BLOCK, PAGE, Side};
 use crate::sys::HostMapping;
-use crate::sys::shared_faults::OfferedFaults;
+use crate::sys::shared_faults::{OfferedFaults, removals};
 
 /// Counts what it is asked for, and answers later or never.
 #[derive(Default)]
@@ -149,18 +149,55 @@ fn ranges_outside_their_block_are_refused() {
 }
 
 #[test]
-fn a_client_whose_descriptor_is_none_fails_alone() {
+fn a_client_whose_descriptor_is_no_userfaultfd_is_refused_alone() {
     let rig = rig();
+    let (pipe, _other) = io::pipe().unwrap();
     let failed = Arc::new(Failures::default());
-    let (pipe, other) = io::pipe().unwrap();
-    let lazy = Arc::clone(&rig.lazy);
     let told = Arc::clone(&failed);
-    let broken = SharedFaults::start(lazy, pipe.into(), told).unwrap();
-    drop(other);
-    wait_until(|| failed.0.load(Ordering::Relaxed) == 1);
+    let Err(error) = SharedFaults::start(Arc::clone(&rig.lazy), pipe.into(), told) else {
+        panic!("a pipe was taken for a userfaultfd");
+    };
+    assert!(error.to_string().contains("where a userfaultfd was expected"), "{error}");
     let reader = read(&rig.client, 2);
     wait_until(|| !rig.asked.0.lock().is_empty());
     rig.lazy.place(0, (64 + 2) * PAGE, &[5; PAGE as usize]).unwrap();
     assert_eq!(reader.join().unwrap(), 5);
-    drop(broken);
+    assert_eq!(failed.0.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_client_whose_address_space_changes_all_the_time_is_answered_between() {
+    let side = Side::new(&[1, 2]);
+    let block: Arc<MigrationBlock> = Arc::clone(side.blocks.get("vmem0").unwrap());
+    let outstanding = PageBitmap::new(16 * BLOCK / PAGE);
+    let lazy = Arc::new(LazyRam::new(vec![(block, outstanding)]).unwrap());
+    let client = Arc::new(HostMapping::map(&side.region, BLOCK, 15 * BLOCK).unwrap());
+    let offered = OfferedFaults::open_with_removals().unwrap();
+    let address = client.addr() as u64;
+    offered.register(address, 15 * BLOCK).unwrap();
+    // The event of each is to be read before the client goes on, and a page is not taken before.
+    let changing = Arc::clone(&client);
+    let changer = thread::spawn(move || (0..100).for_each(|_| removals::forget(&changing, PAGE)));
+    let readers: Vec<_> = (10..30).map(|page| read(&client, page)).collect();
+    let failed = Arc::new(Failures::default());
+    let told = Arc::clone(&failed);
+    let shared = SharedFaults::start(Arc::clone(&lazy), offered.copy().unwrap(), told).unwrap();
+    let range = SharedRange { address, len: 15 * BLOCK, block: 0, offset: BLOCK };
+    shared.set_ranges(vec![range]).unwrap();
+    // Faults that came before the ranges were known are made again.
+    offered.wake(address, 15 * BLOCK).unwrap();
+    changer.join().unwrap();
+    assert!(readers.into_iter().all(|reader| reader.join().unwrap() == 0));
+    assert_eq!(failed.0.load(Ordering::Relaxed), 0);
+    drop(shared);
+}
+
+#[test]
+fn a_client_finds_zeros_in_memory_that_was_given_up() {
+    let rig = rig();
+    let reader = read(&rig.client, 3);
+    wait_until(|| !rig.asked.0.lock().is_empty());
+    rig.lazy.abandon();
+    assert_eq!(reader.join().unwrap(), 0);
+    assert_eq!(read(&rig.client, 4).join().unwrap(), 0);
 }

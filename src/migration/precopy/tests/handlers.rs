@@ -180,6 +180,7 @@ pub(super) fn run(
             urgent: None,
             reconnect: Box::new(GiveUp),
             failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
+            listening: None,
         };
         let incoming = Incoming {
             configuration: Configuration::new("test"),

@@ -56,6 +56,7 @@ pub(super) fn incoming<'a>(
         urgent,
         reconnect: Box::new(Accept { listener, progress: Arc::clone(progress) }),
         failed: Arc::clone(machine) as Arc<dyn HandlerFailed>,
+        listening: None,
     }
 }
 
