@@ -26,7 +26,7 @@ impl DirtyLog {
         };
         let (size, offset) = (u64_at(&body, 0), u64_at(&body, 8));
         let page_size = rustix::param::page_size() as u64;
-        if size == 0 || offset % page_size != 0 {
+        if size == 0 || !offset.is_multiple_of(page_size) {
             let reason =
                 format!("a log of {size} bytes at {offset:#x}: the offset is to be a page's");
             return Err(RelayError::Value { request, reason });

@@ -127,7 +127,7 @@ fn check(region: &Region) -> Result<(), String> {
         }
     }
     let page_size = rustix::param::page_size() as u64;
-    if region.offset % page_size != 0 {
+    if !region.offset.is_multiple_of(page_size) {
         let offset = region.offset;
         return Err(format!("{name}: its offset {offset:#x} in the file is not that of a page"));
     }
