@@ -47,7 +47,7 @@ static DAEMON: LazyLock<Daemon> = LazyLock::new(|| {
     // Hostile clients come one after the other, from this process as the good one does.
     let limits = Limits {
         pause: Duration::ZERO,
-        freeze_expiry: Duration::from_millis(5),
+        freeze_expiry: Duration::from_millis(20),
         ..Limits::default()
     };
     let channel =
@@ -211,6 +211,8 @@ pub(super) fn run(input: &mut Input<'_>) {
     let frozen = bystander.freeze(FreezeFor::Source).unwrap();
     let block = BlockSpan { addr: ADDR, nb_blocks: 1 };
     let change = if model[0] { Request::Unplug(block) } else { Request::Plug(block) };
-    assert_eq!(daemon.controller.execute(change), Response::Busy);
-    frozen.thaw().unwrap();
+    // On a busy machine a freeze may not be renewed in time, but then its guard says so.
+    let response = daemon.controller.execute(change);
+    let held = frozen.thaw().is_ok();
+    assert!(response == Response::Busy || !held, "a freeze that held let {response:?} through");
 }
