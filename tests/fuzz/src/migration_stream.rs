@@ -4,12 +4,13 @@
 //! What is promised: no panic and no end without an end; the guest runs only where the migration
 //! succeeded, and on the source again where it did not; nothing gets where memory is discarded.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{Cursor, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -39,7 +40,7 @@ const BLOCKS: usize = 8;
 /// Bounds the time of one input.
 const EDITS: usize = 64;
 
-/// How long a destination may take for a stream that may or may not have come to its end.
+/// How long the other side may take for bytes that may or may not be all that it waits for.
 const PATIENCE: Duration = Duration::from_millis(10);
 
 /// Counts what is asked of it.
@@ -82,8 +83,7 @@ impl RamDiscardSource for Plugged {
 }
 
 fn side() -> (Arc<RamBlocks>, Arc<MigrationBlock>) {
-    let flags = rustix::fs::MemfdFlags::CLOEXEC;
-    let file = File::from(rustix::fs::memfd_create("fuzz", flags).unwrap());
+    let file = memfd("fuzz");
     file.set_len(BLOCKS as u64 * BLOCK).unwrap();
     let ram = RamBlock::new("vmem0".into(), 0, BLOCKS as u64 * BLOCK, file, 0).unwrap();
     let block = MigrationBlock::map(Arc::new(ram), BlockOptions::migratable()).unwrap();
@@ -197,57 +197,169 @@ fn good_file() -> &'static [u8] {
     })
 }
 
-/// Changes bytes, mostly those that are not pages, and cuts.
-fn edited(good: &[u8], input: &mut Input<'_>) -> Vec<u8> {
-    let mut bytes = good.to_vec();
+/// What follows the bytes of a peer.
+///
+/// A direction that stays open costs time where more is waited for, so only some inputs have it.
+#[derive(Clone, Copy, PartialEq)]
+enum Ending {
+    /// The direction stays open: bytes that mean nothing follow, then silence.
+    Open,
+    /// Such bytes follow, and then the end.
+    Garbage,
+    /// The end.
+    Closed,
+}
+
+impl Ending {
+    fn choose(input: &mut Input<'_>) -> Self {
+        match input.u8() % 4 {
+            0 => Ending::Open,
+            1 => Ending::Garbage,
+            _ => Ending::Closed,
+        }
+    }
+}
+
+/// More than a page and the longest string: what waits for less fails by it, and not by silence.
+const GARBAGE: [u8; 8 << 10] = [0xff; 8 << 10];
+
+/// Has the other end of `stream` send `bytes` and read what comes, until `stream` is closed.
+///
+/// One thread serves all inputs: to start one takes longer than most inputs do.
+fn converse(stream: UnixStream, bytes: Vec<u8>, ending: Ending) {
+    type Job = (UnixStream, Vec<u8>, Ending);
+    thread_local! {
+        static PEER: mpsc::Sender<Job> = {
+            let (jobs, next) = mpsc::channel::<Job>();
+            thread::spawn(move || next.iter().for_each(|(stream, bytes, ending)| peer(stream, &bytes, ending)));
+            jobs
+        };
+    }
+    PEER.with(|peer| peer.send((stream, bytes, ending)).unwrap());
+}
+
+fn peer(mut stream: UnixStream, bytes: &[u8], ending: Ending) {
+    // Each fails when the other side has seen enough.
+    let _ = stream.write_all(bytes);
+    if ending != Ending::Closed {
+        let _ = stream.write_all(&GARBAGE);
+    }
+    let mut rest = Vec::new();
+    if ending == Ending::Open {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let _ = stream.read_to_end(&mut rest);
+        stream.set_read_timeout(None).unwrap();
+    }
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+    let _ = stream.read_to_end(&mut rest);
+}
+
+/// Changes bytes, mostly those that are not pages, and cuts. Returns what was there before, and
+/// how long the rest is; [`undo`] takes it.
+fn edit(bytes: &mut [u8], input: &mut Input<'_>) -> (Vec<(usize, u8)>, usize) {
+    let (mut before, mut rest) = (Vec::new(), bytes.len());
     for _ in 0..EDITS {
         if input.is_empty() {
             break;
         }
         let (how, at, value) = (input.u8(), usize::from(input.u16()), input.u8());
-        let len = bytes.len().max(1);
-        match how % 8 {
+        let len = rest.max(1);
+        let (at, value) = match how % 8 {
             // Where headers are.
-            0..=4 => {
-                if let Some(byte) = bytes.get_mut(at % 300.min(len)) {
-                    *byte = value;
-                }
+            0..=4 => (at % 300.min(len), value),
+            5 | 6 => (at * 37 % len, value ^ bytes[at * 37 % len]),
+            _ => {
+                rest = at * 37 % len;
+                continue;
             }
-            5 | 6 => {
-                if let Some(byte) = bytes.get_mut(at * 37 % len) {
-                    *byte ^= value;
-                }
-            }
-            _ => bytes.truncate(at * 37 % len),
+        };
+        if at < rest {
+            before.push((at, bytes[at]));
+            bytes[at] = value;
         }
     }
+    (before, rest)
+}
+
+fn undo(bytes: &mut [u8], before: &[(usize, u8)]) {
+    before.iter().rev().for_each(|&(at, value)| bytes[at] = value);
+}
+
+fn edited(good: &[u8], input: &mut Input<'_>) -> Vec<u8> {
+    let mut bytes = good.to_vec();
+    let (_, rest) = edit(&mut bytes, input);
+    bytes.truncate(rest);
     bytes
 }
 
+/// The good file with edits, in memory and as a file. What is edited is undone afterwards, since
+/// most of it is holes, which would cost more than the rest of an input does.
+struct Edited {
+    bytes: Vec<u8>,
+    /// Where its pages are that are not holes.
+    data: Vec<usize>,
+    file: File,
+}
+
+impl Edited {
+    fn new() -> Self {
+        let bytes = good_file().to_vec();
+        let page = PAGE as usize;
+        let holds_data = |at: &usize| bytes[*at..].iter().take(page).any(|byte| *byte != 0);
+        let data = (0..bytes.len()).step_by(page).filter(holds_data).collect();
+        let edited = Self { bytes, data, file: memfd("file") };
+        edited.write_from(0);
+        edited
+    }
+
+    /// Makes the file what the bytes are, from a place on.
+    fn write_from(&self, from: usize) {
+        self.file.set_len(self.bytes.len() as u64).unwrap();
+        for &at in &self.data {
+            let end = (at + PAGE as usize).min(self.bytes.len());
+            if end > from {
+                self.file.write_all_at(&self.bytes[at..end], at as u64).unwrap();
+            }
+        }
+    }
+
+    fn write_byte(&self, at: usize) {
+        self.file.write_all_at(&self.bytes[at..=at], at as u64).unwrap();
+    }
+
+    fn with<T>(&mut self, input: &mut Input<'_>, action: impl FnOnce(&[u8], &File) -> T) -> T {
+        let (before, rest) = edit(&mut self.bytes, input);
+        before.iter().for_each(|&(at, _)| self.write_byte(at));
+        self.file.set_len(rest as u64).unwrap();
+        let done = action(&self.bytes[..rest], &self.file);
+        undo(&mut self.bytes, &before);
+        self.write_from(rest);
+        before.iter().for_each(|&(at, _)| self.write_byte(at));
+        done
+    }
+}
+
+fn memfd(name: &str) -> File {
+    File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap())
+}
+
+fn with_edited_file<T>(input: &mut Input<'_>, action: impl FnOnce(&[u8], &File) -> T) -> T {
+    thread_local!(static EDITED: RefCell<Edited> = RefCell::new(Edited::new()));
+    EDITED.with(|edited| edited.borrow_mut().with(input, action))
+}
+
 /// Feeds `bytes` to a destination.
-fn load(bytes: Vec<u8>) {
-    let (mut near, far) = UnixStream::pair().unwrap();
-    let writing = thread::spawn(move || {
-        let _ = near.write_all(&bytes);
-        // A source that ended its direction at once would not be told that the guest is taken.
-        let mut rest = Vec::new();
-        near.set_read_timeout(Some(PATIENCE)).unwrap();
-        let _ = near.read_to_end(&mut rest);
-        let _ = near.shutdown(std::net::Shutdown::Write);
-        near.set_read_timeout(None).unwrap();
-        let _ = near.read_to_end(&mut rest);
-    });
+fn load(bytes: Vec<u8>, ending: Ending) {
+    let (near, far) = UnixStream::pair().unwrap();
+    converse(near, bytes, ending);
     let ((blocks, block), guest) = (side(), Witness::default());
     let loaded = incoming(blocks, &guest, far);
-    writing.join().unwrap();
     assert_eq!(guest.runs.load(Ordering::Relaxed), usize::from(loaded.is_ok()), "{loaded:?}");
     assert_nothing_leaked(&block);
 }
 
-/// Restores `bytes` as a file.
-fn restored(bytes: &[u8]) {
-    let file = tempfile::tempfile().unwrap();
-    file.write_all_at(bytes, 0).unwrap();
+/// Restores a guest from `file`.
+fn restored(file: &File) {
     let (blocks, block) = side();
     let what = Restore {
         configuration: Configuration::new("fuzz"),
@@ -256,21 +368,16 @@ fn restored(bytes: &[u8]) {
         threads: 1,
         progress: Arc::new(Progress::new()),
     };
-    let _ = restore(what, &file);
+    let _ = restore(what, file);
     assert_nothing_leaked(&block);
 }
 
 /// A source that hears `bytes`, whatever it sends.
-fn answered(bytes: Vec<u8>) {
-    let (near, mut far) = UnixStream::pair().unwrap();
-    let there = thread::spawn(move || {
-        let _ = far.write_all(&bytes);
-        let mut rest = Vec::new();
-        let _ = far.read_to_end(&mut rest);
-    });
+fn answered(bytes: Vec<u8>, ending: Ending) {
+    let (near, far) = UnixStream::pair().unwrap();
+    converse(far, bytes, ending);
     let ((blocks, _block), guest) = (filled(), Witness::default());
     let sent = outgoing(&blocks, &guest, near);
-    there.join().unwrap();
     let (runs, stops) = (guest.runs.load(Ordering::Relaxed), guest.stops.load(Ordering::Relaxed));
     assert_eq!(runs + usize::from(sent.is_ok()), stops, "{sent:?}");
 }
@@ -279,15 +386,20 @@ fn answered(bytes: Vec<u8>) {
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     match input.u8() % 6 {
-        0 => load(edited(good_stream(), &mut input)),
-        1 => load(input.rest().to_vec()),
-        2 => restored(&edited(good_file(), &mut input)),
-        3 => {
-            inspect(Cursor::new(edited(good_file(), &mut input)));
+        kind @ (0 | 1 | 5) => {
+            let ending = Ending::choose(&mut input);
+            match kind {
+                0 => load(edited(good_stream(), &mut input), ending),
+                1 => load(input.rest().to_vec(), ending),
+                _ => answered(input.rest().to_vec(), ending),
+            }
         }
-        4 => {
+        2 => with_edited_file(&mut input, |_, file| restored(file)),
+        3 => {
+            with_edited_file(&mut input, |bytes, _| inspect(Cursor::new(bytes)));
+        }
+        _ => {
             inspect(Cursor::new(edited(good_stream(), &mut input)));
         }
-        _ => answered(input.rest().to_vec()),
     }
 }

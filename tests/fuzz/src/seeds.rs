@@ -77,6 +77,8 @@ fn vhost_user_stream() -> Vec<Vec<u8>> {
         [vec![10], (0..48).flat_map(|request| [0x0b, request]).collect()].concat(),
         // Edited payloads from the beginning.
         [vec![0], [3, 16, 2, 5, 5, 0, 0x80, 8, 2, 9, 9].repeat(3)].concat(),
+        // A ring in memory that is past the end of its file.
+        vec![0, 3, 0xc5, 16, 2, 5, 5, 0xff, 1, 0x2f, 9, 9, 8, 0x2f],
         // Bytes.
         vec![0x80, 12, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 3, 15, 0, 0],
     ]
@@ -122,19 +124,22 @@ fn state_file() -> Vec<Vec<u8>> {
 }
 
 fn migration_stream() -> Vec<Vec<u8>> {
-    // The kind, and then edits of a good stream or file: how, where (2), value.
+    // The kind, on a socket what follows, and then edits of a good stream or file: how, where (2),
+    // value.
     let mut seeds: Vec<Vec<u8>> = (0..6).map(|kind| vec![kind]).collect();
-    seeds.push([&[0][..], &[0, 40, 0, 7], &[5, 9, 3, 0x80]].concat());
+    seeds.extend([[0, 1], [0, 2], [1, 2], [5, 1], [5, 2]].map(Vec::from));
+    seeds.push([&[0, 2][..], &[0, 40, 0, 7], &[5, 9, 3, 0x80]].concat());
     seeds.push([&[2][..], &[0, 60, 0, 7], &[7, 30, 0, 0]].concat());
-    // A hostile destination: PONGs of all values that matter, then that it has the guest.
+    // A hostile destination, which stays or leaves: PONGs of all values that matter, then that it has the guest.
     let pong = |value: u8| vec![0, 2, 0, 4, 0, 0, 0, value];
-    seeds.push([vec![5], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, 0]].concat());
-    seeds.push([vec![5], pong(5), vec![0, 1, 0, 4, 0, 0, 0, 22]].concat());
+    seeds.push([vec![5, 2], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, 0]].concat());
+    seeds.push([vec![5, 0], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, 0]].concat());
+    seeds.push([vec![5, 2], pong(5), vec![0, 1, 0, 4, 0, 0, 0, 22]].concat());
     // Packages in packages, after a header.
     let header = b"QEVM\0\0\0\x03\x07\0\0\0\x04fuzz";
     let packaged = |len: u32| [&[8, 0, 7, 0, 4][..], &len.to_be_bytes()].concat();
     let nested = (0..10_000).rev().flat_map(|inside| packaged(inside * 9));
-    seeds.push([1].into_iter().chain(*header).chain(nested).collect());
+    seeds.push([1, 2].into_iter().chain(*header).chain(nested).collect());
     seeds
 }
 
