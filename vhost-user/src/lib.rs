@@ -60,6 +60,16 @@ use sys::signals::Signals;
 /// What `--print-capabilities` prints.
 pub const CAPABILITIES: &str = r#"{"type":"mem"}"#;
 
+/// Has this process survive guest memory that its owner takes away, or never had: connections end then,
+/// and not the process, as it would by SIGBUS.
+///
+/// # Errors
+///
+/// When there is no `/proc`, or the system refuses otherwise.
+pub fn survive_lost_memory() -> std::io::Result<()> {
+    sys::lost_memory::install()
+}
+
 /// Runs the daemon until a signal ends it, or the one front-end that came with `--fd` leaves.
 ///
 /// # Errors
@@ -70,7 +80,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     // Before there is a second thread, which would not know what is blocked.
     let signals = Signals::watch().context("cannot watch signals")?;
     log::start().context("cannot start the log")?;
-    sys::lost_memory::install().context(
+    survive_lost_memory().context(
         "/proc/self/maps is needed to survive memory that a front-end takes away: mount /proc",
     )?;
     if let Err(error) = sys::guest_memory::limit_core_dumps() {

@@ -47,6 +47,8 @@ struct Device {
 }
 
 static DEVICE: LazyLock<Device> = LazyLock::new(|| {
+    // As the daemon does; also in place of libFuzzer's handler.
+    vhost_user_mem::survive_lost_memory().unwrap();
     let geometry = Geometry::new(ADDR, REGION, BLOCK, None).unwrap();
     let device = VirtioMem::new(geometry, REGION).unwrap();
     let controller = Arc::new(MemController::new(Start::volatile(device)));
