@@ -8,7 +8,7 @@ use tokio::task::{JoinError, spawn_blocking};
 use super::{Event, Management};
 
 /// Calls under way at a time; those behind them wait with their connections.
-const CALLS: usize = 16;
+pub(super) const CALLS: usize = 16;
 
 /// Calls the device where blocking does no harm. All clones share the bound.
 #[derive(Clone)]

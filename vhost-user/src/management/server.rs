@@ -17,6 +17,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::caller::CALLS;
 use super::hangup::Hangup;
 use super::problem::PROBLEM_JSON;
 use super::router::{Api, router};
@@ -87,6 +88,9 @@ impl Server {
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
+            // A place is free a moment before its thread is: else another thread would be started,
+            // and with requests all the time none would ever end.
+            .max_blocking_threads(CALLS)
             .thread_name("management")
             .enable_all()
             .build()?;

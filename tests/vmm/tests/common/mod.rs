@@ -34,7 +34,7 @@ pub fn small_vmm() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_small-vmm"))
 }
 
-fn daemon_binary() -> &'static Path {
+pub fn daemon_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| find_daemon(small_vmm()).unwrap())
 }

@@ -1,0 +1,40 @@
+//! What the management API costs a daemon, whatever is asked of it.
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use common::{ADDR, BLOCK, REGION, daemon_binary};
+use test_vmm::daemon::{Daemon, DaemonOptions};
+
+/// 16 calls at a time, the server and its worker.
+const MOST: usize = 18;
+const CLIENTS: usize = 60;
+const REQUESTS: usize = 200;
+
+#[test]
+fn threads_are_bounded_by_the_calls_at_a_time_however_many_calls_there_are() {
+    let options = DaemonOptions::new(ADDR, REGION).block_size(BLOCK);
+    let daemon = Daemon::start(daemon_binary(), options).unwrap();
+    thread::scope(|scope| {
+        for _ in 0..CLIENTS {
+            scope.spawn(|| {
+                let mut client = UnixStream::connect(daemon.api_socket()).unwrap();
+                let requests = "GET /v1/device/blocks HTTP/1.1\r\nHost: a\r\n\r\n".repeat(REQUESTS)
+                    + "GET /v1/device HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+                client.write_all(requests.as_bytes()).unwrap();
+                let mut answers = String::new();
+                client.read_to_string(&mut answers).unwrap();
+                assert_eq!(answers.matches("HTTP/1.1 200").count(), REQUESTS + 1);
+            });
+        }
+    });
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let names = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")));
+    let threads = names.filter(|name| name.as_ref().is_ok_and(|name| name.trim() == "management"));
+    let threads = threads.count();
+    assert!(threads <= MOST, "{threads} threads of the API");
+}
