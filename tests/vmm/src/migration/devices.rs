@@ -39,6 +39,9 @@ use cpus::Cpus;
 use driver::Driver;
 use shadow::Shadow;
 
+/// How often sizes may change while they are saved.
+const RESIZES: usize = 100;
+
 /// All devices of a machine.
 pub(super) struct MachineDevices {
     machine: Arc<Machine>,
@@ -142,10 +145,18 @@ impl MachineDevices {
 
 impl Devices for MachineDevices {
     fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
-        if let Some(manager) = &self.manager {
-            self.shadow.follow(manager)?;
+        let Some(manager) = self.manager.clone() else { return self.registry.save(early) };
+        // Block state is frozen, what is requested is not: the section that the shadow makes and that
+        // of the daemon have to say the same of it.
+        for _ in 0..RESIZES {
+            let sizes = manager.sizes()?;
+            self.shadow.follow(&manager)?;
+            let sections = self.registry.save(early)?;
+            if manager.sizes()? == sizes {
+                return Ok(sections);
+            }
         }
-        self.registry.save(early)
+        Err(device_error("the requested size changes all the time"))
     }
 
     fn load(
