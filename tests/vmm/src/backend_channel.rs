@@ -53,32 +53,44 @@ impl Shared {
 #[derive(Debug)]
 pub struct BackendChannel {
     shared: Arc<Shared>,
+    behaviour: Behaviour,
+    receiver: Mutex<Receiver>,
+}
+
+#[derive(Debug)]
+struct Receiver {
     ours: Arc<Connection>,
-    thread: Option<JoinHandle<()>>,
+    thread: JoinHandle<()>,
 }
 
 impl BackendChannel {
     /// Makes a socket pair, hands one end to the back-end and listens on the other.
     pub fn open(frontend: &Frontend, behaviour: Behaviour) -> Result<Self, Error> {
-        let (ours, theirs) = UnixStream::pair()?;
-        frontend.set_backend_req_fd(theirs.as_fd())?;
-        drop(theirs);
-        let mut ours = Connection::from_stream(ours);
-        // Silence is normal here; the thread ends when the channel is closed.
-        ours.set_timeout(Duration::from_secs(3600));
-        let ours = Arc::new(ours);
         let shared = Arc::new(Shared::default());
-        let thread = {
-            let (shared, ours, frontend) = (shared.clone(), ours.clone(), frontend.clone());
-            thread::spawn(move || {
-                // Whatever ends it, those who wait have to know.
-                let _ = receive(&shared, &ours, &frontend, behaviour);
-                ours.shutdown();
-                shared.seen().closed = true;
-                shared.changed.notify_all();
-            })
-        };
-        Ok(Self { shared, ours, thread: Some(thread) })
+        let receiver = Mutex::new(listen(frontend, behaviour, &shared)?);
+        Ok(Self { shared, behaviour, receiver })
+    }
+
+    /// Opens the channel anew, on a new connection of the front-end. Changes go on to be counted,
+    /// the reconnection as one.
+    pub fn reopen(&self, frontend: &Frontend) -> Result<(), Error> {
+        let mut receiver = self.receiver();
+        receiver.ours.shutdown();
+        // The old thread may still be about to say that the channel is closed.
+        while !receiver.thread.is_finished() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let mut seen = self.shared.seen();
+        seen.closed = false;
+        seen.config_changes += 1;
+        drop(seen);
+        *receiver = listen(frontend, self.behaviour, &self.shared)?;
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    fn receiver(&self) -> MutexGuard<'_, Receiver> {
+        self.receiver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many configuration changes were announced so far.
@@ -110,18 +122,42 @@ impl BackendChannel {
 
     /// Closes the channel from this side.
     pub fn close(&self) {
-        self.ours.shutdown();
+        self.receiver().ours.shutdown();
     }
 }
 
 impl Drop for BackendChannel {
     fn drop(&mut self) {
         self.close();
-        if let Some(thread) = self.thread.take() {
-            // A panic in there has been reported already.
-            let _ = thread.join();
+        // Its end is waited for, so that the front-end's connection is not held any longer.
+        while !self.receiver().thread.is_finished() {
+            thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// Makes a socket pair, hands one end to the back-end and listens on the other.
+fn listen(
+    frontend: &Frontend,
+    behaviour: Behaviour,
+    shared: &Arc<Shared>,
+) -> Result<Receiver, Error> {
+    let (ours, theirs) = UnixStream::pair()?;
+    frontend.set_backend_req_fd(theirs.as_fd())?;
+    drop(theirs);
+    let mut ours = Connection::from_stream(ours);
+    // Silence is normal here; the thread ends when the channel is closed.
+    ours.set_timeout(Duration::from_secs(3600));
+    let ours = Arc::new(ours);
+    let (shared, channel, frontend) = (shared.clone(), ours.clone(), frontend.clone());
+    let thread = thread::spawn(move || {
+        // Whatever ends it, those who wait have to know.
+        let _ = receive(&shared, &channel, &frontend, behaviour);
+        channel.shutdown();
+        shared.seen().closed = true;
+        shared.changed.notify_all();
+    });
+    Ok(Receiver { ours, thread })
 }
 
 fn receive(

@@ -4,6 +4,7 @@ use std::io::{self, BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -44,6 +45,18 @@ pub enum Error {
 }
 
 type Result<T> = std::result::Result<T, Error>;
+
+/// What becomes of what a daemon writes to stderr.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LogReader {
+    /// It is read.
+    Reads,
+    /// The pipe stays open and is not read: it fills.
+    Hangs,
+    /// The pipe is closed.
+    Gone,
+}
 
 /// The arguments of a daemon.
 #[derive(Clone, Debug)]
@@ -113,6 +126,7 @@ pub struct Daemon {
     dir: TempDir,
     child: Child,
     stderr: Arc<Mutex<String>>,
+    log_reader: Arc<AtomicU8>,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -120,9 +134,10 @@ impl Daemon {
     /// Starts the daemon and waits until it listens.
     pub fn start(binary: &Path, options: DaemonOptions) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vmem-").tempdir()?;
-        let (child, stderr, reader) = spawn(binary, &options, dir.path())?;
-        let mut daemon =
-            Self { binary: binary.to_owned(), options, dir, child, stderr, reader: Some(reader) };
+        let log_reader = Arc::new(AtomicU8::new(LogReader::Reads as u8));
+        let (child, stderr, reader) = spawn(binary, &options, dir.path(), &log_reader)?;
+        let (binary, reader) = (binary.to_owned(), Some(reader));
+        let mut daemon = Self { binary, options, dir, child, stderr, log_reader, reader };
         daemon.wait_listening()?;
         Ok(daemon)
     }
@@ -131,7 +146,8 @@ impl Daemon {
     /// killed.
     pub fn restart(&mut self) -> Result<()> {
         self.kill()?;
-        let (child, stderr, reader) = spawn(&self.binary, &self.options, self.dir.path())?;
+        let (child, stderr, reader) =
+            spawn(&self.binary, &self.options, self.dir.path(), &self.log_reader)?;
         (self.child, self.stderr, self.reader) = (child, stderr, Some(reader));
         self.wait_listening()
     }
@@ -179,6 +195,12 @@ impl Daemon {
     /// What it has written to stderr so far.
     pub fn stderr(&self) -> String {
         self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Has the reader of its stderr do something else, from the next line on and until the daemon
+    /// is started again.
+    pub fn set_log_reader(&self, reader: LogReader) {
+        self.log_reader.store(reader as u8, Ordering::Relaxed);
     }
 
     /// Waits until `text` is in what it logged, which comes through a pipe and so a little later
@@ -233,6 +255,7 @@ impl Daemon {
     }
 
     fn join_reader(&mut self) {
+        self.set_log_reader(LogReader::Reads);
         if let Some(reader) = self.reader.take() {
             // It only copies lines and ends with the pipe.
             let _ = reader.join();
@@ -268,6 +291,7 @@ fn spawn(
     binary: &Path,
     options: &DaemonOptions,
     dir: &Path,
+    log_reader: &Arc<AtomicU8>,
 ) -> Result<(Child, Arc<Mutex<String>>, JoinHandle<()>)> {
     let mut command = Command::new(binary);
     command.arg("--socket-path").arg(dir.join("vhost.sock"));
@@ -290,11 +314,17 @@ fn spawn(
     let mut child = command.spawn()?;
     let said = Arc::new(Mutex::new(String::new()));
     let pipe = child.stderr.take();
-    let copy = said.clone();
+    let (copy, log_reader) = (said.clone(), log_reader.clone());
     let reader = thread::spawn(move || {
         for line in
             pipe.into_iter().flat_map(|pipe| BufReader::new(pipe).lines()).map_while(io::Result::ok)
         {
+            while log_reader.load(Ordering::Relaxed) == LogReader::Hangs as u8 {
+                thread::sleep(Duration::from_millis(5));
+            }
+            if log_reader.load(Ordering::Relaxed) == LogReader::Gone as u8 {
+                return;
+            }
             let mut said = copy.lock().unwrap_or_else(PoisonError::into_inner);
             said.push_str(&line);
             said.push('\n');

@@ -284,6 +284,12 @@ impl MemDriver {
         self.pending.clear();
     }
 
+    /// Forgets all that is on its way and empties the ring, which keeps its eventfds.
+    pub fn clear(&mut self) -> Result<()> {
+        self.pending.clear();
+        self.ring.clear()
+    }
+
     /// Forgets all that is on its way and empties the ring, as after a reset.
     pub fn reset(&mut self) -> Result<()> {
         self.pending.clear();

@@ -74,6 +74,17 @@ impl Frontend {
         Connection::connect(path, Duration::from_secs(5)).map(Self::new)
     }
 
+    /// Connects anew after the back-end was killed; nothing is agreed on yet. All handles use the
+    /// new connection.
+    pub fn reconnect(&self, path: &Path) -> Result<()> {
+        let fresh = Connection::connect(path, Duration::from_secs(5))?;
+        let mut connection = self.connection();
+        self.inner.features.store(0, Ordering::Relaxed);
+        self.inner.protocol_features.store(0, Ordering::Relaxed);
+        *connection = fresh;
+        Ok(())
+    }
+
     /// Takes over a connection.
     pub fn new(connection: Connection) -> Self {
         Self {

@@ -7,7 +7,7 @@
 //! messages can be sent and replies be seen as they are.
 //!
 //! [`machine`] puts these together; [`migration`] moves a machine's guest to another one, and
-//! [`guest`] is the process that does what it is told.
+//! [`guest`] is the process that does what it is told. [`soak`] does all of it at once, at random.
 
 pub mod api;
 pub mod backend_channel;
@@ -26,5 +26,6 @@ pub mod migration;
 pub mod process;
 pub mod protocol;
 pub mod relay;
+pub mod soak;
 pub mod split_ring;
 pub mod vcpu;

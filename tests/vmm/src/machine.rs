@@ -2,6 +2,7 @@
 //! what it takes to stop all of them for a moment.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use crate::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use crate::guest_driver::{GuestDriver, Turn};
 use crate::memory::{GuestRam, Layout};
 use crate::protocol::feature;
+use crate::split_ring::SplitRing;
 use crate::vcpu::Vcpus;
 
 /// Size of boot memory, which starts at 0.
@@ -55,6 +57,12 @@ pub struct Machine {
     frontend: Frontend,
     channel: Arc<BackendChannel>,
     vcpus: Vcpus,
+    /// The driver's ring, for a daemon that comes while the driver waits for an answer.
+    ring: SplitRing,
+    /// Whether the daemon may be gone: what fails then is tried again.
+    detached: AtomicBool,
+    /// Changes only with `guest` locked.
+    running: AtomicBool,
     /// Locked while the driver makes a request, so that whoever has it finds the ring idle.
     guest: Mutex<GuestState>,
 }
@@ -63,7 +71,6 @@ pub struct Machine {
 struct GuestState {
     driver: GuestDriver,
     ring: Ring,
-    running: bool,
     /// Whether the guest is to wait when it could run.
     hold: bool,
     /// Whether memory still arrives while the guest runs. The daemon looks at the ring through a
@@ -93,21 +100,26 @@ impl Machine {
         frontend.set_mem_table(&ram)?;
         let event_idx = agreed.features & feature::RING_EVENT_IDX != 0;
         let driver = MemDriver::at(&ram, RING_BASE, RING_SIZE, event_idx)?;
+        let ring = driver.ring().view()?;
         let vcpus = Vcpus::start(ram.clone(), VCPUS);
         vcpus.pause();
         let driver =
             GuestDriver::new(frontend.clone(), channel.clone(), driver).with_vcpus(vcpus.clone());
         let (incoming, hold) = (options.incoming, options.paused);
-        let guest = GuestState {
-            driver,
-            ring: Ring::Stopped,
-            running: false,
-            hold,
-            arriving: false,
-            lost: None,
-        };
+        let guest = GuestState { driver, ring: Ring::Stopped, hold, arriving: false, lost: None };
         let guest = Mutex::new(guest);
-        let machine = Arc::new(Self { options, ram, frontend, channel, vcpus, guest });
+        let (detached, running) = (AtomicBool::new(false), AtomicBool::new(false));
+        let machine = Arc::new(Self {
+            options,
+            ram,
+            frontend,
+            channel,
+            vcpus,
+            ring,
+            detached,
+            running,
+            guest,
+        });
         let weak = Arc::downgrade(&machine);
         thread::Builder::new().name("guest-driver".to_owned()).spawn(move || drive(&weak))?;
         if !incoming {
@@ -139,7 +151,7 @@ impl Machine {
 
     /// Whether the guest runs here.
     pub fn is_running(&self) -> bool {
-        self.guest().running
+        self.running.load(Ordering::SeqCst)
     }
 
     /// Why the device is of no use any more.
@@ -193,7 +205,7 @@ impl Machine {
         guest.arriving = false;
         if let Err(error) = guest.driver.driver().ring().check_idle() {
             lose(&mut guest, &error.to_string());
-        } else if guest.running {
+        } else if self.is_running() {
             self.start_device(&mut guest);
         }
     }
@@ -211,7 +223,7 @@ impl Machine {
     /// Takes back a ring that was only set up.
     pub fn tear_down_ring(&self) -> anyhow::Result<()> {
         let mut guest = self.guest();
-        ensure!(!guest.running, "the guest runs");
+        ensure!(!self.is_running(), "the guest runs");
         if guest.ring == Ring::SetUp {
             self.frontend.get_vring_base(0)?;
             guest.ring = Ring::Stopped;
@@ -234,19 +246,63 @@ impl Machine {
         Ok(())
     }
 
+    /// Says that the daemon may go at any moment, and comes again: see [`reconnect`](Self::reconnect).
+    pub fn detach(&self) {
+        self.detached.store(true, Ordering::SeqCst);
+    }
+
+    /// Connects the guest, which runs here, to a daemon that was started again or has dropped the
+    /// connection. A request that was not answered is there for it; the driver waits meanwhile.
+    pub fn reconnect(&self) -> anyhow::Result<()> {
+        self.detach();
+        self.channel.close();
+        self.frontend.connection().shutdown();
+        self.frontend.reconnect(&self.options.socket)?;
+        self.frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES)?;
+        self.channel.reopen(&self.frontend)?;
+        self.frontend.set_mem_table(&self.ram)?;
+        self.frontend.setup_ring_from(0, &self.ring, self.ring.used_idx()?)?;
+        self.frontend.enable(0, true)?;
+        self.ring.force_kick()?;
+        // The last daemon may have died between an answer and its interrupt.
+        self.ring.force_call()?;
+        let mut guest = self.guest();
+        ensure!(self.is_running(), "the guest does not run here");
+        guest.ring = Ring::Running;
+        guest.lost = None;
+        self.detached.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Resets the guest, which has nothing plugged then; `reset` has the device reset meanwhile.
+    pub fn reboot(&self, reset: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let mut guest = self.guest();
+        ensure!(self.is_running(), "the guest does not run here");
+        self.vcpus.pause();
+        self.frontend.get_vring_base(0)?;
+        guest.ring = Ring::Stopped;
+        self.running.store(false, Ordering::SeqCst);
+        reset()?;
+        let region = self.options.addr..self.options.addr + self.options.region_size;
+        self.vcpus.take(region);
+        guest.driver.reboot()?;
+        self.start_guest(&mut guest);
+        Ok(())
+    }
+
     fn guest(&self) -> MutexGuard<'_, GuestState> {
         self.guest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A guest goes on without its device when the daemon is gone, as it would on real hardware.
     fn start_guest(&self, guest: &mut GuestState) {
-        if guest.running {
+        if self.is_running() {
             return;
         }
         if !guest.arriving {
             self.start_device(guest);
         }
-        guest.running = true;
+        self.running.store(true, Ordering::SeqCst);
         self.vcpus.resume();
     }
 
@@ -271,7 +327,7 @@ impl Machine {
 impl Guest for Machine {
     fn stop(&self) -> Result<(), String> {
         let mut guest = self.guest();
-        if !guest.running {
+        if !self.is_running() {
             return Err("it does not run here".to_owned());
         }
         self.vcpus.pause();
@@ -282,7 +338,7 @@ impl Guest for Machine {
             Err(error) => Err(format!("the daemon does not stop the ring: {error}")),
         };
         guest.ring = Ring::Stopped;
-        guest.running = false;
+        self.running.store(false, Ordering::SeqCst);
         if stopped.is_err() {
             self.start_guest(&mut guest);
         }
@@ -320,10 +376,8 @@ fn lose(guest: &mut GuestState, reason: &str) {
 fn drive(machine: &Weak<Machine>) {
     while let Some(machine) = machine.upgrade() {
         let mut guest = machine.guest();
-        if guest.lost.is_some() {
-            return;
-        }
-        if !guest.running || guest.arriving {
+        let idle = !machine.is_running() || guest.arriving || guest.lost.is_some();
+        if idle || machine.detached.load(Ordering::SeqCst) {
             drop(guest);
             thread::sleep(Duration::from_millis(2));
             continue;
@@ -335,6 +389,7 @@ fn drive(machine: &Weak<Machine>) {
                 drop(guest);
                 machine.channel.wait_beyond(seen, rest);
             }
+            Err(_) if machine.detached.load(Ordering::SeqCst) => {}
             Err(error) => lose(&mut guest, &error.to_string()),
         }
     }

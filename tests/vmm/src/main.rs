@@ -1,13 +1,15 @@
-//! `small-vmm`: the demonstration, and the VMM process in it.
+//! `small-vmm`: the demonstration, the VMM process in it, and the soak.
 
 use std::io::{stdin, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use test_vmm::demo::{self, DemoOptions, Parts, parse_size};
 use test_vmm::guest::{self, GuestOptions};
 use test_vmm::machine::MachineOptions;
+use test_vmm::soak::{self, SoakOptions};
 
 /// A small VMM for a vhost-user memory device.
 #[derive(Parser)]
@@ -39,6 +41,19 @@ enum Command {
         #[arg(long)]
         snapshot: bool,
     },
+    /// Do everything at random for some minutes, with faults, and look whether what is promised
+    /// holds. Ends with status 1 when it does not.
+    Soak {
+        /// The daemon; beside this program unless given.
+        #[arg(long, value_name = "PATH")]
+        daemon: Option<PathBuf>,
+        /// How long.
+        #[arg(long, value_name = "N", default_value_t = 10)]
+        minutes: u64,
+        /// Choose again what was chosen with this seed.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Run a guest that takes its commands from the standard input.
     #[command(hide = true)]
     Guest {
@@ -67,6 +82,9 @@ fn main() -> ExitCode {
         Command::Demo { daemon, region_size, tcp, postcopy, break_channel, snapshot } => {
             let parts = Parts { postcopy, break_channel, snapshot };
             demo::run(&DemoOptions { daemon, region_size, tcp, parts })
+        }
+        Command::Soak { daemon, minutes, seed } => {
+            soak::run(&SoakOptions { daemon, time: Duration::from_secs(60 * minutes), seed })
         }
         Command::Guest {
             socket,

@@ -190,6 +190,13 @@ impl GuestDriver {
         self.retry_after
     }
 
+    /// Begins anew, as a guest that boots does; what was plugged is the device's to say.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.plugged.clear();
+        self.probed = false;
+        Ok(self.driver.clear()?)
+    }
+
     /// Works until as much is plugged as requested.
     pub fn run_to_requested(&mut self, timeout: Duration) -> Result<MemConfig> {
         let start = Instant::now();

@@ -1,5 +1,9 @@
-//! Going on with a ring that another VMM's driver has used.
+//! A ring that continues: where another VMM's driver has left it, or at another back-end.
 
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsFd;
+
+use super::event::signal;
 use super::{Error, Result, SplitRing};
 
 impl SplitRing {
@@ -14,6 +18,34 @@ impl SplitRing {
         (self.next_avail, self.next_used, self.last_kick) = (index, index, index);
         self.free = (0..self.size).collect();
         self.chains.clear();
+    }
+
+    /// The same ring in memory with the same eventfds, to tell another back-end of it while its
+    /// driver waits. It knows of no chain.
+    pub fn view(&self) -> Result<Self> {
+        let duplicate =
+            |fd: &std::os::fd::OwnedFd| Ok::<_, Error>(rustix::io::fcntl_dupfd_cloexec(fd, 0)?);
+        Ok(Self {
+            ram: self.ram.clone(),
+            kick: duplicate(&self.kick)?,
+            call: duplicate(&self.call)?,
+            err: duplicate(&self.err)?,
+            free: VecDeque::new(),
+            chains: HashMap::new(),
+            ..*self
+        })
+    }
+
+    /// Has the driver look at the used ring, as an interrupt that means nothing does.
+    pub fn force_call(&self) -> Result<()> {
+        signal(self.call.as_fd())
+    }
+
+    /// Empties the ring, which goes on at index 0 with the same eventfds.
+    pub fn clear(&mut self) -> Result<()> {
+        self.ram.write(self.base, &vec![0; Self::footprint(self.size) as usize])?;
+        self.resume_at(0);
+        Ok(())
     }
 
     /// Whether the ring in memory is idle where this driver stands.
