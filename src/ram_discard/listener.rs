@@ -20,21 +20,28 @@ pub struct PopulateRefused {
 /// a migration in another process.
 ///
 /// Sections are bytes from the start of the region, clipped to what the listener registered for.
+/// They are made of whole granules (the manager's granularity) as far as that section is.
+///
+/// A discard need not match a populate: it may be narrower, wider, cover parts of several, and come
+/// twice. A listener whose mappings go only as a whole, as those of VFIO do, maps a populated range
+/// granule by granule, and on a discard unmaps the granules in it that are mapped. When there are more
+/// granules than it can map, it refuses. Memory is not discarded before all listeners have returned.
 /// Both calls are made under the manager's lock: they must not call back into the manager.
 pub trait RamDiscardListener: Send {
     /// The name for logs and errors.
     fn name(&self) -> &str;
 
-    /// `section` is about to be used; map it, or refuse. A listener told before a refusal is
-    /// told to discard again, in reverse order; the one that refuses cleans up after itself.
+    /// `section`, of which nothing is populated, is about to be used; map it, or refuse. A listener
+    /// told before a refusal is told to discard again, in reverse order; the one that refuses cleans
+    /// up after itself.
     ///
     /// # Errors
     ///
     /// The reason for a refusal.
     fn notify_populate(&mut self, section: ByteRange) -> Result<(), String>;
 
-    /// `section` is no longer used: let go of it. It may be wider than what was populated, since
-    /// parts of it may never have been.
+    /// `section` is no longer used: let go of it. Parts of it may never have been populated, or have
+    /// been discarded before, and what is populated around it stays.
     fn notify_discard(&mut self, section: ByteRange);
 
     /// As [`notify_populate`](Self::notify_populate) of several sections of one change, in this

@@ -8,6 +8,7 @@
 //!
 //! [`machine`] puts these together; [`migration`] moves a machine's guest to another one, and
 //! [`guest`] is the process that does what it is told. [`soak`] does all of it at once, at random.
+//! [`dma`] is a user of the guest's memory beside the guest.
 
 pub mod api;
 pub mod backend_channel;
@@ -16,6 +17,7 @@ pub mod connection;
 pub mod daemon;
 pub mod demo;
 pub mod device_state;
+pub mod dma;
 pub mod driver;
 pub mod frontend;
 pub mod guest;
@@ -28,4 +30,5 @@ pub mod protocol;
 pub mod relay;
 pub mod soak;
 pub mod split_ring;
+mod sys;
 pub mod vcpu;

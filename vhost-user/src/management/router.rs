@@ -25,7 +25,7 @@ pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; char
 const EVENT_READERS: usize = 32;
 
 /// Lists of ranges that are sent at a time: each holds a copy of the block bitmap.
-const LISTS: usize = 4;
+pub(super) const LISTS: usize = 4;
 
 /// Clients that are sent a list, or wait for it. With the readers of events less than the
 /// connections, so that they cannot lock out others.

@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use super::caller::CALLS;
 use super::hangup::Hangup;
 use super::problem::PROBLEM_JSON;
-use super::router::{Api, router};
+use super::router::{Api, LISTS, router};
 use super::stream::PatientStream;
 use super::{Management, Problem};
 use crate::listener::{self, SocketFile};
@@ -90,7 +90,7 @@ impl Server {
             .worker_threads(1)
             // A place is free a moment before its thread is: else another thread would be started,
             // and with requests all the time none would ever end.
-            .max_blocking_threads(CALLS)
+            .max_blocking_threads(CALLS + LISTS)
             .thread_name("management")
             .enable_all()
             .build()?;
