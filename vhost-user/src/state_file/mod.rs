@@ -11,8 +11,10 @@
 //! A file of another boot therefore only keeps the requested size, which is synced when it is set.
 
 mod boot;
+mod error;
 mod layout;
 mod made;
+mod record;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,163 +25,12 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use thiserror::Error;
 
 pub use boot::BootId;
+pub use error::StateFileError;
 use layout::{BITMAP, FILE_HEAD, Header, LASTING, Lasting, SLOTS, Slot};
 use made::Content;
-
-/// What never changes; a file of another geometry is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Geometry {
-    /// Guest-physical address of the region.
-    pub addr: u64,
-    /// Size of the region, bytes.
-    pub region_size: u64,
-    /// Size of a block, bytes.
-    pub block_size: u64,
-    /// NUMA node, if one is offered.
-    pub node_id: Option<u16>,
-}
-
-/// What a file holds, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Saved {
-    /// Requested size, bytes.
-    pub requested_size: u64,
-    /// Size of the usable region, bytes.
-    pub usable_region_size: u64,
-    /// One bit a block, block 0 in the lowest bit of word 0.
-    pub plugged: Vec<u64>,
-    /// Number of set bits.
-    pub plugged_blocks: u64,
-    /// Whether the management API holds migration active.
-    pub api_migration: bool,
-    /// Whether a system reset was put off until migration ends.
-    pub reset_pending: bool,
-    /// The last request that changed blocks.
-    pub journal: Option<JournalEntry>,
-    /// The host has been started anew since: all but the requested size is that of a new device,
-    /// and the size of the usable region follows from it.
-    pub other_boot: bool,
-}
-
-/// A request that was executed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct JournalEntry {
-    /// Its canonical bytes.
-    pub request: [u8; 24],
-    /// Whether the guest is known to have the answer.
-    pub answered: bool,
-}
-
-/// The state after a change.
-#[derive(Clone, Copy, Debug)]
-pub struct Commit<'a> {
-    /// Requested size, bytes.
-    pub requested_size: u64,
-    /// Size of the usable region, bytes.
-    pub usable_region_size: u64,
-    /// Whether the management API holds migration active.
-    pub api_migration: bool,
-    /// Whether a system reset was put off until migration ends.
-    pub reset_pending: bool,
-    /// What happens to the blocks.
-    pub delta: Delta,
-    /// What happens to the journal.
-    pub journal: JournalUpdate<'a>,
-}
-
-/// A change of block states.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delta {
-    /// None.
-    None,
-    /// Blocks are plugged.
-    Set {
-        /// The first of them.
-        first_block: u64,
-        /// How many.
-        nr_blocks: u64,
-    },
-    /// Blocks are unplugged.
-    Clear {
-        /// The first of them.
-        first_block: u64,
-        /// How many.
-        nr_blocks: u64,
-    },
-    /// Every block is unplugged.
-    ClearAll,
-}
-
-/// A change of the journal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum JournalUpdate<'a> {
-    /// It stays.
-    Keep,
-    /// It no longer describes the blocks.
-    Forget,
-    /// This request was executed; its canonical bytes.
-    Record(&'a [u8; 24]),
-}
-
-/// Why a state file cannot be used. It is left as it was.
-#[derive(Debug, Error)]
-pub enum StateFileError {
-    /// A system call failed.
-    #[error("{path}: {error}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why. Told with the path, so not as a source, which would be told again.
-        error: io::Error,
-    },
-    /// It cannot be locked against other daemons.
-    #[error("{path} cannot be locked: {error}; keep it on a file system with flock(2)")]
-    NotLocked {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        error: io::Error,
-    },
-    /// Another daemon uses it.
-    #[error("{0} is in use by another process")]
-    InUse(PathBuf),
-    /// Not a regular file.
-    #[error("{0} is not a regular file")]
-    NotAFile(PathBuf),
-    /// Not one of ours, or its head is damaged.
-    #[error("{path} is not a state file, or damaged: {what}")]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        what: String,
-    },
-    /// Written by a newer release.
-    #[error("{path} has version {found}; this program knows versions up to {known}")]
-    Newer {
-        /// The file.
-        path: PathBuf,
-        /// Its version.
-        found: u32,
-        /// The newest version known.
-        known: u32,
-    },
-    /// The device has another geometry.
-    #[error("{path} is of a device with {field} {found}, not {expected}")]
-    Geometry {
-        /// The file.
-        path: PathBuf,
-        /// What differs.
-        field: &'static str,
-        /// In the file.
-        found: String,
-        /// Asked for.
-        expected: String,
-    },
-}
+pub use record::{Commit, Delta, Geometry, JournalEntry, JournalUpdate, Saved};
 
 /// An open state file, locked against other processes.
 #[derive(Debug)]
