@@ -36,6 +36,7 @@ mod nested;
 mod properties;
 mod registry;
 mod save;
+mod section;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -46,7 +47,6 @@ pub use error::{Place, Problem, Reason, VmStateError};
 pub use members::Members;
 pub use nested::{Nested, OptionalStruct, Struct, StructArray};
 pub use properties::{CompatLevel, Properties, Property, PropertyError};
-pub use registry::{
-    Described, DeviceRegistry, Migratable, RegistryError, StagedState, StateSection,
-};
+pub use registry::{DeviceRegistry, RegistryError};
+pub use section::{Described, Migratable, StagedState, StateSection};
 pub use validate::Flaw;
