@@ -1,5 +1,6 @@
 //! The sizes of the device.
 
+use crate::guest_driver::GuestDriver;
 use crate::soak::host::{BLOCK, REGION};
 use crate::soak::world::World;
 
@@ -22,6 +23,9 @@ impl Sizes {
     /// Looks at them while the guest is settled on a host.
     pub(super) fn look(&mut self, world: &World) {
         let (epoch, journal) = (world.epoch(), &world.journal);
+        // A driver that has booted may still unplug everything, at another host, too.
+        let probed = |driver: &mut GuestDriver| driver.state().is_ok_and(|state| state.probed);
+        let probed = world.machine().with_driver(probed);
         // Before the sizes are read: what is requested later counts at the next look, too.
         let most_requested = world.take_requested();
         let Some(device) = world.host().device(journal) else { return };
@@ -49,11 +53,12 @@ impl Sizes {
             "the usable region has 256 MiB more than what is requested",
         );
         let frozen = device["migration_active"] != false;
-        if !world.may_have_reset(frozen) && self.epoch == Some(epoch) {
+        if !world.may_have_reset(frozen) && probed && self.epoch == Some(epoch) {
             check(usable >= self.usable, "the usable region never shrinks but at a reset");
             let most = self.plugged.max(most_requested).max(self.most_requested);
             check(plugged <= most, "no more is plugged than was ever requested");
         }
-        *self = Self { epoch: Some(epoch), plugged, requested, usable, most_requested };
+        let epoch = probed.then_some(epoch);
+        *self = Self { epoch, plugged, requested, usable, most_requested };
     }
 }
