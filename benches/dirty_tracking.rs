@@ -282,9 +282,49 @@ fn merged(block: &Block) {
     );
 }
 
+/// An idle sync of a region of which every other block of 2 MiB is plugged, and holds a page.
+fn tatters() {
+    const REGION: u64 = 128 * GIB;
+    let file = memfd(REGION);
+    let mapping = Arc::new(HostMapping::map(&file, 0, REGION).unwrap());
+    let ram = Arc::new(RamBlock::new("vmem0".into(), 0, REGION, file, 0).unwrap());
+    let plugged: Vec<_> = (0..REGION)
+        .step_by((4 * MIB) as usize)
+        .map(|at| ByteRange::new(at, 2 * MIB).unwrap())
+        .collect();
+    plugged.iter().for_each(|range| mapping.write(range.start(), &[1]));
+    let mut dirty = PageBitmap::new(REGION / PAGE);
+    head("A sync of 128 GiB in tatters, nothing written", "bare calls");
+    compare(
+        "every other block plugged",
+        RUNS,
+        || {
+            let mut tracker =
+                WriteProtect::new(Arc::clone(&mapping), Some(Arc::clone(&ram))).unwrap();
+            tracker.start(&plugged).unwrap();
+            let sync = busy(|| tracker.sync(&mut dirty).unwrap());
+            assert_eq!(dirty.count(), 0);
+            sync
+        },
+        || {
+            let bare = AsyncWriteProtect::open().unwrap();
+            bare.register(&mapping, 0, REGION).unwrap();
+            plugged.iter().for_each(|range| bare.protect(&mapping, *range).unwrap());
+            let mut pagemap = Pagemap::open().unwrap();
+            let visit = |run: ByteRange| panic!("nothing wrote {run}");
+            busy(|| {
+                for range in &plugged {
+                    pagemap.take_written(&mapping, *range, Written::Unprotected, visit).unwrap();
+                }
+            })
+        },
+    );
+}
+
 fn main() -> io::Result<()> {
     // What cannot be had here is told once, before anything is measured.
     AsyncWriteProtect::open()?;
+    tatters();
     for size in [8 * GIB, 64 * GIB] {
         let block = Block::new(size);
         write_protection(&block);

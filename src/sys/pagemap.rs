@@ -63,21 +63,6 @@ impl Written {
     }
 }
 
-/// What is asked of a scan, in the kernel's numbers.
-struct Scan {
-    flags: u64,
-    /// What a page must be to be told.
-    categories: u64,
-    /// What is told of it.
-    told: u64,
-}
-
-#[cfg(test)]
-thread_local! {
-    /// Calls that a thread made.
-    pub(crate) static SCANS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
-}
-
 /// The page tables of this process.
 #[derive(Debug)]
 pub struct Pagemap {
@@ -115,54 +100,12 @@ impl Pagemap {
         written: Written,
         mut visit: impl FnMut(ByteRange),
     ) -> io::Result<()> {
-        let what = Scan {
-            flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
-            categories: written.categories(),
-            told: PAGE_IS_WRITTEN,
-        };
-        self.scan(mapping, range, what, |run, _| visit(run))
-    }
-
-    /// Tells `visit` the written runs of `range` (bytes of the mapping, whole pages), ascending, and
-    /// whether each is mapped, as [`Written`] has it. Changes nothing: a page is written until it is
-    /// [taken](Self::take_written), and one that is not told may have been written since.
-    ///
-    /// # Errors
-    ///
-    /// As [`take_written`](Self::take_written).
-    ///
-    /// # Panics
-    ///
-    /// When the range leaves the mapping.
-    pub fn find_written(
-        &mut self,
-        mapping: &HostMapping,
-        range: ByteRange,
-        mut visit: impl FnMut(ByteRange, bool),
-    ) -> io::Result<()> {
-        let what = Scan {
-            flags: PM_SCAN_CHECK_WPASYNC,
-            categories: PAGE_IS_WRITTEN,
-            told: PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
-        };
-        self.scan(mapping, range, what, |run, categories| {
-            visit(run, categories & PAGE_IS_PRESENT != 0);
-        })
-    }
-
-    fn scan(
-        &mut self,
-        mapping: &HostMapping,
-        range: ByteRange,
-        what: Scan,
-        mut visit: impl FnMut(ByteRange, u64),
-    ) -> io::Result<()> {
         let base = mapping.locate(range.start(), range.len()).0.addr() as u64 - range.start();
         let mut at = range.start();
         while at < range.end() {
             let mut arg = PmScanArg {
                 size: size_of::<PmScanArg>() as u64,
-                flags: what.flags,
+                flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
                 start: base + at,
                 end: base + range.end(),
                 walk_end: 0,
@@ -170,12 +113,10 @@ impl Pagemap {
                 vec_len: self.regions.len() as u64,
                 max_pages: 0,
                 category_inverted: 0,
-                category_mask: what.categories,
+                category_mask: written.categories(),
                 category_anyof_mask: 0,
-                return_mask: what.told,
+                return_mask: PAGE_IS_WRITTEN,
             };
-            #[cfg(test)]
-            SCANS.set(SCANS.get() + 1);
             // SAFETY: PAGEMAP_SCAN takes this structure; `vec` has room for `vec_len` regions and
             // outlives the call.
             let found = match unsafe { super::ioctl(&self.file, PAGEMAP_SCAN, &mut arg) } {
@@ -186,7 +127,7 @@ impl Pagemap {
                 let run = ByteRange::from_bounds(region.start, region.end);
                 let run = run.and_then(|run| run.shifted_down(base));
                 if let Some(run) = run.and_then(|run| run.intersection(range)) {
-                    visit(run, region.categories);
+                    visit(run);
                 }
             }
             let next = arg.walk_end.saturating_sub(base);

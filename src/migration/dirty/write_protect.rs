@@ -28,10 +28,6 @@ const CHUNK: u64 = 2 << 20;
 /// that maps memory meanwhile waits for milliseconds.
 const SCAN: u64 = 1 << 30;
 
-/// Up to so many segments of a scan are taken by themselves; of more it is found out first, over all of
-/// them at once, which were written. A call costs about as much as the walk over 2 MiB.
-const SEGMENTS_FEW: usize = 8;
-
 /// Tracks the writes of everybody who writes through this process's mapping of a block, other than by
 /// DMA into pages that were pinned before the last sync: see the [module](super).
 ///
@@ -213,17 +209,13 @@ impl DirtyTracker for WriteProtect {
         self.check_size()?;
         let window = SCAN.max(self.chunk);
         let segments = segments(&self.populated, &self.armed, self.chunk, self.len);
-        let mut parts = segments
-            .flat_map(|(range, written)| cut(range, window).map(move |part| (part, written)))
-            .peekable();
-        let mut few = Vec::new();
-        while let Some((first, _)) = parts.peek() {
-            let end = first.start() / window * window + window;
-            few.clear();
-            few.extend(std::iter::from_fn(|| parts.next_if(|(part, _)| part.start() < end)));
-            take(&mut self.pagemap, &self.mapping, &few, dirty)?;
+        let parts =
+            segments.flat_map(|(range, how)| cut(range, window).map(move |part| (part, how)));
+        for (part, written) in parts {
+            self.pagemap.take_written(&self.mapping, part, written, |run| {
+                dirty.set_range(pages_within(run, dirty));
+            })?;
         }
-        drop(parts);
         let fresh = self.fresh()?;
         self.arm(&fresh, Some(dirty))
     }
@@ -274,37 +266,6 @@ fn cut(range: ByteRange, window: u64) -> impl Iterator<Item = ByteRange> {
         at = end;
         Some(part)
     })
-}
-
-/// Adds the written pages of segments that follow each other to `dirty`, and protects them again.
-fn take(
-    pagemap: &mut Pagemap,
-    mapping: &HostMapping,
-    segments: &[(ByteRange, Written)],
-    dirty: &mut PageBitmap,
-) -> io::Result<()> {
-    let mut found = vec![segments.len() <= SEGMENTS_FEW; segments.len()];
-    if let ([(first, _), .., (last, _)], false) = (segments, found[0])
-        && let Some(all) = ByteRange::from_bounds(first.start(), last.end())
-    {
-        let mut at = 0;
-        pagemap.find_written(mapping, all, |run, is_mapped| {
-            // Runs ascend, as segments do; one may lie across several.
-            at += segments[at..].partition_point(|(segment, _)| segment.end() <= run.start());
-            for (index, (segment, written)) in segments.iter().enumerate().skip(at) {
-                if segment.start() >= run.end() {
-                    break;
-                }
-                found[index] |= is_mapped || *written == Written::Unprotected;
-            }
-        })?;
-    }
-    for ((range, written), _) in segments.iter().zip(found).filter(|(_, found)| *found) {
-        pagemap.take_written(mapping, *range, *written, |run| {
-            dirty.set_range(pages_within(run, dirty));
-        })?;
-    }
-    Ok(())
 }
 
 /// Where the block starts in its file.

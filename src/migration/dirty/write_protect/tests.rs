@@ -122,32 +122,15 @@ fn a_page_is_reported_for_each_write_after_the_last_sync() {
 }
 
 #[test]
-fn a_region_in_tatters_is_scanned_in_few_calls() {
-    use crate::sys::pagemap::SCANS;
-    if !supported() {
-        return;
-    }
-    // Every other chunk is discarded, and all but the last hold something.
-    const PIECES: u64 = 64;
-    let block = Block::shmem(2 * PIECES * CHUNK);
-    let populated: Vec<_> =
-        (0..PIECES).map(|piece| range(2 * piece * CHUNK, (2 * piece + 1) * CHUNK)).collect();
-    populated.iter().for_each(|piece| block.mapping.write(piece.start(), &[1]));
-    let mut tracker = block.tracker();
-    tracker.start(&populated).unwrap();
-    let pages_per_chunk = CHUNK / PAGE;
-    let scans_of = |tracker: &mut WriteProtect, expected: &[u64]| {
-        SCANS.set(0);
-        let dirty: Vec<u64> = dirty_pages(tracker).into_iter().flatten().collect();
-        assert_eq!(dirty, expected);
-        SCANS.get()
-    };
-    assert_eq!(scans_of(&mut tracker, &[]), 1);
-    // Into memory that was there, into a hole beside it, and into a discarded chunk.
-    let written = [0, 5, 6 * pages_per_chunk, 7 * pages_per_chunk + 3, 126 * pages_per_chunk + 9];
-    written.iter().for_each(|page| block.mapping.write(page * PAGE, &[2]));
-    assert!(scans_of(&mut tracker, &written) <= 1 + 4 + 2, "{}", SCANS.get());
-    assert_eq!(scans_of(&mut tracker, &[]), 1);
+fn a_sync_is_cut_into_windows_that_cover_it_once() {
+    let cut_up: Vec<_> = cut(range(3 * SCAN - 4096, 5 * SCAN + 4096), SCAN).collect();
+    let expected = [
+        range(3 * SCAN - 4096, 3 * SCAN),
+        range(3 * SCAN, 4 * SCAN),
+        range(4 * SCAN, 5 * SCAN),
+        range(5 * SCAN, 5 * SCAN + 4096),
+    ];
+    assert_eq!(cut_up, expected);
 }
 
 #[test]
