@@ -1,4 +1,7 @@
 //! What a channel takes, and what may be spent of it.
+//!
+//! Time in which nothing is sent on purpose, as that in which dirty pages are collected, does not count: the
+//! channel is no slower for it.
 
 use std::time::{Duration, Instant};
 
@@ -17,8 +20,11 @@ pub(crate) struct Bandwidth {
 impl Bandwidth {
     /// At most `limit` bytes a second.
     pub(crate) fn new(limit: Option<u64>, written: u64) -> Self {
-        let (window_start, window_bytes) = (Instant::now(), written);
-        Self { limit, window_start, window_bytes, per_second: None }
+        Self::new_at(Instant::now(), limit, written)
+    }
+
+    pub(crate) fn new_at(now: Instant, limit: Option<u64>, written: u64) -> Self {
+        Self { limit, window_start: now, window_bytes: written, per_second: None }
     }
 
     /// One that was measured.
@@ -37,21 +43,31 @@ impl Bandwidth {
         left.clamp(1, UNLIMITED)
     }
 
+    /// Leaves time out in which nothing could be sent; it has just passed.
+    pub(crate) fn leave_out(&mut self, time: Duration) {
+        self.window_start += time;
+    }
+
     /// Takes note of what was written; how long to wait before more may be.
     pub(crate) fn spent(&mut self, written: u64) -> Duration {
-        let elapsed = self.window_start.elapsed();
+        self.spent_at(Instant::now(), written)
+    }
+
+    pub(crate) fn spent_at(&mut self, now: Instant, written: u64) -> Duration {
+        let elapsed = now.saturating_duration_since(self.window_start);
         let bytes = written - self.window_bytes;
-        let allowed = self.limit.map_or(f64::MAX, |limit| limit as f64 * WINDOW.as_secs_f64());
-        let exhausted = bytes as f64 >= allowed;
-        if elapsed < WINDOW && exhausted {
-            return WINDOW - elapsed;
+        if let Some(limit) = self.limit {
+            let allowed = limit as f64 * WINDOW.as_secs_f64();
+            if bytes as f64 >= allowed && elapsed < WINDOW {
+                return WINDOW - elapsed;
+            }
         }
         // The first figure is wanted early: a small guest is sent in less than a window.
         if elapsed >= WINDOW || self.per_second.is_none() {
             self.per_second = Some(bytes as f64 / elapsed.as_secs_f64().max(1e-6));
         }
         if elapsed >= WINDOW {
-            (self.window_start, self.window_bytes) = (Instant::now(), written);
+            (self.window_start, self.window_bytes) = (now, written);
         }
         Duration::ZERO
     }
@@ -75,5 +91,15 @@ mod tests {
         assert_eq!(bandwidth.budget(500 + (2 << 20)), 1);
         assert!(bandwidth.spent(500 + (1 << 20)) > Duration::ZERO);
         assert_eq!(Bandwidth::new(None, 0).time_for(1), None);
+    }
+
+    #[test]
+    fn time_that_is_left_out_makes_the_channel_no_slower() {
+        let mut bandwidth = Bandwidth::new(None, 0);
+        let sync = Duration::from_millis(400);
+        bandwidth.leave_out(sync);
+        let now = bandwidth.window_start + Duration::from_millis(100);
+        assert_eq!(bandwidth.spent_at(now, 100 << 20), Duration::ZERO);
+        assert_eq!(bandwidth.time_for(200 << 20), Some(Duration::from_millis(200)));
     }
 }

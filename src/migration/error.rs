@@ -1,6 +1,7 @@
 //! Why a migration fails.
 
 use std::io;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -117,6 +118,24 @@ pub enum MigrationError {
     /// The other side closed the channel.
     #[error("the other side closed the channel while {0}")]
     ChannelClosed(&'static str),
+    /// The guest writes memory faster than it is sent.
+    #[error(
+        "after {rounds} rounds {left} bytes are left: the guest would be stopped for {expected:?} \
+         ({sync:?} of it to collect dirty pages) where the downtime limit is {limit:?}; raise the \
+         limit or the bandwidth, use auto-converge or postcopy, or ask for stop-and-copy"
+    )]
+    NotConverging {
+        /// How often dirty pages were collected.
+        rounds: u64,
+        /// Bytes left to send.
+        left: u64,
+        /// How long the guest would be stopped for.
+        expected: Duration,
+        /// How long it took to collect dirty pages.
+        sync: Duration,
+        /// How long it may be stopped for.
+        limit: Duration,
+    },
     /// The VMM could not do its part.
     #[error("the VMM cannot {what}: {reason}")]
     Vmm {

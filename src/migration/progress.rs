@@ -28,9 +28,9 @@ pub enum Status {
     PostcopyRecover,
     /// Being cancelled.
     Cancelling,
-    /// Cancelled; the guest goes on here.
+    /// Cancelled; the guest runs where it ran before.
     Cancelled,
-    /// Failed; the guest goes on where it ran.
+    /// Failed. Where the guest is, the error tells.
     Failed,
     /// Done; the guest runs on the destination.
     Completed,
@@ -219,16 +219,28 @@ impl Progress {
             }
             _ => {}
         }
+        // A cancel shows until it is done, or comes too late: the guest has left.
         if times.status != Status::Cancelling
-            || matches!(status, Status::Cancelled | Status::Completed | Status::Failed)
+            || !matches!(status, Status::Setup | Status::Active | Status::Device)
         {
             times.status = status;
         }
     }
 
+    /// Ends it. Once the guest runs at the destination while memory follows, nothing is cancelled any
+    /// more: what fails then is a guest that is lost.
     pub(crate) fn fail(&self, error: &dyn std::fmt::Display) {
+        let late = matches!(
+            self.status(),
+            Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover
+        );
+        let cancelled = self.is_cancelled() && !late;
+        self.fail_as(if cancelled { Status::Cancelled } else { Status::Failed }, error);
+    }
+
+    pub(crate) fn fail_as(&self, status: Status, error: &dyn std::fmt::Display) {
         self.times.lock().error = Some(error.to_string());
-        self.set_status(if self.is_cancelled() { Status::Cancelled } else { Status::Failed });
+        self.set_status(status);
     }
 
     pub(crate) fn guest_stopped(&self) {
@@ -288,4 +300,35 @@ pub struct Snapshot {
     pub expected_downtime: Option<Duration>,
     /// Why it failed.
     pub error_desc: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_was_lost_after_it_left_was_not_cancelled() {
+        for last in [Status::PostcopyActive, Status::PostcopyPaused, Status::PostcopyRecover] {
+            for cancelled_before in [true, false] {
+                let progress = Progress::new();
+                progress.set_status(Status::Device);
+                if cancelled_before {
+                    progress.cancel();
+                    assert_eq!(progress.status(), Status::Cancelling);
+                }
+                progress.set_status(last);
+                progress.cancel();
+                assert_eq!(progress.status(), last);
+                progress.fail(&"the channel is broken");
+                assert_eq!(progress.status(), Status::Failed);
+            }
+        }
+        let progress = Progress::new();
+        progress.set_status(Status::Active);
+        progress.cancel();
+        progress.set_status(Status::Device);
+        assert_eq!(progress.status(), Status::Cancelling);
+        progress.fail(&"cancelled");
+        assert_eq!(progress.status(), Status::Cancelled);
+    }
 }

@@ -202,6 +202,7 @@ fn run(
         progress: Arc::clone(&progress),
     };
     let sent = outgoing.run(Channel::new(main.0, progress).unwrap());
+    let sent = sent.map_err(|failed| failed.error);
     (sent, receiving.join().unwrap())
 }
 

@@ -12,7 +12,7 @@ use super::*;
 use crate::migration::devices::NoDevices;
 use crate::migration::dirty::{DirtyTracker, NeverWritten};
 use crate::migration::lazy::HandlerFailed;
-use crate::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use crate::migration::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameters};
 use crate::migration::progress::{Progress, Snapshot, Status};
 use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use crate::migration::stream::Configuration;
@@ -122,6 +122,8 @@ fn relay(limit: usize) -> (UnixStream, UnixStream) {
 
 struct Run {
     outgoing: Result<(), MigrationError>,
+    /// Where the guest is after a failure.
+    guest: Option<GuestAfter>,
     incoming: Result<(), MigrationError>,
     wrong: usize,
     /// How often the guest was let run on the source and on the destination.
@@ -206,11 +208,15 @@ fn migrate_by(
         postcopy: Some(postcopy),
         progress: Arc::clone(&progress),
     };
-    let outgoing = outgoing.run(channel(&progress, first.0));
+    let mut guest = None;
+    let outgoing = outgoing.run(channel(&progress, first.0)).map_err(|failed| {
+        guest = Some(failed.guest);
+        failed.error
+    });
     let incoming = there.join().unwrap();
     let runs = [&source, &*reader].map(|guest| guest.runs.load(Ordering::Relaxed));
     let (wrong, sent) = (reader.wait(), progress.snapshot());
-    Run { outgoing, incoming, wrong, runs: runs.into(), sent }
+    Run { outgoing, guest, incoming, wrong, runs: runs.into(), sent }
 }
 
 /// A source with pages of all kinds, and what the guest is to see of each.
@@ -258,6 +264,7 @@ fn a_freeze_that_was_lost_before_the_guest_went_keeps_it_here() {
     let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, false, channels);
     assert!(matches!(run.outgoing, Err(MigrationError::FreezeLost(_))), "{:?}", run.outgoing);
     assert!(run.incoming.is_err());
+    assert_eq!(run.guest, Some(GuestAfter::RunsHere));
     assert_eq!(run.runs, (1, 0));
 }
 

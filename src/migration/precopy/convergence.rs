@@ -28,15 +28,42 @@ impl Default for ThrottleParameters {
     }
 }
 
+/// What becomes of a migration whose guest writes faster than memory is sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AtMaxRounds {
+    /// It fails, and the guest has not been stopped.
+    #[default]
+    Fail,
+    /// The guest is stopped, for as long as it takes to send the rest.
+    StopAndCopy,
+}
+
+/// Whether the guest is stopped now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    /// Another round is sent first.
+    No,
+    /// The rest fits.
+    Yes,
+    /// It does not fit, and there have been enough rounds.
+    TooManyRounds,
+}
+
 /// When the guest is stopped.
 ///
 /// QEMU stops it as soon as what is left fits the downtime limit, and so lets a guest that hardly
 /// writes stand still for as long as is allowed. Here what is left is sent while the guest runs,
 /// for as long as that halves it: only so often as the limit can be halved, so that a guest which
-/// once fitted is not chased for ever.
+/// once fitted is not chased for ever. Dirty pages are collected once more with the guest stopped, so that
+/// the time which this takes belongs to the downtime.
 #[derive(Debug)]
 pub(super) struct Switchover {
     limit: Duration,
+    max_rounds: u64,
+    /// How often dirty pages were collected.
+    rounds: u64,
+    /// How long that took the last time.
+    sync: Duration,
     /// The least that fitted, and was sent with the guest running all the same.
     declined: Option<u64>,
     /// Whether that is still being sent: stopping the guest amid it would gain nothing.
@@ -47,8 +74,20 @@ impl Switchover {
     /// Stopping the guest takes longer than sending what takes no longer than this.
     const NOT_WORTH_A_ROUND: Duration = Duration::from_millis(5);
 
-    pub(super) fn new(limit: Duration) -> Self {
-        Self { limit, declined: None, sending: false }
+    /// At most `max_rounds` rounds.
+    pub(super) fn new(limit: Duration, max_rounds: u64) -> Self {
+        let sync = Duration::ZERO;
+        Self { limit, max_rounds, rounds: 0, sync, declined: None, sending: false }
+    }
+
+    /// How often dirty pages were collected.
+    pub(super) fn rounds(&self) -> u64 {
+        self.rounds
+    }
+
+    /// How long the guest would be stopped for with `bytes` left, as far as that is known.
+    pub(super) fn expected(&self, bytes: u64, bandwidth: &Bandwidth) -> Option<Duration> {
+        Some(bandwidth.time_for(bytes)?.saturating_add(self.sync))
     }
 
     /// Whether it is time to find out exactly how much is left, when about `bytes` are.
@@ -56,25 +95,27 @@ impl Switchover {
         bytes == 0 || (!self.sending && self.fits(bytes, bandwidth))
     }
 
-    /// Whether the guest is stopped now, with exactly `bytes` left.
-    pub(super) fn is_due(&mut self, bytes: u64, bandwidth: &Bandwidth) -> bool {
+    /// Whether the guest is stopped now, with exactly `bytes` left, which took `sync` to find out.
+    pub(super) fn is_due(&mut self, bytes: u64, sync: Duration, bandwidth: &Bandwidth) -> Due {
+        (self.rounds, self.sync) = (self.rounds + 1, sync);
         if bytes == 0 {
-            return true;
+            return Due::Yes;
         }
         if !self.fits(bytes, bandwidth) {
             self.sending = false;
-            return false;
+            return if self.rounds < self.max_rounds { Due::No } else { Due::TooManyRounds };
         }
         let short = bandwidth.time_for(bytes).is_some_and(|time| time <= Self::NOT_WORTH_A_ROUND);
-        if short || self.declined.is_some_and(|least| bytes > least / 2) {
-            return true;
+        let gains_little = self.declined.is_some_and(|least| bytes > least / 2);
+        if short || gains_little || self.rounds >= self.max_rounds {
+            return Due::Yes;
         }
         (self.declined, self.sending) = (Some(bytes), true);
-        false
+        Due::No
     }
 
     fn fits(&self, bytes: u64, bandwidth: &Bandwidth) -> bool {
-        bandwidth.time_for(bytes).is_some_and(|time| time <= self.limit)
+        self.expected(bytes, bandwidth).is_some_and(|time| time <= self.limit)
     }
 }
 
@@ -137,49 +178,109 @@ mod tests {
         Bandwidth::measured((1u64 << 20) as f64 * 1e3)
     }
 
+    const NO_TIME: Duration = Duration::ZERO;
+
+    fn switchover(limit_ms: u64) -> Switchover {
+        Switchover::new(Duration::from_millis(limit_ms), 1000)
+    }
+
     #[test]
     fn an_idle_guest_is_stopped_when_nothing_is_left() {
-        let mut switchover = Switchover::new(Duration::from_millis(300));
+        let mut switchover = switchover(300);
         let bandwidth = measured();
         assert!(!switchover.may_be_due(301 << 20, &bandwidth));
         assert!(switchover.may_be_due(300 << 20, &bandwidth));
-        assert!(!switchover.is_due(300 << 20, &bandwidth));
+        assert_eq!(switchover.is_due(300 << 20, NO_TIME, &bandwidth), Due::No);
         // Until all of that is sent nobody asks again.
         assert!(!switchover.may_be_due(1, &bandwidth));
         assert!(switchover.may_be_due(0, &bandwidth));
-        assert!(switchover.is_due(0, &bandwidth));
+        assert_eq!(switchover.is_due(0, NO_TIME, &bandwidth), Due::Yes);
     }
 
     #[test]
     fn a_guest_that_writes_is_stopped_when_another_round_gains_little() {
-        let mut switchover = Switchover::new(Duration::from_millis(300));
+        let mut switchover = switchover(300);
         let bandwidth = measured();
         let left = [300, 100, 50, 30].map(|mib| mib << 20);
-        let due = left.map(|bytes| switchover.is_due(bytes, &bandwidth));
-        assert_eq!(due, [false, false, false, true]);
+        let due = left.map(|bytes| switchover.is_due(bytes, NO_TIME, &bandwidth));
+        assert_eq!(due, [Due::No, Due::No, Due::No, Due::Yes]);
     }
 
     #[test]
     fn a_guest_that_fits_now_and_then_is_not_chased_for_ever() {
-        let mut switchover = Switchover::new(Duration::from_millis(300));
+        let mut first = switchover(300);
         let bandwidth = measured();
         let left = [200, 400, 200].map(|mib| mib << 20);
-        let due = left.map(|bytes| switchover.is_due(bytes, &bandwidth));
-        assert_eq!(due, [false, false, true]);
+        let due = left.map(|bytes| first.is_due(bytes, NO_TIME, &bandwidth));
+        assert_eq!(due, [Due::No, Due::No, Due::Yes]);
         // What does not fit ends a round that was to be the last.
-        let mut switchover = Switchover::new(Duration::from_millis(300));
-        assert!(!switchover.is_due(200 << 20, &bandwidth));
-        assert!(!switchover.is_due(400 << 20, &bandwidth));
-        assert!(switchover.may_be_due(90 << 20, &bandwidth));
+        let mut second = switchover(300);
+        assert_eq!(second.is_due(200 << 20, NO_TIME, &bandwidth), Due::No);
+        assert_eq!(second.is_due(400 << 20, NO_TIME, &bandwidth), Due::No);
+        assert!(second.may_be_due(90 << 20, &bandwidth));
     }
 
     #[test]
     fn what_takes_no_time_is_not_worth_a_round() {
-        let mut switchover = Switchover::new(Duration::from_millis(300));
-        assert!(switchover.is_due(5 << 20, &measured()));
-        let mut never = Switchover::new(Duration::ZERO);
-        assert!(!never.is_due(1, &measured()));
-        assert!(never.is_due(0, &measured()));
+        assert_eq!(switchover(300).is_due(5 << 20, NO_TIME, &measured()), Due::Yes);
+        let mut never = switchover(0);
+        assert_eq!(never.is_due(1, NO_TIME, &measured()), Due::No);
+        assert_eq!(never.is_due(0, NO_TIME, &measured()), Due::Yes);
+    }
+
+    #[test]
+    fn the_time_to_collect_dirty_pages_belongs_to_the_downtime() {
+        let (bandwidth, sync) = (measured(), Duration::from_millis(250));
+        let mut switchover = switchover(300);
+        assert_eq!(switchover.is_due(60 << 20, sync, &bandwidth), Due::No);
+        let expected = Duration::from_millis(250 + 60);
+        assert_eq!(switchover.expected(60 << 20, &bandwidth), Some(expected));
+        assert!(!switchover.may_be_due(60 << 20, &bandwidth));
+        assert!(switchover.may_be_due(50 << 20, &bandwidth));
+    }
+
+    /// Migrates 200 MB of a guest that has `dirty` MB more to send whenever dirty pages are collected,
+    /// which takes `sync`, over a channel of 10 MB in 12 ms, on a clock of its own.
+    fn simulate(dirty: u64, sync_ms: u64, limit_ms: u64) -> (Due, u64) {
+        const MB: u64 = 1_000_000;
+        let mut clock = Instant::now();
+        let mut bandwidth = Bandwidth::new_at(clock, None, 0);
+        let mut switchover = Switchover::new(Duration::from_millis(limit_ms), 200);
+        let (mut left, mut written) = (200 * MB, 0);
+        let sync = Duration::from_millis(sync_ms);
+        loop {
+            if switchover.may_be_due(left, &bandwidth) {
+                clock += sync;
+                bandwidth.leave_out(sync);
+                left = left.max(dirty * MB);
+                match switchover.is_due(left, sync, &bandwidth) {
+                    Due::No => {}
+                    due => return (due, switchover.rounds()),
+                }
+            }
+            let sent = left.min(64 << 20);
+            clock += Duration::from_nanos(sent * 12 / 10);
+            (left, written) = (left - sent, written + sent);
+            bandwidth.spent_at(clock, written);
+        }
+    }
+
+    #[test]
+    fn how_long_dirty_pages_are_collected_for_does_not_keep_a_guest_that_fits_from_going() {
+        for (dirty, sync_ms, limit_ms) in
+            [(10, 5, 50), (10, 100, 50 + 100), (80, 400, 300 + 400), (10, 400, 450)]
+        {
+            let (due, rounds) = simulate(dirty, sync_ms, limit_ms);
+            assert_eq!(due, Due::Yes, "{dirty} MB, {sync_ms} ms");
+            assert!(rounds <= 4, "{dirty} MB, {sync_ms} ms: {rounds} rounds");
+        }
+    }
+
+    #[test]
+    fn rounds_end_when_nothing_will_fit() {
+        for (dirty, sync_ms, limit_ms) in [(10, 100, 50), (80, 400, 300), (80, 5, 50)] {
+            assert_eq!(simulate(dirty, sync_ms, limit_ms), (Due::TooManyRounds, 200));
+        }
     }
 
     #[test]

@@ -8,11 +8,13 @@
 mod convergence;
 mod handlers;
 mod incoming;
+mod outcome;
 mod outgoing;
 mod return_path;
 
-pub use convergence::ThrottleParameters;
+pub use convergence::{AtMaxRounds, ThrottleParameters};
 pub use incoming::Incoming;
+pub use outcome::{GuestAfter, OutgoingError};
 pub use outgoing::{Outgoing, Parameters};
 
 /// The ping whose answer is the destination's verdict: everything before it was loaded.

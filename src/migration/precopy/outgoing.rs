@@ -1,9 +1,10 @@
 //! The source.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::convergence::{Switchover, Throttle, ThrottleParameters};
+use super::convergence::{AtMaxRounds, Due, Switchover, Throttle, ThrottleParameters};
+use super::outcome::{GuestAfter, OutgoingError};
 use super::return_path::{ReturnPath, refuse};
 use super::{Guest, PING_LOADED, handlers};
 use crate::migration::bandwidth::Bandwidth;
@@ -30,9 +31,16 @@ pub struct Parameters {
     /// Bytes a second of postcopy's that nobody asked for; `None` for as fast as the channel takes.
     /// The less, the sooner those who wait for a page have it.
     pub max_postcopy_bandwidth: Option<u64>,
-    /// The guest is stopped once what is left is expected to take no longer, and sending some more
-    /// of it first would not make it much less.
+    /// The guest is stopped once what is left is expected to take no longer, the time to find it out
+    /// included, and sending some more of it first would not make it much less.
     pub downtime_limit: Duration,
+    /// How often dirty pages are collected at most, where postcopy was not provided for. By default 500:
+    /// a guest that writes faster than memory is sent is told from one that takes long, and the
+    /// steps of auto-converge have had their time.
+    pub max_rounds: u64,
+    /// What follows when what is left does not fit the downtime limit then; by default the
+    /// migration fails.
+    pub at_max_rounds: AtMaxRounds,
     /// How vCPUs are slowed down when they write faster than memory is sent.
     pub throttle: ThrottleParameters,
     /// How long the destination may take for its verdict while the guest is stopped. One that takes
@@ -56,6 +64,8 @@ impl Parameters {
             max_bandwidth: None,
             max_postcopy_bandwidth: None,
             downtime_limit: Duration::from_millis(300),
+            max_rounds: 500,
+            at_max_rounds: AtMaxRounds::Fail,
             throttle: ThrottleParameters::default(),
             verdict_timeout: Duration::from_secs(30),
             configuration,
@@ -101,14 +111,15 @@ enum Owner {
 }
 
 impl Outgoing<'_> {
-    /// Migrates the guest over a connected channel. When this returns `Ok`, the destination has
-    /// it, or may have it of a stream that goes [one way](Parameters::one_way); on an error it runs on here, block state is no longer frozen, and another migration may
-    /// be tried.
+    /// Migrates the guest over a connected channel. When this returns `Ok`, the destination has it,
+    /// or may have it of a stream that goes [one way](Parameters::one_way): it must not run here
+    /// again. Otherwise the error says where it is, and as long as it is here, another migration may
+    /// be tried. In any case block state is no longer frozen.
     ///
     /// # Errors
     ///
-    /// Why it did not come about.
-    pub fn run(mut self, channel: Channel) -> Result<(), MigrationError> {
+    /// Why it did not come about, and where the guest is.
+    pub fn run(mut self, channel: Channel) -> Result<(), OutgoingError> {
         self.progress.set_status(Status::Setup);
         let mut owner = Owner::Running;
         let result = self.migrate(channel, &mut owner);
@@ -116,39 +127,47 @@ impl Outgoing<'_> {
             handler.cleanup();
         }
         self.guest.throttle(0);
-        let result = match result {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.give_back(owner, error)),
-        };
+        let result = result.map_err(|error| self.give_back(owner, error));
         for handler in &mut self.handlers {
             handler.thaw();
         }
         match &result {
             Ok(()) => self.progress.set_status(Status::Completed),
-            Err(error) => self.progress.fail(error),
+            Err(failed) => {
+                let cancelled = matches!(failed.error, MigrationError::Cancelled)
+                    && failed.guest == GuestAfter::RunsHere;
+                let status = if cancelled { Status::Cancelled } else { Status::Failed };
+                self.progress.fail_as(status, failed);
+            }
         }
         result
     }
 
-    /// The guest runs on here.
-    fn give_back(&self, owner: Owner, error: MigrationError) -> MigrationError {
-        let cancelled = self.progress.is_cancelled() && owner != Owner::Gone;
-        if owner == Owner::Stopped
-            && let Err(reason) = self.guest.run()
-        {
-            tracing::error!(%error, %reason, "migration failed, and the guest cannot go on here");
-            return MigrationError::Vmm { what: "let the guest go on", reason };
+    /// Lets the guest run here again, if it is still here.
+    fn give_back(&self, owner: Owner, error: MigrationError) -> OutgoingError {
+        match owner {
+            Owner::Gone => return OutgoingError { error, guest: GuestAfter::Gone },
+            Owner::Running => {}
+            Owner::Stopped => {
+                if let Err(reason) = self.guest.run() {
+                    tracing::error!(%error, %reason, "migration failed, and the guest stays stopped");
+                    let error = MigrationError::Vmm { what: "let the guest continue", reason };
+                    return OutgoingError { error, guest: GuestAfter::StoppedHere };
+                }
+            }
         }
         // Whatever broke then broke because of that.
-        if cancelled { MigrationError::Cancelled } else { error }
+        let cancelled = self.progress.is_cancelled();
+        let error = if cancelled { MigrationError::Cancelled } else { error };
+        OutgoingError { error, guest: GuestAfter::RunsHere }
     }
 
     fn migrate(&mut self, mut channel: Channel, owner: &mut Owner) -> Result<(), MigrationError> {
+        handlers::check(&self.handlers)?;
+        handlers::check_postcopy(&self.parameters, self.postcopy.is_some())?;
         for handler in &mut self.handlers {
             handler.freeze()?;
         }
-        handlers::check(&self.handlers)?;
-        handlers::check_postcopy(&self.parameters, self.postcopy.is_some())?;
         let out = &mut channel;
         let mut framing = Framing::begin(out, &self.parameters.configuration)?;
         let mut bytes = Vec::new();
@@ -350,7 +369,12 @@ impl Outgoing<'_> {
     ) -> Result<Next, MigrationError> {
         let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
         let mut throttle = Throttle::new(self.parameters.throttle);
-        let mut switchover = Switchover::new(self.parameters.downtime_limit);
+        let max_rounds = match self.postcopy {
+            None => self.parameters.max_rounds,
+            // When there have been enough is up to postcopy then.
+            Some(_) => u64::MAX,
+        };
+        let mut switchover = Switchover::new(self.parameters.downtime_limit, max_rounds);
         loop {
             if self.progress.is_cancelled() {
                 return Err(MigrationError::Cancelled);
@@ -365,11 +389,16 @@ impl Outgoing<'_> {
             let estimate: u64 =
                 self.handlers.iter().map(|handler| handler.pending_estimate()).sum();
             if switchover.may_be_due(estimate, &bandwidth) {
+                let begin = Instant::now();
                 let mut exact = 0;
                 for handler in &mut self.handlers {
                     exact += handler.pending_exact()?;
                 }
-                if let Some(time) = bandwidth.time_for(exact) {
+                let sync = begin.elapsed();
+                bandwidth.leave_out(sync);
+                let due = switchover.is_due(exact, sync, &bandwidth);
+                let expected = switchover.expected(exact, &bandwidth);
+                if let Some(time) = expected {
                     self.progress.expect_downtime(time);
                 }
                 let dirtied = Counters::get(&counters.dirtied) * TARGET_PAGE_SIZE;
@@ -378,8 +407,20 @@ impl Outgoing<'_> {
                     Counters::set(&counters.throttle, percent.into());
                     self.guest.throttle(percent);
                 }
-                if switchover.is_due(exact, &bandwidth) {
-                    return Ok(Next::Complete);
+                match (due, self.parameters.at_max_rounds) {
+                    (Due::No, _) => {}
+                    (Due::Yes, _) | (Due::TooManyRounds, AtMaxRounds::StopAndCopy) => {
+                        return Ok(Next::Complete);
+                    }
+                    (Due::TooManyRounds, AtMaxRounds::Fail) => {
+                        return Err(MigrationError::NotConverging {
+                            rounds: switchover.rounds(),
+                            left: exact,
+                            expected: expected.unwrap_or(Duration::MAX),
+                            sync,
+                            limit: self.parameters.downtime_limit,
+                        });
+                    }
                 }
             }
             let budget = bandwidth.budget(out.written());

@@ -44,6 +44,7 @@ struct Witness {
     /// Done when the guest is stopped.
     last_words: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     refuses_to_stop: bool,
+    refuses_to_run: bool,
 }
 
 impl Witness {
@@ -65,6 +66,9 @@ impl Guest for Witness {
     }
 
     fn run(&self) -> Result<(), String> {
+        if self.refuses_to_run {
+            return Err("it will not".to_owned());
+        }
         self.log.lock().unwrap().push("run");
         Ok(())
     }
@@ -121,6 +125,8 @@ type Outcome = Result<(), MigrationError>;
 
 struct Run {
     outgoing: Outcome,
+    /// Where the guest is after a failure.
+    guest: Option<GuestAfter>,
     incoming: Outcome,
     source: Arc<Witness>,
     destination: Arc<Witness>,
@@ -170,6 +176,7 @@ fn migrate_by(
     let tracker = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
         if block.id() == "vmem0" { Box::new(script.clone()) } else { Box::<Script>::default() }
     };
+    let mut guest = None;
     let outgoing =
         RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker)
             .and_then(|ram| {
@@ -181,10 +188,14 @@ fn migrate_by(
                     postcopy: None,
                     progress: Arc::clone(&progress),
                 };
-                outgoing.run(Channel::new(channels.0, Arc::clone(&progress)).unwrap())
+                let channel = Channel::new(channels.0, Arc::clone(&progress)).unwrap();
+                outgoing.run(channel).map_err(|failed| {
+                    guest = Some(failed.guest);
+                    failed.error
+                })
             });
     let incoming = there.join().unwrap();
-    Run { outgoing, incoming, source, destination, sent: progress.snapshot() }
+    Run { outgoing, guest, incoming, source, destination, sent: progress.snapshot() }
 }
 
 fn migrate(from: &Side, to: &Side, script: &Script, source: Witness) -> Run {
@@ -417,9 +428,110 @@ fn a_guest_that_cannot_be_stopped_stays() {
     let stubborn = Witness { refuses_to_stop: true, ..Witness::default() };
     let run = migrate(&from, &to, &Script::default(), stubborn);
     assert!(matches!(run.outgoing, Err(MigrationError::Vmm { .. })));
+    assert_eq!(run.guest, Some(GuestAfter::RunsHere));
     assert!(run.incoming.is_err());
     assert_eq!(run.source.log(), ["freeze", "thaw"]);
     assert!(run.destination.log().is_empty());
+}
+
+#[test]
+fn a_guest_that_cannot_be_let_run_again_is_told_to_be_stopped_here_and_not_cancelled() {
+    let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+    fill(&from.region, 0..10, 1);
+    let progress = Arc::new(Progress::new());
+    let cancelling = Arc::clone(&progress);
+    let last_words: Box<dyn FnOnce() + Send> = Box::new(move || cancelling.cancel());
+    let last_words = Mutex::new(Some(last_words));
+    let stubborn = Witness { last_words, refuses_to_run: true, ..Witness::default() };
+    let channels = UnixStream::pair().unwrap();
+    let run = migrate_over(&from, &to, &Script::default(), stubborn, progress, channels);
+    assert!(matches!(run.outgoing, Err(MigrationError::Vmm { .. })), "{:?}", run.outgoing);
+    assert_eq!(run.guest, Some(GuestAfter::StoppedHere));
+    assert_eq!(run.sent.status, Status::Failed);
+    assert_eq!(run.source.log(), ["freeze", "stop", "thaw"]);
+}
+
+/// Reports pages that are written anew whenever it is asked.
+struct Restless(File);
+
+impl DirtyTracker for Restless {
+    fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        fill(&self.0, 0..64, 3);
+        dirty.set_range(0..64);
+        Ok(())
+    }
+
+    fn clear(&mut self, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn rounds_are_bounded_and_what_follows_is_as_asked_for() {
+    for at_max_rounds in [AtMaxRounds::Fail, AtMaxRounds::StopAndCopy] {
+        let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+        let (near, far) = UnixStream::pair().unwrap();
+        let blocks = Arc::clone(&to.blocks);
+        let there = thread::spawn(move || {
+            let progress = Arc::new(Progress::new());
+            let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
+            let incoming = Incoming {
+                configuration: Configuration::new("test"),
+                guest: &Witness::default(),
+                handlers: vec![Box::new(ram)],
+                devices: &mut NoDevices,
+                postcopy: None,
+                progress: Arc::clone(&progress),
+            };
+            incoming.run(Channel::new(far, progress).unwrap())
+        });
+        let progress = Arc::new(Progress::new());
+        let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> {
+            Box::new(Restless(from.region.try_clone().unwrap()))
+        };
+        let ram =
+            RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker)
+                .unwrap();
+        let source = Witness::default();
+        let outgoing = Outgoing {
+            parameters: Parameters {
+                downtime_limit: Duration::ZERO,
+                max_rounds: 7,
+                at_max_rounds,
+                ..parameters()
+            },
+            guest: &source,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress: Arc::clone(&progress),
+        };
+        let result = outgoing.run(Channel::new(near, Arc::clone(&progress)).unwrap());
+        let received = there.join().unwrap();
+        match at_max_rounds {
+            AtMaxRounds::Fail => {
+                let failed = result.unwrap_err();
+                assert!(matches!(failed.error, MigrationError::NotConverging { rounds: 7, .. }));
+                assert!(failed.to_string().contains("after 7 rounds"), "{failed}");
+                assert_eq!(failed.guest, GuestAfter::RunsHere);
+                assert!(source.log().is_empty());
+            }
+            AtMaxRounds::StopAndCopy => {
+                result.unwrap();
+                received.unwrap();
+                assert_eq!(source.log(), ["stop"]);
+                assert_eq!(to.page(63), [3; 4096]);
+            }
+        }
+    }
 }
 
 /// Passes bytes on until `limit` of them went from source to destination, then breaks the channel.
@@ -519,7 +631,9 @@ fn cancelled_while_the_destination_is_stuck_the_guest_runs_on() {
         });
         let result = outgoing.run(Channel::new(source, Arc::clone(&progress)).unwrap());
         done.store(true, Ordering::Relaxed);
-        assert!(matches!(result, Err(MigrationError::Cancelled)));
+        let failed = result.unwrap_err();
+        assert!(matches!(failed.error, MigrationError::Cancelled));
+        assert_eq!(failed.guest, GuestAfter::RunsHere);
     });
     assert_eq!(progress.status(), Status::Cancelled);
     let log = guest.log();

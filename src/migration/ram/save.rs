@@ -54,6 +54,15 @@ pub struct SaveBlock {
     in_migration: Option<InMigration>,
 }
 
+/// Whether a run may end within a host page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HostPages {
+    /// It may: precopy's pages are placed one by one, and a page of 1 GiB would be far beyond a budget.
+    Split,
+    /// It may not: postcopy places host pages at once.
+    Whole,
+}
+
 /// The "ram" handler of the source.
 pub struct RamSave {
     blocks: Vec<SaveBlock>,
@@ -320,8 +329,9 @@ impl RamSave {
         self.continued = None;
         let (mut spent, mut seen) = (0, 0);
         while spent < budget && seen < most {
-            let room = room_in(&self.gathered);
-            let Some((index, pages)) = self.next_run(room) else { break };
+            let affordable = (budget - spent).div_ceil(TARGET_PAGE_SIZE);
+            let room = room_in(&self.gathered).min(affordable).min(most - seen);
+            let Some((index, pages)) = self.next_run(room, HostPages::Split) else { break };
             seen += pages.end - pages.start;
             spent += self.gather(index, pages)?;
             if self.gathered.segments() + 2 > GATHER_PIECES {
@@ -336,18 +346,22 @@ impl RamSave {
         Ok(())
     }
 
-    /// The next dirty pages, in the order of the blocks and around: no more than `room`, in whole
-    /// host pages.
-    fn next_run(&mut self, room: u64) -> Option<(usize, Range<u64>)> {
+    /// The next dirty pages, in the order of the blocks and around: no more than `room`, or to the
+    /// end of the host page with that.
+    fn next_run(&mut self, room: u64, host_pages: HostPages) -> Option<(usize, Range<u64>)> {
         let (first, page) = self.cursor;
         let nr_blocks = self.blocks.len();
         for step in 0..=nr_blocks {
             let index = (first + step) % nr_blocks.max(1);
             let block = self.blocks.get(index)?;
             let from = if step == 0 { page } else { 0 };
-            // Host pages stay whole, since postcopy places them at once.
-            let per_page = block.block.page_size() / TARGET_PAGE_SIZE;
-            let room = room.next_multiple_of(per_page.max(1));
+            let room = match host_pages {
+                HostPages::Whole => {
+                    let per_page = block.block.page_size() / TARGET_PAGE_SIZE;
+                    room.next_multiple_of(per_page.max(1))
+                }
+                HostPages::Split => room,
+            };
             if let Some(pages) = block.dirty.next_run(from, block.dirty.nr_pages(), room) {
                 self.cursor = (index, pages.end);
                 return Some((index, pages));
@@ -493,7 +507,7 @@ impl PostcopySave for RamSave {
         self.continued = None;
         let mut spent = 0;
         while spent < bytes
-            && let Some((index, pages)) = self.next_run(room_in(out))
+            && let Some((index, pages)) = self.next_run(room_in(out), HostPages::Whole)
         {
             spent += self.gather_stopped(out, index, pages);
         }

@@ -10,11 +10,11 @@ use crate::ByteRange;
 use crate::memory::RamBlock;
 use crate::migration::channel::Sink;
 use crate::migration::dirty::DirtyTracker;
-use crate::migration::handler::SaveHandler;
+use crate::migration::handler::{PostcopySave, SaveHandler};
 use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::progress::Progress;
 use crate::migration::stream::PageHeader;
-use crate::migration::test_support::memfd;
+use crate::migration::test_support::{BLOCK, Side, TestManager, fill, memfd, migration_block};
 use crate::sys::{GatherWrite, HostMapping};
 
 const HUGE_PAGE: u64 = 2 << 20;
@@ -103,4 +103,96 @@ fn postcopy_starts_with_whole_host_pages_wherever_precopy_ended() {
         PageHeader::Page { offset, .. } => assert_eq!(offset, 0),
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_budget_holds_within_a_huge_page() {
+    let block = match block_of_huge_pages(2 * HUGE_PAGE) {
+        Ok(block) => block,
+        Err(error) => return eprintln!("skipped: hugetlb: {error}"),
+    };
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::new(block)).unwrap();
+    let progress = Arc::new(Progress::new());
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Told>::default() };
+    let mut ram = RamSave::new(&blocks, ListOptions::default(), progress, tracker).unwrap();
+    let block = blocks.get("vmem0").unwrap();
+    for page in 0..2 * HUGE_PAGE / 4096 {
+        block.mapping().write(page * 4096, &[1; 4096]);
+    }
+    ram.setup(&mut Nowhere).unwrap();
+    let all = ram.dirty_pages();
+    ram.iterate(&mut Nowhere, 64 << 10).unwrap();
+    assert_eq!(all - ram.dirty_pages(), 16);
+    // For postcopy host pages stay whole, also the one that was begun.
+    let mut gathered = GatherWrite::new();
+    let postcopy = ram.postcopy().unwrap();
+    let whole = ByteRange::new(0, 2 * HUGE_PAGE).unwrap();
+    assert_eq!(postcopy.outstanding().unwrap(), [("vmem0".to_owned(), vec![whole])]);
+    assert!(postcopy.next(1, &mut gathered).unwrap());
+    assert!(gathered.len_bytes() > HUGE_PAGE);
+}
+
+fn save_of(blocks: &RamBlocks) -> RamSave {
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Told>::default() };
+    RamSave::new(blocks, ListOptions::default(), Arc::new(Progress::new()), tracker).unwrap()
+}
+
+#[test]
+fn blocks_that_do_not_migrate_are_left_out_at_the_source() {
+    let mut blocks = RamBlocks::new();
+    for (id, migratable) in [("rom", Migratable::No), ("ram", Migratable::Yes)] {
+        let file = memfd(1 << 20);
+        fill(&file, 0..4, 1);
+        let options = BlockOptions { migratable, ..BlockOptions::default() };
+        blocks.register(Arc::new(migration_block(id, &file, 1 << 20, options))).unwrap();
+    }
+    let list = blocks.list(ListOptions::default()).unwrap();
+    let ids: Vec<_> = list.entries.iter().map(|entry| &*entry.id).collect();
+    assert_eq!(ids, ["ram"]);
+    let mut ram = save_of(&blocks);
+    ram.setup(&mut Nowhere).unwrap();
+    assert_eq!(ram.dirty_pages(), 4);
+    let sent: Vec<_> = ram.outstanding().unwrap().into_iter().map(|(id, _)| id).collect();
+    assert_eq!(sent, ["ram"]);
+}
+
+#[test]
+fn a_block_has_one_manager_and_stays_registered_while_it_migrates() {
+    let side = Side::new(&[1]);
+    let block = side.blocks.get("vmem0").unwrap();
+    let other = || TestManager::new(&[1, 2], 16);
+    let twice = block.set_discard_manager(0, other()).unwrap_err();
+    assert_eq!(twice, BlockError::ManagerTwice { id: "vmem0".to_owned() });
+    assert_eq!(block.populated().unwrap(), [ByteRange::new(BLOCK, BLOCK).unwrap()]);
+
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::clone(block)).unwrap();
+    let migrating = BlockError::Migrating { id: "vmem0".to_owned() };
+    let mut ram = save_of(&blocks);
+    ram.freeze().unwrap();
+    assert_eq!(blocks.unregister("vmem0").err(), Some(migrating.clone()));
+    assert_eq!(block.unset_discard_manager(), Err(migrating));
+    ram.thaw();
+    drop(ram);
+    block.unset_discard_manager().unwrap();
+    block.set_discard_manager(0, other()).unwrap();
+    blocks.unregister("vmem0").unwrap();
+    assert!(blocks.get("vmem0").is_none());
+    let unknown = blocks.unregister("vmem0").err();
+    assert_eq!(unknown, Some(BlockError::NotRegistered { id: "vmem0".to_owned() }));
+}
+
+#[test]
+fn what_a_peer_calls_missing_is_masked_again_in_recovery() {
+    let side = Side::new(&[1, 4]);
+    fill(&side.region, 0..16 * BLOCK / 4096, 1);
+    let mut ram = save_of(&side.blocks);
+    ram.setup(&mut Nowhere).unwrap();
+    let populated = 2 * BLOCK / 4096;
+    assert_eq!(ram.dirty_pages(), populated);
+    let mut all = PageBitmap::new(16 * BLOCK / 4096);
+    all.set_range(0..all.nr_pages());
+    ram.not_received("vmem0", all).unwrap();
+    assert_eq!(ram.dirty_pages(), populated);
 }

@@ -632,3 +632,43 @@ fn a_snapshot_that_cannot_be_written_lets_the_guest_go_on() {
     assert_eq!(seen.status, Status::Failed);
     assert!((0..1024).all(|page| from.page(page) == [0xbb; 4096]));
 }
+
+#[test]
+fn a_cancel_is_noticed_while_memory_that_others_write_is_saved() {
+    let region = memfd(4 * BLOCK);
+    fill(&region, 0..4 * BLOCK / PAGE, 7);
+    let options = BlockOptions { written_elsewhere: true, ..BlockOptions::migratable() };
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::new(migration_block("ram", &region, 4 * BLOCK, options))).unwrap();
+    let progress = Arc::new(Progress::new());
+    progress.cancel();
+    let guest = StopsAndRuns::default();
+    let snapshot = BackgroundSnapshot {
+        configuration: Configuration::new("test"),
+        blocks: &blocks,
+        devices: &mut NoDevices,
+        guest: &guest,
+        progress: Arc::clone(&progress),
+    };
+    let error = save_in_background(snapshot, &tempfile::tempfile().unwrap()).unwrap_err();
+    assert!(matches!(error, MigrationError::Cancelled), "{error}");
+    assert_eq!(*guest.0.lock().unwrap(), ["stop", "run"]);
+    let seen = progress.snapshot();
+    assert_eq!((seen.normal, seen.status), (0, Status::Cancelled));
+}
+
+/// Notes what is asked of it.
+#[derive(Default)]
+struct StopsAndRuns(std::sync::Mutex<Vec<&'static str>>);
+
+impl Guest for StopsAndRuns {
+    fn stop(&self) -> Result<(), String> {
+        self.0.lock().unwrap().push("stop");
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        self.0.lock().unwrap().push("run");
+        Ok(())
+    }
+}

@@ -127,7 +127,7 @@ fn outgoing(blocks: &RamBlocks, guest: &Witness, stream: UnixStream) -> Result<(
         postcopy: None,
         progress: Arc::clone(&progress),
     };
-    outgoing.run(Channel::new(stream, progress).unwrap())
+    outgoing.run(Channel::new(stream, progress).unwrap()).map_err(|failed| failed.error)
 }
 
 fn incoming(

@@ -166,7 +166,7 @@ fn send(
         progress: Arc::clone(progress),
     };
     let outcome = outgoing.run(channel(main));
-    (outcome, vmm.runs.load(Ordering::SeqCst))
+    (outcome.map_err(|failed| failed.error), vmm.runs.load(Ordering::SeqCst))
 }
 
 /// Reads a page of the region where the guest has it.

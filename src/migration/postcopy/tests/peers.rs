@@ -125,7 +125,7 @@ fn a_destination_that_floods_the_source_is_ended_with_its_reason() {
         progress: Arc::clone(&progress),
     };
     let error = outgoing.run(Channel::new(near, progress).unwrap()).unwrap_err();
-    assert!(matches!(error, MigrationError::Flooded { limit: 4096, .. }), "{error}");
+    assert!(matches!(error.error, MigrationError::Flooded { limit: 4096, .. }), "{error}");
     flooding.join().unwrap();
 }
 

@@ -27,6 +27,7 @@ fn a_freeze_that_was_lost_leaves_the_guest_here_with_what_it_plugged() {
     });
     let error = run.outgoing.unwrap_err();
     assert!(matches!(error, MigrationError::FreezeLost(_)), "{error}");
+    assert_eq!(run.guest, Some(GuestAfter::RunsHere));
     assert!(error.to_string().contains("the device was restarted"), "{error}");
     assert!(run.incoming.is_err());
     assert_eq!(run.source.log(), ["freeze", "stop", "run", "thaw"]);

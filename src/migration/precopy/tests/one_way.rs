@@ -60,7 +60,7 @@ fn save(from: &Side, fd: impl Into<OwnedFd>) -> (Outcome, Vec<&'static str>) {
         progress: Arc::clone(&progress),
     };
     let outcome = outgoing.run(Channel::new(fd, progress).unwrap());
-    (outcome, guest.log())
+    (outcome.map_err(|failed| failed.error), guest.log())
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn postcopy_is_refused_where_it_is_not_possible() {
         let mut sent = Vec::new();
         io::Read::read_to_end(&mut &far, &mut sent).unwrap();
         assert_eq!(sent, b"");
-        error.to_string()
+        error.error.to_string()
     };
     let expected = "postcopy needs a return path, and the stream goes one way";
     assert_eq!(refused(one_way()), expected);

@@ -147,6 +147,6 @@ fn a_length_that_changed_since_it_was_listed_is_refused() {
         postcopy: None,
         progress: Arc::clone(&progress),
     };
-    let error = outgoing.run(Channel::new(near, progress).unwrap()).unwrap_err().to_string();
+    let error = outgoing.run(Channel::new(near, progress).unwrap()).unwrap_err().error.to_string();
     assert_eq!(error, "RAM block \"vmem0\": length 0x20000 in the stream, 0x40000 here");
 }

@@ -56,6 +56,7 @@ fn run(
         progress: Arc::clone(&progress),
     };
     let sent = outgoing.run(Channel::new(near, Arc::clone(&progress)).unwrap());
+    let sent = sent.map_err(|failed| failed.error);
     (sent, there.join().unwrap(), progress.snapshot())
 }
 
