@@ -125,7 +125,9 @@ impl Host {
 
     /// Begins to send the guest away, not faster than that.
     pub fn migrate_at(&mut self, to: &str, max_bandwidth: Option<u64>) {
-        self.begin(MigrateOptions { max_bandwidth, ..to_address(to) });
+        // The guest writes faster than any limit here: it is stopped after one round.
+        let downtime_limit = max_bandwidth.map(|_| 60_000);
+        self.begin(MigrateOptions { max_bandwidth, downtime_limit, ..to_address(to) });
     }
 
     /// Begins a migration as it is asked for.
