@@ -120,6 +120,8 @@ fn state_file() -> Vec<Vec<u8>> {
         edited(&[0, 0, 0x30]),
         [&[blocks], &commits[..]].concat(),
         [&[blocks | 1][..], b"VMEMSTAT\x01\0\0\0\0\0\0\0"].concat(),
+        // Commits with numbers that are not those of their places.
+        [&[blocks | 2, 8, 2, 3, 0, 0x28, 0xff][..], &[0xc2; 6], &[0, 0x29, 0x0e]].concat(),
     ]
 }
 

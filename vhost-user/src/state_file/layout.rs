@@ -48,9 +48,6 @@ pub(super) const SLOT_LEN: usize = SLOT_CRC_AT + 8;
 pub(super) const ANSWERED_LEN: usize = 16;
 pub(super) const LASTING_LEN: usize = 24;
 
-/// Commits have lower numbers: more than can ever be made, and far from where they would wrap.
-const SEQ_MAX: u64 = 1 << 62;
-
 const FLAG_API_MIGRATION: u64 = 1;
 const FLAG_JOURNAL: u64 = 2;
 const FLAG_RESET_PENDING: u64 = 4;
@@ -192,6 +189,12 @@ impl Slot {
         SLOTS[usize::from(self.seq % 2 == 1)]
     }
 
+    /// Whether this is the commit that follows `other`. Numbers wrap: no file that is accepted
+    /// has a last commit.
+    pub(super) fn follows(&self, other: &Self) -> bool {
+        self.seq == other.seq.wrapping_add(1)
+    }
+
     pub(super) fn to_bytes(self) -> [u8; SLOT_LEN] {
         let (kind, first, nr) = match self.delta {
             Delta::None => (0, 0, 0),
@@ -230,16 +233,16 @@ impl Slot {
         bytes
     }
 
-    /// `None` when the slot was never written.
-    pub(super) fn from_bytes(bytes: &[u8; SLOT_LEN]) -> Result<Option<Self>, &'static str> {
+    /// What stands at `place`; `None` when the slot was never written.
+    pub(super) fn from_bytes(
+        bytes: &[u8; SLOT_LEN],
+        place: u64,
+    ) -> Result<Option<Self>, &'static str> {
         if *bytes == [0; SLOT_LEN] {
             return Ok(None);
         }
         if get(bytes, SLOT_CRC_AT) != u64::from(crc32fast::hash(&bytes[..SLOT_CRC_AT])) {
             return Err("the checksum of a commit is wrong");
-        }
-        if get(bytes, SEQ_AT) > SEQ_MAX {
-            return Err("the number of a commit is too large");
         }
         let (first_block, nr_blocks) = (get(bytes, FIRST_AT), get(bytes, NR_AT));
         let delta = match get(bytes, DELTA_AT) {
@@ -252,7 +255,7 @@ impl Slot {
         let flags = get(bytes, FLAGS_AT);
         let mut journal = [0; 24];
         journal.copy_from_slice(&bytes[JOURNAL_AT..JOURNAL_AT + 24]);
-        Ok(Some(Self {
+        let slot = Self {
             seq: get(bytes, SEQ_AT),
             requested_size: get(bytes, REQUESTED_AT),
             usable_region_size: get(bytes, USABLE_AT),
@@ -263,7 +266,12 @@ impl Slot {
             delta,
             journal: (flags & FLAG_JOURNAL != 0).then_some(journal),
             journal_seq: get(bytes, JOURNAL_SEQ_AT),
-        }))
+        };
+        // The next commit would be written over the newest.
+        if slot.place() != place {
+            return Err("a commit stands in the place of the other");
+        }
+        Ok(Some(slot))
     }
 
     /// Whether a bitmap is the one this commit left.
@@ -307,16 +315,19 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// The words a delta touches; `None` when it names blocks that do not exist.
-pub(super) fn words_of(delta: Delta, nr_words: usize) -> Option<Range<usize>> {
+/// The words a delta touches; `None` when it names blocks outside the region.
+pub(super) fn words_of(delta: Delta, geometry: &Geometry) -> Option<Range<usize>> {
     match delta {
         Delta::None => Some(0..0),
-        Delta::ClearAll => Some(0..nr_words),
+        Delta::ClearAll => Some(0..nr_words(geometry)),
         Delta::Set { first_block, nr_blocks } | Delta::Clear { first_block, nr_blocks } => {
             let end = first_block.checked_add(nr_blocks)?;
+            if end > self::nr_blocks(geometry) {
+                return None;
+            }
             let start = usize::try_from(first_block / 64).ok()?;
             let end = usize::try_from(end.div_ceil(64)).ok()?;
-            (start < end && end <= nr_words).then_some(start..end)
+            (start < end).then_some(start..end)
         }
     }
 }
@@ -349,12 +360,7 @@ pub(super) fn change(words: &mut [u64], delta: Delta) {
 /// Applies a delta that was read, and returns the words it touched; `None` when it names blocks
 /// outside the region.
 pub(super) fn apply(words: &mut [u64], delta: Delta, geometry: &Geometry) -> Option<Range<usize>> {
-    if let Delta::Set { first_block, nr_blocks } | Delta::Clear { first_block, nr_blocks } = delta
-        && first_block.checked_add(nr_blocks)? > self::nr_blocks(geometry)
-    {
-        return None;
-    }
-    let range = words_of(delta, words.len())?;
+    let range = words_of(delta, geometry)?;
     change(words, delta);
     Some(range)
 }
@@ -374,7 +380,7 @@ pub(super) fn answered_seq(bytes: &[u8; ANSWERED_LEN]) -> Option<u64> {
 }
 
 /// The requested size, where it outlives the host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Lasting {
     pub(super) seq: u64,
     pub(super) requested_size: u64,
@@ -395,10 +401,20 @@ impl Lasting {
         bytes
     }
 
-    /// `None` when the slot was never written, or not as a whole.
-    pub(super) fn from_bytes(bytes: &[u8; LASTING_LEN]) -> Option<Self> {
-        let (seq, requested_size) = (get(bytes, 0), get(bytes, 8));
+    /// What stands at `place`; `None` when the slot was never written, or not as a whole.
+    pub(super) fn from_bytes(bytes: &[u8; LASTING_LEN], place: u64) -> Option<Self> {
         let whole = get(bytes, 16) == u64::from(crc32fast::hash(&bytes[..16]));
-        (whole && (1..=SEQ_MAX).contains(&seq)).then_some(Self { seq, requested_size })
+        let lasting = Self { seq: get(bytes, 0), requested_size: get(bytes, 8) };
+        // One in the place of the other would be overwritten while it is the newest.
+        (whole && lasting.place() == place).then_some(lasting)
+    }
+
+    /// The newer of two. Numbers wrap.
+    pub(super) fn newest(one: Option<Self>, other: Option<Self>) -> Option<Self> {
+        match (one, other) {
+            (Some(a), Some(b)) if a.seq.wrapping_sub(b.seq) >> 63 == 0 => Some(a),
+            (Some(_), Some(b)) => Some(b),
+            _ => one.or(other),
+        }
     }
 }

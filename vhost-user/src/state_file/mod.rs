@@ -204,8 +204,7 @@ impl StateFile {
         for at in LASTING {
             let mut bytes = [0; layout::LASTING_LEN];
             file.read_exact_at(&mut bytes, at).map_err(io)?;
-            // `None` is less than any.
-            lasting = lasting.max(Lasting::from_bytes(&bytes));
+            lasting = Lasting::newest(lasting, Lasting::from_bytes(&bytes, at));
         }
         let other_boot = written_in != boot;
         let (slot, words, unwritten, answered) = if other_boot {
@@ -252,7 +251,7 @@ impl StateFile {
             self.begin(commit).map_err(io)?;
         }
         let mut slot = Slot {
-            seq: self.slot.seq + 1,
+            seq: self.slot.seq.wrapping_add(1),
             requested_size: commit.requested_size,
             usable_region_size: commit.usable_region_size,
             api_migration: commit.api_migration,
@@ -272,7 +271,7 @@ impl StateFile {
             let written = self.write_words(range.clone());
             written.inspect_err(|_| self.unwritten = Some(range)).map_err(io)?;
         }
-        let range = layout::words_of(commit.delta, self.words.len())
+        let range = layout::words_of(commit.delta, &self.geometry)
             .ok_or_else(|| io(io::Error::from(io::ErrorKind::InvalidInput)))?;
         self.sync_requested(commit.requested_size).map_err(io)?;
         let before = layout::sums(&self.words[range.clone()], range.start);
@@ -361,7 +360,7 @@ impl StateFile {
         if before.is_some() {
             return Ok(());
         }
-        let seq = self.lasting.map_or(0, |lasting| lasting.seq) + 1;
+        let seq = self.lasting.map_or(0, |lasting| lasting.seq).wrapping_add(1);
         let lasting = Lasting { seq, requested_size };
         self.file.write_all_at(&lasting.to_bytes(), lasting.place())?;
         self.file.sync_data()?;
@@ -405,19 +404,14 @@ fn read_commit(
     let read = |at| -> Result<Option<Slot>, StateFileError> {
         let mut bytes = [0; layout::SLOT_LEN];
         file.read_exact_at(&mut bytes, at).map_err(io)?;
-        Slot::from_bytes(&bytes).map_err(|what| damaged(what.to_owned()))
+        Slot::from_bytes(&bytes, at).map_err(|what| damaged(what.to_owned()))
     };
     // A slot lies within a page, so that a kill leaves it whole: a torn one is damage, and the
     // older one would hide that.
     let slot = match (read(SLOTS[0])?, read(SLOTS[1])?) {
         (None, Some(first)) if first.seq == 1 => first,
-        (Some(a), Some(b)) if a.seq.abs_diff(b.seq) == 1 => {
-            if a.seq > b.seq {
-                a
-            } else {
-                b
-            }
-        }
+        (Some(a), Some(b)) if a.follows(&b) => a,
+        (Some(a), Some(b)) if b.follows(&a) => b,
         _ => return Err(damaged("its commits do not follow each other".to_owned())),
     };
     let mut bytes = vec![0; layout::nr_words(geometry) * 8];

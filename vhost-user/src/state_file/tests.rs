@@ -322,19 +322,91 @@ fn a_synced_size_that_is_torn_is_the_one_before() {
     assert_new(&open(&rig.bytes()).unwrap(), 3 * BLOCK);
 }
 
+/// The file with its two commits as these numbers, each at the place that is given for it.
+fn numbered(bytes: &[u8], at: [(u64, u64); 2]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for (place, seq) in at {
+        let slot = Slot { seq, ..Slot::default() };
+        bytes[place as usize..][..layout::SLOT_LEN].copy_from_slice(&slot.to_bytes());
+    }
+    bytes
+}
+
 #[test]
-fn numbers_near_the_largest_are_refused() {
+fn commits_of_any_number_that_are_accepted_are_so_after_each_further_commit() {
     let rig = Rig::new();
     drop(rig.create());
-    for seq in [u64::MAX, u64::MAX - 1, (1 << 62) + 1] {
-        let mut bytes = rig.bytes();
-        for seq in [seq, seq - 1] {
-            let slot = Slot { seq, ..Slot::default() };
-            bytes[slot.place() as usize..][..layout::SLOT_LEN].copy_from_slice(&slot.to_bytes());
+    let made = rig.bytes();
+    let largest = u64::MAX;
+    for seq in [1, 2, 3, 1 << 62, (1 << 62) + 1, 1 << 63, largest - 1, largest, 0] {
+        let places = [(SLOTS[0], seq), (SLOTS[1], seq.wrapping_sub(1))];
+        let [even, odd] =
+            if seq % 2 == 0 { places } else { [(SLOTS[1], seq), (SLOTS[0], seq - 1)] };
+        rig.set_bytes(&numbered(&made, [even, odd]));
+        for (size, delta) in [(1, SET), (2, Delta::ClearAll), (3, SET), (4, Delta::None)] {
+            let mut file = rig.open_file();
+            file.commit(&commit(delta, size * BLOCK)).unwrap();
+            drop(file);
+            assert_eq!(rig.open().unwrap().requested_size, size * BLOCK, "{seq}");
+        }
+        assert_eq!(rig.open().unwrap().plugged_blocks, 130, "{seq}");
+    }
+}
+
+#[test]
+fn commits_in_each_others_place_are_refused() {
+    let rig = Rig::new();
+    drop(rig.create());
+    let made = rig.bytes();
+    for at in [[(SLOTS[0], 1), (SLOTS[1], 2)], [(SLOTS[0], 3), (SLOTS[1], 2)]] {
+        rig.set_bytes(&numbered(&made, at));
+        let error = rig.open().unwrap_err().to_string();
+        assert!(error.contains("place of the other"), "{error}");
+    }
+}
+
+#[test]
+fn the_newest_synced_size_is_found_at_any_number_and_only_in_its_place() {
+    let rig = Rig::new();
+    drop(rig.create());
+    let made = rig.bytes();
+    let open = |lastings: [(u64, u64, u64); 2]| {
+        let mut bytes = made.clone();
+        for (place, seq, requested_size) in lastings {
+            let lasting = Lasting { seq, requested_size }.to_bytes();
+            bytes[place as usize..][..layout::LASTING_LEN].copy_from_slice(&lasting);
         }
         rig.set_bytes(&bytes);
-        let error = rig.open().unwrap_err().to_string();
-        assert!(error.contains("number of a commit"), "{error}");
+        StateFile::open_in(&rig.path(), &geometry(), OTHER_BOOT)
+    };
+    for seq in [2, 1 << 62, (1 << 62) + 2, 1 << 63, u64::MAX - 1, 0] {
+        let older = seq.wrapping_sub(1);
+        let (mut file, saved) =
+            open([(LASTING[0], seq, 2 * BLOCK), (LASTING[1], older, BLOCK)]).unwrap();
+        assert_eq!(saved.requested_size, 2 * BLOCK, "{seq}");
+        file.commit(&commit(Delta::None, 3 * BLOCK)).unwrap();
+        drop(file);
+        let again = BootId([0x77; 16]);
+        let (_, saved) = StateFile::open_in(&rig.path(), &geometry(), again).unwrap();
+        assert_eq!(saved.requested_size, 3 * BLOCK, "{seq}");
+    }
+    let (_, saved) = open([(LASTING[0], 5, 2 * BLOCK), (LASTING[1], 3, BLOCK)]).unwrap();
+    assert_eq!(saved.requested_size, BLOCK);
+}
+
+#[test]
+fn a_change_past_the_end_of_the_region_is_not_committed() {
+    let rig = Rig::new();
+    let mut file = rig.create();
+    let before = rig.bytes();
+    // Within the last word of the bitmap.
+    for delta in [
+        Delta::Set { first_block: NR, nr_blocks: 1 },
+        Delta::Set { first_block: NR - 1, nr_blocks: 2 },
+        Delta::Clear { first_block: NR - 1, nr_blocks: 2 },
+    ] {
+        file.commit(&commit(delta, BLOCK)).unwrap_err();
+        assert_eq!(rig.bytes(), before);
     }
 }
 
