@@ -22,7 +22,7 @@ pub enum ClientMessage {
     Refuse {
         /// Its number.
         event: u64,
-        /// Why, at most [`TEXT_MAX`] bytes.
+        /// Why, at most [`TEXT_MAX`](super::TEXT_MAX) bytes.
         reason: String,
     },
     /// Block state is to be frozen.

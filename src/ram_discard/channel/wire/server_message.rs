@@ -23,7 +23,7 @@ pub enum ServerMessage {
         min_version: u16,
         /// The newest.
         max_version: u16,
-        /// Why, in words, at most [`TEXT_MAX`] bytes.
+        /// Why, in words, at most [`TEXT_MAX`](super::TEXT_MAX) bytes.
         reason: String,
     },
     /// The sections are about to be used; the guest waits for the answer, which is about all of
@@ -66,7 +66,7 @@ pub enum ServerMessage {
     Failed {
         /// What the request carried.
         id: u64,
-        /// Why, at most [`TEXT_MAX`] bytes.
+        /// Why, at most [`TEXT_MAX`](super::TEXT_MAX) bytes.
         reason: String,
     },
     /// The sizes that were asked for, bytes.
