@@ -48,12 +48,6 @@ impl Listeners {
         Some(self.registered.remove(index))
     }
 
-    /// The section of a listener.
-    pub(super) fn section(&self, id: ListenerId) -> Option<ByteRange> {
-        let registered = self.registered.iter().find(|registered| registered.id == id);
-        registered.map(|registered| registered.section)
-    }
-
     /// Tells the listeners in order.
     ///
     /// # Errors

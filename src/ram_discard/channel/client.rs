@@ -274,19 +274,19 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         let mut view = self.shared.view.lock();
         let blocks = self.shared.blocks(&view, self.shared.blocks_of(section))?;
         let populated: Vec<_> = blocks.ranges(&self.shared.geometry, section, true).collect();
-        Ok(view.listeners.add(section, listener, &populated)?)
+        let id = view.listeners.add(section, listener, &populated)?;
+        view.told(id, section, blocks);
+        Ok(id)
     }
 
     fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
         let mut view = self.shared.view.lock();
         self.shared.requests.check()?;
-        let section = view.listeners.section(id).ok_or(RegisterError::NotRegistered)?;
-        // Looked at before the listener is taken out, which could not be undone.
-        let blocks = self.shared.blocks(&view, self.shared.blocks_of(section))?;
         let Registered { mut listener, .. } =
             view.listeners.remove(id).ok_or(RegisterError::NotRegistered)?;
-        for range in blocks.ranges(&self.shared.geometry, section, true) {
-            listener.notify_discard(range);
+        if let Some(told) = view.take_told(id) {
+            let populated = told.populated(&self.shared.geometry);
+            populated.for_each(|range| listener.notify_discard(range));
         }
         Ok(listener)
     }
@@ -323,7 +323,19 @@ struct Blocks {
     sequence: u64,
 }
 
+impl From<Snapshot> for Blocks {
+    fn from(snapshot: Snapshot) -> Self {
+        let Snapshot { first_block, blocks, event, sequence } = snapshot;
+        Self { first_block, blocks, event, sequence }
+    }
+}
+
 impl Blocks {
+    /// Whether all of `blocks`, which were copied, are in the asked state.
+    fn all(&self, blocks: Range<usize>, populated: bool) -> bool {
+        self.blocks.all(blocks.start - self.first_block..blocks.end - self.first_block, populated)
+    }
+
     /// The maximal ranges of `section` in the asked state, ascending.
     fn ranges<'a>(
         &'a self,
@@ -360,9 +372,8 @@ impl Shared {
         loop {
             self.requests.check()?;
             if let Some(snapshot) = self.bitmap.try_snapshot(blocks.clone()) {
-                let Snapshot { first_block, blocks, event, sequence } = snapshot;
-                let mut copy = Blocks { first_block, blocks, event, sequence };
-                view.overlay(event, |section, populated| {
+                let mut copy = Blocks::from(snapshot);
+                view.overlay(copy.event, |section, populated| {
                     self.mark(&mut copy, section, populated);
                 });
                 return Ok(copy);

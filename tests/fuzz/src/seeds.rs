@@ -145,6 +145,12 @@ fn migration_stream() -> Vec<Vec<u8>> {
     seeds
 }
 
+/// As found by fuzzing: a listener was left with what it had been told to populate.
+const NUMBER_WITHOUT_BITS: [u8; 30] = [
+    1, 255, 44, 255, 255, 44, 44, 44, 44, 44, 44, 44, 46, 44, 179, 44, 44, 44, 44, 6, 0, 0, 0, 44,
+    44, 44, 46, 44, 15, 1,
+];
+
 fn discard_channel() -> Vec<Vec<u8>> {
     // A hostile client. Steps: what and how, and whether the frame is edited (15: it is not).
     let hello = [0, 1, 15];
@@ -177,5 +183,9 @@ fn discard_channel() -> Vec<Vec<u8>> {
         daemon(&[1, 1, 0, 2, 0, 3, 0, 4, 0], &[&answer, &populate, &answer]),
         daemon(&[3, 1, 0, 2, 0, 3, 0, 4, 0, 4, 1, 0, 0, 0, 0, 0, 0, 0], &[&answer, &answer]),
         daemon(&[9, 1, 0, 2, 0, 3, 0, 4, 0], &[]),
+        // A bitmap whose number goes past an event without its bits, and an event that comes twice.
+        [&[1, 1, 0, 0, 15, 1][..], &populate, &[3, 0x0e, 0, 3, 3, 3, 3]].concat(),
+        NUMBER_WITHOUT_BITS.to_vec(),
+        daemon(&[0], &[&populate, &populate, &[3, 3, 3]]),
     ]
 }

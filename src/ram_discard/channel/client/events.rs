@@ -6,7 +6,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::requests::Answer;
-use super::{DeviceSizes, Shared};
+use super::{Blocks, DeviceSizes, Shared};
+use crate::device::Geometry;
+use crate::ram_discard::ListenerId;
 use crate::ram_discard::channel::wire::{ClientMessage, ServerMessage};
 use crate::ram_discard::channel::{FrameReader, ReceiveError};
 use crate::ram_discard::listeners::Listeners;
@@ -19,10 +21,30 @@ const UNSETTLED_MAX: usize = 1 << 20;
 /// What the listeners were told.
 pub(super) struct View {
     pub(super) listeners: Listeners,
+    /// What each of them was told. The bitmap is not asked for that again: it is the server's word, and
+    /// a server that breaks the protocol may say one thing in events and another in the bitmap.
+    told: Vec<Told>,
     /// Number of the last event.
     event: u64,
     /// The events that the bitmap may not show yet, ascending.
     unsettled: VecDeque<Event>,
+}
+
+/// What a listener has populated: what it was told to, and not to discard since.
+pub(super) struct Told {
+    id: ListenerId,
+    section: ByteRange,
+    blocks: Blocks,
+}
+
+impl Told {
+    /// The maximal ranges, ascending.
+    pub(super) fn populated<'a>(
+        &'a self,
+        geometry: &'a Geometry,
+    ) -> impl Iterator<Item = ByteRange> + 'a {
+        self.blocks.ranges(geometry, self.section, true)
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -34,7 +56,19 @@ struct Event {
 
 impl View {
     pub(super) fn new(event: u64) -> Self {
-        Self { listeners: Listeners::default(), event, unsettled: VecDeque::new() }
+        let (listeners, told) = (Listeners::default(), Vec::new());
+        Self { listeners, told, event, unsettled: VecDeque::new() }
+    }
+
+    /// Takes note of what a new listener was told: all of `blocks` that is in its section.
+    pub(super) fn told(&mut self, id: ListenerId, section: ByteRange, blocks: Blocks) {
+        self.told.push(Told { id, section, blocks });
+    }
+
+    /// Forgets what a listener was told.
+    pub(super) fn take_told(&mut self, id: ListenerId) -> Option<Told> {
+        let index = self.told.iter().position(|told| told.id == id)?;
+        Some(self.told.remove(index))
     }
 
     /// Calls `mark` with what the listeners were told after the event that a copy of the bitmap
@@ -134,6 +168,9 @@ impl Shared {
         if view.unsettled.len() + sections.len() > UNSETTLED_MAX {
             return Err("the bitmap lags behind too many events".to_owned());
         }
+        if let Some(contradiction) = self.contradiction(&view, sections, populated) {
+            return Err(format!("event {number} {contradiction}"));
+        }
         view.event = number;
         let refused = if populated {
             view.listeners.populate_all(sections).err()
@@ -144,6 +181,10 @@ impl Shared {
         let answer = match refused {
             None => {
                 view.note(number, sections, populated, self.bitmap.event());
+                for told in &mut view.told {
+                    let sections = sections.iter();
+                    sections.for_each(|&section| self.mark(&mut told.blocks, section, populated));
+                }
                 ClientMessage::Ack { event: number }
             }
             // Listeners that had populated it have discarded it again; the server does not ask for it.
@@ -151,5 +192,42 @@ impl Shared {
         };
         // Sent with the view locked: what is done after it is after the event.
         self.send(&answer).map_err(|lost| lost.0)
+    }
+
+    /// How an event contradicts itself, what listeners were told before, or the bitmap. A block is
+    /// populated once and then discarded once, and the bitmap shows it populated only in between.
+    fn contradiction(
+        &self,
+        view: &View,
+        sections: &[ByteRange],
+        populated: bool,
+    ) -> Option<String> {
+        let mut sorted = sections.to_vec();
+        sorted.sort_unstable_by_key(|section| section.start());
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[1].start() < pair[0].end()) {
+            return Some(format!("is about parts of {} twice", pair[1]));
+        }
+        let stays = |section: &&ByteRange| {
+            view.told.iter().any(|told| {
+                let part = told.section.intersection(**section);
+                part.is_some_and(|part| !told.blocks.all(self.blocks_of(part), !populated))
+            })
+        };
+        if let Some(section) = sections.iter().find(stays) {
+            return Some(if populated {
+                format!("populates {section}, of which a listener has populated something")
+            } else {
+                format!("discards {section}, of which a listener has not populated everything")
+            });
+        }
+        // The bitmap shows what was populated later than it is told, and what was discarded before
+        // the next event.
+        let shown = |section: &&ByteRange| {
+            let blocks = self.blocks_of(**section);
+            let snapshot = self.bitmap.try_snapshot(blocks.clone());
+            snapshot.is_some_and(|snapshot| !Blocks::from(snapshot).all(blocks, false))
+        };
+        let section = sections.iter().find(shown).filter(|_| populated)?;
+        Some(format!("populates {section}, of which the bitmap shows something populated"))
     }
 }

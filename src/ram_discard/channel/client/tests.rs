@@ -279,6 +279,53 @@ fn a_listener_that_is_removed_is_told_each_populated_run_once() {
     assert!(matches!(refused, Err(RegisterError::OutsideRegion { .. })));
 }
 
+/// The bitmap's event number goes on without its bits: by the bitmap nothing is populated.
+#[test]
+fn a_listener_that_is_removed_discards_what_it_was_told_whatever_the_bitmap_shows() {
+    let (mut server, manager) = pair();
+    let calls = Calls::default();
+    server.bitmap.update(0, &[(40..42, true)]);
+    let id = manager.register(section(1, 100), Recorder::boxed("dma", &calls)).unwrap();
+    server.acked(section(0, 4), true);
+    server.acked(section(120, 121), true);
+    server.acked(section(2, 3), false);
+    server.bitmap.update(3, &[(0..NR as usize, false)]);
+    assert_eq!(replay(&manager, section(0, NR), true), [], "the bitmap lies");
+    calls.lock().clear();
+    manager.unregister(id).unwrap();
+    let told = [section(1, 2), section(3, 4), section(40, 42)];
+    assert_eq!(*calls.lock(), told.map(|section| ("dma", false, section)));
+    assert_eq!(manager.lost(), None);
+}
+
+#[test]
+fn an_event_that_contradicts_what_was_told_or_the_bitmap_ends_the_connection() {
+    let wrong: [(&[ByteRange], bool, &str); 5] = [
+        (&[section(20, 24), section(3, 4)], true, "a listener has populated something"),
+        (&[section(0, 1), section(2, 6)], false, "a listener has not populated everything"),
+        (&[section(20, 22), section(30, 31), section(21, 23)], true, "twice"),
+        (&[section(2, 3), section(0, 4)], false, "twice"),
+        (&[section(150, 151), section(165, 175)], true, "the bitmap shows something populated"),
+    ];
+    for (sections, populated, expected) in wrong {
+        let (mut server, manager) = pair();
+        let calls = Calls::default();
+        manager.register(section(0, 100), Recorder::boxed("dma", &calls)).unwrap();
+        server.acked(section(0, 4), true);
+        server.bitmap.update(1, &[(0..4, true), (170..171, true)]);
+        let (event, sections) = (2, Sections::from_slice(sections));
+        server.send(&if populated {
+            ServerMessage::Populate { event, sections }
+        } else {
+            ServerMessage::Discard { event, sections }
+        });
+        let reason = wait_lost(&manager);
+        assert!(reason.starts_with("event 2") && reason.contains(expected), "{reason}");
+        assert_eq!(*calls.lock(), [("dma", true, section(0, 4))], "{reason}");
+        assert_unavailable(&manager);
+    }
+}
+
 /// Knows for each block whether it was told of it, and tolerates no repetition.
 struct Exact(Arc<Mutex<Vec<bool>>>);
 
