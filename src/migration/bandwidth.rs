@@ -2,6 +2,9 @@
 //!
 //! Time in which nothing is sent on purpose, as that in which dirty pages are collected, does not count: the
 //! channel is no slower for it.
+//!
+//! What is allowed is counted in bytes on the wire. How long the rest takes is not: a page of zeros is 9
+//! bytes there, and a whole page of what is left. So that is counted in what less is left.
 
 use std::time::{Duration, Instant};
 
@@ -14,6 +17,8 @@ pub(crate) struct Bandwidth {
     limit: Option<u64>,
     window_start: Instant,
     window_bytes: u64,
+    /// What less is left since the window began, bytes.
+    window_handled: u64,
     per_second: Option<f64>,
 }
 
@@ -24,7 +29,13 @@ impl Bandwidth {
     }
 
     pub(crate) fn new_at(now: Instant, limit: Option<u64>, written: u64) -> Self {
-        Self { limit, window_start: now, window_bytes: written, per_second: None }
+        Self {
+            limit,
+            window_start: now,
+            window_bytes: written,
+            window_handled: 0,
+            per_second: None,
+        }
     }
 
     /// One that was measured.
@@ -48,6 +59,11 @@ impl Bandwidth {
         self.window_start += time;
     }
 
+    /// Takes note of what was sent, as bytes of which there are as many less to send.
+    pub(crate) fn handled(&mut self, bytes: u64) {
+        self.window_handled += bytes;
+    }
+
     /// Takes note of what was written; how long to wait before more may be.
     pub(crate) fn spent(&mut self, written: u64) -> Duration {
         self.spent_at(Instant::now(), written)
@@ -64,15 +80,15 @@ impl Bandwidth {
         }
         // The first figure is wanted early: a small guest is sent in less than a window.
         if elapsed >= WINDOW || self.per_second.is_none() {
-            self.per_second = Some(bytes as f64 / elapsed.as_secs_f64().max(1e-6));
+            self.per_second = Some(self.window_handled as f64 / elapsed.as_secs_f64().max(1e-6));
         }
         if elapsed >= WINDOW {
-            (self.window_start, self.window_bytes) = (now, written);
+            (self.window_start, self.window_bytes, self.window_handled) = (now, written, 0);
         }
         Duration::ZERO
     }
 
-    /// How long `bytes` would take; `None` as long as nothing was measured.
+    /// How long `bytes` that are left would take; `None` as long as nothing was measured.
     pub(crate) fn time_for(&self, bytes: u64) -> Option<Duration> {
         let per_second = self.per_second.filter(|&per_second| per_second > 0.0)?;
         Duration::try_from_secs_f64(bytes as f64 / per_second).ok()
@@ -94,11 +110,24 @@ mod tests {
     }
 
     #[test]
+    fn zeros_count_as_pages_for_the_time_and_as_bytes_for_the_limit() {
+        let mut bandwidth = Bandwidth::new(Some(10 << 20), 0);
+        let pages = 25_600;
+        bandwidth.handled(pages * 4096);
+        let begin = bandwidth.window_start;
+        assert_eq!(bandwidth.budget(pages * 9), (1 << 20) - pages * 9);
+        assert_eq!(bandwidth.spent_at(begin + WINDOW, pages * 9), Duration::ZERO);
+        assert_eq!(bandwidth.time_for(300 << 20), Some(Duration::from_millis(300)));
+        assert_eq!(bandwidth.budget(pages * 9), 1 << 20);
+    }
+
+    #[test]
     fn time_that_is_left_out_makes_the_channel_no_slower() {
         let mut bandwidth = Bandwidth::new(None, 0);
         let sync = Duration::from_millis(400);
         bandwidth.leave_out(sync);
         let now = bandwidth.window_start + Duration::from_millis(100);
+        bandwidth.handled(100 << 20);
         assert_eq!(bandwidth.spent_at(now, 100 << 20), Duration::ZERO);
         assert_eq!(bandwidth.time_for(200 << 20), Some(Duration::from_millis(200)));
     }

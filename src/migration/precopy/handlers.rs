@@ -47,26 +47,32 @@ pub(super) fn no_way_back() -> MigrationError {
 }
 
 /// Has all handlers that have something left send about `budget` bytes together. Each has an equal
-/// share of what those before it have left.
+/// share of what those before it have left. How many bytes less are left, as the handlers count
+/// them: a page of zeros is a page.
 pub(super) fn iterate(
     handlers: &mut Handlers<'_>,
     out: &mut dyn Sink,
     framing: &Framing,
     budget: u64,
-) -> Result<(), MigrationError> {
+) -> Result<u64, MigrationError> {
+    let mut handled = 0;
     let mut waiting = handlers.iter().filter(|handler| handler.pending_estimate() != 0).count();
     let mut left = budget;
     for (index, handler) in handlers.iter_mut().enumerate() {
-        if handler.pending_estimate() == 0 {
+        let pending = handler.pending_estimate();
+        if pending == 0 {
             continue;
         }
         let share = (left / waiting.max(1) as u64).max(1);
         let before = out.written();
         framing.continued(out, index, SectionKind::Part, |out| handler.iterate(out, share))?;
-        left = left.saturating_sub(out.written() - before);
+        let sent = out.written() - before;
+        // A handler may learn of more to send while it sends.
+        handled += pending.saturating_sub(handler.pending_estimate()).max(sent.min(pending));
+        left = left.saturating_sub(sent);
         waiting = waiting.saturating_sub(1);
     }
-    Ok(())
+    Ok(handled)
 }
 
 /// Bytes that must be sent before the guest may leave for postcopy: those of handlers that cannot

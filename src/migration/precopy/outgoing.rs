@@ -369,6 +369,7 @@ impl Outgoing<'_> {
     ) -> Result<Next, MigrationError> {
         let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
         let mut throttle = Throttle::new(self.parameters.throttle);
+        let mut handled = 0;
         let max_rounds = match self.postcopy {
             None => self.parameters.max_rounds,
             // When there have been enough is up to postcopy then.
@@ -402,7 +403,7 @@ impl Outgoing<'_> {
                     self.progress.expect_downtime(time);
                 }
                 let dirtied = Counters::get(&counters.dirtied) * TARGET_PAGE_SIZE;
-                if let Some(percent) = throttle.after_sync(dirtied, out.written()) {
+                if let Some(percent) = throttle.after_sync(dirtied, handled) {
                     tracing::info!(percent, "the guest writes faster than memory is sent");
                     Counters::set(&counters.throttle, percent.into());
                     self.guest.throttle(percent);
@@ -424,7 +425,9 @@ impl Outgoing<'_> {
                 }
             }
             let budget = bandwidth.budget(out.written());
-            handlers::iterate(&mut self.handlers, out, framing, budget)?;
+            let done = handlers::iterate(&mut self.handlers, out, framing, budget)?;
+            bandwidth.handled(done);
+            handled += done;
             Counters::set(&counters.transferred, out.written());
             let mut pause = bandwidth.spent(out.written());
             while !pause.is_zero() && !self.progress.is_cancelled() {
