@@ -506,9 +506,10 @@ impl PostcopySave for RamSave {
     fn next(&mut self, bytes: u64, out: &mut GatherWrite) -> Result<bool, MigrationError> {
         self.continued = None;
         let mut spent = 0;
-        while spent < bytes
-            && let Some((index, pages)) = self.next_run(room_in(out), HostPages::Whole)
-        {
+        while spent < bytes {
+            let affordable = (bytes - spent).div_ceil(TARGET_PAGE_SIZE);
+            let room = room_in(out).min(affordable);
+            let Some((index, pages)) = self.next_run(room, HostPages::Whole) else { break };
             spent += self.gather_stopped(out, index, pages);
         }
         self.note_remaining();
