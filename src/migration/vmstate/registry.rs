@@ -12,6 +12,7 @@ use crate::migration::devices::{DeviceSection, Devices};
 use crate::migration::error::MigrationError;
 use crate::migration::stream::SectionHeader;
 use crate::migration::wire::WireRead;
+use crate::printable;
 
 /// Why a section is not registered or not loaded.
 #[derive(Debug, Error)]
@@ -21,7 +22,7 @@ pub enum RegistryError {
     #[error("id string of {0} bytes, not 1 to 255")]
     IdLength(usize),
     /// Two sections of the same id string and instance.
-    #[error("{idstr}, instance {instance_id}, is registered already")]
+    #[error("{}, instance {instance_id}, is registered already", printable(.idstr))]
     Registered {
         /// Its id string.
         idstr: String,
@@ -29,7 +30,7 @@ pub enum RegistryError {
         instance_id: u32,
     },
     /// Its description is wrong.
-    #[error("the description of {idstr} is wrong: {}", .flaws[0])]
+    #[error("the description of {} is wrong: {}", printable(.idstr), .flaws[0])]
     Flaws {
         /// Its id string.
         idstr: String,
@@ -37,7 +38,7 @@ pub enum RegistryError {
         flaws: Vec<Flaw>,
     },
     /// No such section.
-    #[error("{idstr}, instance {instance_id}, is not known here")]
+    #[error("{}, instance {instance_id}, is not known here", printable(.idstr))]
     Unknown {
         /// Its id string.
         idstr: String,
@@ -45,10 +46,10 @@ pub enum RegistryError {
         instance_id: u32,
     },
     /// A property keeps this section from being sent here.
-    #[error("{0} is not sent with the properties of this side")]
+    #[error("{} is not sent with the properties of this side", printable(.0))]
     Unexpected(String),
     /// An early section after RAM, or another one before.
-    #[error("{idstr} belongs {} RAM", if *.early { "before" } else { "after" })]
+    #[error("{} belongs {} RAM", printable(.idstr), if *.early { "before" } else { "after" })]
     Phase {
         /// Its id string.
         idstr: String,
@@ -56,10 +57,10 @@ pub enum RegistryError {
         early: bool,
     },
     /// The same section again.
-    #[error("{0} comes twice")]
+    #[error("{} comes twice", printable(.0))]
     Twice(String),
     /// A section that was to come before another one.
-    #[error("{late} (priority {late_priority:?}) must be loaded before {loaded} ({priority:?})")]
+    #[error("{} (priority {late_priority:?}) must be loaded before {} ({priority:?})", printable(.late), printable(.loaded))]
     Order {
         /// The section that comes now.
         late: String,
@@ -71,13 +72,13 @@ pub enum RegistryError {
         priority: Priority,
     },
     /// A section that did not come.
-    #[error("{0} did not come")]
+    #[error("{} did not come", printable(.0))]
     Missing(String),
     /// A section that did not come before RAM.
-    #[error("{0} did not come before RAM: do both sides have the same properties?")]
+    #[error("{} did not come before RAM: do both sides have the same properties?", printable(.0))]
     MissingEarly(String),
     /// The device does not become what was loaded.
-    #[error("{idstr}: {reason}")]
+    #[error("{}: {reason}", printable(.idstr))]
     Refused {
         /// Its id string.
         idstr: String,

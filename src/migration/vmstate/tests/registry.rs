@@ -92,6 +92,17 @@ fn sections_are_loaded_in_their_order_only() {
 }
 
 #[test]
+fn an_id_string_of_a_stream_is_escaped_and_cut_in_the_reason() {
+    let (mut registry, _) = registry();
+    let mut refused =
+        |idstr: &str| load_all(&mut registry, &[(idstr, false)]).unwrap_err().to_string();
+    let reason = refused("z\n\u{1b}[2J\u{202e}");
+    assert_eq!(reason, "z\\n\\u{1b}[2J\\u{202e}, instance 0, is not known here");
+    let long = refused(&"\u{1}".repeat(255));
+    assert!(long.len() < 320 && long.contains("..., instance 0"), "{long}");
+}
+
+#[test]
 fn what_cannot_be_registered_is_refused() {
     let (mut registry, journal) = registry();
     let mut add = |idstr: &str, instance, vmstate: &'static VmState<u8>| {
