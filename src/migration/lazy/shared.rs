@@ -73,7 +73,9 @@ impl SharedFaults {
         let thread = std::thread::Builder::new().name("shared faults".to_owned());
         let thread = thread.spawn(move || {
             let (lazy, client, stop) = shared;
-            if let Err(error) = client.serve(&lazy, &stop) {
+            let served = client.serve(&lazy, &stop);
+            client.log_repeated();
+            if let Err(error) = served {
                 tracing::error!(%error, "faults of a client are not answered any more");
                 failed.handler_failed(&error);
             }
@@ -138,6 +140,26 @@ struct State {
     ranges: Vec<SharedRange>,
     /// Block and start of each page that the client waits for.
     waiting: BTreeSet<(usize, u64)>,
+    unnamed: Repeated,
+    not_woken: Repeated,
+}
+
+/// How often a client had something go wrong that it can repeat at will: the first time is logged,
+/// and at the end how often it was.
+#[derive(Default)]
+struct Repeated(u64);
+
+impl Repeated {
+    /// Counts one more; true for the one that is logged.
+    fn count(&mut self) -> bool {
+        self.0 = self.0.saturating_add(1);
+        self.0 == 1
+    }
+
+    /// How often it was, if more often than was logged.
+    fn unlogged(&self) -> Option<u64> {
+        (self.0 > 1).then_some(self.0)
+    }
 }
 
 impl State {
@@ -201,6 +223,17 @@ impl Client {
         Ok(())
     }
 
+    /// Logs how often happened what is logged the first time only.
+    fn log_repeated(&self) {
+        let state = self.state.lock();
+        if let Some(faults) = state.unnamed.unlogged() {
+            tracing::warn!(faults, "a client waited for memory that it did not say it mapped");
+        }
+        if let Some(wakes) = state.not_woken.unlogged() {
+            tracing::warn!(wakes, "a client could not be woken");
+        }
+    }
+
     fn answer(&self, lazy: &LazyRam, fault: ClientFault) -> io::Result<()> {
         let since = Instant::now();
         let mut state = self.state.lock();
@@ -209,8 +242,10 @@ impl Client {
             Some((block, page, state.addresses(block, page)))
         });
         let Some((block, page, addresses)) = found else {
-            // Nobody else can know what it meant.
-            tracing::warn!(?fault, "a client waits for memory that it did not say it mapped");
+            // Only the client can know what it meant.
+            if state.unnamed.count() {
+                tracing::warn!(?fault, "a client waits for memory that it did not say it mapped");
+            }
             return Ok(());
         };
         // Before it is looked whether the page is there, so that its arrival is not missed.
@@ -255,7 +290,9 @@ impl Client {
             for address in state.addresses(block, page) {
                 if let Err(error) = self.faults.wake(address, page.len()) {
                     // Its own loss: the guest's memory is complete without it.
-                    tracing::warn!(%error, "cannot wake a client");
+                    if state.not_woken.count() {
+                        tracing::warn!(%error, "cannot wake a client");
+                    }
                 }
             }
         }
