@@ -11,6 +11,7 @@ mod event;
 mod event_stream;
 mod hangup;
 mod openapi;
+mod places;
 mod problem;
 mod range_lists;
 mod router;

@@ -8,8 +8,13 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::{StatusCode, header};
+use axum::body::Body;
+use axum::http::{Request, StatusCode, header};
+use axum::response::IntoResponse;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use parking_lot::Mutex;
@@ -19,13 +24,15 @@ use tokio::task::JoinSet;
 
 use super::caller::CALLS;
 use super::hangup::Hangup;
+use super::places::{Place, Places};
 use super::problem::PROBLEM_JSON;
 use super::router::{Api, LISTS, router};
 use super::stream::PatientStream;
 use super::{Management, Problem};
 use crate::listener::{self, SocketFile};
 
-/// Connections at a time; one more is told that there are too many.
+/// Connections at a time. One more takes the place of the one that is idle for longest; when a
+/// request is served on each, it is told that there are too many.
 const CONNECTIONS: usize = 64;
 
 /// From the start of a connection, or of waiting for the next request, to the end of its head.
@@ -136,6 +143,7 @@ async fn serve(
     mut shutdown: watch::Receiver<bool>,
 ) {
     let mut connections = JoinSet::new();
+    let mut places = Places::new(CONNECTIONS);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -143,10 +151,13 @@ async fn serve(
             _ = shutdown.wait_for(|end| *end) => break,
         };
         match accepted {
-            Ok((stream, _)) if connections.len() >= CONNECTIONS => turn_away(&stream),
-            Ok((stream, _)) => {
-                connections.spawn(connection(stream, router.clone(), shutdown.clone()));
-            }
+            Ok((stream, _)) => match places.take() {
+                Some(place) => {
+                    let served = connection(stream, place, router.clone(), shutdown.clone());
+                    connections.spawn(served);
+                }
+                None => turn_away(&stream),
+            },
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a management client");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -159,16 +170,37 @@ async fn serve(
     let _ = tokio::time::timeout(GRACE, all_ended).await;
 }
 
-async fn connection(stream: UnixStream, router: Router, mut shutdown: watch::Receiver<bool>) {
+async fn connection(
+    stream: UnixStream,
+    place: Arc<Place>,
+    router: Router,
+    mut shutdown: watch::Receiver<bool>,
+) {
     let hangup = Hangup::of(&stream);
     let io = TokioIo::new(PatientStream::new(stream, WRITE_PATIENCE));
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(|request: Request<Incoming>| {
+        let serving = place.serve();
+        let answer = serving.is_some().then(|| router.call(request));
+        async move {
+            let Some(answer) = answer else { return Ok(too_many().into_response()) };
+            // The answer's body is a part of the service: it may be a stream of events.
+            let answer = answer.await?;
+            Ok::<_, std::convert::Infallible>(answer.map(|body| {
+                Body::new(body.map_frame(move |frame| {
+                    let _serving = &serving;
+                    frame
+                }))
+            }))
+        }
+    });
     let connection = http1::Builder::new()
         // A client that has nothing more to ask may say so before it reads its answer.
         .half_close(true)
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER)
-        .serve_connection(io, TowerToHyperService::new(router));
+        .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         // What a client asked for before it left is begun first.
@@ -181,6 +213,7 @@ async fn connection(stream: UnixStream, router: Router, mut shutdown: watch::Rec
         }
         // With half-closed connections served, reading does not tell.
         () = hangup.gone() => return,
+        () = place.lost() => return,
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "management connection ended");
@@ -189,9 +222,7 @@ async fn connection(stream: UnixStream, router: Router, mut shutdown: watch::Rec
 
 /// Answers without reading, and without waiting for room to write.
 fn turn_away(stream: &UnixStream) {
-    let detail = format!("{CONNECTIONS} clients are connected already; try again later.");
-    let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail);
-    let body = serde_json::to_string(&problem).unwrap_or_default();
+    let body = serde_json::to_string(&too_many()).unwrap_or_default();
     let answer = format!(
         "HTTP/1.1 503 Service Unavailable\r\n{}: {PROBLEM_JSON}\r\n{}: {}\r\n{}: close\r\n\r\n{body}",
         header::CONTENT_TYPE,
@@ -200,4 +231,11 @@ fn turn_away(stream: &UnixStream) {
         header::CONNECTION,
     );
     let _ = stream.try_write(answer.as_bytes());
+}
+
+/// Requests are served on all connections.
+fn too_many() -> Problem {
+    let detail =
+        format!("Requests of {CONNECTIONS} clients are being answered already; try again later.");
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
 }

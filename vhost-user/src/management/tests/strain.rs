@@ -65,16 +65,54 @@ fn one_connection_serves_many_requests() {
 }
 
 #[test]
-fn too_many_clients_are_told() {
+fn clients_that_ask_for_nothing_keep_no_other_from_being_served() {
     let (_server, dir) = Fake::new().serve();
-    let clients: Vec<_> = (0..64).map(|_| connect(dir.path())).collect();
-    assert!(raw(dir.path(), b"").problem(503).contains("64"));
-    drop(clients);
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while get(dir.path(), "/v1/device").status != 200 {
-        assert!(Instant::now() < deadline, "places are not given back");
-        std::thread::sleep(Duration::from_millis(20));
+    let mut idle: Vec<_> = (0..64).map(|_| connect(dir.path())).collect();
+    for _ in 0..3 {
+        assert_eq!(get(dir.path(), "/v1/device").status, 200);
     }
+    // The first has lost its place, and the last has not.
+    assert_eq!(idle[0].read(&mut [0]).unwrap(), 0);
+    idle[63].write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut status = [0; 12];
+    idle[63].read_exact(&mut status).unwrap();
+    assert_eq!(&status, b"HTTP/1.1 200");
+}
+
+#[test]
+fn a_client_is_told_when_requests_are_served_on_all_connections() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let waits = fake.reset_waits.lock();
+    let begin = || {
+        let mut client = connect(dir.path());
+        client.write_all(b"POST /v1/device/system-reset HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        client
+    };
+    let mut clients: Vec<_> = (0..63).map(|_| begin()).collect();
+    // Once it is answered, what came before was read; and the next takes its place.
+    assert_eq!(get(dir.path(), "/openapi.json").status, 200);
+    clients.push(begin());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let refused = loop {
+        let answer = get(dir.path(), "/openapi.json");
+        if answer.status == 503 {
+            break answer;
+        }
+        // The last client's request was not read yet, and its place was lost.
+        clients.truncate(63);
+        clients.push(begin());
+        assert!(Instant::now() < deadline, "served: {}", answer.status);
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(refused.problem(503).contains("64"));
+    drop(waits);
+    for client in &mut clients {
+        let mut status = [0; 10];
+        client.read_exact(&mut status).unwrap();
+        assert_eq!(&status, b"HTTP/1.1 2", "what is served is answered");
+    }
+    assert_eq!(get(dir.path(), "/v1/device").status, 200);
 }
 
 #[test]
