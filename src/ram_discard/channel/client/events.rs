@@ -220,14 +220,16 @@ impl Shared {
                 format!("discards {section}, of which a listener has not populated everything")
             });
         }
-        // The bitmap shows what was populated later than it is told, and what was discarded before
-        // the next event.
+        if !populated {
+            return None;
+        }
+        // The bitmap shows a populate later than it is told, and a discard before the next event.
         let shown = |section: &&ByteRange| {
             let blocks = self.blocks_of(**section);
             let snapshot = self.bitmap.try_snapshot(blocks.clone());
             snapshot.is_some_and(|snapshot| !Blocks::from(snapshot).all(blocks, false))
         };
-        let section = sections.iter().find(shown).filter(|_| populated)?;
+        let section = sections.iter().find(shown)?;
         Some(format!("populates {section}, of which the bitmap shows something populated"))
     }
 }
