@@ -351,7 +351,7 @@ impl Transaction<'_> {
     /// a populate announced before did not come about). Freezes for a source of migration are lost
     /// then.
     pub fn notify_discard(&mut self, source: SourceId, section: ByteRange) {
-        self.inner.freezes.lose(&format!("{section} was discarded"));
+        self.inner.freezes.lose(format_args!("{section} was discarded"));
         self.told = true;
         for range in self.inner.populated_by_others(Some(source), section) {
             self.inner.listeners.discard(range);
@@ -387,7 +387,7 @@ impl Transaction<'_> {
     /// told of many of them at once.
     pub fn notify_discard_all(&mut self, source: SourceId, sections: &[ByteRange]) {
         if let Some(section) = sections.first() {
-            self.inner.freezes.lose(&format!("{section} was discarded"));
+            self.inner.freezes.lose(format_args!("{section} was discarded"));
         }
         for part in sections.rchunks(BATCH) {
             self.discard_batch(source, part.iter().rev());

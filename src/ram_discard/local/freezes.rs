@@ -1,5 +1,7 @@
 //! The freezes of a manager that have not ended.
 
+use std::fmt;
+
 use crate::ram_discard::{FreezeFor, FreezeLost};
 
 /// Names a freeze that has not ended.
@@ -41,9 +43,9 @@ impl Freezes {
     }
 
     /// Blocks change although no freeze for a source permits that.
-    pub(super) fn lose(&mut self, reason: &str) {
+    pub(super) fn lose(&mut self, reason: impl fmt::Display) {
         for held in self.held.iter_mut().filter(|held| held.purpose == FreezeFor::Source) {
-            held.lost.get_or_insert_with(|| FreezeLost(reason.to_owned()));
+            held.lost.get_or_insert_with(|| FreezeLost(reason.to_string()));
         }
     }
 
