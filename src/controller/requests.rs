@@ -53,12 +53,14 @@ impl MemController {
             return response;
         }
         let mut transaction = self.manager.begin();
-        if self.state().sweep == Sweep::WhenRunning && self.memory.is_mapped() {
+        let mut state = self.state();
+        if state.sweep == Sweep::WhenRunning && self.memory.is_mapped() {
             // A guest that asks runs, and what it plugs must be zeros. Memory that is mapped later is swept
             // then.
+            drop(state);
             self.sweep_or(Sweep::WhenMapped);
+            state = self.state();
         }
-        let state = self.state();
         if state.journal == Some(request) && state.device.is_done(request) {
             drop(state);
             return self.answer_again(request);
