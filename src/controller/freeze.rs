@@ -23,7 +23,7 @@ pub enum FreezeHolder {
     Client(u64),
     /// Memory arrives here while the guest runs (postcopy, a lazy restore). The state that belongs
     /// to it may still be loaded: it comes by the same migration. No huge page is taken for what is
-    /// plugged meanwhile, or nobody would miss what is still to come: see
+    /// plugged meanwhile, or what is outstanding would not be missed: see
     /// [`reserve_memory`](MemController::reserve_memory).
     Incoming,
 }

@@ -53,7 +53,7 @@ impl<K: Copy + PartialEq> Recent<K> {
                 None => self.counting.lock(),
             },
         };
-        // Whoever counted meanwhile counted for us.
+        // A count that another thread made meanwhile serves here, too.
         if let Some(count) = last(true) {
             return Some(count);
         }

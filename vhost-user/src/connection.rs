@@ -46,7 +46,7 @@ struct Current {
 }
 
 impl Connections {
-    /// Nobody is connected yet.
+    /// No front-end is connected yet.
     pub fn new(service: Arc<Service>, notifier: Arc<Notifier>) -> Self {
         let (current, exposed) = (Mutex::default(), AtomicBool::new(false));
         Self { service, notifier, current, postcopy: false, exposed, allows_files: false }

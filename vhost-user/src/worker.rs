@@ -1,4 +1,4 @@
-//! The end of a ring's worker, which the crate tells nobody.
+//! The end of a ring's worker, of which the crate tells nothing.
 
 use std::cell::RefCell;
 use std::net::Shutdown;

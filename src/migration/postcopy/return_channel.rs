@@ -33,8 +33,8 @@ impl ReturnChannel {
     }
 
     /// Says that the guest is taken, unless the source has ended the channel: then it takes the guest
-    /// back if it does not hear that. Over TCP such a message could still be written, and be for
-    /// nobody. A source that ends its direction right after the look still reads.
+    /// back if it does not hear that. Over TCP such a message could still be written, and be
+    /// read by no source. A source that ends its direction right after the look still reads.
     pub(crate) fn claim(&self, message: &ReturnMessage) -> Result<(), MigrationError> {
         let mut bytes = Vec::new();
         message.put(&mut bytes);

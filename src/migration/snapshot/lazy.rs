@@ -54,7 +54,7 @@ const TRIES_MAX: u32 = 20;
 
 /// As [`restore`](super::restore), but returns as soon as the devices are there: pages are read when they are
 /// touched, and in the background. What the file has no page for is the kernel's to fill with
-/// zeros, without a fault that anybody here sees. Block state is frozen meanwhile. A virtio-mem device
+/// zeros, without a fault that this side sees. Block state is frozen meanwhile. A virtio-mem device
 /// of this process on hugetlb takes no pages then, if it is told so
 /// ([`FreezeHolder::Incoming`](crate::controller::FreezeHolder::Incoming)).
 ///

@@ -103,7 +103,7 @@ fn a_pinned_page_of_a_block_that_keeps_its_pages_is_the_guests_page_after_a_load
     load(&mut ram, SectionKind::End, &end);
     ram.complete().unwrap();
     assert_eq!(first_bytes(&file), [0, 0, 3, 0, 0, 0, 0, 0]);
-    assert_eq!(pinned.map(|pinned| pinned.read()[0]), [3, 0], "whoever pinned them sees the same");
+    assert_eq!(pinned.map(|pinned| pinned.read()[0]), [3, 0], "the pins see the same pages");
 }
 
 #[test]

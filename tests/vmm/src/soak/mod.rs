@@ -49,7 +49,7 @@ pub struct SoakOptions {
 ///
 /// # Errors
 ///
-/// When something fails that is no promise of the daemon, the engine or the guest.
+/// When something fails that the daemon, the engine or the guest do not promise.
 pub fn run(options: &SoakOptions) -> anyhow::Result<bool> {
     let binary = match &options.daemon {
         Some(path) => path.clone(),
