@@ -142,7 +142,7 @@ fn receive_with(
 }
 
 /// Sends `from` by the engine's source; what became of it, and how often its guest was let run.
-fn send(
+pub(super) fn send(
     from: &Side,
     main: UnixStream,
     urgent: Option<UnixStream>,
@@ -157,8 +157,10 @@ fn send(
         urgent: urgent.map(channel),
         reconnect: Box::new(GiveUp),
     };
+    let mut parameters = Parameters::new(Configuration::new("test"));
+    parameters.verdict_timeout = Duration::from_secs(60);
     let outgoing = Outgoing {
-        parameters: Parameters::new(Configuration::new("test")),
+        parameters,
         guest: &*vmm,
         handlers: vec![Box::new(ram)],
         devices: &mut Device(Arc::clone(&vmm)),
@@ -290,7 +292,12 @@ fn a_source_that_is_cancelled_while_a_device_hangs_has_the_guest_again() {
         told.recv().unwrap();
         cancelling.cancel();
     });
-    let (sent, runs) = send(&from, near, None, &progress);
+    let (sent, runs) = thread::scope(|scope| {
+        let sending = scope.spawn(|| send(&from, near, None, &progress));
+        // The verdict would be waited for much longer.
+        wait_until(|| sending.is_finished());
+        sending.join().unwrap()
+    });
     assert!(matches!(sent, Err(MigrationError::Cancelled)), "{sent:?}");
     assert_eq!(runs, 1);
     drop(open);
@@ -416,16 +423,55 @@ fn a_channel_that_breaks_while_the_guest_starts_pauses_postcopy() {
     there.thread.join().unwrap().unwrap_err();
 }
 
+/// Has a fault of its own.
+struct Panics;
+
+impl Reconnect for Panics {
+    fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
+        panic!("in the VMM")
+    }
+}
+
+#[test]
+fn a_panic_while_memory_is_taken_stops_the_guest_though_its_start_hangs() {
+    let to = Side::new(&[1, 4, 5, 9]);
+    let (near, far) = UnixStream::pair().unwrap();
+    let (open, wait) = gate();
+    let vmm = Vmm::running(move || {
+        wait();
+        Ok(())
+    });
+    let there = receive_with(&to, vmm, far, None, Box::new(Panics));
+    let mut source = RawSource::begin(near, &to);
+    source.hand_over();
+    source.hear(&ReturnMessage::SwitchoverAck);
+    drop(source);
+    wait_until(|| there.seen().2 == 1);
+    assert!(!there.thread.is_finished());
+    drop(open);
+    wait_until(|| there.thread.is_finished());
+    assert_eq!(there.seen(), (1, 1, 1));
+    there.thread.join().unwrap_err();
+    let begins = thread::spawn(page_of(&to, ANNOUNCED.start));
+    thread::sleep(Duration::from_millis(100));
+    assert!(!begins.is_finished(), "it reads zeros");
+}
+
 /// A manager whose process goes away.
 struct Going {
     manager: Arc<dyn RamDiscardManager>,
     gone: Arc<AtomicBool>,
+    /// Waited for before it is said that it has gone.
+    noticed: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Going {
     fn get(&self) -> Result<&dyn RamDiscardManager, Unavailable> {
         match self.gone.load(Ordering::SeqCst) {
-            true => Err(Unavailable("it was restarted".to_owned())),
+            true => {
+                (self.noticed)();
+                Err(Unavailable("it was restarted".to_owned()))
+            }
             false => Ok(&*self.manager),
         }
     }
@@ -481,7 +527,10 @@ impl RamDiscardManager for Going {
 fn a_guest_with_all_its_memory_is_not_lost_to_a_manager_that_went_away() {
     let to = Side::of_region(16 * BLOCK);
     let gone = Arc::new(AtomicBool::new(false));
-    let going = Going { manager: TestManager::new(&[1, 4, 5, 9], 16), gone: Arc::clone(&gone) };
+    // Asked for discarded ranges, it answers when the source has heard that all has arrived.
+    let (open, wait) = gate();
+    let manager = TestManager::new(&[1, 4, 5, 9], 16);
+    let going = Going { manager, gone: Arc::clone(&gone), noticed: Box::new(wait) };
     to.blocks.get("vmem0").unwrap().set_discard_manager(0, Arc::new(going)).unwrap();
     let (near, far) = UnixStream::pair().unwrap();
     let vmm = Vmm::running(move || {
@@ -495,6 +544,7 @@ fn a_guest_with_all_its_memory_is_not_lost_to_a_manager_that_went_away() {
     thread::sleep(Duration::from_millis(20));
     source.finish();
     source.hear(&ReturnMessage::Shut(0));
+    drop(open);
     wait_until(|| there.thread.is_finished());
     assert_eq!(there.seen(), (1, 1, 0));
     there.thread.join().unwrap().unwrap();

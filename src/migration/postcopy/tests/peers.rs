@@ -129,6 +129,66 @@ fn a_destination_that_floods_the_source_is_ended_with_its_reason() {
     flooding.join().unwrap();
 }
 
+/// A destination that reads the stream, whatever it is.
+struct RawDestination(UnixStream);
+
+impl RawDestination {
+    /// Reads up to and with `wanted`.
+    fn read_to(&mut self, wanted: &[u8]) {
+        let mut read = Vec::new();
+        while !read.ends_with(wanted) {
+            let mut byte = [0];
+            self.0.read_exact(&mut byte).unwrap();
+            read.push(byte[0]);
+        }
+    }
+
+    fn read_to_command(&mut self, command: &Command) {
+        let mut wanted = Vec::new();
+        put_command(&mut wanted, command);
+        self.read_to(&wanted);
+    }
+
+    fn say(&mut self, message: &ReturnMessage) {
+        let mut bytes = Vec::new();
+        message.put(&mut bytes);
+        self.0.write_all(&bytes).unwrap();
+    }
+}
+
+#[test]
+fn a_page_that_is_asked_for_before_the_guest_is_taken_comes_before_that() {
+    let (from, _) = filled();
+    let (near, far) = UnixStream::pair().unwrap();
+    let asking = thread::spawn(move || {
+        let mut destination = RawDestination(far);
+        destination.say(&ReturnMessage::Pong(1));
+        destination.read_to_command(&Command::Ping(PING_PACKAGE_LOADED));
+        for (page, next) in [
+            (66, ReturnMessage::Pong(PING_PACKAGE_LOADED)),
+            // The guest may run, and is not taken yet.
+            (70, ReturnMessage::SwitchoverAck),
+        ] {
+            let (block, start) = (Some("vmem0".to_owned()), page * PAGE);
+            destination.say(&ReturnMessage::RequestPages { block, start, len: PAGE as u32 });
+            let word = PageHeader::page_word(PageKind::Normal, start, false);
+            destination.read_to(&word.to_be_bytes());
+            destination.say(&next);
+            if page == 66 {
+                destination.read_to_command(&Command::PostcopyRun);
+            }
+        }
+        destination.say(&ReturnMessage::Shut(0));
+        // The rest.
+        let _ = destination.0.read_to_end(&mut Vec::new());
+    });
+    let progress = Arc::new(Progress::new());
+    let (sent, runs) = destination::send(&from, near, None, &progress);
+    sent.unwrap();
+    assert_eq!((runs, progress.status()), (0, Status::Completed));
+    asking.join().unwrap();
+}
+
 fn memory_of(side: &Side) -> RamSave {
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
     let progress = Arc::new(Progress::new());
