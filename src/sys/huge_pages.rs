@@ -123,6 +123,13 @@ pub(crate) mod testing {
         flags
     }
 
+    /// Asks the kernel for huge pages in all of a mapping.
+    pub(crate) fn ask_for_huge_pages(mapping: &HostMapping) {
+        let (start, len) = mapping.locate(0, mapping.len());
+        // SAFETY: the whole of the mapping; as in `advise`.
+        unsafe { madvise(start.cast(), len, Advice::LinuxHugepage) }.unwrap();
+    }
+
     /// Whether the kernel has huge pages that could be forbidden.
     pub(crate) fn has_huge_pages() -> bool {
         std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists()

@@ -388,6 +388,14 @@ mod tests {
     }
 
     #[test]
+    fn a_read_of_nothing_is_an_error_and_no_end_of_the_faults() {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(writer);
+        let error = messages(reader.as_fd(), |_| unreachable!("there is none")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
     fn who_misses_a_page_waits_until_it_is_placed() {
         let (other, mapping) = (mapped(4), mapped(16));
         let mut faults = PageFaults::open(FaultKind::Missing).unwrap();

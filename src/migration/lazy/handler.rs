@@ -44,6 +44,10 @@ pub(super) struct Failure {
 }
 
 impl Failure {
+    pub(super) fn new(failed: Arc<dyn HandlerFailed>) -> Arc<Self> {
+        Arc::new(Self { failed, told: AtomicBool::new(false) })
+    }
+
     pub(super) fn tell(&self, error: &MigrationError) {
         if !self.told.swap(true, Ordering::Relaxed) {
             tracing::error!(%error, "faults are not answered any more");
@@ -93,7 +97,7 @@ impl FaultHandler {
         failed: Arc<dyn HandlerFailed>,
     ) -> Result<Self, MigrationError> {
         let stop = Stop::new()?;
-        let failure = Arc::new(Failure { failed, told: AtomicBool::new(false) });
+        let failure = Failure::new(failed);
         *lazy.failure.write() = Some(Arc::clone(&failure));
         let (seen, served, told) = (Arc::clone(&stop), Arc::clone(&lazy), Arc::clone(&failure));
         let thread = std::thread::Builder::new().name("faults".to_owned()).spawn(move || {

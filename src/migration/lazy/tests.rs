@@ -1,11 +1,10 @@
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use super::*;
 use crate::migration::test_support::{PAGE, Side, fill};
-use crate::sys::huge_pages::testing::{flags, has_huge_pages};
+use crate::sys::huge_pages::testing::{ask_for_huge_pages, flags, has_huge_pages};
 
 struct NoFailure;
 
@@ -152,7 +151,7 @@ proptest::proptest! {
     #[test]
     fn page_records_at_any_offset_are_placed_or_refused(
         pages in proptest::collection::vec(
-            proptest::prop_oneof![0..200u64, 1000..1100u64, (u64::MAX / PAGE - 70)..=u64::MAX / PAGE],
+            proptest::prop_oneof![0..200u64, 1000..1100u64, (u64::MAX / PAGE - 3)..=u64::MAX / PAGE],
             1..30,
         ),
         zeros in proptest::bits::u32::ANY,
@@ -175,7 +174,10 @@ proptest::proptest! {
         let fit = pages.iter().take_while(|page| **page < 1024).copied();
         let arrived: std::collections::BTreeSet<u64> = fit.clone().filter(|page| *page < 100).collect();
         proptest::prop_assert_eq!(placed.is_ok(), fit.count() == pages.len(), "{:?}", placed);
-        if placed.is_ok() {
+        if let Some(page) = pages.iter().find(|page| **page >= 1024) {
+            let refused = format!("a page at {:#x} of block \"vmem0\"", page * PAGE);
+            proptest::prop_assert!(placed.unwrap_err().to_string().contains(&refused));
+        } else {
             proptest::prop_assert_eq!(lazy.outstanding(), 100 - arrived.len() as u64);
         }
         lazy.abandon();
@@ -203,6 +205,10 @@ fn hundred(side: &Side) -> Arc<LazyRam> {
 #[test]
 fn memory_that_is_dropped_before_it_has_arrived_never_becomes_zeros() {
     let side = Arc::new(Side::new(&[0, 1]));
+    let mapping = Arc::clone(side.blocks.get("vmem0").unwrap().mapping());
+    if has_huge_pages() {
+        ask_for_huge_pages(&mapping);
+    }
     let lazy = hundred(&side);
     let failed = Arc::new(Failures::default());
     let told = Arc::clone(&failed) as Arc<dyn HandlerFailed>;
@@ -223,6 +229,70 @@ fn memory_that_is_dropped_before_it_has_arrived_never_becomes_zeros() {
     let begins = thread::spawn(move || read(&reading, 20));
     thread::sleep(Duration::from_millis(100));
     assert!(!waits.is_finished() && !begins.is_finished(), "they read zeros");
+    if has_huge_pages() {
+        // One would fill outstanding pages with zeros.
+        let parts = flags(&mapping);
+        assert!(parts.iter().all(|flags| flags.contains(" nh ")), "{parts:?}");
+    }
+}
+
+/// Has no page, for a reason that is its own or for want of memory.
+#[derive(Default)]
+struct Lacking {
+    no_memory: AtomicBool,
+    asked: AtomicUsize,
+}
+
+impl PageSource for Lacking {
+    fn request(&self, _lazy: &LazyRam, _block: usize, _range: ByteRange) -> io::Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let lacks = if self.no_memory.load(Ordering::Relaxed) { libc::ENOSPC } else { libc::EIO };
+        Err(io::Error::from_raw_os_error(lacks))
+    }
+
+    fn is_retried(&self) -> bool {
+        true
+    }
+}
+
+/// Notes what it is told.
+#[derive(Default)]
+struct Reasons(Mutex<Vec<String>>);
+
+impl HandlerFailed for Reasons {
+    fn handler_failed(&self, error: &MigrationError) {
+        self.0.lock().push(error.to_string());
+    }
+}
+
+#[test]
+fn a_request_that_fails_is_made_again_and_again_and_told_once_after_a_hundred_times() {
+    let side = Side::new(&[0, 1]);
+    let lazy = hundred(&side);
+    let lacking = Arc::new(Lacking::default());
+    lazy.set_source(Some(Arc::clone(&lacking) as Arc<dyn PageSource>));
+    let reasons = Arc::new(Reasons::default());
+    let told = Arc::clone(&reasons) as Arc<dyn HandlerFailed>;
+    *lazy.failure.write() = Some(handler::Failure::new(told));
+    lazy.request_or_note(0, ByteRange::new(0, PAGE).unwrap());
+    let retry = |times: u32| (0..times).for_each(|_| lazy.retry_requests());
+    // What there is no memory for counts for nothing.
+    lacking.no_memory.store(true, Ordering::Relaxed);
+    retry(2 * TRIES_MAX);
+    lacking.no_memory.store(false, Ordering::Relaxed);
+    retry(TRIES_MAX - 1);
+    assert!(reasons.0.lock().is_empty());
+    retry(1);
+    let reason = reasons.0.lock().clone();
+    assert!(matches!(&reason[..], [one] if one.contains("bring a page")), "{reason:?}");
+    retry(TRIES_MAX);
+    assert_eq!(reasons.0.lock().len(), 1);
+    assert_eq!(lacking.asked.load(Ordering::Relaxed), 1 + 4 * TRIES_MAX as usize);
+    // Until it can be had.
+    lazy.set_source(Some(Arc::new(Sevens::default())));
+    retry(1);
+    assert_eq!((lazy.outstanding(), lazy.has_failed_requests()), (99, false));
+    lazy.abandon();
 }
 
 #[test]

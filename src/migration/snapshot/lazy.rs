@@ -252,3 +252,54 @@ impl PageSource for Pages {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::page_bitmap::PageBitmap;
+    use crate::migration::test_support::{PAGE, Side, memfd};
+
+    /// Brings the file's pages when it is logged that they cannot be read.
+    struct Brings(Arc<File>);
+
+    impl tracing::Subscriber for Brings {
+        fn enabled(&self, _metadata: &tracing::Metadata<'_>) -> bool {
+            true
+        }
+
+        fn new_span(&self, _span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+
+        fn record(&self, _span: &tracing::span::Id, _values: &tracing::span::Record<'_>) {}
+
+        fn record_follows_from(&self, _span: &tracing::span::Id, _follows: &tracing::span::Id) {}
+
+        fn event(&self, _event: &tracing::Event<'_>) {
+            self.0.write_all_at(&[7; 4 * PAGE as usize], 0).unwrap();
+        }
+
+        fn enter(&self, _span: &tracing::span::Id) {}
+
+        fn exit(&self, _span: &tracing::span::Id) {}
+    }
+
+    #[test]
+    fn the_background_tries_a_file_again_that_cannot_be_read_for_now() {
+        let side = Side::new(&[0]);
+        let block = Arc::clone(side.blocks.get("vmem0").unwrap());
+        let mut outstanding = PageBitmap::new(block.used_length() / PAGE);
+        outstanding.set_range(0..4);
+        let lazy = LazyRam::new(vec![(block, outstanding)]).unwrap();
+        let file = Arc::new(memfd(PAGE));
+        let pages = Pages { file: Arc::clone(&file), offsets: vec![0] };
+        let (stop, progress) = (AtomicBool::new(false), Progress::new());
+        let prefetch = || pages.prefetch(&lazy, &stop, &progress);
+        // Only so often, where it stays so.
+        assert!(prefetch().unwrap_err().to_string().contains("cannot read pages"));
+        assert_eq!(lazy.outstanding(), 4);
+        tracing::subscriber::with_default(Brings(file), prefetch).unwrap();
+        lazy.finish().unwrap();
+        assert_eq!([0, 3].map(|page| side.page(page)[0]), [7, 7]);
+    }
+}
