@@ -636,6 +636,17 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_is_open_for_appending_is_written_at_its_place() {
+        let file = memfd(4 * PAGE);
+        fs::fcntl_setfl(&file, OFlags::APPEND).unwrap();
+        let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+        backing.file().write_all_at(&[7], 2 * PAGE).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 2 * PAGE).unwrap();
+        assert_eq!((byte, file.metadata().unwrap().len()), ([7], 4 * PAGE));
+    }
+
+    #[test]
     fn memory_that_cannot_be_written_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let read_only = File::open(file.path()).unwrap();

@@ -21,6 +21,17 @@ fn lease(file: &File) -> bool {
 }
 
 #[test]
+fn memory_that_is_open_for_appending_is_refused_where_it_cannot_be_opened_again() {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(1 << 20).unwrap();
+    let appending = file.try_clone().unwrap();
+    rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::APPEND).unwrap();
+    assert!(lease(&file), "{}", std::io::Error::last_os_error());
+    let error = Backing::new(appending).unwrap_err().to_string();
+    assert!(error.contains("open it without"), "{error}");
+}
+
+#[test]
 fn memory_with_a_lease_of_its_owner_is_taken_without_waiting_for_that() {
     let file = tempfile::tempfile_in("/dev/shm").unwrap();
     file.set_len(1 << 20).unwrap();

@@ -207,11 +207,7 @@ impl DirtyTracker for WriteProtect {
             return Ok(());
         }
         self.check_size()?;
-        let window = SCAN.max(self.chunk);
-        let segments = segments(&self.populated, &self.armed, self.chunk, self.len);
-        let parts =
-            segments.flat_map(|(range, how)| cut(range, window).map(move |part| (part, how)));
-        for (part, written) in parts {
+        for (part, written) in windows(&self.populated, &self.armed, self.chunk, self.len) {
             self.pagemap.take_written(&self.mapping, part, written, |run| {
                 dirty.set_range(pages_within(run, dirty));
             })?;
@@ -255,6 +251,18 @@ fn segments(
         let armed = ByteRange::from_bounds(start, end).map(|range| (range, Written::Unprotected));
         [rest, armed].into_iter().flatten()
     })
+}
+
+/// The segments of a block, cut into what one call of a sync scans.
+fn windows(
+    populated: &[ByteRange],
+    armed: &PageBitmap,
+    chunk: u64,
+    len: u64,
+) -> impl Iterator<Item = (ByteRange, Written)> {
+    let window = SCAN.max(chunk);
+    let segments = segments(populated, armed, chunk, len);
+    segments.flat_map(move |(range, how)| cut(range, window).map(move |part| (part, how)))
 }
 
 /// Parts of `range` that lie in one window each.

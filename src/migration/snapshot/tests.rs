@@ -190,11 +190,17 @@ fn a_block_whose_pages_are_said_to_be_nowhere_is_refused() {
     file.read_exact_at(&mut stream, 0).unwrap();
     // After the id and the used length: version, page size, and the two offsets.
     let id = stream.windows(5).position(|bytes| bytes == b"vmem0").unwrap();
-    file.write_all_at(&[0; 16], id as u64 + 5 + 8 + 4 + 8).unwrap();
-    let to = Side::new(&[1, 4, 5]);
-    let error = restore_from(&to, &file).unwrap_err().to_string();
-    assert!(error.contains("offset of a bitmap"), "{error}");
-    assert_eq!(to.held(), (0, 0));
+    let offsets = id + 5 + 8 + 4 + 8;
+    // Both of them; and a bitmap in what was read of the stream, or after the pages.
+    let pages = u64::from_be_bytes(stream[offsets + 8..offsets + 16].try_into().unwrap());
+    for (bitmap, pages) in [(0, 0), (0, pages), (8, pages), (pages, pages)] {
+        file.write_all_at(&u64::to_be_bytes(bitmap), offsets as u64).unwrap();
+        file.write_all_at(&u64::to_be_bytes(pages), offsets as u64 + 8).unwrap();
+        let to = Side::new(&[1, 4, 5]);
+        let error = restore_from(&to, &file).unwrap_err().to_string();
+        assert!(error.contains("offset of a bitmap"), "{bitmap:#x} {pages:#x}: {error}");
+        assert_eq!(to.held(), (0, 0));
+    }
 }
 
 #[test]

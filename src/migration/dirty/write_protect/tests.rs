@@ -131,6 +131,18 @@ fn a_sync_is_cut_into_windows_that_cover_it_once() {
         range(5 * SCAN, 5 * SCAN + 4096),
     ];
     assert_eq!(cut_up, expected);
+    if !supported() {
+        return;
+    }
+    let block = Block::shmem(3 * SCAN);
+    let mut tracker = block.tracker();
+    block.mapping.write(SCAN + 5 * PAGE, &[1]);
+    tracker.start(&[range(0, 3 * SCAN)]).unwrap();
+    let scanned = windows(&tracker.populated, &tracker.armed, tracker.chunk, tracker.len);
+    let scanned: Vec<_> = scanned.map(|(part, _)| part).collect();
+    assert_eq!((scanned[0].start(), scanned.last().unwrap().end()), (0, 3 * SCAN));
+    assert!(scanned.windows(2).all(|pair| pair[0].end() == pair[1].start()), "{scanned:?}");
+    assert!(scanned.iter().all(|part| part.len() <= SCAN), "{scanned:?}");
 }
 
 #[test]
