@@ -144,6 +144,24 @@ mod tests {
     }
 
     #[test]
+    fn a_description_tells_the_configuration_the_page_size_and_the_devices() {
+        let configuration = Configuration {
+            capabilities: vec!["mapped-ram".to_owned()],
+            ..Configuration::new("m")
+        };
+        let mut framing = Framing::begin(&mut BufferSink::default(), &configuration).unwrap();
+        framing.devices = vec!["one".into()];
+        let plain: Value = serde_json::from_slice(&framing.description()).unwrap();
+        let expected = json!({
+            "configuration": configuration.description(),
+            "page_size": 4096,
+            "devices": ["one"],
+        });
+        assert_eq!(plain, expected);
+        assert_eq!(plain["configuration"]["subsections"].as_array().map(Vec::len), Some(1));
+    }
+
+    #[test]
     fn a_description_is_found_by_its_brace_whatever_its_length() {
         let mut padded = 0;
         let mut framing =

@@ -235,4 +235,48 @@ mod tests {
         Loader::check(&with, &without).unwrap();
         Loader::check(&without, &with).unwrap();
     }
+
+    /// Notes whether it is taken over or abandoned.
+    #[derive(Default)]
+    struct Noting(Vec<&'static str>);
+
+    impl Devices for Noting {
+        fn save(
+            &mut self,
+            _early: bool,
+        ) -> Result<Vec<crate::migration::devices::DeviceSection>, MigrationError> {
+            Ok(Vec::new())
+        }
+
+        fn load(
+            &mut self,
+            _header: &SectionHeader,
+            _early: bool,
+            _reader: &mut dyn WireRead,
+        ) -> Result<(), MigrationError> {
+            Ok(())
+        }
+
+        fn loaded(&mut self) -> Result<(), MigrationError> {
+            self.0.push("loaded");
+            Ok(())
+        }
+
+        fn abandon(&mut self) {
+            self.0.push("abandoned");
+        }
+    }
+
+    #[test]
+    fn devices_of_a_load_that_ends_early_are_abandoned() {
+        let configuration = Configuration::new("q35");
+        let mut devices = Noting::default();
+        drop(Loader::new(Vec::new(), &mut devices, &configuration).unwrap());
+        assert_eq!(devices.0, ["abandoned"]);
+        let mut devices = Noting::default();
+        let mut loader = Loader::new(Vec::new(), &mut devices, &configuration).unwrap();
+        loader.all_loaded().unwrap();
+        drop(loader);
+        assert_eq!(devices.0, ["loaded"]);
+    }
 }

@@ -1,7 +1,12 @@
 //! Memory that both sides share (x-ignore-shared).
 
 use super::*;
-use crate::migration::stream::CAPABILITY_IGNORE_SHARED;
+use crate::migration::handler::LoadHandler;
+use crate::migration::stream::{
+    CAPABILITY_IGNORE_SHARED, PageHeader, PageKind, RAM_VERSION, SectionKind, put_end_of_section,
+    put_list,
+};
+use crate::migration::wire::{WireReader, WireWrite};
 
 fn configuration(capability: bool) -> Configuration {
     let mut configuration = Configuration::new("test");
@@ -108,4 +113,26 @@ fn a_handler_that_does_not_do_as_the_capability_says_is_refused() {
     let (_, received, _) = run(&from, &to, [ON, OFF]);
     let error = received.unwrap_err().to_string();
     assert_eq!(error, r#"capabilities: "x-ignore-shared" in the stream, "" here"#);
+}
+
+#[test]
+fn a_page_of_memory_that_both_sides_share_is_refused_and_not_written() {
+    let file = memfd(16 * BLOCK);
+    fill(&file, 0..1, 7);
+    let to = side(&file);
+    let options = ListOptions { ignore_shared: true, postcopy: false };
+    let mut ram = RamLoad::new(Arc::clone(&to.blocks), options, Arc::new(Progress::new()));
+    ram.load_setup().unwrap();
+    let mut section = Vec::new();
+    put_list(&mut section, &to.blocks.list(options).unwrap());
+    for (id, byte) in [("ram", 5), ("vmem0", 6)] {
+        section.put_be64(PageHeader::page_word(PageKind::Normal, 0, false));
+        section.put_name(id);
+        section.put(&[byte; PAGE as usize]);
+    }
+    put_end_of_section(&mut section);
+    let mut reader = WireReader::new(&section[..]);
+    let error = ram.load(SectionKind::Start, RAM_VERSION, &mut reader).unwrap_err().to_string();
+    assert!(error.contains("a page of block \"vmem0\", which both sides share"), "{error}");
+    assert_eq!(to.page(0), [7; 4096]);
 }

@@ -27,7 +27,7 @@ fn saved(from: &Side, background: bool) -> File {
     let progress = Arc::new(Progress::new());
     let (configuration, blocks, devices) = (configuration(), &*from.blocks, &mut NoDevices);
     if background {
-        let guest = &Still;
+        let guest = &Writes(Arc::clone(from.blocks.get("ram").unwrap().mapping()));
         let snapshot = BackgroundSnapshot { configuration, blocks, devices, guest, progress };
         save_in_background(snapshot, &file).unwrap();
     } else {
@@ -36,14 +36,16 @@ fn saved(from: &Side, background: bool) -> File {
     file
 }
 
-struct Still;
+/// Writes to what it does not share as soon as it runs again.
+struct Writes(Arc<HostMapping>);
 
-impl Guest for Still {
+impl Guest for Writes {
     fn stop(&self) -> Result<(), String> {
         Ok(())
     }
 
     fn run(&self) -> Result<(), String> {
+        self.0.write(3 * PAGE, &[0xbb; PAGE as usize]);
         Ok(())
     }
 }
@@ -69,6 +71,9 @@ fn shared_memory_is_not_in_a_snapshot_and_stays_as_it_is() {
         restored(&to, &file, configuration()).unwrap();
         assert_eq!(to.held(), (100, 2));
         assert_eq!(to.page(99), [7; 4096]);
+        let mut boot = [0; PAGE as usize];
+        to.boot.read_exact_at(&mut boot, 3 * PAGE).unwrap();
+        assert_eq!(boot, [5; PAGE as usize], "as it was when the guest was stopped");
 
         let lazily = side(&region, true);
         let what = Restore {
