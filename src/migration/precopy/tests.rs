@@ -451,8 +451,19 @@ fn a_guest_that_cannot_be_let_run_again_is_told_to_be_stopped_here_and_not_cance
     assert_eq!(run.source.log(), ["freeze", "stop", "thaw"]);
 }
 
-/// Reports pages that are written anew whenever it is asked.
-struct Restless(File);
+/// Reports pages that are written anew whenever it is asked. To find out takes long the first time that it
+/// is asked while memory is sent.
+struct Restless {
+    file: File,
+    syncs: u32,
+    slow: Duration,
+}
+
+impl Restless {
+    fn new(side: &Side, slow: Duration) -> Self {
+        Self { file: side.region.try_clone().unwrap(), syncs: 0, slow }
+    }
+}
 
 impl DirtyTracker for Restless {
     fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
@@ -460,7 +471,11 @@ impl DirtyTracker for Restless {
     }
 
     fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
-        fill(&self.0, 0..64, 3);
+        self.syncs += 1;
+        if self.syncs == 2 {
+            thread::sleep(self.slow);
+        }
+        fill(&self.file, 0..64, 3);
         dirty.set_range(0..64);
         Ok(())
     }
@@ -472,6 +487,48 @@ impl DirtyTracker for Restless {
     fn stop(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+#[test]
+fn a_slow_look_at_dirty_pages_makes_the_channel_no_slower() {
+    let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+    let (near, far) = UnixStream::pair().unwrap();
+    let blocks = Arc::clone(&to.blocks);
+    let there = thread::spawn(move || {
+        let progress = Arc::new(Progress::new());
+        let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
+        let incoming = Incoming {
+            configuration: Configuration::new("test"),
+            guest: &Witness::default(),
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress: Arc::clone(&progress),
+        };
+        incoming.run(Channel::new(far, progress).unwrap())
+    });
+    let progress = Arc::new(Progress::new());
+    // Too long to be stopped for; what is dirty is sent in a moment, and later looks take none.
+    let slow = Duration::from_millis(600);
+    let tracker =
+        |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(Restless::new(&from, slow)) };
+    let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
+    let source = Witness::default();
+    let outgoing = Outgoing {
+        parameters: Parameters {
+            downtime_limit: Duration::from_millis(300),
+            max_rounds: 7,
+            ..parameters()
+        },
+        guest: &source,
+        handlers: vec![Box::new(ram.unwrap())],
+        devices: &mut NoDevices,
+        postcopy: None,
+        progress: Arc::clone(&progress),
+    };
+    outgoing.run(Channel::new(near, progress).unwrap()).unwrap();
+    there.join().unwrap().unwrap();
+    assert_eq!(source.log(), ["stop"]);
 }
 
 #[test]
@@ -495,7 +552,7 @@ fn rounds_are_bounded_and_what_follows_is_as_asked_for() {
         });
         let progress = Arc::new(Progress::new());
         let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> {
-            Box::new(Restless(from.region.try_clone().unwrap()))
+            Box::new(Restless::new(&from, Duration::ZERO))
         };
         let ram =
             RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker)

@@ -277,6 +277,9 @@ fn a_block_that_changes_all_the_same_is_held_against_the_freeze_for_good() {
     let told = manager.freeze(FreezeFor::Source);
     manager.begin().notify_discard(ids[0], granules(0, 1));
     told.check().unwrap_err();
+    let told_of_all = manager.freeze(FreezeFor::Source);
+    manager.begin().notify_discard_all(ids[0], &[granules(0, 1), granules(3, 4)]);
+    told_of_all.check().unwrap_err();
     // A new one knows nothing of that.
     let silent = manager.freeze(FreezeFor::Source);
     silent.check().unwrap();
@@ -284,7 +287,7 @@ fn a_block_that_changes_all_the_same_is_held_against_the_freeze_for_good() {
     silent.check().unwrap_err();
     source.0.lock()[1] = F;
     silent.check().unwrap_err();
-    assert!(told.thaw().is_err() && silent.thaw().is_err());
+    assert!(told.thaw().is_err() && told_of_all.thaw().is_err() && silent.thaw().is_err());
     assert!(!manager.is_frozen());
 }
 

@@ -44,6 +44,39 @@ fn a_freeze_that_was_lost_is_found_though_all_is_as_it_was() {
 }
 
 #[test]
+fn a_freeze_that_was_lost_while_the_destination_loads_keeps_the_guest_here() {
+    let (from, to) = (Side::new(&[0, 1]), Side::new(&[0, 1]));
+    fill(&from.region, 0..10, 1);
+    let manager = Arc::clone(from.manager.as_ref().unwrap());
+    let (source, mut near) = UnixStream::pair().unwrap();
+    let (mut far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    thread::spawn(move || {
+        use std::io::{Read, Write};
+        // PONG 1, and the verdict. All of RAM was sent by then.
+        let mut verdict = [0; 16];
+        if back_from.read_exact(&mut verdict).is_ok() {
+            manager.lose_freezes();
+            let _ = back_to.write_all(&verdict);
+        }
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(std::net::Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let _ = io::copy(&mut near, &mut far);
+        let _ = far.shutdown(std::net::Shutdown::Both);
+    });
+    let (script, progress) = (Script::default(), Arc::new(Progress::new()));
+    let channels = (source, destination);
+    let run = migrate_over(&from, &to, &script, Witness::default(), progress, channels);
+    assert!(matches!(run.outgoing, Err(MigrationError::FreezeLost(_))), "{:?}", run.outgoing);
+    assert_eq!(run.guest, Some(GuestAfter::RunsHere));
+    assert!(run.incoming.is_err());
+    assert_eq!(run.source.log(), ["freeze", "stop", "run", "thaw"]);
+    assert!(run.destination.log().is_empty());
+}
+
+#[test]
 fn a_source_of_this_process_that_plugs_all_the_same_is_found() {
     let run = migrate_and_plug(|manager| manager.set(5, true));
     let error = run.outgoing.unwrap_err();

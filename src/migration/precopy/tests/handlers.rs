@@ -293,6 +293,23 @@ fn instances_are_told_apart_and_unknown_ones_refused() {
 }
 
 #[test]
+fn pages_of_zeros_count_as_what_less_is_left() {
+    let from = Side::new(&[0]);
+    fill(&from.region, 0..50, 0);
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let progress = Arc::new(Progress::new());
+    let ram = RamSave::new(&from.blocks, ListOptions::default(), progress, tracker).unwrap();
+    let mut all: handlers::Handlers<'_> = vec![Box::new(ram)];
+    let mut out = Counting(0);
+    let mut framing = Framing::begin(&mut out, &Configuration::new("test")).unwrap();
+    framing.start(&mut out, &mut *all[0]).unwrap();
+    let before = out.written();
+    let handled = handlers::iterate(&mut all, &mut out, &framing, u64::MAX).unwrap();
+    assert_eq!(handled, 50 * PAGE);
+    assert!(out.written() - before < PAGE);
+}
+
+#[test]
 fn the_budget_is_shared_and_what_one_leaves_is_the_others() {
     let disks = [1, 0, 100, 100].map(|count| Disk::new(count, &sectors(count as usize, 1)));
     let mut all: handlers::Handlers<'_> =

@@ -43,17 +43,32 @@ fn a_pipe_that_is_closed_gives_the_guest_back() {
     assert!(matches!(outcome, Err(MigrationError::Io { .. })), "{outcome:?}");
     let count = |what| log.iter().filter(|&&call| call == what).count();
     assert_eq!(count("stop"), count("run"));
+
+    // With the guest stopped.
+    let (near, far) = UnixStream::pair().unwrap();
+    let mut reading = far.try_clone().unwrap();
+    let reader = thread::spawn(move || io::copy(&mut reading, &mut io::sink()));
+    let closes: Box<dyn FnOnce() + Send> =
+        Box::new(move || far.shutdown(std::net::Shutdown::Both).unwrap());
+    let guest = Witness { last_words: Mutex::new(Some(closes)), ..Witness::default() };
+    let (outcome, log) = save_of(&from, near, &guest);
+    assert!(matches!(outcome, Err(MigrationError::Io { .. })), "{outcome:?}");
+    assert_eq!(log, ["stop", "run"]);
+    reader.join().unwrap().unwrap();
 }
 
 fn save(from: &Side, fd: impl Into<OwnedFd>) -> (Outcome, Vec<&'static str>) {
+    save_of(from, fd, &Witness::default())
+}
+
+fn save_of(from: &Side, fd: impl Into<OwnedFd>, guest: &Witness) -> (Outcome, Vec<&'static str>) {
     let progress = Arc::new(Progress::new());
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
     let options = ListOptions::default();
     let ram = RamSave::new(&from.blocks, options, Arc::clone(&progress), tracker).unwrap();
-    let guest = Witness::default();
     let outgoing = Outgoing {
         parameters: one_way(),
-        guest: &guest,
+        guest,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
         postcopy: None,
