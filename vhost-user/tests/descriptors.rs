@@ -23,6 +23,14 @@ fn limit(daemon: &Daemon, count: Option<u64>) {
     prlimit(pid, Resource::Nofile, limit).unwrap();
 }
 
+/// The lowest number that no descriptor has. With that as the limit, none is left, whatever numbers the
+/// others have.
+fn first_free(daemon: &Daemon) -> u64 {
+    let is_free =
+        |number: &u64| fs::symlink_metadata(format!("/proc/{}/fd/{number}", daemon.pid())).is_err();
+    (0..).find(is_free).unwrap()
+}
+
 fn descriptors(daemon: &Daemon) -> u64 {
     fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count() as u64
 }
@@ -51,7 +59,7 @@ fn with_any_number_of_descriptors_left_a_front_end_is_served_or_refused_and_the_
     let ram = ram();
     visit(&daemon, &ram).unwrap();
     std::thread::sleep(Duration::from_millis(100));
-    let used = descriptors(&daemon);
+    let used = first_free(&daemon);
     let mut served = 0;
     for left in 0..40 {
         limit(&daemon, Some(used + left));
@@ -66,12 +74,21 @@ fn with_any_number_of_descriptors_left_a_front_end_is_served_or_refused_and_the_
     }
     assert!(0 < served && served < 40, "{served}");
     assert!(daemon.is_running());
+    // Found before a descriptor was passed on, and not by waiting for an answer.
+    let stderr = daemon.stderr();
+    assert!(stderr.contains("not enough file descriptors for what the front-end sent"), "{stderr}");
+    assert!(!stderr.contains("did not answer"), "{stderr}");
 }
 
 #[test]
 fn as_many_regions_as_there_are_descriptors_for_are_offered_and_can_be_had() {
+    // It is started with fewer than it may have.
+    let before = rustix::process::getrlimit(Resource::Nofile);
+    let fewer = Rlimit { current: Some(600), ..before };
+    rustix::process::setrlimit(Resource::Nofile, fewer).unwrap();
     let daemon = common::daemon(options());
-    let before = rustix::process::getrlimit(Resource::Nofile).maximum;
+    rustix::process::setrlimit(Resource::Nofile, before).unwrap();
+    let before = before.maximum;
     let status = fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
     let line = status.lines().find(|line| line.starts_with("Max open files")).unwrap();
     let soft = line.split_whitespace().nth(3).unwrap();
