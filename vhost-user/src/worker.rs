@@ -68,6 +68,14 @@ mod tests {
     use std::io::Read;
     use std::thread;
 
+    use vhost_user_backend::VhostUserBackend;
+    use virtio_mem::controller::{MemController, Start};
+    use virtio_mem::device::{Geometry, VirtioMem};
+    use vmm_sys_util::epoll::EventSet;
+
+    use crate::backend::{END_EVENT, MemBackend};
+    use crate::queue::{AtomicMemory, Memory};
+
     fn watch() -> (Arc<Watch>, UnixStream) {
         let (front, theirs) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
@@ -101,5 +109,35 @@ mod tests {
         worker.join().unwrap();
         assert!(!watch.is_lost());
         assert_eq!(theirs.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
+
+    /// A back-end whose worker is watched, and the front-end's end of the connection.
+    fn backend() -> (MemBackend, UnixStream) {
+        let geometry = Geometry::new(1 << 32, 1 << 30, 2 << 20, None).unwrap();
+        let start = Start::volatile(VirtioMem::new(geometry, 0).unwrap());
+        let memory = AtomicMemory::new(Memory::new());
+        let controller = Arc::new(MemController::new(start));
+        let backend = MemBackend::new(controller, Arc::default(), Arc::default(), memory).unwrap();
+        let (front, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        (backend.watch_worker(Watch::new(front, Arc::default())), theirs)
+    }
+
+    #[test]
+    fn a_worker_of_the_device_is_watched_from_its_first_event_to_the_end_of_the_connection() {
+        for ends in [false, true] {
+            let (backend, mut theirs) = backend();
+            let served = backend.clone();
+            let worker = thread::spawn(move || {
+                served.handle_event(7, EventSet::IN, &[], 0).unwrap();
+                if ends {
+                    served.handle_event(END_EVENT, EventSet::IN, &[], 0).unwrap_err();
+                }
+            });
+            worker.join().unwrap();
+            assert_eq!(backend.worker_lost(), !ends);
+            let read = theirs.read(&mut [0]).map_err(|error| error.kind());
+            assert_eq!(read, if ends { Err(std::io::ErrorKind::WouldBlock) } else { Ok(0) });
+        }
     }
 }

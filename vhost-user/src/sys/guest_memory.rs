@@ -115,6 +115,11 @@ mod tests {
         let memory = Memory::from_ranges_with_files(ranges).unwrap();
         memory.write_obj(7u8, GuestAddress(1 << 20)).unwrap();
         replace_by_zeros(&memory, &zeros().unwrap()).unwrap();
+        // By a file, whatever the system has left for memory that is reserved.
+        let start = format!("{:x}-", start_of(&memory, 1 << 20).unwrap());
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let mapping = maps.lines().find(|line| line.trim_start_matches('0').starts_with(&start));
+        assert!(mapping.is_some_and(|line| line.contains("/memfd:zeros")), "{mapping:?}");
         assert_eq!(memory.read_obj::<u8>(GuestAddress(1 << 20)).unwrap(), 0);
         memory.write_obj(9u8, GuestAddress((1 << 20) + 4096)).unwrap();
         let bytes = std::os::unix::fs::FileExt::read_at;
