@@ -33,6 +33,7 @@ mod private_socket;
 pub mod queue;
 mod ram_blocks;
 mod renew;
+mod reserve;
 pub mod service;
 mod shared_file;
 pub mod size;
@@ -87,6 +88,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         tracing::warn!(%error, "a core dump may have the guest's memory in it");
     }
     descriptors::raise_limit();
+    reserve::RESERVE.fill();
     listener::allow(config.access);
     let left = renew::left()?;
     let (start, state) = start::open(&config, left)?;

@@ -1,7 +1,7 @@
 //! Where front-ends come from, and what ends the wait for them.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use crate::connection::Connections;
 use crate::listener::{self, SocketFile};
+use crate::reserve::{PAUSE, RESERVE};
 use crate::sys::inherited;
 use crate::sys::signals::{SIGINT, SIGTERM, Signals};
 
@@ -27,8 +28,6 @@ pub enum FrontEnds {
     Listening {
         /// Where they connect.
         listener: UnixListener,
-        /// Given up when there is no other descriptor for a front-end.
-        spare: Mutex<Option<OwnedFd>>,
         /// Removed with this value.
         _socket: Option<SocketFile>,
     },
@@ -45,7 +44,7 @@ impl FrontEnds {
     /// When the path is in use or cannot be bound.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let (listener, socket) = listener::bind(path)?;
-        Ok(Self::Listening { listener, spare: Mutex::new(spare()), _socket: Some(socket) })
+        Ok(Self::Listening { listener, _socket: Some(socket) })
     }
 
     /// Takes over an inherited descriptor.
@@ -70,7 +69,7 @@ impl FrontEnds {
             let listener = UnixListener::from(fd);
             // Between poll and accept, a front-end may go again.
             listener.set_nonblocking(true)?;
-            return Ok(Self::Listening { listener, spare: Mutex::new(spare()), _socket: None });
+            return Ok(Self::Listening { listener, _socket: None });
         }
         let stream = UnixStream::from(fd);
         if stream.peer_addr().is_err() {
@@ -92,7 +91,7 @@ impl FrontEnds {
     pub fn next(&self, shutdown: &Shutdown) -> anyhow::Result<Option<UnixStream>> {
         match self {
             Self::Connected(stream) => Ok(stream.lock().take()),
-            Self::Listening { listener, spare, .. } => loop {
+            Self::Listening { listener, .. } => loop {
                 if shutdown.is_requested() {
                     return Ok(None);
                 }
@@ -107,38 +106,17 @@ impl FrontEnds {
                 if fds[0].revents().is_empty() {
                     continue;
                 }
-                match listener.accept() {
-                    Ok((stream, _)) => {
+                match RESERVE.admit("front-end", || listener.accept()) {
+                    Ok(Some((stream, _))) => {
                         stream.set_nonblocking(false)?;
                         return Ok(Some(stream));
                     }
-                    Err(error) => {
-                        // Gone again, or out of descriptors: neither is a reason to end.
-                        tracing::warn!(%error, "cannot accept a front-end");
-                        let none_left = [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error);
-                        if error.raw_os_error().is_some_and(|error| none_left.contains(&error)) {
-                            refuse(listener, &mut spare.lock());
-                        }
-                        std::thread::sleep(Duration::from_millis(50));
-                    }
+                    Ok(None) => {}
+                    Err(_) => std::thread::sleep(PAUSE),
                 }
             },
         }
     }
-}
-
-/// A descriptor that is good for nothing else; `None` where there is none left.
-fn spare() -> Option<OwnedFd> {
-    eventfd(0, EventfdFlags::CLOEXEC).ok()
-}
-
-/// Ends the connection of a front-end for which there is no descriptor: it would wait for an answer, and
-/// could not tell that it is not even heard.
-fn refuse(listener: &UnixListener, spare: &mut Option<OwnedFd>) {
-    if spare.take().is_some() {
-        drop(listener.accept());
-    }
-    *spare = self::spare();
 }
 
 /// Becomes readable when the daemon is to end.

@@ -3,11 +3,15 @@
 mod common;
 
 use std::fs;
+use std::io::{ErrorKind, Read};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{ADDR, BOOT, REGION, RING, gpa, options, ram};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use test_vmm::api::EventStream;
 use test_vmm::backend_channel::{BackendChannel, Behaviour};
 use test_vmm::connection::{Connection, Error};
 use test_vmm::daemon::Daemon;
@@ -35,6 +39,40 @@ fn descriptors(daemon: &Daemon) -> u64 {
     fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count() as u64
 }
 
+/// How many descriptors are open once nothing that has ended is still being closed.
+fn settled(daemon: &Daemon) -> u64 {
+    let deadline = Instant::now() + common::PATIENCE;
+    let (mut count, mut same) = (descriptors(daemon), 0);
+    while same < 25 {
+        assert!(Instant::now() < deadline, "its descriptors come and go");
+        std::thread::sleep(Duration::from_millis(10));
+        let now = descriptors(daemon);
+        same = if now == count { same + 1 } else { 0 };
+        count = now;
+    }
+    count
+}
+
+/// Waits until as many are open as before.
+fn wait_for(daemon: &Daemon, used: u64) {
+    let deadline = Instant::now() + common::PATIENCE;
+    while descriptors(daemon) != used {
+        assert!(Instant::now() < deadline, "{} instead of {used}", descriptors(daemon));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Connects, asks for nothing, and waits for the end of the connection.
+fn assert_refused(daemon: &Daemon, socket: &Path) {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    let read = stream.read(&mut [0]);
+    // Reset, where what was sent was not read.
+    let ended = matches!(&read, Ok(0))
+        || read.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset);
+    assert!(ended, "{}: {read:?} {}", socket.display(), daemon.stderr());
+}
+
 /// All that a front-end does, as far as it gets; its requests are answered, or the connection ends.
 fn visit(daemon: &Daemon, ram: &Arc<GuestRam>) -> Result<(), Error> {
     let mut connection = Connection::connect(&daemon.socket(), common::PATIENCE)?;
@@ -58,19 +96,20 @@ fn with_any_number_of_descriptors_left_a_front_end_is_served_or_refused_and_the_
     let mut daemon = common::daemon(options());
     let ram = ram();
     visit(&daemon, &ram).unwrap();
-    std::thread::sleep(Duration::from_millis(100));
-    let used = first_free(&daemon);
+    let (used, free) = (settled(&daemon), first_free(&daemon));
     let mut served = 0;
     for left in 0..40 {
-        limit(&daemon, Some(used + left));
+        limit(&daemon, Some(free + left));
         let outcome = visit(&daemon, &ram);
         limit(&daemon, None);
         if let Err(Error::Timeout(..)) = outcome {
             panic!("with {left} descriptors left: {outcome:?} {}", daemon.stderr());
         }
         served += u32::from(outcome.is_ok());
+        wait_for(&daemon, used);
         let next = visit(&daemon, &ram);
         assert!(next.is_ok(), "after {left} descriptors: {next:?} {}", daemon.stderr());
+        wait_for(&daemon, used);
     }
     assert!(0 < served && served < 40, "{served}");
     assert!(daemon.is_running());
@@ -78,6 +117,42 @@ fn with_any_number_of_descriptors_left_a_front_end_is_served_or_refused_and_the_
     let stderr = daemon.stderr();
     assert!(stderr.contains("not enough file descriptors for what the front-end sent"), "{stderr}");
     assert!(!stderr.contains("did not answer"), "{stderr}");
+}
+
+/// The limit is at the first number that is free, or below it.
+#[test]
+fn without_a_descriptor_left_connections_to_all_sockets_are_refused_at_once_and_served_later() {
+    let mut daemon = common::daemon(options().discard_socket());
+    let ram = ram();
+    visit(&daemon, &ram).unwrap();
+    let sockets = [daemon.socket(), daemon.discard_socket(), daemon.api_socket()];
+    // Which take the numbers that are free below those of the sockets.
+    let held: Vec<EventStream> = (0..4).map(|_| daemon.api().events().unwrap()).collect();
+    let (used, free) = (settled(&daemon), first_free(&daemon));
+    for below in [0, 3] {
+        limit(&daemon, Some(free - below));
+        for round in 0..3 {
+            for socket in &sockets {
+                assert_refused(&daemon, socket);
+            }
+            assert_eq!(settled(&daemon), used, "{below} {round}");
+        }
+        limit(&daemon, None);
+        visit(&daemon, &ram).unwrap();
+        assert_eq!(daemon.api().device().unwrap()["plugged_size"], 0);
+        let mut channel = UnixStream::connect(daemon.discard_socket()).unwrap();
+        channel.set_read_timeout(Some(common::PATIENCE)).unwrap();
+        rustix::net::shutdown(&channel, rustix::net::Shutdown::Write).unwrap();
+        // Which it says before it ends.
+        channel.read_to_end(&mut Vec::new()).unwrap();
+        wait_for(&daemon, used);
+    }
+    assert!(daemon.stderr().contains("refused a connection: no file descriptor is left"));
+    limit(&daemon, Some(free));
+    sockets.iter().for_each(|socket| assert_refused(&daemon, socket));
+    assert!(daemon.terminate(common::PATIENCE).unwrap().success(), "{}", daemon.stderr());
+    assert!(sockets.iter().all(|socket| !socket.exists()));
+    drop(held);
 }
 
 #[test]

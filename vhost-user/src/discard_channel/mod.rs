@@ -35,6 +35,7 @@ use virtio_mem::ram_discard::channel::wire::{Farewell, ServerMessage, VERSION};
 
 use crate::listener::{self, SocketFile};
 use crate::metrics::Metrics;
+use crate::reserve::{PAUSE, RESERVE};
 use crate::sys::peer_cred::peer_cred;
 use admission::Admission;
 use hub::Hub;
@@ -71,9 +72,6 @@ impl Default for Limits {
         }
     }
 }
-
-/// After an error of accept that is not the client's, such as no descriptors left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The discard channel on its socket. Dropping it shuts it down.
 pub struct DiscardChannel {
@@ -201,12 +199,13 @@ impl Shared {
             if fds[0].revents().is_empty() {
                 continue;
             }
-            match listener.accept().and_then(|(stream, _)| self.welcome(stream)) {
-                Ok(thread) => threads.extend(thread),
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a discard-channel client");
-                    thread::sleep(ACCEPT_PAUSE);
-                }
+            match RESERVE.admit("discard-channel client", || listener.accept()) {
+                Ok(Some((stream, _))) => match self.welcome(stream) {
+                    Ok(thread) => threads.extend(thread),
+                    Err(error) => tracing::warn!(%error, "cannot serve a discard-channel client"),
+                },
+                Ok(None) => {}
+                Err(_) => thread::sleep(PAUSE),
             }
         }
         for thread in threads {

@@ -1,9 +1,11 @@
 //! The server: accepts connections, and ends them when told to.
 
+use std::future::poll_fn;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::task::Poll;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -30,6 +32,7 @@ use super::router::{Api, LISTS, router};
 use super::stream::PatientStream;
 use super::{Management, Problem};
 use crate::listener::{self, SocketFile};
+use crate::reserve::{PAUSE, RESERVE};
 
 /// Connections at a time. One more takes the place of the one that is idle for longest; when a
 /// request is served on each, it is told that there are too many.
@@ -46,9 +49,6 @@ const BUFFER: usize = 64 << 10;
 
 /// What connections have to end by themselves at shutdown.
 const GRACE: Duration = Duration::from_millis(300);
-
-/// After an error of accept that is not the client's, such as no descriptors left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The management API on its socket.
 ///
@@ -146,28 +146,46 @@ async fn serve(
     let mut places = Places::new(CONNECTIONS);
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = accept(&listener) => accepted,
             Some(_) = connections.join_next() => continue,
             _ = shutdown.wait_for(|end| *end) => break,
         };
         match accepted {
-            Ok((stream, _)) => match places.take() {
+            Ok(Some(stream)) => match places.take() {
                 Some(place) => {
                     let served = connection(stream, place, router.clone(), shutdown.clone());
                     connections.spawn(served);
                 }
                 None => turn_away(&stream),
             },
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a management client");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
+            Ok(None) => {}
+            Err(_) => tokio::time::sleep(PAUSE).await,
         }
     }
     drop(listener);
     let all_ended = async { while connections.join_next().await.is_some() {} };
     // Those that are left end with the set.
     let _ = tokio::time::timeout(GRACE, all_ended).await;
+}
+
+/// The next client; `None` when it was refused.
+async fn accept(listener: &tokio::net::UnixListener) -> io::Result<Option<UnixStream>> {
+    poll_fn(|cx| {
+        let mut none_waits = false;
+        let admitted = RESERVE.admit("management client", || match listener.poll_accept(cx) {
+            Poll::Ready(accepted) => accepted,
+            Poll::Pending => {
+                none_waits = true;
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+        });
+        // Then the next one wakes this task.
+        if none_waits {
+            return Poll::Pending;
+        }
+        Poll::Ready(admitted.map(|client| client.map(|(stream, _)| stream)))
+    })
+    .await
 }
 
 async fn connection(
