@@ -179,8 +179,11 @@ impl VringT<AtomicMemory> for Vring {
     }
 
     fn set_kick(&self, file: Option<File>) {
+        // Locked until both are set: without one here, the crate's is read, which may block, and must
+        // not be the old one.
+        let mut kick = self.kick.write();
         // Without a descriptor left, the crate's own has to do.
-        *self.kick.write() = file.as_ref().and_then(|file| file.try_clone().ok());
+        *kick = file.as_ref().and_then(|file| file.try_clone().ok());
         self.ring.set_kick(file);
     }
 
@@ -386,5 +389,37 @@ mod tests {
         vring.set_call(Some(event()));
         vring.set_call(None);
         assert!(!vring.is_new());
+    }
+
+    /// The worker reads the kick while the front-end takes away one that blocks, again and again.
+    #[test]
+    fn a_kick_that_is_taken_away_is_never_waited_for() {
+        let (vring, ended) = (vring(), AtomicBool::new(false));
+        let kick = event();
+        std::thread::scope(|scope| {
+            let reads = scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    vring.read_kick().unwrap();
+                }
+            });
+            let sets = scope.spawn(|| {
+                for _ in 0..20_000 {
+                    vring.set_kick(Some(kick.try_clone().unwrap()));
+                    vring.set_kick(None);
+                }
+            });
+            let deadline = std::time::Instant::now() + Duration::from_secs(20);
+            while !sets.is_finished() && std::time::Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let in_time = sets.is_finished();
+            ended.store(true, Ordering::Relaxed);
+            // Lets a reader that waits go, so that the test ends.
+            while !reads.is_finished() || !sets.is_finished() {
+                add(&kick, 1);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(in_time, "the worker waits for a kick that was taken away");
+        });
     }
 }
