@@ -192,7 +192,8 @@ fn a_full_tmpfs_holds_up_a_lazy_restore_until_there_is_room() {
         });
         read.collect::<Vec<_>>()
     });
-    assert_eq!(failed.recv_timeout(Duration::from_millis(500)).ok(), None);
+    // For longer than a file that cannot be read is tried again.
+    assert_eq!(failed.recv_timeout(Duration::from_millis(1500)).ok(), None);
     assert!(!guest.is_finished());
     assert!(restored.outstanding() > nr_pages / 2);
     room.set(SMALL as u64 * BLOCK).unwrap();

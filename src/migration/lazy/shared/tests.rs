@@ -192,6 +192,39 @@ fn a_client_whose_address_space_changes_all_the_time_is_answered_between() {
     drop(shared);
 }
 
+/// Never comes back from the first request, until it is let go.
+struct Stuck {
+    asked: AtomicUsize,
+    wait: Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+impl super::super::PageSource for Stuck {
+    fn request(&self, _lazy: &LazyRam, _block: usize, _range: ByteRange) -> io::Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let _ = self.wait.lock().recv();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_thread_of_a_client_that_is_held_up_is_left_at_the_end() {
+    let rig = rig();
+    let (let_go, wait) = std::sync::mpsc::channel();
+    let stuck = Arc::new(Stuck { asked: AtomicUsize::new(0), wait: Mutex::new(wait) });
+    rig.lazy.set_source(Some(Arc::clone(&stuck) as Arc<dyn super::super::PageSource>));
+    let reader = read(&rig.client, 3);
+    wait_until(|| stuck.asked.load(Ordering::Relaxed) != 0);
+    let Rig { side: _side, lazy, shared, client, _offered: offered, .. } = rig;
+    let ending = thread::spawn(move || drop(shared));
+    wait_until(|| ending.is_finished());
+    assert!(!reader.is_finished());
+    assert!(lazy.clients.read().is_empty());
+    drop(let_go);
+    lazy.place(0, (64 + 3) * PAGE, &[7; PAGE as usize]).unwrap();
+    offered.wake(client.addr() as u64, 15 * BLOCK).unwrap();
+    assert_eq!(reader.join().unwrap(), 7);
+}
+
 #[test]
 fn a_client_finds_zeros_in_memory_that_was_given_up() {
     let rig = rig();
