@@ -6,12 +6,13 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{ADDR, BLOCK, connect, gpa, options, ram};
 use rustix::net::{AddressFamily, SocketType};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use test_vmm::backend_channel::{BackendChannel, Behaviour};
 use test_vmm::daemon::Daemon;
 use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
@@ -304,6 +305,52 @@ fn after_a_start_of_the_host_the_requested_size_is_left_and_nothing_else() {
     );
 }
 
+/// New files beside the state file that are not under its name yet.
+fn unfinished(dir: &Path) -> usize {
+    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter(|name| name.to_string_lossy().contains(".new-")).count()
+}
+
+#[test]
+fn killed_while_its_state_file_is_replaced_it_leaves_nothing_beside_it_after_the_next_start() {
+    let mut daemon = common::daemon(options().state_file());
+    let ram = ram();
+    let state = {
+        let (frontend, _channel, mut driver) = connect(&daemon, &ram);
+        assert_eq!(driver.plug(gpa(1), 1).unwrap().kind(), ResponseType::Ack);
+        frontend.get_vring_base(0).unwrap();
+        let state = test_vmm::device_state::save(&frontend).unwrap().unwrap();
+        frontend.start_ring(0, driver.ring()).unwrap();
+        assert_eq!(driver.unplug(gpa(1), 1).unwrap().kind(), ResponseType::Ack);
+        state
+    };
+    let dir = daemon.state_file().parent().unwrap().to_owned();
+    for _ in 0..3 {
+        // The system kills it (SIGXFSZ) where it gives the new file its full size.
+        let size = fs::metadata(daemon.state_file()).unwrap().len();
+        let limit = Rlimit { current: Some(size - 1), maximum: None };
+        let pid = i32::try_from(daemon.pid()).ok().and_then(Pid::from_raw);
+        prlimit(pid, Resource::Fsize, limit).unwrap();
+        let frontend = Frontend::connect(&daemon.socket()).unwrap();
+        frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
+        frontend.set_mem_table(&ram).unwrap();
+        let _ = test_vmm::device_state::load(&frontend, &state);
+        // Which has the state come into force.
+        let driver = MemDriver::at(&ram, common::RING, 128, true).unwrap();
+        let _ = frontend.start_ring(0, driver.ring());
+        let _ = driver.ring().force_kick();
+        let deadline = Instant::now() + common::PATIENCE;
+        while daemon.is_running() {
+            assert!(Instant::now() < deadline, "it was not killed: {}", daemon.stderr());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert_eq!(unfinished(&dir), 1);
+        daemon.restart().unwrap();
+        assert_eq!(unfinished(&dir), 0, "{}", daemon.stderr());
+        assert_eq!(daemon.api().device().unwrap()["plugged_size"], 0);
+    }
+}
+
 #[test]
 fn new_state_files_at_once_in_separate_process_namespaces_are_not_mixed_up() {
     let dir = tempfile::tempdir().unwrap();
@@ -340,15 +387,7 @@ fn new_state_files_at_once_in_separate_process_namespaces_are_not_mixed_up() {
         assert_eq!(running, 1);
         let size = fs::metadata(&state).unwrap().len();
         assert!(size > 24576, "{size}");
-        assert_eq!(
-            fs::read_dir(dir.path())
-                .unwrap()
-                .filter(|entry| {
-                    entry.as_ref().unwrap().file_name().to_string_lossy().contains(".new-")
-                })
-                .count(),
-            0
-        );
+        assert_eq!(unfinished(dir.path()), 0);
         for daemon in &mut daemons {
             let _ = daemon.kill();
             let _ = daemon.wait();

@@ -1,7 +1,6 @@
 //! Files that are made as a whole: beside their name, and then under it.
 
 use std::fs::{self, File, OpenOptions};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
@@ -10,7 +9,7 @@ use rustix::fs::{CWD, FallocateFlags, MemfdFlags, RenameFlags, fallocate, rename
 use rustix::io::Errno;
 
 use super::layout::{self, BITMAP, Header, Lasting, Slot};
-use super::{BootId, Geometry, lock};
+use super::{BootId, Geometry, left, lock};
 
 /// Words that are written at once.
 const CHUNK: usize = 8192;
@@ -138,9 +137,7 @@ pub(super) fn resolve(path: &Path) -> io::Result<PathBuf> {
 /// Makes a file beside `path`, under a name that no other process uses.
 fn beside(path: &Path, content: &Content<'_>) -> io::Result<(PathBuf, File)> {
     loop {
-        let mut name = path.as_os_str().to_owned();
-        name.push(format!(".new-{:016x}", RandomState::new().build_hasher().finish()));
-        let temporary = PathBuf::from(name);
+        let temporary = left::new_name(path);
         let file = match create(&temporary) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             other => other?,

@@ -13,6 +13,7 @@
 mod boot;
 mod error;
 mod layout;
+mod left;
 mod made;
 mod record;
 
@@ -86,6 +87,7 @@ impl StateFile {
         // A link stays one, also if it points to a file that is not there yet.
         let target = made::resolve(path).map_err(io)?;
         let file = made::new(&target, &content).map_err(io)?;
+        left::remove(path, &file);
         Ok(Self::made(Some(path.to_owned()), *geometry, boot, file, slot, words))
     }
 
@@ -123,7 +125,8 @@ impl StateFile {
         Self { path, geometry, boot, file, current, words, slot, lasting, unwritten, other_boot }
     }
 
-    /// Opens a file and checks all of it. Nothing is written before the first commit.
+    /// Opens a file and checks all of it. Nothing is written before the first commit; new files that a
+    /// killed daemon did not finish are removed from beside it.
     ///
     /// # Errors
     ///
@@ -155,7 +158,9 @@ impl StateFile {
         if (opened.dev(), opened.ino()) != (named.dev(), named.ino()) {
             return Err(StateFileError::InUse(path.to_owned()));
         }
-        Self::read(file, Some(path), geometry, boot)
+        let opened = Self::read(file, Some(path), geometry, boot)?;
+        left::remove(path, &opened.0.file);
+        Ok(opened)
     }
 
     /// Takes over the [current](Self::current) file of a process that this one has replaced. It is

@@ -521,3 +521,46 @@ proptest! {
         prop_assert_eq!(rig.bytes(), bytes);
     }
 }
+
+#[test]
+fn what_a_killed_daemon_left_beside_the_file_is_removed_at_the_next_start_and_nothing_else() {
+    let rig = Rig::new();
+    drop(rig.create());
+    let beside = |name: &str| rig.dir.path().join(name);
+    let (empty, whole) = ("state.new-0000000000000000", "state.new-00000000000000ff");
+    let (linked, making) = ("state.new-1111111111111111", "state.new-2222222222222222");
+    let (other, folder) = ("other.new-0000000000000000", "state.new-3333333333333333");
+    let leave = || {
+        std::fs::write(beside(empty), "").unwrap();
+        std::fs::copy(rig.path(), beside(whole)).unwrap();
+        let _ = std::fs::hard_link(rig.path(), beside(linked));
+    };
+    std::fs::write(beside(making), "").unwrap();
+    let locked = File::open(beside(making)).unwrap();
+    lock(&locked, &beside(making)).unwrap();
+    std::fs::write(beside(other), "").unwrap();
+    std::fs::create_dir(beside(folder)).unwrap();
+    let found = || {
+        let entries = std::fs::read_dir(rig.dir.path()).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort_unstable();
+        names
+    };
+    leave();
+    let held = rig.open_file();
+    assert_eq!(found(), [other, "state", making, folder]);
+    // While the file is held, a second daemon removes nothing.
+    leave();
+    assert!(matches!(rig.open(), Err(StateFileError::InUse(_))));
+    assert_eq!(found().len(), 7);
+    drop(held);
+    // Also where a killed daemon did not get to name its file.
+    std::fs::remove_file(rig.path()).unwrap();
+    std::fs::remove_file(beside(linked)).unwrap();
+    let file = rig.create();
+    assert_eq!(found(), [other, "state", making, folder]);
+    drop((file, locked));
+    assert_eq!(rig.open().unwrap().plugged_blocks, 0);
+    assert_eq!(found(), [other, "state", folder]);
+}
