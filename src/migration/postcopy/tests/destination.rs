@@ -554,6 +554,22 @@ fn a_guest_with_all_its_memory_is_not_lost_to_a_manager_that_went_away() {
 }
 
 #[test]
+fn what_a_device_puts_where_a_page_is_outstanding_keeps_the_guest_at_the_source() {
+    let to = Side::new(&[1, 4, 5, 9]);
+    let (near, far) = UnixStream::pair().unwrap();
+    // By a mapping of its own, or a process of its own: no fault is seen.
+    let file = to.region.try_clone().unwrap();
+    let vmm = Vmm::loading(move || fill(&file, ANNOUNCED.start..ANNOUNCED.start + 1, 0xee));
+    let there = receive(&to, vmm, far, None);
+    let mut source = RawSource::begin(near, &to);
+    source.hand_over();
+    wait_until(|| there.thread.is_finished());
+    assert_eq!(there.seen(), (0, 1, 0));
+    let error = there.thread.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("0x40000 of block \"vmem0\" is still there"), "{error}");
+}
+
+#[test]
 fn memory_that_cannot_do_postcopy_is_found_before_precopy() {
     let to = Side::new(&[1, 4, 5, 9]);
     // Another userfaultfd has it.
