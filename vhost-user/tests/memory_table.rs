@@ -83,12 +83,14 @@ fn memory_that_is_refused_has_its_reason_in_the_log() {
     let directory = File::open("/").unwrap();
     let good = MemoryRegion { guest_addr: 0x1000, size: 0x2000, user_addr: 0, mmap_offset: 0 };
     let not_memory = "neither a memfd nor on tmpfs or hugetlbfs";
-    let cases: [(MemoryRegion, BorrowedFd<'_>, &str); 8] = [
+    let cases: [(MemoryRegion, BorrowedFd<'_>, &str); 10] = [
         (MemoryRegion { size: 0, ..good }, file.as_fd(), "at 0x1000 of 0x0 bytes: a size of 0"),
         (MemoryRegion { mmap_offset: 512, ..good }, file.as_fd(), "its offset 0x200 in the file"),
         (MemoryRegion { guest_addr: u64::MAX, ..good }, file.as_fd(), "guest-physical addresses"),
         (MemoryRegion { user_addr: u64::MAX, ..good }, file.as_fd(), "all user addresses"),
         (MemoryRegion { guest_addr: 0x2000, ..good }, file.as_fd(), "overlaps a region at 0x0 of"),
+        (MemoryRegion { size: BOOT + PAGE, ..good }, file.as_fd(), "bytes instead of 0x1001000"),
+        (MemoryRegion { mmap_offset: BOOT, ..good }, file.as_fd(), "bytes instead of 0x1002000"),
         (good, read_only.as_fd(), "Permission denied"),
         (good, pipe.as_fd(), not_memory),
         (good, directory.as_fd(), not_memory),

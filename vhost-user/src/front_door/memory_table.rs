@@ -1,7 +1,12 @@
 //! The memory table, as the front-end's messages make it.
 
+use std::os::fd::OwnedFd;
+
+use rustix::fs::fstat;
+
 use super::error::RelayError;
 use super::message::{FrontendRequest, Message, u32_at, u64_at};
+use crate::shared_file::FileKind;
 
 /// Bytes of a region in a message, and in front of the first one.
 const REGION: usize = 32;
@@ -44,6 +49,7 @@ impl MemoryTable {
         }
         if request == FrontendRequest::ADD_MEM_REG {
             regions.iter().try_for_each(check).map_err(refuse)?;
+            check_files(&regions, &message.fds).map_err(refuse)?;
             let mut all = self.regions.clone();
             all.extend(regions);
             return Self::of(all).map_err(refuse);
@@ -54,6 +60,7 @@ impl MemoryTable {
             return Err(refuse(format!("{count} regions in a payload of {size} bytes")));
         }
         regions.iter().try_for_each(check).map_err(refuse)?;
+        check_files(&regions, &message.fds).map_err(refuse)?;
         sort(message, &regions);
         Self::of(regions).map_err(refuse)
     }
@@ -130,6 +137,24 @@ fn check(region: &Region) -> Result<(), String> {
     if !region.offset.is_multiple_of(page_size) {
         let offset = region.offset;
         return Err(format!("{name}: its offset {offset:#x} in the file is not that of a page"));
+    }
+    Ok(())
+}
+
+/// Refuses regions that pass the end of their file, where each access would be lost. What is shortened
+/// later is found at an access. Other files than memory are not asked for their size.
+fn check_files(regions: &[Region], files: &[OwnedFd]) -> Result<(), String> {
+    for (region, file) in regions.iter().zip(files) {
+        if FileKind::of(file) != FileKind::Memory {
+            continue;
+        }
+        let name = region.name();
+        let found =
+            fstat(file).map_err(|error| format!("{name}: the size of its file: {error}"))?;
+        let (end, found) = (region.offset + region.size, found.st_size);
+        if u64::try_from(found).is_ok_and(|found| found < end) {
+            return Err(format!("{name}: its file has {found:#x} bytes instead of {end:#x}"));
+        }
     }
     Ok(())
 }
