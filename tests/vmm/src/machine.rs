@@ -71,6 +71,7 @@ pub struct Machine {
 struct GuestState {
     driver: GuestDriver,
     ring: Ring,
+    place: Place,
     /// Whether the guest is to wait when it could run.
     hold: bool,
     /// Whether memory still arrives while the guest runs. The daemon looks at the ring through a
@@ -78,6 +79,18 @@ struct GuestState {
     arriving: bool,
     /// Why the device is of no use any more.
     lost: Option<String>,
+}
+
+/// Where the guest is. Only one that is here may run here: elsewhere it has other memory by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// It has not come yet.
+    Awaited,
+    Here,
+    /// Stopped for a migration or a snapshot, whose outcome tells where it is.
+    Stopped,
+    /// The destination has it, or it was lost on the way.
+    Gone,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +119,9 @@ impl Machine {
         let driver =
             GuestDriver::new(frontend.clone(), channel.clone(), driver).with_vcpus(vcpus.clone());
         let (incoming, hold) = (options.incoming, options.paused);
-        let guest = GuestState { driver, ring: Ring::Stopped, hold, arriving: false, lost: None };
+        let place = if incoming { Place::Awaited } else { Place::Here };
+        let guest =
+            GuestState { driver, ring: Ring::Stopped, place, hold, arriving: false, lost: None };
         let guest = Mutex::new(guest);
         let (detached, running) = (AtomicBool::new(false), AtomicBool::new(false));
         let machine = Arc::new(Self {
@@ -124,7 +139,7 @@ impl Machine {
         thread::Builder::new().name("guest-driver".to_owned()).spawn(move || drive(&weak))?;
         if !incoming {
             machine.set_up_ring()?;
-            machine.cont();
+            machine.cont()?;
         }
         Ok(machine)
     }
@@ -188,10 +203,44 @@ impl Machine {
     }
 
     /// Lets the guest run, also one that was to wait.
-    pub fn cont(&self) {
+    ///
+    /// # Errors
+    ///
+    /// When the guest is not here: it would run with memory that is old, or in two places.
+    pub fn cont(&self) -> anyhow::Result<()> {
         let mut guest = self.guest();
+        match guest.place {
+            Place::Here => {}
+            Place::Awaited => {
+                bail!("no guest has come yet: continue it when the migration is over")
+            }
+            Place::Stopped => bail!(
+                "the guest is stopped for a migration or a snapshot, and continues by itself \
+                 if it stays here"
+            ),
+            Place::Gone => bail!("the guest has left, and must not run here again"),
+        }
         guest.hold = false;
         self.start_guest(&mut guest);
+        Ok(())
+    }
+
+    /// The guest has left: what is here of it is old.
+    pub fn guest_left(&self) {
+        self.guest().place = Place::Gone;
+    }
+
+    /// Has the machine wait for a guest.
+    ///
+    /// # Errors
+    ///
+    /// When it was not started for that, or a guest is here, even one that is to wait.
+    pub fn await_guest(&self) -> anyhow::Result<()> {
+        let mut guest = self.guest();
+        let free = matches!(guest.place, Place::Awaited | Place::Gone);
+        ensure!(self.options.incoming && free, "a guest is here already: start a VMM for another");
+        guest.place = Place::Awaited;
+        Ok(())
     }
 
     /// Whether the guest's memory may still arrive when it runs.
@@ -339,14 +388,16 @@ impl Guest for Machine {
         };
         guest.ring = Ring::Stopped;
         self.running.store(false, Ordering::SeqCst);
-        if stopped.is_err() {
-            self.start_guest(&mut guest);
+        match stopped {
+            Ok(()) => guest.place = Place::Stopped,
+            Err(_) => self.start_guest(&mut guest),
         }
         stopped
     }
 
     fn run(&self) -> Result<(), String> {
         let mut guest = self.guest();
+        guest.place = Place::Here;
         if !guest.hold {
             self.start_guest(&mut guest);
         }

@@ -164,8 +164,44 @@ fn commands_that_make_no_sense_are_refused_and_the_guest_goes_on() {
     let address = host.listen();
     let mut other = Host::with_guest();
     other.migrate(&address);
-    assert!(host.outcome().error_desc.unwrap().contains("a guest runs here already"));
+    assert!(host.outcome().error_desc.unwrap().contains("a guest is here already"));
     assert_eq!(other.outcome().status, "failed");
     other.assert_guest_works();
     host.assert_guest_works();
+}
+
+/// The guest is not here, and is not continued here.
+fn assert_not_continued(host: &mut Host, reason: &str) {
+    let error = host.vmm.tell(Command::Cont).unwrap_err().to_string();
+    assert_eq!(error, reason);
+    host.assert_no_guest();
+}
+
+#[test]
+fn a_guest_that_has_left_is_not_continued_here() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    assert_not_continued(&mut to, "no guest has come yet: continue it when the migration is over");
+    let address = unix(&to);
+    migrate(&mut from, &mut to, &address, true);
+    assert_not_continued(&mut from, "the guest has left, and must not run here again");
+    // One that runs is told nothing new.
+    to.vmm.tell(Command::Cont).unwrap();
+    to.assert_guest_works();
+}
+
+#[test]
+fn a_guest_that_waits_is_not_replaced_by_another() {
+    let (mut from, mut to, mut other) = (Host::with_guest(), Host::paused(), Host::with_guest());
+    let address = to.listen();
+    from.migrate(&address);
+    assert_eq!(from.outcome().status, "completed");
+    assert_eq!(to.outcome().status, "completed");
+    let address = to.listen();
+    other.migrate(&address);
+    assert_eq!(other.outcome().status, "failed");
+    let error = to.outcome().error_desc.unwrap();
+    assert!(error.contains("a guest is here already"), "{error}");
+    other.assert_guest_works();
+    to.vmm.tell(Command::Cont).unwrap();
+    to.assert_guest_works();
 }

@@ -112,11 +112,16 @@ fn a_destination_that_is_killed_in_postcopy_takes_the_guest_with_it() {
     relay.hold_after(TOUCHED / 2);
     from.go_first(relay.address(), None);
     wait_on_the_way(&mut from, &relay);
+    // It runs over there.
+    let error = from.vmm.tell(Command::Cont).unwrap_err().to_string();
+    assert!(error.starts_with("the guest is stopped for a migration"), "{error}");
     to.vmm.kill();
     let report = from.outcome();
     assert_eq!(report.status, "failed", "{report:?}");
     assert!(report.error_desc.is_some_and(|error| !error.is_empty()));
     // It ran over there, and what it did is lost: it must not run a second time.
+    let error = from.vmm.tell(Command::Cont).unwrap_err().to_string();
+    assert_eq!(error, "the guest has left, and must not run here again");
     from.assert_no_guest();
     assert_eq!(from.daemon.api().device().unwrap()["migration_active"], false);
 }

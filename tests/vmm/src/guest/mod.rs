@@ -124,7 +124,7 @@ impl Session {
                 ensure!(self.migration.is_some(), "no migration was begun");
             }
             Command::Cancel => self.begun()?.cancel(),
-            Command::Cont => machine.cont(),
+            Command::Cont => machine.cont()?,
             Command::Quit => bail!("the end comes elsewhere"),
         }
         self.report(cells)

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use virtio_mem::migration::postcopy::Channels;
 use virtio_mem::migration::precopy::{Guest, Incoming};
 use virtio_mem::migration::progress::Progress;
@@ -96,7 +96,7 @@ fn prepare(
     discard_aware: bool,
     arriving: bool,
 ) -> anyhow::Result<(Arc<RamBlocks>, MachineDevices)> {
-    ensure!(machine.options().incoming && !machine.is_running(), "a guest runs here already");
+    machine.await_guest()?;
     machine.tear_down_ring()?;
     machine.expect_memory(arriving);
     let blocks = Arc::new(blocks::blocks(machine, discard_aware)?);

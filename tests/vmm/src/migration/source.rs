@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use virtio_mem::migration::channel::Channel;
 use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
-use virtio_mem::migration::precopy::{Guest, Outgoing, Parameters};
+use virtio_mem::migration::precopy::{Guest, GuestAfter, Outgoing, Parameters};
 use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
 use virtio_mem::migration::snapshot::{self, BackgroundSnapshot, Snapshot};
@@ -62,10 +62,13 @@ pub(super) fn send(
         postcopy,
         progress,
     };
-    outgoing.run(channel)?;
-    // The guest is gone.
+    let sent = outgoing.run(channel);
+    let guest = sent.as_ref().map_or_else(|failed| failed.guest, |()| GuestAfter::Gone);
+    if guest == GuestAfter::Gone {
+        machine.guest_left();
+    }
     drop(frozen);
-    Ok(())
+    Ok(sent?)
 }
 
 /// Writes the guest to a new file: in the background, as it was when it stood still for a moment,
@@ -90,7 +93,7 @@ pub(super) fn snapshot(
     machine.stop().map_err(anyhow::Error::msg)?;
     let snapshot = Snapshot { configuration, blocks, devices, progress };
     let saved = snapshot::save(snapshot, &file);
-    machine.cont();
+    machine.run().map_err(anyhow::Error::msg)?;
     Ok(saved?)
 }
 
