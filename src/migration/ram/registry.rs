@@ -175,6 +175,9 @@ impl RamBlocks {
     /// Has addresses looked up in the VMM's memory table instead of the blocks' own first ones. QEMU
     /// sends a block's address in the memory region that contains it, so a VMM that nests regions as
     /// QEMU does tells that.
+    ///
+    /// The table is asked whenever a list of blocks is sent or checked. It may be replaced at any
+    /// time, by a lookup as well: each block is looked up in the table of that moment.
     pub fn set_memory_table(
         &self,
         address_of: impl Fn(&str) -> Option<u64> + Send + Sync + 'static,
@@ -214,7 +217,9 @@ impl RamBlocks {
     /// The address of a block now, in the memory region that contains it: guest-physical where that
     /// is the whole of memory. 0 when it is not in the memory table.
     pub fn address_of(&self, block: &MigrationBlock) -> u64 {
-        match &*self.address_of.read() {
+        // Asked without the lock: the VMM has locks of its own, with which it replaces the table.
+        let table = self.address_of.read().clone();
+        match table {
             Some(address_of) => address_of(block.id()).unwrap_or(0),
             None => block.ram().range().start(),
         }

@@ -1,7 +1,9 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
 
@@ -195,4 +197,78 @@ fn what_a_peer_calls_missing_is_masked_again_in_recovery() {
     all.set_range(0..all.nr_pages());
     ram.not_received("vmem0", all).unwrap();
     assert_eq!(ram.dirty_pages(), populated);
+}
+
+/// Two blocks that both sides share, at the addresses of their own.
+fn shared_blocks() -> RamBlocks {
+    let mut blocks = RamBlocks::new();
+    for id in ["vmem0", "vmem1"] {
+        let shared = BlockOptions { shared: true, ..BlockOptions::migratable() };
+        let block = migration_block(id, &memfd(BLOCK), BLOCK, shared);
+        blocks.register(Arc::new(block)).unwrap();
+    }
+    blocks
+}
+
+const SHARED: ListOptions = ListOptions { ignore_shared: true, postcopy: false };
+
+fn addresses(blocks: &RamBlocks) -> Vec<Option<u64>> {
+    blocks.list(SHARED).unwrap().entries.iter().map(|entry| entry.gpa).collect()
+}
+
+#[test]
+fn addresses_are_of_the_memory_table_as_it_is_now() {
+    let blocks = shared_blocks();
+    let own = blocks.iter().next().unwrap().ram().range().start();
+    assert_eq!(addresses(&blocks), [Some(own); 2]);
+    // The VMM's table, which changes by itself: it is asked each time.
+    let moved = Arc::new(Mutex::new(0x2_0000_0000));
+    let table = Arc::clone(&moved);
+    blocks.set_memory_table(move |id| (id == "vmem0").then(|| *table.lock().unwrap()));
+    assert_eq!(addresses(&blocks), [Some(0x2_0000_0000), Some(0)]);
+    *moved.lock().unwrap() = 0x3_0000_0000;
+    assert_eq!(addresses(&blocks), [Some(0x3_0000_0000), Some(0)]);
+    // Another table takes the place of the first.
+    blocks.set_memory_table(|id| (id == "vmem1").then_some(0x4_0000_0000));
+    assert_eq!(addresses(&blocks), [Some(0), Some(0x4_0000_0000)]);
+    // Without shared memory, addresses are nothing that a stream tells.
+    let list = blocks.list(ListOptions::default()).unwrap();
+    assert!(list.entries.iter().all(|entry| entry.gpa.is_none()));
+}
+
+#[test]
+fn a_region_that_moves_before_the_list_is_accepted_is_refused_and_after_it_is_not() {
+    let blocks = shared_blocks();
+    let at = |address: u64| move |id: &str| (id == "vmem0").then_some(address);
+    blocks.set_memory_table(at(0x2_0000_0000));
+    let list = blocks.list(SHARED).unwrap();
+    blocks.set_memory_table(at(0x3_0000_0000));
+    let error = blocks.accept(&list, SHARED).err().unwrap().to_string();
+    let expected = "RAM block \"vmem0\": address 0x200000000 in the stream, 0x300000000 here";
+    assert_eq!(error, expected);
+    // Only what both sides share must be at the same address.
+    let sent = blocks.accept(&blocks.list(ListOptions::default()).unwrap(), ListOptions::default());
+    assert_eq!(sent.unwrap().len(), 2);
+
+    blocks.set_memory_table(at(0x2_0000_0000));
+    let accepted = blocks.accept(&list, SHARED).unwrap();
+    blocks.set_memory_table(at(0x3_0000_0000));
+    assert_eq!(accepted.iter().map(|block| block.id()).collect::<Vec<_>>(), ["vmem0", "vmem1"]);
+    assert_eq!(blocks.address_of(&accepted[0]), 0x3_0000_0000);
+}
+
+#[test]
+fn a_lookup_in_the_memory_table_may_replace_the_table() {
+    let blocks = Arc::new(shared_blocks());
+    let inner = Arc::downgrade(&blocks);
+    blocks.set_memory_table(move |_| {
+        inner.upgrade()?.set_memory_table(|_| Some(0x3_0000_0000));
+        Some(0x2_0000_0000)
+    });
+    let (tell, told) = mpsc::channel();
+    let asked = Arc::clone(&blocks);
+    thread::spawn(move || tell.send(addresses(&asked)).unwrap());
+    // The bound is for a lookup that waits for itself.
+    let found = told.recv_timeout(Duration::from_secs(30)).unwrap();
+    assert_eq!(found, [Some(0x2_0000_0000), Some(0x3_0000_0000)]);
 }
