@@ -9,6 +9,7 @@ pub mod guest_chains;
 pub mod guest_requests;
 mod input;
 pub mod migration_stream;
+pub mod postcopy_stream;
 pub mod seeds;
 pub mod state_file;
 pub mod vhost_user_stream;
@@ -17,12 +18,13 @@ pub mod vhost_user_stream;
 pub type Body = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Body); 7] = [
+pub const TARGETS: [(&str, Body); 8] = [
     ("guest_requests", guest_requests::run),
     ("guest_chains", guest_chains::run),
     ("vhost_user_stream", vhost_user_stream::run),
     ("api_bodies", api_bodies::run),
     ("state_file", state_file::run),
     ("migration_stream", migration_stream::run),
+    ("postcopy_stream", postcopy_stream::run),
     ("discard_channel", discard_channel::run),
 ];

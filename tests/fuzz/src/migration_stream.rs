@@ -33,9 +33,9 @@ use virtio_mem::ram_discard::{LocalRamDiscardManager, RamDiscardSource};
 
 use crate::input::Input;
 
-const PAGE: u64 = 4096;
-const BLOCK: u64 = 16 * PAGE;
-const BLOCKS: usize = 8;
+pub(crate) const PAGE: u64 = 4096;
+pub(crate) const BLOCK: u64 = 16 * PAGE;
+pub(crate) const BLOCKS: usize = 8;
 
 /// Bounds the time of one input.
 const EDITS: usize = 64;
@@ -63,7 +63,7 @@ impl Guest for Witness {
 }
 
 /// Every other block is plugged.
-struct Plugged(BlockBitmap);
+pub(crate) struct Plugged(BlockBitmap);
 
 impl RamDiscardSource for Plugged {
     fn region_size(&self) -> u64 {
@@ -82,15 +82,19 @@ impl RamDiscardSource for Plugged {
     }
 }
 
+pub(crate) fn plugged() -> Plugged {
+    let mut plugged = BlockBitmap::new(BLOCKS);
+    (0..BLOCKS).step_by(2).for_each(|block| plugged.set(block..block + 1, true));
+    Plugged(plugged)
+}
+
 fn side() -> (Arc<RamBlocks>, Arc<MigrationBlock>) {
     let file = memfd("fuzz");
     file.set_len(BLOCKS as u64 * BLOCK).unwrap();
     let ram = RamBlock::new("vmem0".into(), 0, BLOCKS as u64 * BLOCK, file, 0).unwrap();
     let block = MigrationBlock::map(Arc::new(ram), BlockOptions::migratable()).unwrap();
-    let mut plugged = BlockBitmap::new(BLOCKS);
-    (0..BLOCKS).step_by(2).for_each(|block| plugged.set(block..block + 1, true));
     let manager = LocalRamDiscardManager::new(BLOCKS as u64 * BLOCK);
-    manager.add_source(Arc::new(Plugged(plugged))).unwrap();
+    manager.add_source(Arc::new(plugged())).unwrap();
     block.set_discard_manager(0, Arc::new(manager)).unwrap();
     let block = Arc::new(block);
     let mut blocks = RamBlocks::new();
@@ -339,7 +343,7 @@ impl Edited {
     }
 }
 
-fn memfd(name: &str) -> File {
+pub(crate) fn memfd(name: &str) -> File {
     File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap())
 }
 

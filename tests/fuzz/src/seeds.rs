@@ -9,6 +9,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "api_bodies" => api_bodies(),
         "state_file" => state_file(),
         "migration_stream" => migration_stream(),
+        "postcopy_stream" => postcopy_stream(),
         "discard_channel" => discard_channel(),
         _ => Vec::new(),
     }
@@ -143,6 +144,38 @@ fn migration_stream() -> Vec<Vec<u8>> {
     let nested = (0..10_000).rev().flat_map(|inside| packaged(inside * 9));
     seeds.push([1, 2].into_iter().chain(*header).chain(nested).collect());
     seeds
+}
+
+fn postcopy_stream() -> Vec<Vec<u8>> {
+    // How (8: no urgent channel; 2: no edits; 1: no vCPU; 64: one recovery), the number of ranges
+    // that are announced less one, each by page and number of pages, and what the package holds.
+    let begin = |how: u8| vec![how, 0, 4, 3, 0];
+    // Steps: all pages and the end; one page, and the channel breaks; what a recovery begins with.
+    let (all, end) = ([4], [6]);
+    let (one_page, breaks) = ([0, 0, 1, 4], [11, 0]);
+    let resume = [7, 1, 8];
+    vec![
+        [begin(10), all.to_vec(), end.to_vec()].concat(),
+        [begin(11), one_page.to_vec(), all.to_vec(), end.to_vec()].concat(),
+        // RUN behind the package, pages on the urgent channel.
+        [vec![2, 0, 4, 3, 2], vec![3, 1, 4, 1, 8, 1, 12, 0], end.to_vec()].concat(),
+        // A channel that breaks, without and with a recovery.
+        [begin(10), one_page.to_vec()].concat(),
+        [
+            begin(74),
+            one_page.to_vec(),
+            breaks.to_vec(),
+            resume.to_vec(),
+            all.to_vec(),
+            end.to_vec(),
+        ]
+        .concat(),
+        // A page that is zeros, one at no possible offset, one of discarded memory.
+        [begin(10), vec![0, 0, 0, 4], vec![0, 0, 1, 0xff], all.to_vec()].concat(),
+        [begin(10), vec![0, 0, 1, 0xf5], all.to_vec(), end.to_vec()].concat(),
+        // An edited beginning.
+        [begin(8), vec![1, 60, 0, 9], all.to_vec(), end.to_vec()].concat(),
+    ]
 }
 
 /// As found by fuzzing: a listener was left with what it had been told to populate.
