@@ -17,7 +17,7 @@ use virtio_mem::sys::shared_faults::OfferedFaults;
 
 use crate::guest::{Vm, no_work};
 use crate::huge_page_pool::Pool;
-use crate::memory::{BLOCK, Kind, Pattern, Side, say};
+use crate::memory::{BLOCK, Kind, Pattern, Room, Side, say};
 use crate::{ALONE, SMALL, run};
 
 const PAGE: u64 = 4096;
@@ -124,22 +124,32 @@ fn an_empty_pool_of_huge_pages_refuses_precopy_and_the_guest_stays() {
     assert_no_room_for_precopy(&from, &to);
 }
 
-#[test]
-fn a_full_tmpfs_holds_up_postcopy_until_there_is_room() {
-    let _alone = alone();
+/// Memory whose pages have their numbers from 1 at this offset, and a side with no room for most of
+/// it; nothing where no tmpfs can be mounted.
+fn with_little_room(offset: u64) -> Option<(Side, Side, Room)> {
     let plugged = Pattern::None.plugged(SMALL);
-    let from = Side::new(Kind::Memfd, &plugged).unwrap();
     // No whole number of the runs that are placed at once.
     let (to, room) = match Side::with_room((1 << 20) + 37 * PAGE, &plugged) {
         Ok(to) => to,
-        Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
+        Err(error) => {
+            say(&format!("skipped: a tmpfs of its own: {error}"));
+            return None;
+        }
     };
+    let from = Side::new(Kind::Memfd, &plugged).unwrap();
+    for page in 0..from.block.used_length() / PAGE {
+        from.block.mapping().write(page * PAGE + offset, &(page + 1).to_le_bytes());
+    }
+    Some((from, to, room))
+}
+
+#[test]
+fn a_full_tmpfs_holds_up_postcopy_until_there_is_room() {
+    let _alone = alone();
     // Between the guest's stamps, so that runs are long and there are no holes: with no room left,
     // the kernel would end who touches one that is not registered.
+    let Some((from, to, room)) = with_little_room(16) else { return };
     let nr_pages = from.block.used_length() / PAGE;
-    for page in 0..nr_pages {
-        from.block.mapping().write(page * PAGE + 16, &(page + 1).to_le_bytes());
-    }
     let (here, there) = guests(&from, &to);
     // None to recover over.
     let links = vec![UnixStream::pair().unwrap()];
@@ -168,16 +178,8 @@ fn later(make_room: impl FnOnce() + Send + 'static) -> thread::JoinHandle<()> {
 #[test]
 fn a_full_tmpfs_holds_up_a_lazy_restore_until_there_is_room() {
     let _alone = alone();
-    let plugged = Pattern::None.plugged(SMALL);
-    let from = Side::new(Kind::Memfd, &plugged).unwrap();
-    let (to, room) = match Side::with_room((1 << 20) + 37 * PAGE, &plugged) {
-        Ok(to) => to,
-        Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
-    };
+    let Some((from, to, room)) = with_little_room(0) else { return };
     let nr_pages = from.block.used_length() / PAGE;
-    for page in 0..nr_pages {
-        from.block.mapping().write(page * PAGE, &(page + 1).to_le_bytes());
-    }
     let file = Arc::new(tempfile::tempfile().unwrap());
     crate::save_stopped(&from, &file);
     let (tell, failed) = mpsc::channel();
