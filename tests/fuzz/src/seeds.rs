@@ -161,6 +161,8 @@ fn postcopy_stream() -> Vec<Vec<u8>> {
         [vec![2, 0, 4, 3, 2], vec![3, 1, 4, 1, 8, 1, 12, 0], end.to_vec()].concat(),
         // A channel that breaks, without and with a recovery.
         [begin(10), one_page.to_vec()].concat(),
+        // The page of the vCPU never comes.
+        [begin(10), vec![0, 0, 1, 8]].concat(),
         [
             begin(74),
             one_page.to_vec(),
