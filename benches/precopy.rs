@@ -244,7 +244,7 @@ fn region_size() {
             .collect();
         report(&format!("region of {name}"), &rounds);
         println!(
-            "    bytes sent {} against {}; held at the end {} MiB and {} MiB",
+            "    bytes sent {} against {}; resident at the end {} MiB and {} MiB",
             bytes.0,
             bytes.1,
             large.0.file.metadata().unwrap().blocks() / 2048,

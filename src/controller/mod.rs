@@ -243,13 +243,13 @@ impl MemController {
 
     /// Bytes the host really holds for the region; `None` while nothing is mapped. hugetlb files
     /// do not tell their holes: there, plugged blocks count, which are reserved as a whole.
-    pub fn populated_size(&self) -> Option<u64> {
+    pub fn resident_size(&self) -> Option<u64> {
         let section = self.geometry.section()?;
-        let populated = self.memory.populated(section)?;
+        let resident = self.memory.resident(section)?;
         Some(if self.memory.has_hugetlb() {
-            populated.max(self.config().plugged_size)
+            resident.max(self.config().plugged_size)
         } else {
-            populated
+            resident
         })
     }
 
@@ -259,15 +259,15 @@ impl MemController {
     /// `granularity` (bytes, rounded up to a multiple of the block size) is the resolution: ranges
     /// consist of whole units of that size, counted from the start of the region and cut off at
     /// its end, of which the host holds any byte. So their sum may be more than
-    /// [`populated_size`](Self::populated_size). Each unit that counts costs one short search, so
+    /// [`resident_size`](Self::resident_size). Each unit that counts costs one short search, so
     /// `granularity` bounds the cost in a region of very many blocks. In hugetlb memory, plugged
     /// blocks count, as they do there.
-    pub fn populated_ranges(&self, granularity: u64) -> Option<Vec<ByteRange>> {
+    pub fn resident_ranges(&self, granularity: u64) -> Option<Vec<ByteRange>> {
         let section = self.geometry.section()?;
         let granularity = granularity.clamp(1, self.geometry.region_size());
         let unit = granularity.next_multiple_of(self.geometry.block_size());
         let plugged = if self.memory.has_hugetlb() { self.served.ranges(true) } else { Vec::new() };
-        self.memory.populated_units(section, unit, &plugged)
+        self.memory.resident_units(section, unit, &plugged)
     }
 
     /// Sets the requested size, bytes, and has the guest told.

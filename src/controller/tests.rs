@@ -126,7 +126,7 @@ fn unplug_gives_the_memory_back_and_leaves_the_neighbours() {
     rig.fill(0, 8);
     assert_eq!(rig.execute(unplug(2, 3)), Response::Ack);
     assert_eq!(rig.held(), 5);
-    assert_eq!(rig.controller.populated_size(), Some(5 * BLOCK));
+    assert_eq!(rig.controller.resident_size(), Some(5 * BLOCK));
     assert_eq!(rig.controller.ranges(true), [section(0, 2), section(5, 8)]);
     assert_eq!(rig.controller.ranges(false), [section(2, 5), section(8, NR)]);
 }
@@ -141,7 +141,7 @@ fn without_memory_requests_are_busy_and_change_nothing() {
         assert_eq!(rig.execute(request), Response::Busy, "{request:?}");
     }
     assert_eq!(rig.controller.config(), before);
-    assert_eq!(rig.controller.populated_size(), None);
+    assert_eq!(rig.controller.resident_size(), None);
 }
 
 #[test]
@@ -415,9 +415,9 @@ fn a_system_reset_that_a_killed_process_put_off_is_done_when_nobody_holds_migrat
 }
 
 #[test]
-fn populated_ranges_are_whole_units_with_anything_in_them() {
+fn resident_ranges_are_whole_units_with_anything_in_them() {
     let rig = rig();
-    let ranges = |granularity| rig.controller.populated_ranges(granularity).unwrap();
+    let ranges = |granularity| rig.controller.resident_ranges(granularity).unwrap();
     assert_eq!(ranges(1), []);
     // Populated counts, plugged or not, down to a byte.
     rig.execute(plug(0, 8));
@@ -433,13 +433,13 @@ fn populated_ranges_are_whole_units_with_anything_in_them() {
     assert_eq!(ranges(4 * BLOCK), [section(0, 8), section(NR - 4, NR)]);
     assert_eq!(ranges(3 * BLOCK), [section(0, 6), last], "cut off at the end of the region");
     assert_eq!(ranges(u64::MAX), [section(0, NR)]);
-    assert_eq!(rig.controller.populated_size(), Some(3 * BLOCK + 2 * 4096));
+    assert_eq!(rig.controller.resident_size(), Some(3 * BLOCK + 2 * 4096));
 }
 
 #[test]
-fn populated_ranges_of_memory_in_pieces() {
+fn resident_ranges_of_memory_in_pieces() {
     let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
-    assert_eq!(controller.populated_ranges(BLOCK), None);
+    assert_eq!(controller.resident_ranges(BLOCK), None);
     let (low, high) = (memfd(), memfd());
     let piece = |first: u64, end: u64, file: &File, fd_offset| {
         let (gpa, size) = (ADDR + first * BLOCK, (end - first) * BLOCK);
@@ -454,7 +454,7 @@ fn populated_ranges_of_memory_in_pieces() {
     (3..9).for_each(|block| write(&low, block));
     [6, 7, 9, 12].into_iter().for_each(|block| write(&high, block));
     write(&low, 12);
-    let ranges = |granularity| controller.populated_ranges(granularity).unwrap();
+    let ranges = |granularity| controller.resident_ranges(granularity).unwrap();
     assert_eq!(ranges(BLOCK), [section(3, 6), section(7, 8), section(23, 24)]);
     assert_eq!(ranges(2 * BLOCK), [section(2, 8), section(22, 24)]);
     assert_eq!(ranges(4 * BLOCK), [section(0, 8), section(20, 24)]);
@@ -462,7 +462,7 @@ fn populated_ranges_of_memory_in_pieces() {
 
 proptest! {
     #[test]
-    fn populated_ranges_agree_with_each_page(
+    fn resident_ranges_agree_with_each_page(
         pages in prop::collection::btree_set(0u64..256, 0..60),
         blocks_per_unit in 1u64..9,
     ) {
@@ -486,7 +486,7 @@ proptest! {
             }
         }
         let found: Vec<_> = controller
-            .populated_ranges(unit)
+            .resident_ranges(unit)
             .unwrap()
             .into_iter()
             .map(|range| (range.start(), range.end()))

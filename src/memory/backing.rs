@@ -236,7 +236,7 @@ impl Backing {
     /// # Errors
     ///
     /// When the file cannot be searched.
-    pub fn populated(&self, range: ByteRange) -> io::Result<Option<u64>> {
+    pub fn resident(&self, range: ByteRange) -> io::Result<Option<u64>> {
         if self.kind == BackingKind::Hugetlb {
             return Ok(None);
         }
@@ -247,12 +247,12 @@ impl Backing {
             }
             return self.count_pages(range).or_else(|_| self.search_pages(range)).map(Some);
         }
-        let mut populated = 0;
+        let mut resident = 0;
         self.for_each_data(range, |data| {
-            populated += data.len();
+            resident += data.len();
             Ok(())
         })?;
-        Ok(Some(populated))
+        Ok(Some(resident))
     }
 
     /// Whether the kernel keeps count of what `range` holds: it is a whole file in memory. Files on disks
@@ -270,7 +270,7 @@ impl Backing {
     /// Bytes of `range` that a file in memory holds, as the kernel counts them.
     fn count_pages(&self, range: ByteRange) -> io::Result<u64> {
         let chunks = range.chunks(COUNT_CHUNK);
-        let pages = chunks.map(|chunk| page_cache::pages_held(&self.file, chunk));
+        let pages = chunks.map(|chunk| page_cache::resident_pages(&self.file, chunk));
         Ok(pages.sum::<io::Result<u64>>()? * self.page_size)
     }
 
@@ -327,7 +327,7 @@ impl Backing {
             let end = (start + 1).next_multiple_of(WINDOW).min(range.end());
             let Some(window) = ByteRange::from_bounds(start, end) else { break };
             rest = ByteRange::from_bounds(window.end(), range.end());
-            let held = page_cache::pages_held(&self.file, window).ok();
+            let held = page_cache::resident_pages(&self.file, window).ok();
             if self.kind == BackingKind::Shmem
                 && held.and_then(|pages| pages.checked_mul(self.page_size)) == Some(window.len())
             {
@@ -481,8 +481,8 @@ mod tests {
         assert_eq!(backing.kind(), BackingKind::Shmem);
         backing.discard(range(8 * PAGE, 16 * PAGE)).unwrap();
         assert_eq!(file.metadata().unwrap().blocks() * 512, 48 * PAGE);
-        assert_eq!(backing.populated(range(0, 64 * PAGE)).unwrap(), Some(48 * PAGE));
-        assert_eq!(backing.populated(range(4 * PAGE, 8 * PAGE)).unwrap(), Some(4 * PAGE));
+        assert_eq!(backing.resident(range(0, 64 * PAGE)).unwrap(), Some(48 * PAGE));
+        assert_eq!(backing.resident(range(4 * PAGE, 8 * PAGE)).unwrap(), Some(4 * PAGE));
         let mut bytes = vec![0; 64 * 4096];
         file.read_exact_at(&mut bytes, 0).unwrap();
         assert!(bytes[..8 * 4096].iter().chain(&bytes[24 * 4096..]).all(|&b| b == 0xaa));
@@ -490,13 +490,13 @@ mod tests {
     }
 
     #[test]
-    fn counting_what_is_populated_neither_allocates_nor_moves_the_offset() {
+    fn counting_what_is_resident_neither_allocates_nor_moves_the_offset() {
         use std::io::Seek;
         let mut file = memfd(64 * PAGE);
         file.write_all_at(&[1], 5 * PAGE).unwrap();
         file.seek(io::SeekFrom::Start(7)).unwrap();
         let backing = Backing::new(file.try_clone().unwrap()).unwrap();
-        assert_eq!(backing.populated(range(0, 64 * PAGE)).unwrap(), Some(PAGE));
+        assert_eq!(backing.resident(range(0, 64 * PAGE)).unwrap(), Some(PAGE));
         assert_eq!(file.metadata().unwrap().blocks() * 512, PAGE);
         assert_eq!(file.stream_position().unwrap(), 7);
     }
@@ -604,7 +604,7 @@ mod tests {
         file.write_all_at(&[1], PAGE).unwrap();
         file.write_all_at(&[1; 2 * 4096], 4 * PAGE).unwrap();
         let held = |from: u64, to: u64| {
-            backing.populated(range(from * PAGE, (to - from) * PAGE)).unwrap().unwrap() / PAGE
+            backing.resident(range(from * PAGE, (to - from) * PAGE)).unwrap().unwrap() / PAGE
         };
         SEARCHES.take();
         assert_eq!([held(0, 8), held(0, 7), held(1, 8), held(2, 5)], [3, 3, 3, 1]);

@@ -179,16 +179,16 @@ impl RegionMemory {
 
     /// Bytes the host holds for `section`; `None` when nothing is mapped or the backing does not
     /// tell. Of memory that is only a part of a file, much is counted once a second at most.
-    pub fn populated(&self, section: ByteRange) -> Option<u64> {
+    pub fn resident(&self, section: ByteRange) -> Option<u64> {
         let (pieces, _) = self.pieces(section);
         if pieces.is_empty() {
             return None;
         }
         let count = || {
             pieces.iter().try_fold(0u64, |sum, (block, file_range)| {
-                let populated = block.backing().populated(*file_range).ok()?;
+                let resident = block.backing().resident(*file_range).ok()?;
                 // Blocks of hugetlb memory are reserved as a whole when plugged.
-                Some(sum + populated.unwrap_or(0))
+                Some(sum + resident.unwrap_or(0))
             })
         };
         if pieces.iter().all(|(block, range)| block.backing().is_counted_by_the_kernel(*range)) {
@@ -209,7 +209,7 @@ impl RegionMemory {
     /// # Panics
     ///
     /// When `unit` is 0.
-    pub(crate) fn populated_units(
+    pub(crate) fn resident_units(
         &self,
         section: ByteRange,
         unit: u64,
@@ -470,7 +470,7 @@ mod tests {
         file.write_all_at(&vec![1; 16 << 20], 0).unwrap();
         memory.replace(vec![block(ADDR, 16 * BLOCK, &file, 0)]);
         assert_eq!(held(&file), 13 * BLOCK);
-        assert_eq!(memory.populated(section(0, 4)), Some(BLOCK));
+        assert_eq!(memory.resident(section(0, 4)), Some(BLOCK));
     }
 
     #[test]
@@ -488,7 +488,7 @@ mod tests {
             (64 * BLOCK, vec![section(0, 16)], 1),
         ] {
             SEARCHES.take();
-            let found = memory.populated_units(section(0, 16), unit, &[]);
+            let found = memory.resident_units(section(0, 16), unit, &[]);
             assert_eq!(found, Some(expected));
             assert_eq!(SEARCHES.take(), Searches { data, holes: 0 }, "{unit:#x}");
         }
@@ -504,14 +504,14 @@ mod tests {
         memory.replace(vec![block(ADDR, BIG, &file, 0)]);
         let whole = ByteRange::new(0, BIG).unwrap();
         file.write_all_at(&vec![1; 65 << 20], 0).unwrap();
-        assert_eq!(memory.populated(whole), Some(65 << 20));
+        assert_eq!(memory.resident(whole), Some(65 << 20));
         file.write_all_at(&[1], 66 << 20).unwrap();
-        assert_eq!(memory.populated(whole), Some(65 << 20), "as it was a moment ago");
+        assert_eq!(memory.resident(whole), Some(65 << 20), "as it was a moment ago");
         // Other memory is another count.
         memory.replace(vec![block(ADDR, BIG, &file, BIG)]);
-        assert_eq!(memory.populated(whole), Some(0));
+        assert_eq!(memory.resident(whole), Some(0));
         file.write_all_at(&[1], BIG).unwrap();
-        assert_eq!(memory.populated(whole), Some(4096), "little is counted each time");
+        assert_eq!(memory.resident(whole), Some(4096), "little is counted each time");
     }
 
     #[test]

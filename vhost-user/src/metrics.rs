@@ -76,7 +76,7 @@ pub struct Metrics {
     usable: Gauge,
     plugged: Gauge,
     requested: Gauge,
-    held: Gauge,
+    resident: Gauge,
     connected: Gauge,
     migration: Gauge,
 }
@@ -156,7 +156,8 @@ impl Metrics {
         let usable = size("usable_region_size", "Size of the part that requests may name");
         let plugged = size("plugged_size", "Sum of the plugged blocks");
         let requested = size("requested_size", "What the guest is asked to plug");
-        let held = size("populated_size", "What the host really holds; -1 while unmapped");
+        let resident =
+            size("resident_size", "Memory that is resident on the host; -1 while unmapped");
         let mut flag = |name, help| {
             let gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -185,7 +186,7 @@ impl Metrics {
             usable,
             plugged,
             requested,
-            held,
+            resident,
             connected,
             migration,
         }
@@ -243,7 +244,7 @@ impl Metrics {
     /// The text of all metrics, with the sizes as they are now.
     pub fn encode(&self, controller: &MemController, connected: bool) -> String {
         let config = controller.config();
-        let populated = controller.populated_size();
+        let resident_size = controller.resident_size();
         let gauge = |gauge: &Gauge, value: u64| {
             gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
         };
@@ -251,10 +252,10 @@ impl Metrics {
         gauge(&self.usable, config.usable_region_size);
         gauge(&self.plugged, config.plugged_size);
         gauge(&self.requested, config.requested_size);
-        match populated {
-            Some(size) => gauge(&self.held, size),
+        match resident_size {
+            Some(size) => gauge(&self.resident, size),
             None => {
-                self.held.set(-1);
+                self.resident.set(-1);
             }
         }
         self.connected.set(i64::from(connected));

@@ -18,9 +18,9 @@ use crate::metrics::{Metrics, MetricsListener};
 /// Events that a slow reader may lag behind before it is told that it missed some.
 const EVENT_BACKLOG: usize = 256;
 
-/// Parts of the region of which it is told whether they are populated, at most: finer than a map
+/// Parts of the region of which it is told whether they are resident, at most: finer than a map
 /// on any screen, and few enough to be searched at each request.
-const POPULATED_PARTS: u64 = 1 << 16;
+const RESIDENT_PARTS: u64 = 1 << 16;
 
 /// The device with everything that watches it.
 pub struct Service {
@@ -134,7 +134,7 @@ impl Management for Service {
             requested_size: config.requested_size,
             connected: self.connected.load(Ordering::Acquire),
             migration_active: self.controller.migration_active(),
-            populated_size: self.controller.populated_size(),
+            resident_size: self.controller.resident_size(),
         }
     }
 
@@ -160,12 +160,12 @@ impl Management for Service {
         }
     }
 
-    fn populated(&self) -> Option<RangeList> {
+    fn resident(&self) -> Option<RangeList> {
         let geometry = self.controller.geometry();
         let blocks = geometry.region_size() / geometry.block_size();
         // A power of two, so that whole parts make the characters of a map.
-        let part = blocks.div_ceil(POPULATED_PARTS).next_power_of_two() * geometry.block_size();
-        let ranges: Arc<[ByteRange]> = self.controller.populated_ranges(part)?.into();
+        let part = blocks.div_ceil(RESIDENT_PARTS).next_power_of_two() * geometry.block_size();
+        let ranges: Arc<[ByteRange]> = self.controller.resident_ranges(part)?.into();
         Some(RangeList::new(move || {
             let (ranges, mut next) = (Arc::clone(&ranges), 0..ranges.len());
             Box::new(std::iter::from_fn(move || Some(to_api(ranges[next.next()?]))))

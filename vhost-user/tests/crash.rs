@@ -94,7 +94,7 @@ fn killed_at_any_moment_every_request_is_done_once_and_answered() {
                 ram.write_stamps(gpa(block as u64)..gpa(block as u64 + 1), 1).unwrap();
             } else {
                 let range = gpa(block as u64)..gpa(block as u64 + 1);
-                assert_eq!(ram.populated_bytes(range).unwrap(), 0, "memory and bitmap agree");
+                assert_eq!(ram.resident_bytes(range).unwrap(), 0, "memory and bitmap agree");
             }
         }
     }

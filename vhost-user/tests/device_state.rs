@@ -108,7 +108,7 @@ fn unplugged_memory_that_is_mapped_goes_and_plugged_memory_stays() {
 
 /// Only blocks 1, 2 and 7 hold memory, and what was in it.
 fn assert_held(ram: &Arc<GuestRam>) {
-    assert_eq!(ram.populated_bytes(gpa(0)..gpa(9)).unwrap(), 3 * BLOCK);
+    assert_eq!(ram.resident_bytes(gpa(0)..gpa(9)).unwrap(), 3 * BLOCK);
     for (first, end) in [(1, 3), (7, 8)] {
         assert_eq!(ram.find_wrong_stamp(gpa(first)..gpa(end), 1).unwrap(), None);
     }

@@ -257,7 +257,7 @@ fn memory_goes_only_after_the_acknowledgement() {
     let mut rig = channel_rig();
     let client = attach(&rig.daemon);
     let (ram, seen) = (Arc::clone(&rig.ram), Arc::default());
-    let held = move || ram.populated_bytes(gpa(0)..gpa(4)).unwrap();
+    let held = move || ram.resident_bytes(gpa(0)..gpa(4)).unwrap();
     client.register(all(), Box::new(Looker(Box::new(held), Arc::clone(&seen)))).unwrap();
     rig.plug(0, 4);
     rig.stamp(0, 4);

@@ -219,13 +219,13 @@ fn memory_is_let_go_when_the_front_end_leaves() {
     let mut rig = rig();
     rig.plug(0, 1);
     rig.stamp(0, 1);
-    assert_eq!(rig.daemon.api().device().unwrap()["populated_size"], BLOCK);
+    assert_eq!(rig.daemon.api().device().unwrap()["resident_size"], BLOCK);
     rig.frontend.disconnect();
     let deadline = Instant::now() + common::PATIENCE;
     loop {
         let device = rig.daemon.api().device().unwrap();
         if device["connected"] == false {
-            assert!(device["populated_size"].is_null());
+            assert!(device["resident_size"].is_null());
             assert_eq!(device["plugged_size"], BLOCK);
             break;
         }

@@ -309,7 +309,7 @@ fn requests_for_memory_that_is_not_mapped_are_busy() {
     let mut rig = rig_with(options(), Arc::new(GuestRam::new(boot_only).unwrap()));
     assert_eq!(rig.plug(0, 1), ResponseType::Busy);
     assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Ack, "nothing is plugged");
-    assert!(rig.daemon.api().device().unwrap()["populated_size"].is_null());
+    assert!(rig.daemon.api().device().unwrap()["resident_size"].is_null());
 }
 
 #[test]

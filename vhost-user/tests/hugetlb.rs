@@ -48,10 +48,10 @@ fn plug_takes_pages_from_the_pool_and_unplug_gives_them_back() {
     assert_eq!(pool.free(), 2);
     rig.assert_stamped(0, 1);
     assert_eq!(rig.plug(100, 2), ResponseType::Ack);
-    assert_eq!(rig.daemon.api().device().unwrap()["populated_size"], 4 * BLOCK);
-    let populated = rig.daemon.api().get("/v1/device/populated").unwrap().json();
+    assert_eq!(rig.daemon.api().device().unwrap()["resident_size"], 4 * BLOCK);
+    let resident = rig.daemon.api().get("/v1/device/resident").unwrap().json();
     let plugged = rig.daemon.api().get("/v1/device/blocks").unwrap().json();
-    assert_eq!(populated["populated"], plugged["plugged"]);
+    assert_eq!(resident["resident"], plugged["plugged"]);
     assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Ack);
     assert_eq!(pool.free(), 4);
 }

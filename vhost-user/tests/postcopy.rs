@@ -98,7 +98,7 @@ fn destination(requests: &[MemRequest], never_come: &[u64]) -> Option<Destinatio
     let source = Arc::new(Source::default());
     let boot = ram.region(0).unwrap();
     let mut outstanding = PageBitmap::new(BOOT / PAGE);
-    for data in ram.populated_ranges(0..BOOT).unwrap() {
+    for data in ram.resident_ranges(0..BOOT).unwrap() {
         for page in data.step_by(PAGE as usize) {
             let mut bytes = vec![0; PAGE as usize];
             boot.file.read_exact_at(&mut bytes, page).unwrap();

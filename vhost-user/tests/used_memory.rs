@@ -73,6 +73,6 @@ fn memory_that_came_before_its_state_is_kept_where_it_is_plugged() {
     frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES).unwrap();
     frontend.set_mem_table(&ram).unwrap();
     assert!(load(&frontend, &state).unwrap());
-    assert_eq!(ram.populated_bytes(gpa(0)..gpa(64)).unwrap(), 4 * BLOCK);
+    assert_eq!(ram.resident_bytes(gpa(0)..gpa(64)).unwrap(), 4 * BLOCK);
     assert_eq!(ram.find_wrong_stamp(gpa(2)..gpa(6), 1).unwrap(), None);
 }

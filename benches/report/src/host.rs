@@ -18,7 +18,7 @@ pub fn memfd(size: u64) -> io::Result<File> {
 }
 
 /// Bytes that the host holds for a file.
-pub fn held(file: &File) -> io::Result<u64> {
+pub fn resident(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
 }
 
@@ -118,7 +118,7 @@ mod tests {
     fn the_kernel_tells_what_a_file_holds_and_what_was_read() {
         let file = memfd(4 * MIB).unwrap();
         file.write_all_at(&[1], MIB).unwrap();
-        assert_eq!(held(&file).unwrap(), PAGE);
+        assert_eq!(resident(&file).unwrap(), PAGE);
         if let Some(before) = bytes_read() {
             file.read_exact_at(&mut vec![0; MIB as usize], 0).unwrap();
             assert!(bytes_read().unwrap() - before >= MIB);

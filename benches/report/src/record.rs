@@ -55,9 +55,9 @@ pub struct Figures {
     pub downtime: Option<f64>,
     /// Processor time of both sides together, with the guest's writes.
     pub cpu: f64,
-    /// What the host held on the source before and after.
+    /// What was resident on the source before and after.
     pub source: [u64; 2],
-    /// What the host held on the destination afterwards.
+    /// What was resident on the destination afterwards.
     pub destination: u64,
 }
 

@@ -111,7 +111,7 @@ fn migrate(case: &Case, from: &Side, when: Option<SwitchWhen>) -> Result<Figures
     warm(case)?;
     let here = Writer::new(from.block.mapping(), case);
     here.run().map_err(|reason| anyhow!(reason))?;
-    let held = from.held()?;
+    let resident = from.resident()?;
 
     let before = Before::now();
     let progress = Arc::new(Progress::new());
@@ -126,8 +126,8 @@ fn migrate(case: &Case, from: &Side, when: Option<SwitchWhen>) -> Result<Figures
 
     let mut figures = Figures {
         cpu,
-        source: [held, from.held()?],
-        destination: to.held()?,
+        source: [resident, from.resident()?],
+        destination: to.resident()?,
         ..figures(&progress.snapshot())
     };
     figures.check(read);
@@ -195,7 +195,7 @@ fn snapshot(case: &Case, from: &Side, dir: &Path) -> Result<Figures> {
     warm(case)?;
     let guest = Writer::new(from.block.mapping(), case);
     guest.run().map_err(|reason| anyhow!(reason))?;
-    let held = from.held()?;
+    let resident = from.resident()?;
 
     let before = Before::now();
     let progress = Arc::new(Progress::new());
@@ -210,8 +210,8 @@ fn snapshot(case: &Case, from: &Side, dir: &Path) -> Result<Figures> {
     let cpu = before.cpu();
 
     let mut figures =
-        Figures { cpu, source: [held, from.held()?], ..figures(&progress.snapshot()) };
-    figures.check(Some(host::held(&file)?));
+        Figures { cpu, source: [resident, from.resident()?], ..figures(&progress.snapshot()) };
+    figures.check(Some(host::resident(&file)?));
     Ok(figures)
 }
 
@@ -224,9 +224,9 @@ fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
         devices: &mut NoDevices,
         progress: Arc::new(Progress::new()),
     };
-    let held = from.held()?;
+    let resident = from.resident()?;
     save(snapshot, &file)?;
-    let after = from.held()?;
+    let after = from.resident()?;
     drop(from);
     let to = Side::new(case)?;
     warm(case)?;
@@ -250,8 +250,13 @@ fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
     let (cpu, read) = (before.cpu(), before.read());
 
     let seen = progress.snapshot();
-    let mut figures =
-        Figures { cpu, downtime, source: [held, after], destination: to.held()?, ..figures(&seen) };
+    let mut figures = Figures {
+        cpu,
+        downtime,
+        source: [resident, after],
+        destination: to.resident()?,
+        ..figures(&seen)
+    };
     // The engine counts pages, but the bitmap of the file is read, too: a bit a page.
     figures.wire += case.region / PAGE / 8;
     // The stream around the pages is read through a buffer of 1 MiB.

@@ -91,7 +91,7 @@ impl Side {
     }
 
     /// Bytes that the host holds for it.
-    pub fn held(&self) -> io::Result<u64> {
-        host::held(&self.file)
+    pub fn resident(&self) -> io::Result<u64> {
+        host::resident(&self.file)
     }
 }

@@ -24,7 +24,7 @@ const FIGURES: [&str; 11] = [
     "total",
     "downtime",
     "CPU",
-    "source held",
+    "source resident",
     "destination holds",
     "count checked",
 ];

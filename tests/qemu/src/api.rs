@@ -31,7 +31,7 @@ pub struct Device {
     /// What the guest should have.
     pub requested_size: u64,
     /// What the host really holds; null when no front-end is there.
-    pub populated_size: Option<u64>,
+    pub resident_size: Option<u64>,
     /// Whether a front-end is there.
     pub connected: bool,
     /// Whether block state is frozen.

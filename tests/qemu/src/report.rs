@@ -50,15 +50,15 @@ impl Observation {
             mem_total.abs_diff(expected) <= Self::SLACK,
         );
         self.claim(format!("/proc/iomem has {} of virtio_mem", human(size)), iomem == size);
-        let Device { plugged_size, requested_size, populated_size, .. } = self.device;
+        let Device { plugged_size, requested_size, resident_size, .. } = self.device;
         self.claim(format!("plugged_size is {size}"), plugged_size == size);
         self.claim(format!("requested_size is {size}"), requested_size == size);
         self.claim("host memory is within what is plugged", self.host <= size);
         // The guest runs on between the two looks.
-        let populated = populated_size.unwrap_or(u64::MAX);
+        let resident = resident_size.unwrap_or(u64::MAX);
         self.claim(
-            format!("populated_size {populated} is what the host holds"),
-            populated.abs_diff(self.host) <= 16 * MIB,
+            format!("resident_size {resident} is what the host holds"),
+            resident.abs_diff(self.host) <= 16 * MIB,
         );
     }
 
@@ -158,7 +158,7 @@ impl Row {
 
 impl Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let heading = ["step", "guest saw", "API said", "host held", "verdict"].map(str::to_owned);
+        let heading = ["step", "guest saw", "API said", "resident", "verdict"].map(str::to_owned);
         let lines: Vec<[String; 5]> = std::iter::once(heading)
             .chain(self.rows.iter().map(|row| {
                 let Row { step, guest, api, host, .. } = row;

@@ -277,7 +277,7 @@ impl GuestRam {
 
     /// The parts of the range that the host holds memory for, ascending, by `SEEK_DATA` and
     /// `SEEK_HOLE`.
-    pub fn populated_ranges(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
+    pub fn resident_ranges(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
         let mut found: Vec<Range<u64>> = Vec::new();
         for region in self.overlapping(&range) {
             let start = range.start.max(region.gpa) - region.gpa + region.offset;
@@ -295,8 +295,8 @@ impl GuestRam {
     }
 
     /// Bytes of the range that the host holds memory for, by `SEEK_DATA`.
-    pub fn populated_bytes(&self, range: Range<u64>) -> Result<u64> {
-        Ok(self.populated_ranges(range)?.iter().map(|data| data.end - data.start).sum())
+    pub fn resident_bytes(&self, range: Range<u64>) -> Result<u64> {
+        Ok(self.resident_ranges(range)?.iter().map(|data| data.end - data.start).sum())
     }
 
     /// Gives the memory of the range back to the host, as a VMM would at start.
@@ -367,15 +367,15 @@ mod tests {
     }
 
     #[test]
-    fn populated_ranges_merge_across_entries_and_punch_removes_them() {
+    fn resident_ranges_merge_across_entries_and_punch_removes_them() {
         let layout = Layout::new().memfd("ram", 0, 4 * MIB).unwrap().split(0, 2).unwrap();
         let ram = GuestRam::new(layout).unwrap();
         ram.write_stamps(MIB..3 * MIB, 7).unwrap();
-        let populated = ram.populated_ranges(0..4 * MIB).unwrap();
-        assert_eq!(populated, vec![MIB..3 * MIB; 1]);
+        let resident = ram.resident_ranges(0..4 * MIB).unwrap();
+        assert_eq!(resident, vec![MIB..3 * MIB; 1]);
         assert_eq!(ram.find_wrong_stamp(MIB..3 * MIB, 7).unwrap(), None);
         assert_eq!(ram.find_wrong_stamp(MIB..3 * MIB, 8).unwrap(), Some(MIB));
         ram.punch(0..2 * MIB).unwrap();
-        assert_eq!(ram.populated_bytes(0..4 * MIB).unwrap(), MIB);
+        assert_eq!(ram.resident_bytes(0..4 * MIB).unwrap(), MIB);
     }
 }

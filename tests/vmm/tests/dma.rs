@@ -184,7 +184,7 @@ impl Remote {
         assert_eq!(self.dma.mapped(), offsets(0..blocks));
         assert_eq!(self.dma.faults(), Vec::<String>::new());
         let rest = ADDR + blocks * BLOCK..ADDR + REGION;
-        assert_eq!(self.machine.ram().populated_bytes(rest).unwrap(), 0);
+        assert_eq!(self.machine.ram().resident_bytes(rest).unwrap(), 0);
     }
 }
 

@@ -33,8 +33,8 @@ fn a_guest_goes_on_elsewhere_and_only_what_it_touched_was_sent() {
     assert!(ram.total >= TOUCHED && ram.total < TOUCHED + BOOT_SIZE, "{ram:?}");
     assert!(ram.normal >= TOUCHED / PAGE);
     assert_eq!(ram.dirty_while_discarded, 0);
-    assert_eq!(from.vmm.report().unwrap().held, TOUCHED);
-    assert_eq!(to.vmm.report().unwrap().held, TOUCHED);
+    assert_eq!(from.vmm.report().unwrap().resident, TOUCHED);
+    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
     from.vmm.quit().unwrap();
     to.vmm.quit().unwrap();
 }
@@ -58,8 +58,8 @@ fn without_asking_what_is_discarded_the_whole_region_is_read_and_held() {
     let ram = migrate(&mut from, &mut to, &address, false).ram;
     assert_eq!(ram.discarded, 0);
     assert!(ram.duplicate >= (REGION - TOUCHED) / PAGE, "{ram:?}");
-    assert_eq!(from.vmm.report().unwrap().held, REGION);
-    assert_eq!(to.vmm.report().unwrap().held, TOUCHED);
+    assert_eq!(from.vmm.report().unwrap().resident, REGION);
+    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
 }
 
 #[test]
@@ -109,7 +109,7 @@ fn sides_of_an_older_release_understand_each_other_and_no_newer_one() {
     let address = unix(&to);
     let sent = migrate(&mut from, &mut to, &address, true);
     assert_eq!(sent.ram.discarded, (REGION - PLUGGED) / PAGE);
-    assert_eq!(to.vmm.report().unwrap().held, TOUCHED);
+    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn a_guest_that_was_written_to_a_file_goes_on_from_there() {
     assert_eq!(restored.status, "completed", "{restored:?}");
     assert_eq!(to.vmm.report().unwrap().plugged, PLUGGED);
     to.assert_guest_works();
-    assert_eq!(to.vmm.report().unwrap().held, TOUCHED);
+    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
     to.vmm.quit().unwrap();
 }
 

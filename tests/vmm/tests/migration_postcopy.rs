@@ -74,7 +74,7 @@ fn a_channel_that_breaks_in_postcopy_is_recovered_and_the_device_works_afterward
     assert_eq!(sent.ram.discarded, (REGION - PLUGGED) / PAGE);
     from.assert_no_guest();
     to.assert_guest_works();
-    assert_eq!(to.vmm.report().unwrap().held, TOUCHED);
+    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
     from.vmm.quit().unwrap();
     to.vmm.quit().unwrap();
 }
@@ -176,8 +176,8 @@ fn a_running_guest_is_saved_and_goes_on_elsewhere_while_the_file_is_read() {
     to.vmm.tell(Command::Restore { file, lazy: true }).unwrap();
     assert!(assert_completed(&mut to).faults.is_some());
     to.assert_guest_works();
-    let held = to.vmm.report().unwrap().held;
-    assert!((TOUCHED..TOUCHED + MIB).contains(&held), "{held:#x}");
+    let resident = to.vmm.report().unwrap().resident;
+    assert!((TOUCHED..TOUCHED + MIB).contains(&resident), "{resident:#x}");
     from.assert_guest_works();
     to.vmm.quit().unwrap();
 }

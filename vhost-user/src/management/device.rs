@@ -30,7 +30,7 @@ pub struct DeviceInfo {
     pub migration_active: bool,
     /// What the host really holds for the region; null when guest memory is not mapped.
     #[schema(required)]
-    pub populated_size: Option<u64>,
+    pub resident_size: Option<u64>,
 }
 
 /// A part of the region.
@@ -53,12 +53,12 @@ pub struct Blocks {
 
 /// Where the host holds memory for the region.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Populated {
+pub struct Resident {
     /// Maximal ascending ranges; null when guest memory is not mapped. A range consists of whole
     /// blocks, or of a power of two of them in a region of very many, each with memory in it: their
-    /// sum may be more than populated_size.
+    /// sum may be more than resident_size.
     #[schema(required)]
-    pub populated: Option<Vec<Range>>,
+    pub resident: Option<Vec<Range>>,
 }
 
 /// Body of `PUT /v1/device/requested-size`.

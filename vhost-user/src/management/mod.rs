@@ -20,7 +20,7 @@ mod stream;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use device::{Blocks, DeviceInfo, MigrationSetting, Populated, Range, RequestedSize};
+pub use device::{Blocks, DeviceInfo, MigrationSetting, Range, RequestedSize, Resident};
 pub use event::Event;
 pub use openapi::openapi;
 pub use problem::{Problem, Refusal};
@@ -56,7 +56,7 @@ pub trait Management: Send + Sync + 'static {
     fn blocks(&self) -> BlockRanges;
 
     /// Where the host holds memory; `None` when guest memory is not mapped.
-    fn populated(&self) -> Option<RangeList>;
+    fn resident(&self) -> Option<RangeList>;
 
     /// Unplugs and discards everything.
     ///

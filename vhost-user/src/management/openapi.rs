@@ -3,7 +3,7 @@
 use utoipa::{OpenApi, ToResponse};
 
 use super::{
-    Blocks, DeviceInfo, MigrationSetting, Populated, Problem, Range, RequestedSize, router,
+    Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, Resident, router,
 };
 
 /// The API described in OpenAPI.
@@ -21,7 +21,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         router::device,
         router::set_requested_size,
         router::blocks,
-        router::populated,
+        router::resident,
         router::system_reset,
         router::set_migration,
         router::events,
@@ -29,7 +29,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         router::document,
     ),
     components(
-        schemas(Blocks, DeviceInfo, MigrationSetting, Populated, Problem, Range, RequestedSize),
+        schemas(Blocks, DeviceInfo, MigrationSetting, Resident, Problem, Range, RequestedSize),
         responses(Busy, Failure, Malformed, TooLarge, TooSlow, Wrong, WrongType),
     )
 )]

@@ -138,7 +138,7 @@ impl Text {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::management::{Blocks, Populated};
+    use crate::management::{Blocks, Resident};
     use proptest::prelude::*;
 
     fn list(ranges: &[Range]) -> Option<RangeList> {
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_list_that_is_not_known_is_null() {
-        assert_eq!(text(vec![("populated", None)]), r#"{"populated":null}"#);
+        assert_eq!(text(vec![("resident", None)]), r#"{"resident":null}"#);
         assert_eq!(text(Vec::new()), "{}");
     }
 
@@ -178,9 +178,9 @@ mod tests {
                 ("discarded", list(&blocks.discarded)),
             ];
             prop_assert_eq!(text(lists), serde_json::to_string(&blocks).unwrap());
-            let populated = Populated { populated: Some(blocks.plugged) };
-            let lists = vec![("populated", list(populated.populated.as_ref().unwrap()))];
-            prop_assert_eq!(text(lists), serde_json::to_string(&populated).unwrap());
+            let resident = Resident { resident: Some(blocks.plugged) };
+            let lists = vec![("resident", list(resident.resident.as_ref().unwrap()))];
+            prop_assert_eq!(text(lists), serde_json::to_string(&resident).unwrap());
         }
     }
 }

@@ -14,8 +14,8 @@ use tokio::sync::{Semaphore, watch};
 
 use super::caller::Caller;
 use super::{
-    BlockRanges, Blocks, DeviceInfo, Management, MigrationSetting, Populated, Problem, Refusal,
-    RequestedSize, body, event_stream, openapi, range_lists,
+    BlockRanges, Blocks, DeviceInfo, Management, MigrationSetting, Problem, Refusal, RequestedSize,
+    Resident, body, event_stream, openapi, range_lists,
 };
 
 /// Content type of the metrics.
@@ -94,7 +94,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/device", get(device))
         .route("/v1/device/requested-size", put(set_requested_size))
         .route("/v1/device/blocks", get(blocks))
-        .route("/v1/device/populated", get(populated))
+        .route("/v1/device/resident", get(resident))
         .route("/v1/device/system-reset", post(system_reset))
         .route("/v1/migration", put(set_migration))
         .route("/v1/events", get(events))
@@ -158,16 +158,16 @@ pub(super) async fn blocks(State(api): State<Api>) -> Result<Response, Problem> 
 ///
 /// Of memory of huge pages, that is what is plugged: it is taken as a whole. Elsewhere a block that
 /// is discarded may hold memory, too, where the guest touched what it may not use. The guest may use
-/// memory while it is looked up: each range was populated at a moment after the request came.
-#[utoipa::path(get, path = "/v1/device/populated", operation_id = "getPopulated", responses(
-    (status = 200, description = "What the host holds", body = Populated),
+/// memory while it is looked up: each range was resident at a moment after the request came.
+#[utoipa::path(get, path = "/v1/device/resident", operation_id = "getResident", responses(
+    (status = 200, description = "What the host holds", body = Resident),
     (status = 500, response = openapi::Failure),
     (status = 503, response = openapi::Busy),
 ))]
-pub(super) async fn populated(State(api): State<Api>) -> Result<Response, Problem> {
+pub(super) async fn resident(State(api): State<Api>) -> Result<Response, Problem> {
     let place = api.list_place().await?;
-    let populated = api.call(|management| management.populated()).await?;
-    range_lists::answer(vec![("populated", populated)], place).await
+    let resident = api.call(|management| management.resident()).await?;
+    range_lists::answer(vec![("resident", resident)], place).await
 }
 
 /// Unplugs and discards everything, as a reset of the virtual machine does.

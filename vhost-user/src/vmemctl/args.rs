@@ -50,7 +50,7 @@ pub enum Command {
         timeout: Option<Duration>,
     },
 
-    /// Draw the region: what is plugged, populated and discarded
+    /// Draw the region: what is plugged, resident and discarded
     Blocks,
 
     /// Unplug and discard everything, as a reset of the virtual machine does

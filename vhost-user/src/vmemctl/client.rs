@@ -82,8 +82,8 @@ impl Client {
     /// # Errors
     ///
     /// As [`Client::blocks`].
-    pub async fn populated(&self, take: &mut Take<'_>) -> Result<(), Failure> {
-        match self.ranges("/v1/device/populated", take).await {
+    pub async fn resident(&self, take: &mut Take<'_>) -> Result<(), Failure> {
+        match self.ranges("/v1/device/resident", take).await {
             Err(Failure::Refused(problem)) if problem.status == StatusCode::NOT_FOUND => Ok(()),
             told => told,
         }

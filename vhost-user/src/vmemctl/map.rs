@@ -12,13 +12,13 @@ const LINES: u64 = 16;
 /// Columns that an address and the space after it take.
 const MARGIN: usize = 20;
 
-const POPULATED: u8 = b'#';
+const RESIDENT: u8 = b'#';
 const PLUGGED: u8 = b'+';
 const DISCARDED: u8 = b'.';
 
 /// The map of a region: each line starts with its address, each character stands for the same number
 /// of blocks. Where it stands for several, the one that costs the host most decides, so that nothing
-/// populated is overlooked.
+/// resident is overlooked.
 ///
 /// It is as large as what is drawn, however many ranges the region has.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ pub(super) struct Map<'a> {
     list: List,
     plugged: Total,
     discarded: Total,
-    /// Whether it is told where memory is populated.
+    /// Whether it is told where memory is resident.
     told: bool,
 }
 
@@ -72,14 +72,14 @@ impl<'a> Map<'a> {
         match (item, self.list) {
             (Item::Begin(list), _) => {
                 self.list = list;
-                self.told |= list == List::Populated;
+                self.told |= list == List::Resident;
             }
             (Item::Range(range), List::Plugged) => {
                 self.plugged.add(range);
                 self.mark(range, PLUGGED);
             }
             (Item::Range(range), List::Discarded) => self.discarded.add(range),
-            (Item::Range(range), List::Populated) => self.mark(range, POPULATED),
+            (Item::Range(range), List::Resident) => self.mark(range, RESIDENT),
         }
     }
 
@@ -91,8 +91,8 @@ impl<'a> Map<'a> {
         let first = index(range.offset);
         let last = index(range.offset.saturating_add(range.size - 1));
         for cell in self.cells.iter_mut().take(last.saturating_add(1)).skip(first) {
-            // Populated is told last or first, and is what shows.
-            if *cell != POPULATED {
+            // Resident is told last or first, and is what shows.
+            if *cell != RESIDENT {
                 *cell = as_what;
             }
         }
@@ -115,23 +115,21 @@ impl<'a> Map<'a> {
 
     fn explain(&self, text: &mut String) {
         if self.told {
-            text.push_str("# populated  ");
+            text.push_str("# resident  ");
         }
         let cell = format_size(self.cell);
         let _ = write!(text, "+ plugged  . discarded; each character is {cell}");
         if self.cell > self.device.block_size {
             text.push_str(", the first of these that any of it is");
         }
-        let populated = match self.device.populated_size {
+        let resident = match self.device.resident_size {
             None => "unknown (not mapped)".to_owned(),
             Some(size) if self.told => format_size(size),
             Some(size) => format!("{} (the daemon does not tell where)", format_size(size)),
         };
         let (plugged, discarded) = (self.plugged.text(), self.discarded.text());
-        let _ = write!(
-            text,
-            "\nplugged    {plugged}\npopulated  {populated}\ndiscarded  {discarded}\n"
-        );
+        let _ =
+            write!(text, "\nplugged    {plugged}\nresident   {resident}\ndiscarded  {discarded}\n");
     }
 }
 
@@ -155,7 +153,7 @@ mod tests {
 
     const BLOCK: u64 = 2 << 20;
 
-    /// The ranges of blocks, each given as its character. `x` is populated without being plugged.
+    /// The ranges of blocks, each given as its character. `x` is resident without being plugged.
     fn items(blocks: &str) -> Vec<Item> {
         let list = |list, wanted: &[u8]| {
             let mut offset = 0;
@@ -169,7 +167,7 @@ mod tests {
             items
         };
         let plugged = list(List::Plugged, b"+#");
-        [plugged, list(List::Discarded, b".x"), list(List::Populated, b"#x")].concat()
+        [plugged, list(List::Discarded, b".x"), list(List::Resident, b"#x")].concat()
     }
 
     fn draw(items: &[Item], device: &DeviceInfo, width: usize) -> String {
@@ -180,7 +178,7 @@ mod tests {
 
     fn device_of(blocks: usize) -> DeviceInfo {
         let region_size = blocks as u64 * BLOCK;
-        DeviceInfo { region_size, populated_size: Some(4096), ..device() }
+        DeviceInfo { region_size, resident_size: Some(4096), ..device() }
     }
 
     fn cells(map: &str) -> String {
@@ -194,27 +192,27 @@ mod tests {
         assert_eq!(
             map,
             "0x0000000100000000  +#.+#\n\n\
-             # populated  + plugged  . discarded; each character is 2 MiB\n\
+             # resident  + plugged  . discarded; each character is 2 MiB\n\
              plugged    6 MiB in 2 ranges\n\
-             populated  4 KiB\n\
+             resident   4 KiB\n\
              discarded  4 MiB in 2 ranges\n"
         );
     }
 
     #[test]
-    fn populated_ranges_that_are_not_told_are_not_drawn() {
+    fn resident_ranges_that_are_not_told_are_not_drawn() {
         let mut items = items("##..");
         items.truncate(4);
         let map = draw(&items, &device_of(4), 80);
         assert!(map.starts_with("0x0000000100000000  ++..\n\n+ plugged  . discarded;"), "{map}");
-        assert!(map.contains("populated  4 KiB (the daemon does not tell where)\n"), "{map}");
+        assert!(map.contains("resident   4 KiB (the daemon does not tell where)\n"), "{map}");
         let map = draw(&items, &device(), 80);
-        assert!(map.contains("populated  unknown (not mapped)\n"), "{map}");
+        assert!(map.contains("resident   unknown (not mapped)\n"), "{map}");
     }
 
     #[test]
     fn nothing_to_draw() {
-        assert!(draw(&items(""), &device_of(0), 0).starts_with("\n# populated"));
+        assert!(draw(&items(""), &device_of(0), 0).starts_with("\n# resident"));
     }
 
     proptest! {
@@ -228,7 +226,7 @@ mod tests {
             prop_assert_eq!(per_cell > 1, map.contains(", the first of these"));
             let expected: String = blocks.as_bytes().chunks(per_cell).map(|cell| {
                 char::from(match cell {
-                    _ if cell.iter().any(|block| b"#x".contains(block)) => POPULATED,
+                    _ if cell.iter().any(|block| b"#x".contains(block)) => RESIDENT,
                     _ if cell.contains(&b'+') => PLUGGED,
                     _ => DISCARDED,
                 })

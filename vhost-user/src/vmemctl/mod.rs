@@ -145,7 +145,7 @@ async fn speak(
                 Ok(())
             };
             client.blocks(&mut take).await?;
-            client.populated(&mut take).await?;
+            client.resident(&mut take).await?;
             console.print(&map.draw())
         }
         Command::SystemReset => {
@@ -170,7 +170,7 @@ async fn blocks_as_json(client: &Client, console: &mut Console<'_>) -> Result<()
         written
     };
     client.blocks(&mut take).await?;
-    client.populated(&mut take).await?;
+    client.resident(&mut take).await?;
     json.end(&mut text);
     console.print(&text)
 }

@@ -21,7 +21,7 @@ pub enum List {
     /// What it may not use.
     Discarded,
     /// Where the host holds memory.
-    Populated,
+    Resident,
 }
 
 impl List {
@@ -30,12 +30,12 @@ impl List {
         match self {
             Self::Plugged => "plugged",
             Self::Discarded => "discarded",
-            Self::Populated => "populated",
+            Self::Resident => "resident",
         }
     }
 
     fn of(name: &str) -> Option<Self> {
-        [Self::Plugged, Self::Discarded, Self::Populated]
+        [Self::Plugged, Self::Discarded, Self::Resident]
             .into_iter()
             .find(|list| list.name() == name)
     }
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn lists_come_out_however_the_text_is_cut() {
         let text = r#"{"plugged":[{"offset":0,"size":2},{"size":3,"offset":4}], "later":{"a":[1]},
-            "discarded":[],"populated":null}"#;
+            "discarded":[],"resident":null}"#;
         let range = |offset, size| Item::Range(Range { offset, size });
         let expected =
             [Item::Begin(List::Plugged), range(0, 2), range(4, 3), Item::Begin(List::Discarded)];
@@ -205,9 +205,9 @@ mod tests {
     #[test]
     fn more_items_than_are_handed_over_at_once_come_in_order() {
         let text: Vec<_> = (0..5000).map(|n| format!("{{\"offset\":{n},\"size\":1}}")).collect();
-        let (items, end) = items(&format!("{{\"populated\":[{}]}}", text.join(",")), 100);
+        let (items, end) = items(&format!("{{\"resident\":[{}]}}", text.join(",")), 100);
         assert_eq!(end, Ok(()));
-        assert_eq!(items[0], Item::Begin(List::Populated));
+        assert_eq!(items[0], Item::Begin(List::Resident));
         assert_eq!(items.len(), 5001);
         assert_eq!(items[5000], Item::Range(Range { offset: 4999, size: 1 }));
     }

@@ -43,7 +43,7 @@ impl RegionJson {
     /// Writes the end. Lists of which nothing was said are null.
     pub(super) fn end(mut self, text: &mut String) {
         self.end_list(text);
-        for list in [List::Plugged, List::Discarded, List::Populated] {
+        for list in [List::Plugged, List::Discarded, List::Resident] {
             if !self.begun.contains(&list) {
                 self.name(list, text);
                 text.push_str("null");
@@ -89,16 +89,16 @@ mod tests {
             Item::Range(range(4)),
             Item::Begin(List::Discarded),
         ];
-        let value = json!({ "plugged": [range(0), range(4)], "discarded": [], "populated": null });
+        let value = json!({ "plugged": [range(0), range(4)], "discarded": [], "resident": null });
         let text = json_of(&items);
         assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), value);
         assert!(text.starts_with("{\n  \"plugged\": [\n    {\n      \"offset\": 0,\n"), "{text}");
-        assert!(text.contains("\n    }\n  ],\n  \"discarded\": [],\n  \"populated\": null\n}\n"));
+        assert!(text.contains("\n    }\n  ],\n  \"discarded\": [],\n  \"resident\": null\n}\n"));
     }
 
     #[test]
     fn nothing_that_was_said_is_null() {
         let value: Value = serde_json::from_str(&json_of(&[])).unwrap();
-        assert_eq!(value, json!({ "plugged": null, "discarded": null, "populated": null }));
+        assert_eq!(value, json!({ "plugged": null, "discarded": null, "resident": null }));
     }
 }

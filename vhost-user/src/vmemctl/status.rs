@@ -17,10 +17,7 @@ pub(super) fn table(device: &DeviceInfo) -> String {
         ("usable", size(device.usable_region_size)),
         ("requested", size(device.requested_size)),
         ("plugged", size(device.plugged_size)),
-        (
-            "populated",
-            device.populated_size.map_or_else(|| "unknown (not mapped)".to_owned(), size),
-        ),
+        ("resident", device.resident_size.map_or_else(|| "unknown (not mapped)".to_owned(), size)),
         ("front-end", if device.connected { "connected" } else { "not connected" }.to_owned()),
         ("migrating", yes_no(device.migration_active)),
     ];

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::{Console, run};
 use crate::management::tests::Fake;
-use crate::management::{Management, Populated, Problem, Range, Server};
+use crate::management::{Management, Problem, Range, Resident, Server};
 
 struct Outcome {
     status: u8,
@@ -161,10 +161,10 @@ fn blocks_and_reset() {
     assert!(map.out.contains("plugged    512 MiB in 1 range\n"), "{}", map.out);
     let json = || serde_json::from_str::<Value>(&vmemctl(&dir, &["blocks", "--json"]).out).unwrap();
     let discarded = json!([{ "offset": 512 << 20, "size": 512 << 20 }]);
-    assert_eq!((&json()["discarded"], &json()["populated"]), (&discarded, &Value::Null));
+    assert_eq!((&json()["discarded"], &json()["resident"]), (&discarded, &Value::Null));
     let range = Range { offset: 2 << 20, size: 4 << 20 };
-    *fake.populated.lock() = Populated { populated: Some(vec![range]) };
-    assert_eq!(json()["populated"], json!([{ "offset": 2 << 20, "size": 4 << 20 }]));
+    *fake.resident.lock() = Resident { resident: Some(vec![range]) };
+    assert_eq!(json()["resident"], json!([{ "offset": 2 << 20, "size": 4 << 20 }]));
     assert_eq!(json().as_object().unwrap().len(), 3);
     let map = vmemctl(&dir, &["blocks"]);
     assert!(map.out.starts_with("0x0000000100000000  +##+++"), "{}", map.out);
@@ -177,7 +177,7 @@ fn blocks_and_reset() {
 fn lists_that_are_longer_than_any_other_answer_may_be_are_drawn_and_written_in_full() {
     let fake = Fake::new();
     let ranges: Vec<_> = (0..1 << 16).map(|n| Range { offset: n << 14, size: 4096 }).collect();
-    *fake.populated.lock() = Populated { populated: Some(ranges.clone()) };
+    *fake.resident.lock() = Resident { resident: Some(ranges.clone()) };
     let text = serde_json::to_string(&ranges).unwrap();
     assert!(text.len() > 2 << 20, "{} bytes", text.len());
     let (_server, dir) = fake.serve();
@@ -193,16 +193,16 @@ fn lists_that_are_longer_than_any_other_answer_may_be_are_drawn_and_written_in_f
     };
     assert_eq!((cells('#'), cells('.'), cells('+')), (512, 0, 0), "{}", map.out);
     let json: Value = serde_json::from_str(&vmemctl(&dir, &["blocks", "--json"]).out).unwrap();
-    assert_eq!(json["populated"], json!(ranges));
+    assert_eq!(json["resident"], json!(ranges));
     assert_eq!(json["discarded"], json!([{ "offset": 0, "size": 1 << 30 }]));
 }
 
-/// Serves what a daemon served before it told where memory is populated.
+/// Serves what a daemon served before it told where memory is resident.
 fn serve_older(dir: &TempDir, requests: usize) -> thread::JoinHandle<()> {
     let listener = UnixListener::bind(dir.path().join("api")).unwrap();
     let fake = Fake::new();
     fake.plug(2 << 20);
-    fake.device.lock().populated_size = Some(4096);
+    fake.device.lock().resident_size = Some(4096);
     thread::spawn(move || {
         for _ in 0..requests {
             let mut reader = BufReader::new(listener.accept().unwrap().0);
@@ -228,16 +228,16 @@ fn serve_older(dir: &TempDir, requests: usize) -> thread::JoinHandle<()> {
 }
 
 #[test]
-fn the_map_of_a_daemon_that_does_not_tell_what_is_populated() {
+fn the_map_of_a_daemon_that_does_not_tell_what_is_resident() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = serve_older(&dir, 5);
     let map = vmemctl(&dir, &["blocks"]);
     assert_eq!((map.status, map.err.as_str()), (0, ""));
     assert!(map.out.starts_with("0x0000000100000000  +....."), "{}", map.out);
-    assert!(map.out.contains("populated  4 KiB (the daemon does not tell where)"), "{}", map.out);
+    assert!(map.out.contains("resident   4 KiB (the daemon does not tell where)"), "{}", map.out);
     let blocks: Value = serde_json::from_str(&vmemctl(&dir, &["blocks", "--json"]).out).unwrap();
     assert_eq!(blocks["plugged"], json!([{ "offset": 0, "size": 2 << 20 }]));
-    assert_eq!(blocks["populated"], Value::Null);
+    assert_eq!(blocks["resident"], Value::Null);
     daemon.join().unwrap();
 }
 

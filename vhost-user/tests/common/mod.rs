@@ -80,7 +80,7 @@ impl Rig {
 
     /// Bytes the host holds for some blocks.
     pub fn held(&self, first: u64, end: u64) -> u64 {
-        self.ram.populated_bytes(gpa(first)..gpa(end)).unwrap()
+        self.ram.resident_bytes(gpa(first)..gpa(end)).unwrap()
     }
 
     pub fn stamp(&self, first: u64, end: u64) {

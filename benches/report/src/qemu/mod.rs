@@ -62,7 +62,7 @@ impl Route {
 
 /// What the host holds for a guest, bytes.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct Held {
+pub struct Resident {
     /// For the region of the device.
     pub region: u64,
     /// For the memory that it booted with.
@@ -92,9 +92,9 @@ pub struct Moved {
     /// While it could run nowhere, had it run; `None` where nobody counts that.
     pub downtime: Option<f64>,
     /// On the source, before and after.
-    pub source: [Held; 2],
+    pub source: [Resident; 2],
     /// On the destination, afterwards.
-    pub destination: Held,
+    pub destination: Resident,
 }
 
 impl Moved {

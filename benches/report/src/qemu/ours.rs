@@ -22,7 +22,7 @@ use virtio_mem::migration::ram::{
 use virtio_mem::migration::snapshot::{Restore, Snapshot, restore, save};
 use virtio_mem::migration::stream::Configuration;
 
-use super::{Held, Moved, Route, Who};
+use super::{Moved, Resident, Route, Who};
 use crate::host;
 use crate::side::manager;
 use crate::units::{MIB, millis};
@@ -72,9 +72,9 @@ impl Copy {
         Ok(Self { files, blocks: Arc::new(blocks), region, ram, plugged })
     }
 
-    fn held(&self) -> Result<Held> {
+    fn resident(&self) -> Result<Resident> {
         let [region, boot] = &self.files;
-        Ok(Held { region: host::held(region)?, boot: host::held(boot)? })
+        Ok(Resident { region: host::resident(region)?, boot: host::resident(boot)? })
     }
 
     /// Moves it to fresh memory.
@@ -82,7 +82,7 @@ impl Copy {
         let to = Self::empty(self.region, self.ram, self.plugged)?;
         host::warm(2 * (self.plugged + self.ram))?;
         let progress = Arc::new(Progress::new());
-        let before = self.held()?;
+        let before = self.resident()?;
         let counted = match route {
             Route::Socket => self.over_a_socket(&to, &progress)?,
             Route::File | Route::MappedRam => self.to_a_file(&to, dir, &progress)?,
@@ -98,8 +98,8 @@ impl Copy {
             setup: millis(seen.setup_time),
             total: millis(seen.total_time),
             downtime: seen.downtime.map(millis),
-            source: [before, self.held()?],
-            destination: to.held()?,
+            source: [before, self.resident()?],
+            destination: to.resident()?,
         })
     }
 
@@ -155,7 +155,7 @@ impl Copy {
             progress: Arc::clone(progress),
         };
         save(snapshot, &file)?;
-        let held = host::held(&file)?;
+        let resident = host::resident(&file)?;
         let back = Restore {
             configuration: configuration(),
             blocks: Arc::clone(&to.blocks),
@@ -164,7 +164,7 @@ impl Copy {
             progress: Arc::new(Progress::new()),
         };
         restore(back, &file)?;
-        Ok(held)
+        Ok(resident)
     }
 }
 
@@ -206,6 +206,6 @@ mod tests {
         let mut bytes = [0; 5000];
         to.read_exact_at(&mut bytes, 3 * MIB).unwrap();
         assert_eq!(bytes, [7; 5000]);
-        assert_eq!(host::held(&to).unwrap(), 2 * PAGE);
+        assert_eq!(host::resident(&to).unwrap(), 2 * PAGE);
     }
 }

@@ -38,8 +38,8 @@ pub struct Resized {
     pub grow: f64,
     /// The same for the way back.
     pub shrink: f64,
-    /// What the host held for the region before and after the guest shrank.
-    pub held: [u64; 2],
+    /// What was resident of the region before and after the guest shrank.
+    pub resident: [u64; 2],
 }
 
 /// Both, over and over, each in a guest of its own that lives on beside the other.
@@ -75,7 +75,7 @@ trait Resizable {
     /// What the device says that the guest has.
     fn plugged(&mut self) -> Result<u64>;
     /// What the host holds for the region.
-    fn held(&self) -> Result<u64>;
+    fn resident(&self) -> Result<u64>;
     /// The guest itself.
     fn guest(&mut self) -> &mut Guest;
 }
@@ -93,7 +93,7 @@ impl Resizable for Machine {
         Ok(self.daemon.api.blocks()?.plugged.iter().map(|range| range.size).sum())
     }
 
-    fn held(&self) -> Result<u64> {
+    fn resident(&self) -> Result<u64> {
         self.qemu.host_held()
     }
 
@@ -130,8 +130,8 @@ impl Resizable for Own {
         OwnDevice::plugged(&mut self.qemu.qmp)
     }
 
-    fn held(&self) -> Result<u64> {
-        Ok(host::held(&self.qemu.memory(SETUP.region)?)?)
+    fn resident(&self) -> Result<u64> {
+        Ok(host::resident(&self.qemu.memory(SETUP.region)?)?)
     }
 
     fn guest(&mut self) -> &mut Guest {
@@ -146,10 +146,10 @@ fn cycle<R: Resizable>(what: &mut R) -> Result<Resized> {
     let grow = resize(what, LARGE)?;
     what.guest().dirty_fast(WRITTEN)?;
     what.guest().free()?;
-    let before = what.held()?;
-    ensure!(before >= WRITTEN / 2 * MIB, "the guest wrote elsewhere: {before} bytes are held");
+    let before = what.resident()?;
+    ensure!(before >= WRITTEN / 2 * MIB, "the guest wrote elsewhere: {before} bytes are resident");
     let shrink = resize(what, SMALL)?;
-    let resized = Resized { who: R::WHO, grow, shrink, held: [before, what.held()?] };
+    let resized = Resized { who: R::WHO, grow, shrink, resident: [before, what.resident()?] };
     eprintln!("{} grew in {grow:.0} ms and shrank in {shrink:.0} ms", R::WHO.name());
     Ok(resized)
 }

@@ -111,7 +111,7 @@ fn row(measured: &Measured, who: Who, route: Route) -> Option<Vec<String>> {
 
 /// What the source took more because it was read.
 fn grown(moved: &Moved) -> f64 {
-    let all = moved.source.map(|held| held.region + held.boot);
+    let all = moved.source.map(|resident| resident.region + resident.boot);
     all[1].saturating_sub(all[0]) as f64
 }
 
@@ -157,14 +157,14 @@ fn resizes(measured: &Measured) -> Table {
     let mut table = Table::new(title, ["device", "runs"]);
     let way = |from, to| format!("{} → {}", size(from), size(to));
     table.head.extend([way(SMALL, LARGE), way(LARGE, SMALL)]);
-    table.head.extend(["host held before the shrink", "and after"].map(str::to_owned));
+    table.head.extend(["resident before the shrink", "and after"].map(str::to_owned));
     let those = |who| measured.resized.iter().filter(move |resized| resized.who == who);
     let spread = |who, figure: Figure| Spread::of(those(who).map(figure));
     let figures: [(Figure, Words); 4] = [
         (|resized| resized.grow, time),
         (|resized| resized.shrink, time),
-        (|resized| resized.held[0] as f64, bytes),
-        (|resized| resized.held[1] as f64, bytes),
+        (|resized| resized.resident[0] as f64, bytes),
+        (|resized| resized.resident[1] as f64, bytes),
     ];
     for (who, name) in [(Who::Qemu, "virtio-mem-pci"), (Who::Ours, "the daemon")] {
         let mut row = vec![name.to_owned(), those(who).count().to_string()];
@@ -212,11 +212,11 @@ pub fn summary(measured: &Measured) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qemu::Held;
+    use crate::qemu::Resident;
     use crate::units::MIB;
 
     fn moved(who: Who, total: f64, after: u64) -> Moved {
-        let held = |region| Held { region: region * MIB, boot: 0 };
+        let resident = |region| Resident { region: region * MIB, boot: 0 };
         Moved {
             who,
             route: Route::Socket,
@@ -227,13 +227,13 @@ mod tests {
             setup: 1.0,
             total,
             downtime: None,
-            source: [held(8), held(after)],
-            destination: held(after),
+            source: [resident(8), resident(after)],
+            destination: resident(after),
         }
     }
 
     fn measured() -> Measured {
-        let resized = |who, shrink| Resized { who, grow: 300.0, shrink, held: [MIB, 0] };
+        let resized = |who, shrink| Resized { who, grow: 300.0, shrink, resident: [MIB, 0] };
         Measured {
             qemu: "QEMU 1".to_owned(),
             guest: "small".to_owned(),

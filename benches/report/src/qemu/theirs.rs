@@ -15,7 +15,7 @@ use real_guest::wait;
 use serde_json::{Value, json};
 
 use super::ours::Copy;
-use super::{Held, Moved, Route, Who};
+use super::{Moved, Resident, Route, Who};
 use crate::host;
 use crate::units::{GIB, MIB, size};
 
@@ -83,21 +83,21 @@ impl<'a> Source<'a> {
             Route::Socket => format!("unix:{}", self.dir.join("migration.sock").display()),
         };
         host::warm(2 * (PLUGGED + RAM))?;
-        let before = held(&self.qemu)?;
+        let before = resident(&self.qemu)?;
         if route == Route::Socket {
             destination.qmp.migrate_incoming(&uri, mapped)?;
         }
         let told = self.qemu.qmp.migrate(&uri, mapped)?;
-        let after = held(&self.qemu)?;
+        let after = resident(&self.qemu)?;
         if route != Route::Socket {
             destination.qmp.migrate_incoming(&uri, mapped)?;
         }
         destination.qmp.wait_migrated()?;
-        let there = held(&destination)?;
+        let there = resident(&destination)?;
         destination.stop();
         let counted = match route {
             Route::File => fs::metadata(&file)?.len(),
-            Route::MappedRam => host::held(&File::open(&file)?)?,
+            Route::MappedRam => host::resident(&File::open(&file)?)?,
             Route::Socket => self.count()?,
         };
         Ok(Moved {
@@ -155,8 +155,11 @@ fn start(kit: &Kit, dir: &Path, name: &str, incoming: bool) -> Result<Qemu> {
     Qemu::start(kit, Accelerator::Tcg, &Device::Own(&device(incoming)), &dir)
 }
 
-fn held(qemu: &Qemu) -> Result<Held> {
-    Ok(Held { region: host::held(&qemu.memory(REGION)?)?, boot: host::held(&qemu.memory(RAM)?)? })
+fn resident(qemu: &Qemu) -> Result<Resident> {
+    Ok(Resident {
+        region: host::resident(&qemu.memory(REGION)?)?,
+        boot: host::resident(&qemu.memory(RAM)?)?,
+    })
 }
 
 fn number(value: &Value, name: &str) -> Result<u64> {

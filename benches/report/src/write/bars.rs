@@ -30,7 +30,7 @@ pub fn all(measured: &Measured) -> Result<Vec<Chart>> {
     };
     let time = |route: Route| group(route.name(), route, |moved| millis_as_seconds(moved.total));
     let times = [Route::Socket, Route::MappedRam].map(time);
-    let held = [
+    let resident = [
         group("source before", Route::Socket, |moved| mebibytes(moved.source[0].region)),
         group("source after", Route::Socket, |moved| mebibytes(moved.source[1].region)),
         group("destination", Route::Socket, |moved| mebibytes(moved.destination.region)),
@@ -47,10 +47,10 @@ pub fn all(measured: &Measured) -> Result<Vec<Chart>> {
             &times.into_iter().flatten().collect::<Vec<_>>(),
         )?,
         chart(
-            &format!("{version} and this project: MiB held for the region"),
-            "qemu-held.svg",
+            &format!("{version} and this project: MiB resident of the region"),
+            "qemu-resident.svg",
             &measured.guest,
-            &held.into_iter().flatten().collect::<Vec<_>>(),
+            &resident.into_iter().flatten().collect::<Vec<_>>(),
         )?,
     ])
 }

@@ -20,7 +20,7 @@ const SIZE: (u32, u32) = (640, 400);
 enum Measure {
     Sent,
     Time,
-    SourceHeld,
+    SourceResident,
 }
 
 impl Measure {
@@ -28,7 +28,7 @@ impl Measure {
         match self {
             Self::Sent => "MiB sent",
             Self::Time => "total time in seconds",
-            Self::SourceHeld => "MiB held by the source afterwards",
+            Self::SourceResident => "MiB resident at the source afterwards",
         }
     }
 
@@ -37,7 +37,7 @@ impl Measure {
         match self {
             Self::Sent => mebibytes(figures.wire),
             Self::Time => millis_as_seconds(figures.total),
-            Self::SourceHeld => mebibytes(figures.source[1]),
+            Self::SourceResident => mebibytes(figures.source[1]),
         }
     }
 }
@@ -57,7 +57,7 @@ pub fn all(view: &View<'_>) -> Result<Vec<Chart>> {
     let mut charts = vec![small(view)?];
     for (dimension, measure) in [
         (Dimension::Plugged, Measure::Sent),
-        (Dimension::Plugged, Measure::SourceHeld),
+        (Dimension::Plugged, Measure::SourceResident),
         (Dimension::Touched, Measure::Sent),
         (Dimension::Touched, Measure::Time),
         (Dimension::Rate, Measure::Sent),

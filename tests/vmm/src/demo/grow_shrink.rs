@@ -28,9 +28,9 @@ enum Action {
 struct Step {
     title: String,
     action: Action,
-    /// What is to be plugged and held afterwards.
+    /// What is to be plugged and resident afterwards.
     plugged: u64,
-    held: u64,
+    resident: u64,
 }
 
 /// Runs it; everything that was wrong.
@@ -41,13 +41,13 @@ pub(super) fn run(daemon: &Path, region_size: u64) -> anyhow::Result<Vec<String>
         VmmOptions { addr: ADDR, region_size, incoming: false, paused: false, compat_level: None };
     let mut guest = Vmm::start(&env::current_exe()?, &daemon, &options)?;
     println!(
-        "The guest may grow by {}. One character is {}: · discarded  ░ plugged  █ plugged and populated\n",
+        "The guest may grow by {}. One character is {}: · discarded  ░ plugged  █ plugged and resident\n",
         human(region_size),
         human(region_size / CELLS)
     );
     println!(
         "{:<15}{:>10}{:>10}{:>11}{:>10}  map",
-        "step", "requested", "plugged", "populated", "held"
+        "step", "requested", "plugged", "resident", "measured"
     );
 
     let (mut wrong, mut peak, mut end, mut requested) = (Vec::new(), 0, 0, 0);
@@ -76,16 +76,16 @@ pub(super) fn run(daemon: &Path, region_size: u64) -> anyhow::Result<Vec<String>
             step.title,
             human(device.requested),
             human(device.plugged),
-            device.populated.map_or(String::from("?"), human),
-            human(report.held),
+            device.resident.map_or(String::from("?"), human),
+            human(report.resident),
             paint(&report.map)
         );
         for (name, found, expected) in [
             ("requested", device.requested, requested),
             ("plugged", device.plugged, step.plugged),
             ("plugged as the guest sees it", report.plugged, step.plugged),
-            ("populated", device.populated.unwrap_or(u64::MAX), step.held),
-            ("held", report.held, step.held),
+            ("resident", device.resident.unwrap_or(u64::MAX), step.resident),
+            ("measured", report.resident, step.resident),
         ] {
             if found != expected {
                 wrong.push(format!("{}: {name} is {found}, not {expected}", step.title));
@@ -94,8 +94,8 @@ pub(super) fn run(daemon: &Path, region_size: u64) -> anyhow::Result<Vec<String>
         if report.map.contains(&Cell::Leaked) {
             wrong.push(format!("{}: the host holds memory that is unplugged", step.title));
         }
-        peak = peak.max(report.held);
-        end = report.held;
+        peak = peak.max(report.resident);
+        end = report.resident;
     }
 
     let verified = guest.quit()?.verified;
@@ -117,11 +117,12 @@ pub(super) fn run(daemon: &Path, region_size: u64) -> anyhow::Result<Vec<String>
 /// The story, for a region of 8 GiB in the sizes of everyday, for others in proportion.
 fn steps(region_size: u64) -> Vec<Step> {
     let unit = region_size / 8;
-    let step = |title: String, action, plugged, held| Step { title, action, plugged, held };
-    let resize =
-        |bytes, held| step(format!("resize {}", human(bytes)), Action::Resize(bytes), bytes, held);
-    let write = |offset, size, plugged, held| {
-        step(format!("write {}", human(size)), Action::Write { offset, size }, plugged, held)
+    let step = |title: String, action, plugged, resident| Step { title, action, plugged, resident };
+    let resize = |bytes, resident| {
+        step(format!("resize {}", human(bytes)), Action::Resize(bytes), bytes, resident)
+    };
+    let write = |offset, size, plugged, resident| {
+        step(format!("write {}", human(size)), Action::Write { offset, size }, plugged, resident)
     };
     vec![
         step(String::from("start"), Action::Nothing, 0, 0),
@@ -138,7 +139,7 @@ fn steps(region_size: u64) -> Vec<Step> {
 struct Device {
     requested: u64,
     plugged: u64,
-    populated: Option<u64>,
+    resident: Option<u64>,
 }
 
 fn device(api: &ApiClient) -> anyhow::Result<Device> {
@@ -147,7 +148,7 @@ fn device(api: &ApiClient) -> anyhow::Result<Device> {
     Ok(Device {
         requested: size("requested_size")?,
         plugged: size("plugged_size")?,
-        populated: device.get("populated_size").and_then(Value::as_u64),
+        resident: device.get("resident_size").and_then(Value::as_u64),
     })
 }
 

@@ -95,8 +95,8 @@ impl Host {
     }
 
     /// What the host holds for its region, bytes.
-    pub(super) fn held(&mut self) -> anyhow::Result<u64> {
-        Ok(self.vmm.report()?.held)
+    pub(super) fn resident(&mut self) -> anyhow::Result<u64> {
+        Ok(self.vmm.report()?.resident)
     }
 
     /// The guest, which only looked at its memory so far, writes it again, and its device works.

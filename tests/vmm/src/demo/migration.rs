@@ -35,8 +35,8 @@ struct Sizes {
 struct Outcome {
     sizes: Sizes,
     report: MigrationReport,
-    /// What the host held for the region: at the source before and after, at the destination.
-    held: [u64; 3],
+    /// What was resident of the region: at the source before and after, at the destination.
+    resident: [u64; 3],
     compared: u64,
     wrong: Vec<String>,
 }
@@ -101,7 +101,7 @@ fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyho
     }
     // A guest that writes a quarter of its memory a second.
     from.tell(Command::Pace { pages: Some(touched / PAGE_SIZE / 4) })?;
-    let before = from.report()?.held;
+    let before = from.report()?.resident;
 
     let mut to_daemon = Daemon::start(daemon, daemon_options)?;
     let mut to = Vmm::start(&vmm, &to_daemon, &options(true))?;
@@ -130,7 +130,7 @@ fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyho
     // The guest waits over there, so that nothing changes while it is compared.
     let (compared, mut wrong) = compare::memory(&mut from, &mut to)?;
     wrong.extend(compare::devices(&from_daemon.api(), &to_daemon.api())?);
-    let held = [before, from.report()?.held, to.report()?.held];
+    let resident = [before, from.report()?.resident, to.report()?.resident];
     to.tell(Command::Cont)?;
     to.verify(2 * touched / PAGE_SIZE, TIMEOUT).context("the guest at the destination")?;
     let more = plugged + plugged / 8;
@@ -144,7 +144,7 @@ fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyho
             wrong.push(format!("a daemon ended with {status}: {}", daemon.stderr()));
         }
     }
-    let mut outcome = Outcome { sizes, report, held, compared, wrong };
+    let mut outcome = Outcome { sizes, report, resident, compared, wrong };
     outcome.check(discard_aware);
     Ok(outcome)
 }
@@ -174,20 +174,20 @@ impl Outcome {
         is("rounds", ram.dirty_sync_count, 2, u64::MAX);
         let downtime = self.report.downtime.unwrap_or(f64::MAX);
         is("downtime (ms)", downtime as u64, 0, 30_000);
-        let [before, after, arrived] = self.held;
-        is("held at the source before", before, touched, touched);
-        is("held at the destination", arrived, touched, touched);
+        let [before, after, arrived] = self.resident;
+        is("resident at the source before", before, touched, touched);
+        is("resident at the destination", arrived, touched, touched);
         if discard_aware {
             is("discarded", ram.discarded, pages(region - plugged), pages(region - plugged));
             let untouched = pages(plugged - touched);
             is("holes", ram.holes, untouched, untouched + boot);
             is("zero", ram.duplicate, 0, boot);
-            is("held at the source after", after, touched, touched);
+            is("resident at the source after", after, touched, touched);
         } else {
             is("discarded", ram.discarded, 0, 0);
             is("holes", ram.holes, 0, boot);
             is("zero", ram.duplicate, pages(region - touched), u64::MAX);
-            is("held at the source after", after, region, region);
+            is("resident at the source after", after, region, region);
         }
         self.wrong.append(&mut wrong);
     }
@@ -205,9 +205,9 @@ fn print_table(aware: &Outcome, unaware: &Outcome) {
         ("rounds", |o| o.report.ram.dirty_sync_count.to_string()),
         ("total time", |o| format!("{:.2} s", o.report.total_time / 1000.0)),
         ("downtime", |o| format!("{:.0} ms", o.report.downtime.unwrap_or_default())),
-        ("source held before", |o| human(o.held[0])),
-        ("source held after", |o| human(o.held[1])),
-        ("destination held", |o| human(o.held[2])),
+        ("source resident before", |o| human(o.resident[0])),
+        ("source resident after", |o| human(o.resident[1])),
+        ("destination resident", |o| human(o.resident[2])),
     ];
     println!("{:<32}{:>15}{:>15}", "migration", "discard-aware", "not aware");
     for (name, column) in rows {

@@ -38,7 +38,7 @@ pub(super) fn run(
     );
     let mut from = Host::with_guest(daemon, sizes)?;
     let mut to = Host::waiting(daemon, sizes, false)?;
-    let before = from.held()?;
+    let before = from.resident()?;
     to.vmm.tell(Command::ReadOnly { on: true })?;
 
     let socket = |name: &str| match tcp {
@@ -65,10 +65,10 @@ pub(super) fn run(
 
     let (compared, mut wrong) = compare::memory(&mut from.vmm, &mut to.vmm)?;
     wrong.extend(compare::devices(&from.daemon.api(), &to.daemon.api())?);
-    let held = [before, from.held()?, to.held()?];
+    let resident = [before, from.resident()?, to.resident()?];
     to.go_on(sizes)?;
-    check(sizes, &sent, &loaded, held, break_channel, &mut wrong);
-    print_table(&sent, &loaded, held);
+    check(sizes, &sent, &loaded, resident, break_channel, &mut wrong);
+    print_table(&sent, &loaded, resident);
     println!(
         "\nMemory ({} that either side holds), block state and configuration are the same bit by \
          bit. The vCPUs went on and found no wrong page ({:.1} s).",
@@ -124,7 +124,7 @@ fn check(
     sizes: Sizes,
     sent: &MigrationReport,
     loaded: &MigrationReport,
-    held: [u64; 3],
+    resident: [u64; 3],
     break_channel: bool,
     wrong: &mut Vec<String>,
 ) {
@@ -143,14 +143,14 @@ fn check(
     is("pages sent", sent.ram.normal, touched / PAGE_SIZE, u64::MAX);
     is("pages written although discarded", sent.ram.dirty_while_discarded, 0, 0);
     is("pages of zeros", faults.zero, 0, Sizes::GAP / PAGE_SIZE);
-    let [before, after, arrived] = held;
-    is("held at the source before", before, touched, touched);
-    is("held at the source after", after, touched, touched);
+    let [before, after, arrived] = resident;
+    is("resident at the source before", before, touched, touched);
+    is("resident at the source after", after, touched, touched);
     // The guest has looked at the gap there, which takes memory.
-    is("held at the destination", arrived, touched + Sizes::GAP, touched + Sizes::GAP);
+    is("resident at the destination", arrived, touched + Sizes::GAP, touched + Sizes::GAP);
 }
 
-fn print_table(sent: &MigrationReport, loaded: &MigrationReport, held: [u64; 3]) {
+fn print_table(sent: &MigrationReport, loaded: &MigrationReport, resident: [u64; 3]) {
     let faults = loaded.faults.unwrap_or_default();
     print_rows(
         "postcopy",
@@ -167,9 +167,9 @@ fn print_table(sent: &MigrationReport, loaded: &MigrationReport, held: [u64; 3])
             ("recovered over a new channel", sent.recoveries.to_string()),
             ("total time", format!("{:.2} s", sent.total_time / 1000.0)),
             ("downtime", format!("{:.0} ms", sent.downtime.unwrap_or_default())),
-            ("source held before", human(held[0])),
-            ("source held after", human(held[1])),
-            ("destination held", human(held[2])),
+            ("source resident before", human(resident[0])),
+            ("source resident after", human(resident[1])),
+            ("destination resident", human(resident[2])),
         ],
     );
 }

@@ -37,7 +37,7 @@ pub(super) fn paint(map: &[Cell]) -> String {
         let (symbol, colour) = match run[0] {
             Cell::Discarded => ("·", 90),
             Cell::Untouched => ("░", 36),
-            Cell::Populated => ("█", 32),
+            Cell::Resident => ("█", 32),
             Cell::Leaked => ("!", 31),
         };
         let symbols = symbol.repeat(run.len());

@@ -26,8 +26,8 @@ struct Outcome {
     restored: MigrationReport,
     /// What the file takes on its disk.
     file: u64,
-    /// What the host held for the region: at the source before and after, at the destination.
-    held: [u64; 3],
+    /// What was resident of the region: at the source before and after, at the destination.
+    resident: [u64; 3],
 }
 
 /// Runs it; everything that was wrong.
@@ -42,7 +42,7 @@ pub(super) fn run(daemon: &Path, region: u64) -> anyhow::Result<Vec<String>> {
         human(sizes.touched),
     );
     let mut from = Host::with_guest(daemon, sizes)?;
-    let before = from.held()?;
+    let before = from.resident()?;
     let file = from.daemon.socket().with_file_name("snapshot");
     from.vmm.tell(Command::Snapshot { file: file.clone(), background: true })?;
     let saved = progress::follow(&mut from.vmm, "snapshot", |_, _| Ok(()))?;
@@ -73,9 +73,9 @@ pub(super) fn run(daemon: &Path, region: u64) -> anyhow::Result<Vec<String>> {
     for other in [&from, &whole] {
         wrong.extend(compare::devices(&other.daemon.api(), &to.daemon.api())?);
     }
-    let held = [before, from.held()?, to.held()?];
+    let resident = [before, from.resident()?, to.resident()?];
     let file = fs::metadata(&file)?.blocks() * 512;
-    let outcome = Outcome { sizes, saved, restored, file, held };
+    let outcome = Outcome { sizes, saved, restored, file, resident };
     to.go_on(sizes)?;
     outcome.check(looked, &mut wrong);
     outcome.print_table();
@@ -113,16 +113,16 @@ impl Outcome {
         );
         let faults = self.restored.faults.unwrap_or_default();
         is("pages of zeros", faults.zero, 0, Sizes::GAP / PAGE_SIZE);
-        let [before, after, arrived] = self.held;
-        is("held by the guest before", before, touched, touched);
-        is("held by the guest after", after, touched, touched);
+        let [before, after, arrived] = self.resident;
+        is("resident before", before, touched, touched);
+        is("resident after", after, touched, touched);
         // A guest that has looked at the gap has memory for it.
         let there = touched + if looked { Sizes::GAP } else { 0 };
-        is("held after the restore", arrived, there, there);
+        is("resident after the restore", arrived, there, there);
     }
 
     fn print_table(&self) {
-        let Self { saved, restored, held, .. } = self;
+        let Self { saved, restored, resident, .. } = self;
         let faults = restored.faults.unwrap_or_default();
         print_rows(
             "snapshot",
@@ -136,8 +136,8 @@ impl Outcome {
                 ("writes that waited", saved.write_faults.to_string()),
                 ("total time", format!("{:.2} s", saved.total_time / 1000.0)),
                 ("downtime", format!("{:.0} ms", saved.downtime.unwrap_or_default())),
-                ("held before", human(held[0])),
-                ("held after", human(held[1])),
+                ("resident before", human(resident[0])),
+                ("resident after", human(resident[1])),
             ],
         );
         println!();
@@ -150,7 +150,7 @@ impl Outcome {
                 ("a fault takes, half of them", latency(faults.p50)),
                 ("a fault takes, 99 of 100", latency(faults.p99)),
                 ("until all is read", format!("{:.2} s", restored.total_time / 1000.0)),
-                ("held", human(held[2])),
+                ("resident", human(resident[2])),
             ],
         );
     }

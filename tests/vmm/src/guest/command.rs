@@ -93,7 +93,7 @@ pub struct Report {
     /// Bytes plugged, as the device's configuration says; 0 when nobody can say.
     pub plugged: u64,
     /// Bytes that the host holds for the region's memory, by `st_blocks`.
-    pub held: u64,
+    pub resident: u64,
     /// What is where in the region, for [`Command::Report`].
     pub map: Vec<Cell>,
     /// Pages that the vCPUs verified so far.

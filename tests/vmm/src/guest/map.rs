@@ -15,7 +15,7 @@ pub enum Cell {
     /// The guest may use it and has not yet.
     Untouched,
     /// The guest may use it and the host holds memory for it.
-    Populated,
+    Resident,
     /// The host holds memory that the guest may not use.
     Leaked,
 }
@@ -27,7 +27,7 @@ pub(super) fn draw(
     plugged: &[Range<u64>],
     cells: u64,
 ) -> Result<Vec<Cell>> {
-    let populated = ram.populated_ranges(region.clone())?;
+    let resident = ram.resident_ranges(region.clone())?;
     let step = (region.end - region.start).div_ceil(cells);
     let meets = |ranges: &[Range<u64>], cell: &Range<u64>| {
         ranges.iter().any(|range| range.start < cell.end && cell.start < range.end)
@@ -36,10 +36,10 @@ pub(super) fn draw(
         .map(|index| {
             let start = region.start + index * step;
             let cell = start..(start + step).min(region.end);
-            match (meets(plugged, &cell), meets(&populated, &cell)) {
+            match (meets(plugged, &cell), meets(&resident, &cell)) {
                 (false, false) => Cell::Discarded,
                 (true, false) => Cell::Untouched,
-                (true, true) => Cell::Populated,
+                (true, true) => Cell::Resident,
                 (false, true) => Cell::Leaked,
             }
         })
@@ -52,12 +52,12 @@ mod tests {
     use crate::memory::Layout;
 
     #[test]
-    fn map_tells_plugged_from_populated_and_shows_leaks() {
+    fn map_tells_plugged_from_resident_and_shows_leaks() {
         let ram = GuestRam::new(Layout::new().memfd("ram", 0, 0x10000).unwrap()).unwrap();
         ram.write(0x0000, &[1]).unwrap();
         ram.write(0xf000, &[1]).unwrap();
         let plugged = vec![0..0x8000; 1];
         let map = draw(&ram, &(0..0x10000), &plugged, 4).unwrap();
-        assert_eq!(map, [Cell::Populated, Cell::Untouched, Cell::Discarded, Cell::Leaked]);
+        assert_eq!(map, [Cell::Resident, Cell::Untouched, Cell::Discarded, Cell::Leaked]);
     }
 }

@@ -159,7 +159,7 @@ impl Session {
         let fd = |gpa| machine.ram().region(gpa).map(|region| region.file.as_raw_fd());
         Ok(Report {
             plugged: machine.frontend().config().map_or(0, |config| config.plugged_size),
-            held: machine.ram().allocated_bytes(region.clone())?,
+            resident: machine.ram().allocated_bytes(region.clone())?,
             map,
             verified: work.verified,
             written: work.written,

@@ -377,7 +377,7 @@ mod tests {
         let vcpus = Vcpus::start(ram.clone(), 3);
         vcpus.give(2 * MIB..6 * MIB);
         assert!(vcpus.wait_written(2 * MIB, Duration::from_secs(20)));
-        let populated = ram.populated_ranges(0..16 * MIB).unwrap();
+        let populated = ram.resident_ranges(0..16 * MIB).unwrap();
         assert_eq!(populated, vec![2 * MIB..6 * MIB; 1]);
 
         vcpus.take(3 * MIB..4 * MIB);
@@ -387,7 +387,7 @@ mod tests {
         while vcpus.work().verified < verified + 2048 {
             thread::sleep(Duration::from_millis(1));
         }
-        assert_eq!(ram.populated_bytes(0..16 * MIB).unwrap(), 3 * MIB);
+        assert_eq!(ram.resident_bytes(0..16 * MIB).unwrap(), 3 * MIB);
 
         // What was forgotten in between is not held against the memory.
         vcpus.give(3 * MIB..4 * MIB);

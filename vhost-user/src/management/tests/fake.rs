@@ -9,8 +9,7 @@ use tempfile::TempDir;
 use tokio::sync::broadcast;
 
 use crate::management::{
-    BlockRanges, Blocks, DeviceInfo, Event, Management, Populated, Range, RangeList, Refusal,
-    Server,
+    BlockRanges, Blocks, DeviceInfo, Event, Management, Range, RangeList, Refusal, Resident, Server,
 };
 
 /// Events that a reader may lag behind.
@@ -28,7 +27,7 @@ pub(crate) fn device() -> DeviceInfo {
         requested_size: 0,
         connected: false,
         migration_active: false,
-        populated_size: None,
+        resident_size: None,
     }
 }
 
@@ -41,7 +40,7 @@ pub(crate) struct Fake {
     pub(crate) reset_waits: Mutex<()>,
     /// Resets that were begun.
     pub(crate) resets: AtomicUsize,
-    pub(crate) populated: Mutex<Populated>,
+    pub(crate) resident: Mutex<Resident>,
 }
 
 impl Fake {
@@ -53,7 +52,7 @@ impl Fake {
             reset_takes: Mutex::default(),
             reset_waits: Mutex::default(),
             resets: AtomicUsize::new(0),
-            populated: Mutex::default(),
+            resident: Mutex::default(),
         })
     }
 
@@ -111,8 +110,8 @@ impl Management for Fake {
         }
     }
 
-    fn populated(&self) -> Option<RangeList> {
-        let ranges = self.populated.lock().populated.clone()?;
+    fn resident(&self) -> Option<RangeList> {
+        let ranges = self.resident.lock().resident.clone()?;
         Some(RangeList::new(move || Box::new(ranges.clone().into_iter())))
     }
 

@@ -72,13 +72,13 @@ fn clients_that_do_not_read_their_lists_cost_little_and_are_in_the_way_of_nothin
     assert!(grown < 16 * MUCH, "{grown} bytes");
     let detail = get(dir.path(), "/v1/device/blocks").problem(503);
     assert!(detail.contains("16 clients"), "{detail}");
-    get(dir.path(), "/v1/device/populated").problem(503);
+    get(dir.path(), "/v1/device/resident").problem(503);
     assert_eq!(get(dir.path(), "/v1/device").json()["plugged_size"], BLOCKS / 2 * BLOCK);
     assert_eq!(get(dir.path(), "/metrics").status, 200);
     assert!(get(dir.path(), "/openapi.json").json()["openapi"].is_string());
     drop(clients);
     let deadline = Instant::now() + Duration::from_secs(20);
-    while get(dir.path(), "/v1/device/populated").status != 200 {
+    while get(dir.path(), "/v1/device/resident").status != 200 {
         assert!(Instant::now() < deadline, "places are not given back");
         std::thread::sleep(Duration::from_millis(20));
     }

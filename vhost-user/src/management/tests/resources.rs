@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::http::{get, put, send};
 use super::{Fake, device};
-use crate::management::{Populated, Range};
+use crate::management::{Range, Resident};
 
 #[test]
 fn the_device() {
@@ -20,16 +20,16 @@ fn the_device() {
         json!({
             "addr": 4u64 << 30, "region_size": 1 << 30, "block_size": 2 << 20, "node_id": null,
             "usable_region_size": 256 << 20, "plugged_size": 0, "requested_size": 0,
-            "connected": false, "migration_active": false, "populated_size": null,
+            "connected": false, "migration_active": false, "resident_size": null,
         })
     );
     *fake.device.lock() = crate::management::DeviceInfo {
         node_id: Some(u16::MAX),
-        populated_size: Some(4096),
+        resident_size: Some(4096),
         ..device()
     };
     let device = get(dir.path(), "/v1/device").json();
-    assert_eq!((&device["node_id"], &device["populated_size"]), (&json!(65535), &json!(4096)));
+    assert_eq!((&device["node_id"], &device["resident_size"]), (&json!(65535), &json!(4096)));
 }
 
 #[test]
@@ -63,16 +63,16 @@ fn blocks() {
 }
 
 #[test]
-fn populated() {
+fn resident() {
     let fake = Fake::new();
     let (_server, dir) = fake.serve();
-    let get = || get(dir.path(), "/v1/device/populated").json();
-    assert_eq!(get(), json!({ "populated": null }));
-    *fake.populated.lock() = Populated { populated: Some(Vec::new()) };
-    assert_eq!(get(), json!({ "populated": [] }));
+    let get = || get(dir.path(), "/v1/device/resident").json();
+    assert_eq!(get(), json!({ "resident": null }));
+    *fake.resident.lock() = Resident { resident: Some(Vec::new()) };
+    assert_eq!(get(), json!({ "resident": [] }));
     let range = Range { offset: 2 << 20, size: 4 << 20 };
-    *fake.populated.lock() = Populated { populated: Some(vec![range]) };
-    assert_eq!(get(), json!({ "populated": [{ "offset": 2 << 20, "size": 4 << 20 }] }));
+    *fake.resident.lock() = Resident { resident: Some(vec![range]) };
+    assert_eq!(get(), json!({ "resident": [{ "offset": 2 << 20, "size": 4 << 20 }] }));
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn the_document_describes_every_resource() {
         ("/v1/device", "get", false),
         ("/v1/device/requested-size", "put", true),
         ("/v1/device/blocks", "get", false),
-        ("/v1/device/populated", "get", false),
+        ("/v1/device/resident", "get", false),
         ("/v1/device/system-reset", "post", true),
         ("/v1/migration", "put", true),
         ("/v1/events", "get", false),

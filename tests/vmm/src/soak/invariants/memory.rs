@@ -44,7 +44,7 @@ pub(super) fn look_at_blocks(world: &World) {
         }
         let mut at = 0;
         for range in plugged.iter().chain([&(REGION..REGION)]) {
-            let held = machine.ram().populated_ranges(ADDR + at..ADDR + range.start);
+            let held = machine.ram().resident_ranges(ADDR + at..ADDR + range.start);
             match held {
                 Ok(held) if held.is_empty() => {}
                 Ok(held) => {

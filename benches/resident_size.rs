@@ -16,12 +16,12 @@ use virtio_mem::memory::RamBlock;
 const MIB: u64 = 1 << 20;
 const ADDR: u64 = 1 << 32;
 const REGION: u64 = 1 << 30;
-const HELD: u64 = 256 * MIB;
+const RESIDENT: u64 = 256 * MIB;
 const RUNS: usize = 7;
 
 fn main() {
     let file = memfd(2 * REGION);
-    for at in (0..HELD).step_by(MIB as usize) {
+    for at in (0..RESIDENT).step_by(MIB as usize) {
         file.write_all_at(&[0xa5; MIB as usize], REGION + at).unwrap();
     }
     let geometry = Geometry::new(ADDR, REGION, 2 * MIB, None).unwrap();
@@ -29,11 +29,11 @@ fn main() {
     let ram = Arc::new(RamBlock::new("ram".into(), ADDR, REGION, file, REGION).unwrap());
     controller.set_memory(vec![Arc::clone(&ram)]).unwrap();
     let region = ByteRange::new(REGION, REGION).unwrap();
-    head("GET /v1/device on a part of a file, 256 MiB held", "a count");
+    head("GET /v1/device on a part of a file, 256 MiB resident", "a count");
     compare(
-        "populated_size, a thousand times",
+        "resident_size, a thousand times",
         RUNS,
-        || time(1000, || assert_eq!(controller.populated_size(), Some(HELD))),
-        || time(1, || assert_eq!(ram.backing().populated(region).unwrap(), Some(HELD))),
+        || time(1000, || assert_eq!(controller.resident_size(), Some(RESIDENT))),
+        || time(1, || assert_eq!(ram.backing().resident(region).unwrap(), Some(RESIDENT))),
     );
 }
