@@ -151,7 +151,7 @@ impl Backing {
     ///
     /// The reason why not.
     pub fn probe(&self) -> Result<(), BackingError> {
-        // A hole behind the end of the file changes nothing, and takes the kernel through the
+        // A hole past the end of the file changes nothing, and takes the kernel through the
         // same checks as a real one: seals, attributes of the inode, security modules.
         let at = match self.probe_at {
             Some(at) => at,

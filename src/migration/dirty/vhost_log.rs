@@ -41,7 +41,7 @@ impl VhostLog {
     ///
     /// # Errors
     ///
-    /// `InvalidInput` when a part is not made of whole pages or lies behind the end of the log.
+    /// `InvalidInput` when a part is not made of whole pages or lies past the end of the log.
     pub fn new(log: Arc<HostMapping>, ranges: Vec<LoggedRange>) -> io::Result<Self> {
         for LoggedRange { guest_addr, range } in &ranges {
             let whole = [*guest_addr, range.start(), range.len()]
@@ -66,7 +66,7 @@ impl VhostLog {
     ///
     /// # Errors
     ///
-    /// `InvalidInput` when the range lies behind the end of the log. Nothing is marked then.
+    /// `InvalidInput` when the range lies past the end of the log. Nothing is marked then.
     pub fn mark(log: &HostMapping, written: ByteRange) -> io::Result<()> {
         let pages = pages_touched(written);
         if pages.end.div_ceil(64) * 8 > log.len() {

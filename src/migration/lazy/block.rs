@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::ByteRange;
 use crate::migration::error::MigrationError;
-use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::migration::page_bitmap::{DiscardMask, GAP_MIN, PageBitmap, bytes_of, pages_touched};
 use crate::migration::ram::MigrationBlock;
 use crate::migration::stream::TARGET_PAGE_SIZE;
 use crate::sys::huge_pages::NoHugePages;
@@ -19,9 +19,6 @@ use crate::sys::page_faults::{NotPlaced, PageFaults, Placed};
 /// The most ranges that are registered for one block: each splits the process's mapping of it,
 /// of which the kernel allows some ten thousands. The largest gaps are left out.
 const RANGES_MAX: usize = 1024;
-
-/// Gaps smaller than this are registered with what is around them, bytes.
-const GAP_MIN: u64 = 2 << 20;
 
 /// A block, and which of its pages have not arrived.
 pub(super) struct LazyBlock {
@@ -75,17 +72,8 @@ impl LazyBlock {
     ) -> Result<Self, MigrationError> {
         // Host pages arrive whole.
         let page_size = block.page_size().max(TARGET_PAGE_SIZE);
-        let per_page = page_size / TARGET_PAGE_SIZE;
-        if per_page > 1 {
-            let runs: Vec<_> = outstanding.runs(0..outstanding.nr_pages()).collect();
-            for run in runs {
-                let end = run.end.next_multiple_of(per_page).min(outstanding.nr_pages());
-                outstanding.set_range(run.start / per_page * per_page..end);
-            }
-        }
-        for range in block.discarded()? {
-            outstanding.clear_range(pages_touched(range));
-        }
+        outstanding.widen_to(page_size / TARGET_PAGE_SIZE);
+        DiscardMask::new(block.discarded()?).apply(&mut outstanding);
         // Pages of hugetlb are outstanding as a whole.
         let forbid = || NoHugePages::of(Arc::clone(block.mapping()));
         let forbidden = block.tells_holes().then(forbid).transpose();
@@ -376,32 +364,12 @@ pub(super) fn is_no_memory(error: &io::Error) -> bool {
 fn ranges_to_register(outstanding: &PageBitmap, page_size: u64) -> Vec<ByteRange> {
     let mut gap_min = GAP_MIN.max(page_size);
     loop {
-        let ranges = merged_runs(outstanding, page_size, gap_min);
+        let ranges = outstanding.host_ranges(page_size, gap_min);
         if ranges.len() <= RANGES_MAX {
             return ranges;
         }
         gap_min *= 4;
     }
-}
-
-/// The runs of outstanding pages with gaps below `gap_min` closed, and whole host pages.
-fn merged_runs(outstanding: &PageBitmap, page_size: u64, gap_min: u64) -> Vec<ByteRange> {
-    let mut ranges: Vec<ByteRange> = Vec::new();
-    for run in outstanding.runs(0..outstanding.nr_pages()) {
-        let run = bytes_of(run);
-        let start = run.start() / page_size * page_size;
-        let end = run.end().next_multiple_of(page_size);
-        let merged = match ranges.last() {
-            Some(last) if start < last.end() + gap_min => {
-                let start = last.start();
-                ranges.pop();
-                start
-            }
-            _ => start,
-        };
-        ranges.extend(ByteRange::from_bounds(merged, end));
-    }
-    ranges
 }
 
 #[cfg(test)]

@@ -1,9 +1,13 @@
 //! One bit a page of a RAM block: dirty, received, or whatever the user says.
 
+mod host_pages;
+mod mask;
 mod runs;
 
 use std::ops::Range;
 
+pub(crate) use host_pages::GAP_MIN;
+pub use mask::DiscardMask;
 pub use runs::Runs;
 
 use crate::ByteRange;

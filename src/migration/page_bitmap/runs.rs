@@ -41,7 +41,7 @@ impl<'a> Runs<'a> {
         self.page = word as u64 * WORD_BITS;
     }
 
-    /// The bits of the word, also those behind the end; `None` behind the last word.
+    /// The bits of the word, also those past the end; `None` past the last word.
     #[inline]
     fn bits(&self) -> Option<u64> {
         self.bitmap.words[..self.nr_words].get(self.word).copied()

@@ -178,3 +178,76 @@ proptest! {
         prop_assert_eq!(copy, Some(bitmap));
     }
 }
+
+/// A bitmap of these pages, and the pages one by one.
+fn bits(pages: &[bool]) -> PageBitmap {
+    let mut bitmap = PageBitmap::new(pages.len() as u64);
+    for page in (0..).zip(pages).filter_map(|(page, set)| set.then_some(page)) {
+        bitmap.set(page);
+    }
+    bitmap
+}
+
+proptest! {
+    #[test]
+    fn the_mask_clears_what_is_discarded_and_nothing_else(
+        pages in prop::collection::vec((any::<bool>(), any::<bool>()), 1..300),
+    ) {
+        let (set, discarded): (Vec<_>, Vec<_>) = pages.iter().copied().unzip();
+        let found = bits(&set);
+        let runs: Vec<_> = bits(&discarded).runs(0..pages.len() as u64).collect();
+        let mask = DiscardMask::new(runs.iter().cloned().map(bytes_of));
+        prop_assert_eq!(mask.runs(), &runs[..]);
+        prop_assert_eq!(mask.nr_pages(), discarded.iter().filter(|page| **page).count() as u64);
+        let both = |page: &usize| set[*page] && discarded[*page];
+        let strays: Vec<_> = (0..pages.len()).filter(both).collect();
+        prop_assert_eq!(mask.first_set(&found), strays.first().map(|page| *page as u64));
+        let left: Vec<_> = pages.iter().map(|(set, discarded)| *set && !*discarded).collect();
+        let mut masked = found.clone();
+        prop_assert_eq!(mask.apply(&mut masked), strays.len() as u64);
+        prop_assert_eq!(&masked, &bits(&left));
+        let mut told = Vec::new();
+        let mut again = found;
+        let cleared = mask.try_apply(&mut again, |run| {
+            told.push(run);
+            Ok::<_, ()>(())
+        });
+        prop_assert_eq!((cleared, &again), (Ok(strays.len() as u64), &masked));
+        let with_strays = |run: &Range<u64>| strays.iter().any(|page| run.contains(&(*page as u64)));
+        prop_assert!(told.into_iter().eq(runs.into_iter().filter(with_strays)));
+    }
+
+    #[test]
+    fn host_pages_are_whole_and_only_small_gaps_are_closed(
+        pages in prop::collection::vec(prop::bool::weighted(0.1), 1..300),
+        shift in 0u32..5,
+        gap in 1u64..20,
+    ) {
+        let (per_page, nr) = (1u64 << shift, pages.len() as u64);
+        let bitmap = bits(&pages);
+        let of_host_page = |page: u64| {
+            let first = page / per_page * per_page;
+            (first..nr.min(first + per_page)).any(|page| bitmap.test(page))
+        };
+        let mut wide = bitmap.clone();
+        wide.widen_to(per_page);
+        prop_assert!((0..nr).all(|page| wide.test(page) == of_host_page(page)));
+
+        let page_size = per_page * TARGET_PAGE_SIZE;
+        let ranges = bitmap.host_ranges(page_size, gap * TARGET_PAGE_SIZE);
+        let whole = |range: &ByteRange| {
+            range.start().is_multiple_of(page_size) && range.end().is_multiple_of(page_size)
+        };
+        prop_assert!(ranges.iter().all(whole));
+        let mut at = 0;
+        for range in &ranges {
+            let pages = pages_touched(*range);
+            // Before it a gap without ones that is not small; at its ends there are ones.
+            prop_assert!(at == 0 || pages.start >= at + gap);
+            prop_assert!((at..pages.start).all(|page| !bitmap.test(page)));
+            prop_assert!(of_host_page(pages.start) && of_host_page(pages.end - 1));
+            at = pages.end;
+        }
+        prop_assert!((at..nr).all(|page| !bitmap.test(page)));
+    }
+}

@@ -16,7 +16,7 @@ use crate::migration::channel::Sink;
 use crate::migration::dirty::DirtyTracker;
 use crate::migration::error::MigrationError;
 use crate::migration::handler::{PostcopySave, SaveHandler};
-use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::migration::page_bitmap::{DiscardMask, PageBitmap, bytes_of, pages_touched};
 use crate::migration::progress::{Counters, Progress};
 use crate::migration::stream::{
     Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, TARGET_PAGE_SIZE,
@@ -46,8 +46,8 @@ pub struct SaveBlock {
     block: Arc<MigrationBlock>,
     tracker: Box<dyn DirtyTracker>,
     dirty: PageBitmap,
-    /// Page runs that are discarded, as long as block state is frozen.
-    discarded: Vec<Range<u64>>,
+    /// What is discarded, as long as block state is frozen.
+    discarded: DiscardMask,
     /// Chunks of which the tracker still remembers what `dirty` has.
     unclear: PageBitmap,
     started: bool,
@@ -88,7 +88,7 @@ impl SaveBlock {
             block,
             tracker,
             dirty: PageBitmap::new(nr_pages),
-            discarded: Vec::new(),
+            discarded: DiscardMask::default(),
             unclear: PageBitmap::new(nr_pages.div_ceil(CLEAR_CHUNK_PAGES)),
             started: false,
             in_migration: None,
@@ -102,7 +102,7 @@ impl SaveBlock {
         counters: &Counters,
     ) -> Result<(), MigrationError> {
         let populated = self.block.all_but(discarded);
-        self.discarded = discarded.iter().map(|range| pages_touched(*range)).collect();
+        self.discarded = DiscardMask::new(discarded.iter().copied());
         self.started = true;
         let id = self.block.id();
         self.tracker.start(&populated).map_err(MigrationError::memory(id, "track writes"))?;
@@ -118,11 +118,8 @@ impl SaveBlock {
                 })
                 .map_err(MigrationError::memory(id, "look for holes"))?;
         }
-        let mut discarded_pages = 0;
-        for pages in &self.discarded {
-            dirty.clear_range(pages.clone());
-            discarded_pages += pages.end - pages.start;
-        }
+        self.discarded.apply(&mut dirty);
+        let discarded_pages = self.discarded.nr_pages();
         self.dirty = dirty;
         self.forget_discarded()?;
         self.unclear_all();
@@ -137,7 +134,7 @@ impl SaveBlock {
     /// them again with the next sync. What else is in them is in the bitmap anyway.
     fn forget_discarded(&mut self) -> Result<(), MigrationError> {
         let mut next_chunk = 0;
-        for pages in &self.discarded {
+        for pages in self.discarded.runs() {
             let first = (pages.start / CLEAR_CHUNK_PAGES).max(next_chunk);
             let end = pages.end.div_ceil(CLEAR_CHUNK_PAGES);
             for chunk in first..end {
@@ -160,33 +157,18 @@ impl SaveBlock {
             .sync(&mut self.dirty)
             .map_err(MigrationError::memory(id, "collect dirty pages"))?;
         self.unclear_all();
-        let mut faults = 0;
         if self.dirty.count() == 0 {
             return Ok(0);
         }
-        for pages in &self.discarded {
-            let cleared = self.dirty.clear_range(pages.clone());
-            if cleared != 0 {
-                faults += cleared;
-                self.tracker
-                    .clear(bytes_of(pages.clone()))
-                    .map_err(MigrationError::memory(id, "forget discarded pages"))?;
-            }
-        }
-        Ok(faults)
+        self.discarded.try_apply(&mut self.dirty, |pages| {
+            let cleared = self.tracker.clear(bytes_of(pages));
+            cleared.map_err(MigrationError::memory(id, "forget discarded pages"))
+        })
     }
 
     /// Makes every host page of which something is dirty dirty as a whole: it is placed at once.
     fn make_whole(&mut self) {
-        let per_page = self.block.page_size() / TARGET_PAGE_SIZE;
-        if per_page > 1 {
-            let nr_pages = self.dirty.nr_pages();
-            let runs: Vec<_> = self.dirty.runs(0..nr_pages).collect();
-            for run in runs {
-                let start = run.start / per_page * per_page;
-                self.dirty.set_range(start..run.end.next_multiple_of(per_page).min(nr_pages));
-            }
-        }
+        self.dirty.widen_to(self.block.page_size() / TARGET_PAGE_SIZE);
     }
 
     /// Makes sure that writes to `pages` from now on are found, before they are read.
@@ -558,9 +540,7 @@ impl PostcopySave for RamSave {
             return Err(MigrationError::Unexpected(format!("a bitmap of block {block:?}")));
         };
         found.dirty = pages;
-        for discarded in &found.discarded {
-            found.dirty.clear_range(discarded.clone());
-        }
+        found.discarded.apply(&mut found.dirty);
         self.cursor = (0, 0);
         self.note_remaining();
         Ok(())

@@ -21,7 +21,7 @@ use crate::ByteRange;
 use crate::migration::devices::{DeviceSection, Devices};
 use crate::migration::error::MigrationError;
 use crate::migration::framing::Framing;
-use crate::migration::page_bitmap::{PageBitmap, bytes_of};
+use crate::migration::page_bitmap::{GAP_MIN, PageBitmap, bytes_of};
 use crate::migration::precopy::Guest;
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::ram::{FrozenBlocks, ListOptions, MigrationBlock, RamBlocks};
@@ -29,10 +29,6 @@ use crate::migration::stream::{Configuration, MappedRamHeader, TARGET_PAGE_SIZE}
 use crate::ram_discard::FreezeFor;
 use crate::sys::GatherWrite;
 use crate::sys::page_faults::{Fault, FaultKind, PageFaults};
-
-/// Gaps smaller than this are protected with what is around them: their page tables are there
-/// anyway, and a call for each run would keep the guest stopped for long.
-const GAP_MIN: u64 = 2 << 20;
 
 /// What is written between two looks at who waits, bytes.
 const STEP: u64 = 256 << 10;
@@ -165,7 +161,7 @@ fn protect_all(
             }
             todo.clear_all();
         }
-        for range in protected_ranges(&todo, block.page_size()) {
+        for range in todo.host_ranges(block.page_size(), GAP_MIN) {
             let protected = faults.protect(mapping, range, true);
             protected.map_err(MigrationError::memory(block.id(), "protect its pages"))?;
         }
@@ -173,21 +169,6 @@ fn protect_all(
         saved.push(Saved { block, header, mapping, state });
     }
     Ok((saved, framing, rest))
-}
-
-/// The runs of pages with small gaps closed, whole host pages.
-fn protected_ranges(todo: &PageBitmap, page_size: u64) -> Vec<ByteRange> {
-    let mut ranges: Vec<ByteRange> = Vec::new();
-    for run in todo.runs(0..todo.nr_pages()) {
-        let run = bytes_of(run);
-        let mut start = run.start() / page_size * page_size;
-        if let Some(last) = ranges.last().filter(|last| start < last.end() + GAP_MIN) {
-            start = last.start();
-            ranges.pop();
-        }
-        ranges.extend(ByteRange::from_bounds(start, run.end().next_multiple_of(page_size)));
-    }
-    ranges
 }
 
 /// The two threads that write pages: one in the background, one for those who wait.

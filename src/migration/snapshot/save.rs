@@ -11,7 +11,7 @@ use super::{PIECE, place, with_mapped_ram};
 use crate::migration::devices::{DeviceSection, Devices};
 use crate::migration::error::MigrationError;
 use crate::migration::framing::{Framing, write};
-use crate::migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::migration::page_bitmap::{DiscardMask, PageBitmap, bytes_of, pages_touched};
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::ram::{FrozenBlocks, ListOptions, MigrationBlock, RamBlocks};
 use crate::migration::stream::{
@@ -170,11 +170,9 @@ pub(super) fn find_pages(
             })
             .map_err(MigrationError::memory(block.id(), "look for holes"))?;
     }
-    let mut discarded = 0;
-    for range in frozen.discarded(block) {
-        pages.clear_range(pages_touched(range));
-        discarded += range.len() / TARGET_PAGE_SIZE;
-    }
+    let mask = DiscardMask::new(frozen.discarded(block));
+    mask.apply(&mut pages);
+    let discarded = mask.nr_pages();
     let counters = &progress.counters;
     Counters::add(&counters.discarded, discarded);
     Counters::add(&counters.holes, pages.nr_pages() - pages.count() - discarded);

@@ -10,7 +10,7 @@ use crate::migration::error::MigrationError;
 use crate::migration::file_reader::FileReader;
 use crate::migration::handler::LoadHandler;
 use crate::migration::loader::{Loader, out_of_place};
-use crate::migration::page_bitmap::PageBitmap;
+use crate::migration::page_bitmap::{DiscardMask, PageBitmap};
 use crate::migration::progress::{Counters, Progress, Status};
 use crate::migration::ram::{InMigration, ListOptions, MigrationBlock, RamBlocks, prepare};
 use crate::migration::stream::{
@@ -135,20 +135,17 @@ fn read_bitmap(
             let first = (done + index as u64 * 8) * 8;
             let end = nr_pages.min(first + 64);
             if end - first < 64 && word >> (end - first) != 0 {
-                let what = format!("a page behind the end of block {:?}", block.id());
+                let what = format!("a page past the end of block {:?}", block.id());
                 return Err(MigrationError::Page { at: at + done + index as u64 * 8, what });
             }
             bitmap.or_bits(first..end, &[word]);
         }
         done += piece.len() as u64;
     }
-    for range in block.discarded()? {
-        let first = range.start() / TARGET_PAGE_SIZE;
-        if let Some(page) = bitmap.next_set(first, range.end() / TARGET_PAGE_SIZE) {
-            let (block, offset) = (block.id().to_owned(), page * TARGET_PAGE_SIZE);
-            let at = header.pages_offset + offset;
-            return Err(MigrationError::Discarded { block, offset, at });
-        }
+    if let Some(page) = DiscardMask::new(block.discarded()?).first_set(&bitmap) {
+        let (block, offset) = (block.id().to_owned(), page * TARGET_PAGE_SIZE);
+        let at = header.pages_offset + offset;
+        return Err(MigrationError::Discarded { block, offset, at });
     }
     Ok(bitmap)
 }

@@ -263,7 +263,7 @@ fn what_qemu_does_not_check_is_refused() {
     let word = |value: u64| value.to_be_bytes();
     // A bit behind the region, with a size that counts it.
     let tail = [word(4 * BLOCK), word(0b101), word(1 << 5 | 1 << 6)].concat();
-    assert!(broken(&tail, 0, 28).contains("behind the end"));
+    assert!(broken(&tail, 0, 28).contains("past the end"));
     assert!(broken(&word(4 * BLOCK), 0, 28).contains("the rest of the state"));
     assert!(broken(&word(NR * BLOCK + BLOCK), 1, 0).contains("usable region size"));
     assert!(broken(&word(NR * BLOCK - 1), 1, 0).contains("usable region size"));

@@ -85,7 +85,7 @@ pub enum Problem {
         limit: u64,
     },
     /// A bitmap has bits set behind its end.
-    #[error("bit {bit} is set, behind the end of a bitmap of {bits} bits")]
+    #[error("bit {bit} is set, past the end of a bitmap of {bits} bits")]
     BitsBeyond {
         /// The lowest such bit.
         bit: u64,

@@ -312,7 +312,7 @@ fn each_wrong_field_is_named_with_its_place() {
         wrong(18, 0),
         (Some("masks"), 15, "[0] 555885312 in the stream, [0] 555885348 here".to_owned())
     );
-    assert_eq!(wrong(42, 0b110).2, "bit 2 is set, behind the end of a bitmap of 2 bits");
+    assert_eq!(wrong(42, 0b110).2, "bit 2 is set, past the end of a bitmap of 2 bits");
     let derived = "2 in the stream, but the rest of the state makes it 1";
     assert_eq!(wrong(59, 2), (Some("sum"), 52, derived.to_owned()));
     assert!(wrong(5, 13).0.is_none_or(|field| field != "len"));
