@@ -10,6 +10,9 @@ use thiserror::Error;
 /// The most that [`WireRead::peek`] can be asked for, bytes.
 pub const PEEK_MAX: usize = 64 << 10;
 
+/// Starts a subsection of a device's state, and of the configuration section.
+pub(crate) const SUBSECTION: u8 = 0x05;
+
 /// Why a value could not be read.
 #[derive(Debug, Error)]
 pub enum WireError {

@@ -4,9 +4,8 @@ use std::sync::Arc;
 
 use super::description::Shape;
 use super::error::InspectError;
-use crate::migration::wire::WireRead;
+use crate::migration::wire::{SUBSECTION, WireRead};
 
-const SUBSECTION: u8 = 0x05;
 /// What stands for a pointer that is null.
 const NULL: u8 = b'0';
 /// Values of all devices that are held.

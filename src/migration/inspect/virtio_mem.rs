@@ -7,6 +7,7 @@ use super::pages::PageMap;
 use super::ram::Block;
 use crate::ByteRange;
 use crate::migration::stream::TARGET_PAGE_SIZE;
+use crate::migration::wire::SUBSECTION;
 
 /// Last part of the id string of the section before RAM.
 pub(super) const EARLY: &str = "virtio-mem-device-early";
@@ -18,8 +19,7 @@ pub(super) const GEOMETRY_LEN: usize = 28;
 pub(super) const EARLY_HEAD_LEN: usize = GEOMETRY_LEN + 8;
 /// Bytes of the two sizes that follow RAM.
 const SIZES_LEN: usize = 16;
-/// A virtio subsection: type, length of the name, and how the name begins.
-const SUBSECTION: u8 = 0x05;
+/// How the names of virtio's own subsections begin.
 const SUBSECTION_PREFIX: &[u8] = b"virtio";
 
 /// The part of an id string that names a virtio-mem section, and the path before it.

@@ -3,14 +3,13 @@
 use serde_json::{Value, json};
 
 use super::FormatError;
-use crate::migration::wire::{WireRead, WireWrite};
+use crate::migration::wire::{SUBSECTION, WireRead, WireWrite};
 
 /// Files have their pages at fixed offsets.
 pub const CAPABILITY_MAPPED_RAM: &str = "mapped-ram";
 /// Shared memory that both sides have is not sent.
 pub const CAPABILITY_IGNORE_SHARED: &str = "x-ignore-shared";
 
-const SUBSECTION: u8 = 0x05;
 const TARGET_PAGE_BITS: &str = "configuration/target-page-bits";
 const CAPABILITIES: &str = "configuration/capabilities";
 const UUID: &str = "configuration/uuid";

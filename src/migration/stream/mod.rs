@@ -7,16 +7,17 @@
 mod block_list;
 mod command;
 mod configuration;
+mod page;
 mod record;
 mod return_path;
 
 pub use block_list::{
     BlockEntry, BlockList, ListLimits, MAPPED_RAM_ALIGNMENT, MAPPED_RAM_VERSION, MappedRamHeader,
-    PageHeader, PageKind, RAM_SECTION, RAM_VERSION, entry_len, put_end_of_section, put_entry,
-    put_list, put_list_start,
+    RAM_SECTION, RAM_VERSION, entry_len, put_entry, put_list, put_list_start,
 };
 pub use command::{AdvisedSizes, Command, DISCARD_RANGES_MAX};
 pub use configuration::{CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration};
+pub use page::{PageHeader, PageKind, put_end_of_section};
 pub use record::{
     Record, SectionHeader, SectionKind, put_command, put_continued, put_description, put_eof,
     put_footer, put_header, put_section, read_footer, read_header, read_record,
@@ -27,8 +28,7 @@ use thiserror::Error;
 
 use super::wire::WireError;
 
-/// Bytes of a target page: the unit in which memory is sent and counted.
-pub const TARGET_PAGE_SIZE: u64 = 4096;
+pub use super::page_bitmap::TARGET_PAGE_SIZE;
 
 /// log2 of [`TARGET_PAGE_SIZE`].
 pub const TARGET_PAGE_BITS: u32 = TARGET_PAGE_SIZE.trailing_zeros();

@@ -4,8 +4,7 @@ use super::access::{Access, Number, Sequence, SliceAccess};
 use super::description::{Field, Kind, Text, VmState};
 use super::error::{Problem, VmStateError};
 use super::properties::Properties;
-use super::save::SUBSECTION;
-use crate::migration::wire::{WireError, WireRead};
+use crate::migration::wire::{SUBSECTION, WireError, WireRead};
 
 /// Where state is loaded from, and what decides on its parts.
 pub struct Loader<'a> {

@@ -7,10 +7,7 @@ use super::describe;
 use super::description::{Field, Kind, Text, VmState};
 use super::error::{Place, Problem, Reason, VmStateError};
 use super::properties::Properties;
-use crate::migration::wire::WireWrite;
-
-/// Starts a subsection.
-pub(super) const SUBSECTION: u8 = 0x05;
+use crate::migration::wire::{SUBSECTION, WireWrite};
 
 /// Where state is saved to, and what decides on its parts.
 pub struct Saver<'a> {
