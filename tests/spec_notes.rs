@@ -1,4 +1,4 @@
-//! The tables of `spec-notes/` name tests that exist.
+//! The documents name tests, files and folders that exist.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,6 +31,7 @@ fn missing(note: &Path) -> Vec<String> {
 fn notes(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     entries
+        .filter(|path| !path.ends_with("target"))
         .flat_map(|path| if path.is_dir() { notes(&path) } else { vec![path] })
         .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
         .collect()
@@ -57,4 +58,47 @@ fn every_clause_has_a_row_with_a_test() {
         })
         .collect();
     assert!(without.is_empty(), "clauses without a row or test: {without:?}");
+}
+
+/// The paths of this repository that a document names: in backticks, from a top-level folder on.
+fn named_paths(text: &str) -> Vec<&str> {
+    let tops = [".ci/", "benches/", "spec-notes/", "src/", "tests/", "vhost-user/"];
+    let quoted = text.split('`').skip(1).step_by(2);
+    let words = quoted.flat_map(|quote| quote.split_whitespace());
+    words
+        .filter(|word| tops.iter().any(|top| word.starts_with(top)))
+        // Several at once, and tests of a file, are not looked up.
+        .filter(|word| !word.contains(['{', '*', '<']) && !word.contains("::"))
+        .map(|word| word.trim_end_matches([',', '.', ';', ':', ')']))
+        .collect()
+}
+
+/// What the links of a document lead to, without those to elsewhere.
+fn linked(text: &str) -> Vec<&str> {
+    let links = text.split("](").skip(1).filter_map(|rest| rest.split_once(')'));
+    let paths = links.map(|(link, _)| link.split('#').next().unwrap_or_default());
+    paths.filter(|path| !path.is_empty() && !path.contains("://")).collect()
+}
+
+#[test]
+fn every_path_that_a_document_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = vec![];
+    for name in ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md"] {
+        files.push(root.join(name));
+    }
+    for folder in ["spec-notes", "vhost-user", "benches", "tests"] {
+        files.extend(notes(&root.join(folder)));
+    }
+    let mut missing = Vec::new();
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        let beside = file.parent().unwrap();
+        let is_named = |path: &&str| root.join(path).exists() || beside.join(path).exists();
+        let named = named_paths(&text).into_iter().filter(|path| !is_named(path));
+        let linked = linked(&text).into_iter().filter(|path| !beside.join(path).exists());
+        let shown = file.strip_prefix(root).unwrap_or(&file).display();
+        missing.extend(named.chain(linked).map(|path| format!("{shown}: {path}")));
+    }
+    assert!(missing.is_empty(), "paths that do not exist:\n{}", missing.join("\n"));
 }
