@@ -18,10 +18,10 @@ pub enum LoadStateError {
     /// It breaks a rule.
     #[error(transparent)]
     State(#[from] DeviceStateError),
-    /// Somebody holds block state frozen.
+    /// Block state is frozen.
     #[error("block state is frozen: migration is active")]
     Frozen,
-    /// Memory of blocks that would be unplugged cannot be given back.
+    /// Memory of blocks that would be unplugged cannot be discarded.
     #[error(transparent)]
     Memory(#[from] NotReady),
     /// There are not enough huge pages for the plugged blocks.

@@ -6,7 +6,7 @@
 //! | step | PLUG | UNPLUG, UNPLUG_ALL |
 //! | --- | --- | --- |
 //! | 1 | the device judges the request | the device judges the request |
-//! | 2 | block state is not frozen, memory is mapped and can be given back | the same |
+//! | 2 | block state is not frozen, memory is mapped and can be discarded | the same |
 //! | 3 | listeners populate, memory first; a refusal is undone in reverse | state is committed |
 //! | 4 | state is committed; a failure is undone in reverse | listeners discard, memory last |
 //! | 5 | the guest is answered | the guest is answered |
@@ -71,7 +71,7 @@ pub enum ResizeError {
 /// Why a system reset was not done; nothing was changed.
 #[derive(Debug, Error)]
 pub enum ResetError {
-    /// Memory cannot be given back.
+    /// Memory cannot be discarded.
     #[error(transparent)]
     Memory(#[from] NotReady),
     /// The state could not be saved.
@@ -165,7 +165,7 @@ impl MemController {
             let id = controller.manager.begin().freeze(FreezeFor::Source);
             controller.state().holders.insert(FreezeHolder::Api, id);
         }
-        // Whoever held migration active then has left with the process.
+        // What held migration active then has left with the process.
         if reset_pending
             && !api_migration
             && let Err(error) = controller.system_reset()
@@ -297,7 +297,7 @@ impl MemController {
     ///
     /// # Errors
     ///
-    /// When memory cannot be given back or the state not saved; nothing was changed.
+    /// When memory cannot be discarded or the state not saved; nothing was changed.
     pub fn system_reset(&self) -> Result<Reset, ResetError> {
         let mut transaction = self.manager.begin();
         {

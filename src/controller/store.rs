@@ -26,7 +26,7 @@ pub enum BlockUpdate<'a> {
     Replace(&'a [u64]),
 }
 
-/// A change of state, to be made durable before anybody sees it. Sizes in bytes.
+/// A change of state, to be made durable before it is seen. Sizes in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct StateRecord<'a> {
     /// Requested size after the change.

@@ -195,7 +195,7 @@ fn a_state_that_cannot_be_saved_makes_the_guest_busy_and_nothing_is_changed() {
     assert!(rig.controller.freeze(FreezeHolder::Api).is_err());
     assert!(!rig.controller.migration_active());
     assert_eq!(rig.controller.config(), before);
-    assert_eq!(rig.held(), 4, "no byte is given back before the state is saved");
+    assert_eq!(rig.held(), 4, "no byte is discarded before the state is saved");
 }
 
 #[test]

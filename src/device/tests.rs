@@ -13,7 +13,7 @@ fn span(addr: u64, nb_blocks: u16) -> BlockSpan {
     BlockSpan { addr, nb_blocks }
 }
 
-/// Evaluates and applies, as a device does that nobody objects to.
+/// Evaluates and applies, as a device does whose listeners refuse nothing.
 fn execute(device: &mut VirtioMem, request: Request) -> Response {
     match device.evaluate(request) {
         Verdict::Answer(response) => response,

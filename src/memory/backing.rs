@@ -39,7 +39,7 @@ pub enum BackingKind {
     File,
 }
 
-/// Why memory is refused: it could never be given back, or not whole blocks of it.
+/// Why memory is refused: it could never be discarded, or not whole blocks of it.
 #[derive(Debug, Error)]
 pub enum BackingError {
     /// The file descriptor cannot be written, so neither can holes be punched.
@@ -52,12 +52,12 @@ pub enum BackingError {
     #[error("the file is sealed with {0}, which forbids giving its memory back")]
     Sealed(&'static str),
     /// The file system cannot punch holes.
-    #[error("the file system cannot punch holes, so memory could never be given back")]
+    #[error("the file system cannot punch holes, so memory could never be discarded")]
     NoHoles,
     /// Blocks would not cover whole pages of the backing.
     #[error(
         "{what} {value:#x} is not a multiple of the page size {page_size:#x} of the backing, so \
-         memory of a block could not be given back"
+         memory of a block could not be discarded"
     )]
     PageSize {
         /// What is unaligned.
@@ -88,7 +88,7 @@ pub struct Backing {
 }
 
 impl Backing {
-    /// Looks at `file` and refuses it when its memory could not be given back.
+    /// Looks at `file` and refuses it when its memory could not be discarded.
     ///
     /// # Errors
     ///
@@ -139,12 +139,12 @@ impl Backing {
         self.kind
     }
 
-    /// The unit in which memory can be given back, bytes.
+    /// The unit in which memory can be discarded, bytes.
     pub fn page_size(&self) -> u64 {
         self.page_size
     }
 
-    /// Whether memory can be given back now. Seals can be added at any time, so this is asked
+    /// Whether memory can be discarded now. Seals can be added at any time, so this is asked
     /// before every change of block state.
     ///
     /// # Errors

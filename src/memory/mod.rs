@@ -1,5 +1,5 @@
 //! Guest RAM as the host sees it: which file backs which guest-physical range, how memory is
-//! given back, and how much the host really holds.
+//! discarded, and how much the host really holds.
 //!
 //! Nothing here touches guest memory through a mapping: reading a hole through one allocates it.
 

@@ -57,7 +57,7 @@ impl RamBlock {
     ///
     /// # Errors
     ///
-    /// When it is no range, or its memory could not be given back.
+    /// When it is not a range, or its memory could not be discarded.
     pub fn new(
         id: String,
         gpa: u64,

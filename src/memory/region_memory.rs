@@ -22,7 +22,7 @@ pub enum NotReady {
     /// No memory is mapped at part of the range.
     #[error("no memory is mapped at guest-physical {0}")]
     NotMapped(ByteRange),
-    /// Memory that is mapped there cannot be given back (any more).
+    /// Memory that is mapped there cannot be discarded (any more).
     #[error("RAM block {id}: {source}")]
     Backing {
         /// Id of the block.
@@ -54,7 +54,7 @@ const COUNTED_AT_ONCE: u64 = 64 << 20;
 struct Table {
     /// Ascending and apart.
     blocks: Vec<Arc<RamBlock>>,
-    /// Sections that should have been given back and could not be. They are tried again with
+    /// Sections that should have been discarded and could not be. They are tried again with
     /// every discard and every new table, until they are plugged.
     owed: Vec<ByteRange>,
     failures: u64,
@@ -153,12 +153,12 @@ impl RegionMemory {
         self.geometry.section().is_none_or(|section| self.pieces(section).1.is_none())
     }
 
-    /// How often memory could not be given back.
+    /// How often memory could not be discarded.
     pub fn discard_failures(&self) -> u64 {
         self.table.lock().failures
     }
 
-    /// Checks that all of `section` is mapped and can be given back.
+    /// Checks that all of `section` is mapped and can be discarded.
     ///
     /// # Errors
     ///
@@ -203,7 +203,7 @@ impl RegionMemory {
     ///
     /// Each unit that the host holds something of costs one short search, however finely or
     /// densely it is populated: what else lies within it is not looked at. Where the data ends is
-    /// not searched, since that keeps whoever gives memory back waiting, for seconds in a large
+    /// not searched, since that keeps discards waiting, for seconds in a large
     /// region that is full.
     ///
     /// # Panics
@@ -327,7 +327,7 @@ impl Units {
 }
 
 /// The region's memory as the first listener of its [`RamDiscardManager`]: it is there before
-/// anybody else maps it, and goes after everybody else has let go.
+/// other listeners map it, and goes after they have let go.
 ///
 /// [`RamDiscardManager`]: crate::ram_discard::RamDiscardManager
 pub(crate) struct MemoryListener(pub(crate) Arc<RegionMemory>);
@@ -349,7 +349,7 @@ impl RamDiscardListener for MemoryListener {
                 return Err(error.to_string());
             }
         }
-        // What is plugged again need not be given back any more.
+        // What is plugged again need not be discarded any more.
         let mut table = self.0.table.lock();
         if !table.owed.is_empty() {
             let rest = |owed: ByteRange| owed.subtract(section).into_iter().flatten();

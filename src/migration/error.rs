@@ -67,7 +67,7 @@ pub enum MigrationError {
         /// What is wrong with it.
         what: String,
     },
-    /// A section that nobody here knows, or that is out of place.
+    /// A section that is unknown here, or out of place.
     #[error("section {section:?} at byte {at:#x} of the stream: {what}")]
     Section {
         /// Its id string.
@@ -153,7 +153,7 @@ pub enum MigrationError {
         /// Target pages.
         pages: u64,
     },
-    /// Somebody cancelled it.
+    /// It was cancelled.
     #[error("cancelled")]
     Cancelled,
 }

@@ -119,7 +119,7 @@ pub trait PostcopySave: Send {
     /// When a page cannot be read.
     fn next(&mut self, bytes: u64, out: &mut GatherWrite) -> Result<bool, MigrationError>;
 
-    /// Gathers the pages of `range` that somebody waits for, as far as they have not been sent;
+    /// Gathers the pages of `range` that the destination waits for, as far as they have not been sent;
     /// the background goes on behind them. False when all were sent.
     ///
     /// # Errors

@@ -55,7 +55,7 @@ impl Status {
     }
 }
 
-/// Counters that the engine adds to and anybody may read. Pages are target pages; sizes are bytes.
+/// Counters that the engine adds to and any thread may read. Pages are target pages; sizes are bytes.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Pages sent (or loaded) with their bytes.
@@ -157,7 +157,7 @@ impl Progress {
         self.postcopy.load(Ordering::Relaxed)
     }
 
-    /// Whether somebody cancelled it.
+    /// Whether it was cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
     }

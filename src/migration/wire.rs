@@ -389,7 +389,7 @@ pub trait WireWrite {
     ///
     /// # Panics
     ///
-    /// When it is longer than 255 bytes, which whoever registers a name has checked.
+    /// When it is longer than 255 bytes, which is checked where a name is registered.
     fn put_name(&mut self, name: &str) {
         self.put_u8(u8::try_from(name.len()).expect("names have at most 255 bytes"));
         self.put(name.as_bytes());

@@ -40,13 +40,13 @@ pub struct HostMapping {
 enum Owner {
     /// Mapped by us, unmapped on drop.
     Us,
-    /// Keeps the mapping of somebody else alive.
+    /// Keeps a mapping made elsewhere alive.
     Other { _keep: Arc<dyn Any + Send + Sync> },
 }
 
 // SAFETY: the pointer is not tied to a thread: mappings belong to the process. The owner is Send.
 unsafe impl Send for HostMapping {}
-// SAFETY: nobody outside gets a reference to the memory; all accesses are volatile or atomic and
+// SAFETY: no code outside gets a reference to the memory; all accesses are volatile or atomic and
 // tolerate concurrent writes, which the guest makes anyway.
 unsafe impl Sync for HostMapping {}
 
@@ -88,7 +88,7 @@ impl HostMapping {
         Self { start, len, owner: Owner::Other { _keep: region } }
     }
 
-    /// Uses a mapping made by somebody else.
+    /// Uses a mapping made elsewhere.
     ///
     /// # Safety
     ///
@@ -103,7 +103,7 @@ impl HostMapping {
     }
 
     /// Length in bytes.
-    #[expect(clippy::len_without_is_empty, reason = "nobody maps nothing")]
+    #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> u64 {
         self.len as u64
     }
@@ -224,8 +224,8 @@ impl Drop for HostMapping {
     fn drop(&mut self) {
         match self.owner {
             Owner::Us => {
-                // SAFETY: the range is exactly what `map` got, and nobody can use it any more:
-                // whoever uses it by address keeps this value alive.
+                // SAFETY: the range is exactly what `map` got, and it cannot be used any more:
+                // code that uses it by address keeps this value alive.
                 let _ = unsafe { mm::munmap(self.start.as_ptr().cast(), self.len) };
             }
             Owner::Other { .. } => {}

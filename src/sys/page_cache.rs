@@ -27,7 +27,7 @@ struct Cachestat {
 }
 
 /// Pages of `range` (bytes of the file) that a file of tmpfs or a memfd holds, swapped out or not.
-/// Takes some 50 ns for each. No lock of the file is held: nobody who changes it waits.
+/// Takes some 50 ns for each. No lock of the file is held: its writers do not wait.
 ///
 /// # Errors
 ///

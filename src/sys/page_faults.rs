@@ -1,7 +1,7 @@
-//! userfaultfd(2): faults of guest memory that somebody here resolves.
+//! userfaultfd(2): faults of guest memory that are resolved here.
 //!
 //! Two kinds: a page is *missing* (postcopy, lazy restore), or it is *protected* and about to be
-//! written (background snapshot). Whoever faults waits until it is resolved. All protection ends,
+//! written (background snapshot). The thread that faults waits until it is resolved. All protection ends,
 //! and all who wait go on as if nothing had been asked for, when the last descriptor is closed:
 //! missing pages are zeros then. So the value must live as long as the memory is not complete.
 
@@ -72,7 +72,7 @@ pub enum FaultKind {
     WriteProtected,
 }
 
-/// A fault: somebody waits.
+/// A fault: a thread waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Which of the mappings, in the order in which they were registered.
@@ -90,7 +90,7 @@ pub struct Fault {
 pub enum Placed {
     /// All of it was, and those who waited for it go on.
     Done,
-    /// So many bytes were; then there was a page already. Nobody was woken for that one.
+    /// So many bytes were; then there was a page already. No thread was woken for that one.
     Exists(u64),
 }
 

@@ -5,8 +5,8 @@
 //! faults by the back-end's addresses. Both map the same file, so a page that the VMM places in its
 //! own memory is there for the back-end too, which only has to be woken.
 //!
-//! Whoever holds a copy may register and fill any memory of the process that opened it, for as
-//! long as that lives, and nothing takes this back. A copy is for somebody who is trusted with the process.
+//! A process that holds a copy may register and fill any memory of the process that opened it, for as
+//! long as that lives, and nothing takes this back. A copy is for a process that is trusted with this one.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -46,7 +46,7 @@ impl OfferedFaults {
         Ok(fcntl_dupfd_cloexec(&self.0, 0)?)
     }
 
-    /// Has whoever misses a page in `len` bytes from `address` (whole pages) wait for the other
+    /// Has a thread that misses a page in `len` bytes from `address` (whole pages) wait for the other
     /// process.
     ///
     /// # Errors
@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(client.place_zeros(address, PAGE).unwrap(), Placed::Done);
         assert_eq!(reader.join().unwrap(), 0);
 
-        // What is not registered is nobody's business.
+        // What is not registered is the kernel's.
         assert_eq!(read(&theirs, 5).join().unwrap(), 0);
         let error = client.place_zeros(base + 6 * PAGE, PAGE).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));

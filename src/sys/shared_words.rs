@@ -72,7 +72,7 @@ impl SharedWords {
     pub fn words(&self) -> &[AtomicU64] {
         let Mapping { start, words } = self.0;
         // SAFETY: `start` is page-aligned and has `words` words mapped for reading and writing
-        // until `self` is dropped. Any bits are an `AtomicU64`, and nobody accesses them in a way
+        // until `self` is dropped. Any bits are an `AtomicU64`, and nothing accesses them in a way
         // that is not atomic: this type and `ReadOnlyWords` do not, and to other processes the
         // rules of a shared mapping apply.
         unsafe { std::slice::from_raw_parts(start.as_ptr(), words) }
@@ -90,7 +90,7 @@ impl ReadOnlyWords {
     }
 
     /// Number of words.
-    #[expect(clippy::len_without_is_empty, reason = "nobody maps nothing")]
+    #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
         self.0.words
     }

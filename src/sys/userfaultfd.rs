@@ -64,7 +64,7 @@ pub(super) struct UffdioWriteprotect {
 }
 
 /// Write-protection in asynchronous mode: the first write to a protected page lifts the protection
-/// of that page and goes on, with nobody waiting and no event. Which pages were written is what
+/// of that page and goes on, without waiting and without an event. Which pages were written is what
 /// [`Pagemap`](super::pagemap::Pagemap) tells.
 ///
 /// Sees writes through this process's mapping, by whomever: threads, system calls, and the vCPUs
@@ -174,6 +174,6 @@ pub(super) fn open(kernel_faults: bool) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a new descriptor that nobody else knows.
+    // SAFETY: a new descriptor that is not used elsewhere.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -244,7 +244,7 @@ fn number<T: TryFrom<u64>>(text: &str) -> Option<T> {
     parse_size(text).ok().and_then(|number| number.try_into().ok())
 }
 
-/// The host's transparent huge page size, bytes: the smallest block that is given back without
+/// The host's transparent huge page size, bytes: the smallest block that is discarded without
 /// splitting a page. 2 MiB where the host does not say.
 fn huge_page_size() -> u64 {
     std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")

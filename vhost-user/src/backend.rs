@@ -161,18 +161,18 @@ impl MemBackend {
         self.shared.postcopy.listen(&self.shared.memory.memory())
     }
 
-    /// The connection has ended, perhaps with memory that will never arrive: nobody waits for it
+    /// The connection has ended, perhaps with memory that will never arrive: no thread waits for it
     /// any more, and no request is served from what is there instead.
     ///
     /// # Errors
     ///
-    /// When somebody may still wait.
+    /// When a thread may still wait.
     pub fn abandon_postcopy(&self) -> io::Result<()> {
         if !self.shared.postcopy.is_listening() {
             return Ok(());
         }
         self.end();
-        // Seen by whoever reads anything from memory that was replaced.
+        // Seen by a thread that reads anything from memory that was replaced.
         self.shared.abandoned.store(true, Ordering::SeqCst);
         self.shared.postcopy.abandon()
     }
@@ -182,7 +182,7 @@ impl MemBackend {
         self.shared.transfers.end();
     }
 
-    /// The connection has ended: no request is served any more, and nobody waits to signal one. A
+    /// The connection has ended: no request is served any more, and no thread waits to signal one. A
     /// guest that makes requests without end, or a front-end without room for a signal, would
     /// otherwise keep the worker from ending with it.
     pub fn end(&self) {

@@ -26,7 +26,7 @@ struct State {
 pub struct Inside<'a>(&'a Gate);
 
 impl Gate {
-    /// Waits until the gate is open and nobody is inside.
+    /// Waits until the gate is open and no thread is inside.
     pub fn enter(&self) -> Inside<'_> {
         let mut state = self.state.lock();
         self.changed.wait_while(&mut state, |state| state.busy || state.closed != 0);
@@ -34,7 +34,7 @@ impl Gate {
         Inside(self)
     }
 
-    /// Closes the gate and waits until nobody is inside. Every call needs one of
+    /// Closes the gate and waits until no thread is inside. Every call needs one of
     /// [`open`](Self::open).
     pub fn close(&self) {
         let mut state = self.state.lock();
@@ -43,7 +43,7 @@ impl Gate {
     }
 
     /// Closes the gate like [`close`](Self::close), but gives up when `hopeless` says so: then it
-    /// is false, and the gate is as it was. Whoever is inside may wait for a page that only the
+    /// is false, and the gate is as it was. A thread inside may wait for a page that only the
     /// front-end can bring.
     pub fn close_unless(&self, hopeless: &dyn Fn() -> bool) -> bool {
         let mut state = self.state.lock();
@@ -71,7 +71,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Waits until whoever is inside now has left.
+    /// Waits until the threads that are inside now have left.
     pub fn drain(&self) {
         self.close();
         self.open();

@@ -1,6 +1,6 @@
 //! Postcopy of the guest's memory: the part of the back-end (PAGEFAULT).
 //!
-//! From POSTCOPY_LISTEN on, memory is mapped before all of it has arrived, and whoever here misses
+//! From POSTCOPY_LISTEN on, memory is mapped before all of it has arrived, and a thread here that misses
 //! a page waits until the front-end has put it there. Who can wait is the worker, in rings and
 //! request buffers, and the thread that serves messages, which reads the used index. Neither
 //! passes guest memory to system calls, so no privilege is needed.
@@ -89,7 +89,7 @@ impl Postcopy {
 
     /// POSTCOPY_LISTEN: memory that is mapped from now on may have missing pages; there must be
     /// none yet. The guest changes no block until the [end](Self::end), since memory that was
-    /// given back could be filled again by what still arrives.
+    /// discarded could be filled again by what still arrives.
     ///
     /// # Errors
     ///
@@ -138,7 +138,7 @@ impl Postcopy {
         guest_memory::start_of(self.faults.lock().memory.as_deref()?, gpa)
     }
 
-    /// POSTCOPY_END: everything has arrived. Whoever still waits goes on, and what is missing is
+    /// POSTCOPY_END: everything has arrived. Threads that still wait continue, and what is missing is
     /// zeros.
     ///
     /// # Errors
@@ -168,7 +168,7 @@ impl Postcopy {
         self.faults.lock().listening
     }
 
-    /// The connection is gone before the [end](Self::end): what is missing will never come. Whoever
+    /// The connection is gone before the [end](Self::end): what is missing will never come. A thread that
     /// waits goes on with memory that is not the guest's any more: a page of zeros in the guest's
     /// file would be taken for one that has arrived.
     ///
@@ -183,12 +183,12 @@ impl Postcopy {
         let (Some(offered), Some(memory), Some(zeros)) = (offered, memory, zeros) else {
             return Ok(());
         };
-        // All of it before anybody goes on, since they may miss another page next.
+        // All of it before any thread continues, since it may miss another page next.
         guest_memory::replace_by_zeros(&memory, &zeros)?;
         mapped(Some(&memory)).try_for_each(|(at, len)| offered.wake(at, len))
     }
 
-    /// What ends with postcopy or with the connection, once nobody uses its memory any more.
+    /// What ends with postcopy or with the connection, once its memory is not used any more.
     pub fn close(&self) {
         if let Some(id) = self.listener.lock().take()
             && let Err(error) = self.controller.manager().unregister(id)

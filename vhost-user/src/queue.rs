@@ -28,7 +28,7 @@ type Part<'a> = VolatileSlice<'a, BS<'a, BitmapMmapRegion>>;
 /// hold nothing for it.
 ///
 /// A chain may name tables of descriptors anywhere, which are read while it is walked, before
-/// anybody has seen where they are; and a guest may change a descriptor after somebody has. So
+/// it is seen where they are; and a guest may change a descriptor after it was seen. So
 /// each access is checked where it is made.
 #[derive(Clone, Copy)]
 pub struct UsableMemory<'a> {

@@ -56,7 +56,7 @@ impl DeviceObserver for Observer {
 }
 
 fn send(events: &broadcast::Sender<Event>, event: Event) {
-    // Without a reader there is nobody to tell.
+    // Without a reader there is nothing to tell.
     let _ = events.send(event);
 }
 

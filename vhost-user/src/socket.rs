@@ -36,7 +36,7 @@ pub enum FrontEnds {
 }
 
 impl FrontEnds {
-    /// Listens at `path`. A socket left there by a killed daemon is replaced; one that somebody
+    /// Listens at `path`. A socket left there by a killed daemon is replaced; one that a process
     /// serves is not, nor is anything that is no socket.
     ///
     /// # Errors
@@ -54,7 +54,7 @@ impl FrontEnds {
     /// When it is no Unix stream socket, or one that neither listens nor is connected.
     pub fn inherit(fd: i32) -> io::Result<Self> {
         let refuse = |rule| Err(io::Error::other(rule));
-        // A duplicate, since nothing tells that nobody else in this process uses the number.
+        // A duplicate, since other code in this process may use the number.
         let fd = match inherited::duplicate(fd) {
             Err(error) if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) => {
                 return refuse("no such file descriptor");

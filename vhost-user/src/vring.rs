@@ -1,4 +1,4 @@
-//! A ring of the crate's, with a kick and a call that hold nobody up for good.
+//! A ring of the crate's, with a kick and a call that hold no thread up for good.
 //!
 //! Both are eventfds that the front-end has as well, and with them their flags: what was made not to
 //! block, it can make block again. So a kick is read in a way to which the flags do not matter. There is
@@ -113,8 +113,8 @@ impl Calls {
         signalled
     }
 
-    /// The connection has ended: nothing is signalled any more. Whoever waits to do so goes on: the
-    /// front-end may have filled the eventfd, and nobody else would empty it.
+    /// The connection has ended: nothing is signalled any more. A thread that waits to do so continues: the
+    /// front-end may have filled the eventfd, and nothing else would empty it.
     pub fn end(&self) {
         self.state.lock().ended = true;
         loop {

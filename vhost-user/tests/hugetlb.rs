@@ -1,4 +1,4 @@
-//! Guest memory of huge pages: taken from the pool at PLUG, given back at UNPLUG.
+//! Guest memory of huge pages: taken from the pool at PLUG, discarded at UNPLUG.
 //!
 //! The tests need a pool of a known size. Where it cannot be had they say so and are skipped.
 
@@ -63,7 +63,7 @@ fn an_empty_pool_makes_the_guest_busy_and_nothing_is_changed() {
     assert_eq!(rig.plug(7, 1), ResponseType::Ack);
     rig.stamp(7, 8);
     let config = rig.frontend.config().unwrap();
-    // One page is there, but not three: the first is given back.
+    // One page is there, but not three: the first is discarded.
     assert_eq!(rig.plug(0, 3), ResponseType::Busy);
     assert_eq!((pool.free(), rig.frontend.config().unwrap()), (1, config));
     let state = rig.execute(RequestType::State, gpa(0), 7);

@@ -152,7 +152,7 @@ fn words_of(part: ByteRange, page_size: u64) -> Range<usize> {
 
 impl Drop for KvmDirtyLog {
     fn drop(&mut self) {
-        // A log that nobody reads only costs.
+        // A log that is not read only costs.
         let _ = self.stop();
     }
 }

@@ -7,7 +7,7 @@
 //! | [`WriteProtect`] | everybody who writes through this process's page tables: vCPUs, threads, system calls |
 //! | [`KvmDirtyLog`] | vCPUs and KVM's in-kernel devices |
 //! | [`VhostLog`] | vhost-user back-ends that log, and whatever the VMM marks itself |
-//! | [`NeverWritten`] | nobody: the VM does not run |
+//! | [`NeverWritten`] | none: the VM does not run |
 //!
 //! DMA into pinned pages goes through no page table: O_DIRECT, fixed buffers of io_uring, vfio. The
 //! page counts as written when it is pinned, and what lands there after the next sync is seen by
@@ -74,7 +74,7 @@ pub trait DirtyTracker: Send {
     fn stop(&mut self) -> io::Result<()>;
 }
 
-/// The tracker of memory that nobody writes: the guest is stopped.
+/// The tracker of memory that is not written: the guest is stopped.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NeverWritten;
 

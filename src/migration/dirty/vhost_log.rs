@@ -62,7 +62,7 @@ impl VhostLog {
     /// For writes that no page table shows, such as DMA into pinned pages: a VMM keeps a log whether
     /// or not a back-end writes to it, and marks what an I/O wrote when that has completed, before
     /// the guest hears of it. A guest counts as stopped when none is under way any more. Marks that
-    /// nobody asks for cost no more than that, so they need not wait for a migration.
+    /// that are not asked for cost no more than that, so they need not wait for a migration.
     ///
     /// # Errors
     ///
@@ -193,7 +193,7 @@ mod tests {
         let mut dirty = PageBitmap::new(40);
         others.sync(&mut dirty).unwrap();
         assert!(dirty.runs(0..40).flatten().eq([9, 10, 39]));
-        // Page 100 belongs to nobody.
+        // Page 100 belongs to no block.
         assert_eq!(log.take_bits(8, u64::MAX), 1 << 36);
         assert_eq!(log.take_bits(8, u64::MAX), 0);
     }

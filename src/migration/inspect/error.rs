@@ -35,7 +35,9 @@ pub enum InspectError {
         described: bool,
     },
     /// A section goes on that never began.
-    #[error("byte {offset:#x}: section {section_id} goes on and never began, or is not iterative")]
+    #[error(
+        "byte {offset:#x}: section {section_id} continues without a start, or is not iterative"
+    )]
     UnknownSection {
         /// Bytes from the start of the file.
         offset: u64,
@@ -91,7 +93,7 @@ impl From<WireError> for InspectError {
 #[non_exhaustive]
 pub enum Warning {
     /// Pages lie in memory that is discarded: they should not have been sent, and a destination
-    /// that loads them has memory that nobody may use.
+    /// that loads them has memory that must not be used.
     DiscardedPages {
         /// Path of the device, "virtio-mem" when it has none.
         device: String,

@@ -104,7 +104,7 @@ impl VirtioMem {
         Some(())
     }
 
-    /// The end of the copy of the device's configuration space, which nobody but the device
+    /// The end of the copy of the device's configuration space, which only the device
     /// writes; what a guest writes stands before it.
     fn find_config(&self, bytes: &[u8]) -> Option<usize> {
         const REGION_SIZE_END: usize = 32;

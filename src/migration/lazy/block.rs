@@ -148,14 +148,14 @@ impl LazyBlock {
 
     /// Makes sure that no page that is outstanding is there, since no fault would be seen: one with
     /// data is refused. hugetlb does not tell what is there, and pages that were only reserved are:
-    /// it is given back.
+    /// it is discarded.
     pub(super) fn refuse_present(&self) -> Result<(), MigrationError> {
         let state = self.state.lock();
         if !self.block.tells_holes() {
             let pages = 0..state.outstanding.nr_pages();
             let mut runs = state.outstanding.runs(pages).map(bytes_of);
             let given = runs.try_for_each(|range| self.block.discard(range));
-            return given.map_err(self.failed("give pages back that are to come"));
+            return given.map_err(self.failed("discard outstanding pages"));
         }
         let mut present = None;
         for &range in &self.registered {
@@ -169,7 +169,7 @@ impl LazyBlock {
             None => Ok(()),
             Some(page) => {
                 let what = format!(
-                    "the page at {:#x} of block {:?} is still there and could not be waited for",
+                    "the outstanding page at {:#x} of block {:?} has data here, which cannot be discarded",
                     page * TARGET_PAGE_SIZE,
                     self.id()
                 );

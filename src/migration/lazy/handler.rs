@@ -151,7 +151,7 @@ fn serve(lazy: &LazyRam, stop: &Stop) -> Result<(), MigrationError> {
             }
         }
         if !waited && !starved.is_empty() {
-            tracing::warn!("no memory for pages of zeros; who touches them waits");
+            tracing::warn!("no memory for pages of zeros; vCPUs that touch them wait");
         }
     }
     Ok(())

@@ -104,8 +104,8 @@ fn memory_that_is_still_there_is_refused() {
     let mut outstanding = PageBitmap::new(block.used_length() / PAGE);
     outstanding.set_range(0..50);
     let Err(error) = LazyRam::new(vec![(block, outstanding)]) else { panic!("not refused") };
-    assert!(error.to_string().contains("0x14000 of block \"vmem0\" is still there"), "{error}");
-    // And nobody waits for anything.
+    assert!(error.to_string().contains("0x14000 of block \"vmem0\" has data here"), "{error}");
+    // And no thread waits for anything.
     assert_eq!(read(&side, 5), 0);
 }
 

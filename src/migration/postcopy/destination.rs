@@ -108,12 +108,12 @@ impl<'a> Arriving<'a> {
     fn expect(&mut self, id: &str, (start, len): (u64, u64)) -> Result<(), MigrationError> {
         let wrong = |what| MigrationError::Page { at: 0, what };
         let Some(block) = self.incoming.blocks.get(id) else {
-            return Err(wrong(format!("pages to come of block {id:?}, which is unknown")));
+            return Err(wrong(format!("outstanding pages of block {id:?}, which is unknown")));
         };
         let whole = |bytes: u64| bytes.is_multiple_of(block.page_size());
         let range = ByteRange::new(start, len).filter(|range| range.end() <= block.used_length());
         let Some(range) = range.filter(|_| whole(start) && whole(len)) else {
-            let what = format!("{len:#x} bytes to come at {start:#x} of block {id:?}");
+            let what = format!("{len:#x} outstanding bytes at {start:#x} of block {id:?}");
             return Err(wrong(what));
         };
         if !block.is_populated(range)? {

@@ -191,7 +191,7 @@ mod tests {
         assert!(!switchover.may_be_due(301 << 20, &bandwidth));
         assert!(switchover.may_be_due(300 << 20, &bandwidth));
         assert_eq!(switchover.is_due(300 << 20, NO_TIME, &bandwidth), Due::No);
-        // Until all of that is sent nobody asks again.
+        // Until all of that is sent it is not asked again.
         assert!(!switchover.may_be_due(1, &bandwidth));
         assert!(switchover.may_be_due(0, &bandwidth));
         assert_eq!(switchover.is_due(0, NO_TIME, &bandwidth), Due::Yes);

@@ -28,7 +28,7 @@ use crate::migration::stream::{
 pub struct Parameters {
     /// Bytes a second; `None` for as fast as the channel takes.
     pub max_bandwidth: Option<u64>,
-    /// Bytes a second of postcopy's that nobody asked for; `None` for as fast as the channel takes.
+    /// Bytes a second of postcopy's pages that were not asked for; `None` for as fast as the channel takes.
     /// The less, the sooner those who wait for a page have it.
     pub max_postcopy_bandwidth: Option<u64>,
     /// The guest is stopped once what is left is expected to take no longer, the time to find it out

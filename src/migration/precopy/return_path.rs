@@ -176,7 +176,7 @@ impl ReturnPath {
     }
 
     /// Ends the thread, after the destination has said its last word for now. What it says from
-    /// now on is for somebody else to read.
+    /// now on is for another reader.
     pub(super) fn end(mut self) -> Result<WireReader<Channel>, MigrationError> {
         self.keep_channel = true;
         let reader = self.thread.take().and_then(|thread| thread.join().ok());

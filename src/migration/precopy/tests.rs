@@ -317,7 +317,7 @@ fn a_section_of_zeros_ends_though_it_has_hardly_any_bytes() {
 
 #[test]
 fn an_idle_guest_is_stopped_when_everything_is_sent() {
-    // More than is sent before anybody asks whether the rest fits the downtime.
+    // More than is sent before it is asked whether the rest fits the downtime.
     let (pages, size) = ((80 << 20) / PAGE, 128 << 20);
     let (from, to) = (Side::of_region(size), Side::of_region(size));
     fill(&from.region, 0..pages, 7);

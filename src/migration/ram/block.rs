@@ -22,7 +22,7 @@ pub enum Migratable {
     Yes,
     /// The destination makes its own: it is left out of the list.
     No,
-    /// Nobody said; migration refuses to start, since it is somebody's bug.
+    /// Not declared: migration refuses to start, since the VMM has forgotten it.
     #[default]
     Undeclared,
 }

@@ -81,7 +81,7 @@ impl<'a> RamRecords<'a> {
             if found.is_none() {
                 return Err(bad(
                     at,
-                    &format!("a page of block {name:?}, of which none is to come"),
+                    &format!("a page of block {name:?}, of which none is outstanding"),
                 ));
             }
             if found != self.current {

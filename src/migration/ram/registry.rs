@@ -65,7 +65,7 @@ pub enum BlockError {
         /// Id of the block.
         id: String,
     },
-    /// Nobody said whether it migrates.
+    /// It is not declared whether it migrates.
     #[error("RAM block {id:?} was declared neither migratable nor not migratable")]
     Undeclared {
         /// Id of the block.
@@ -199,7 +199,7 @@ impl RamBlocks {
     ///
     /// # Errors
     ///
-    /// When nobody said of a block whether it does.
+    /// When it is not declared of a block whether it does.
     pub fn migratable(&self) -> Result<Vec<Arc<MigrationBlock>>, BlockError> {
         let mut migratable = Vec::new();
         for block in &self.blocks {
@@ -230,7 +230,7 @@ impl RamBlocks {
     ///
     /// # Errors
     ///
-    /// When nobody said of a block whether it takes part.
+    /// When it is not declared of a block whether it takes part.
     pub fn list(&self, options: ListOptions) -> Result<BlockList, BlockError> {
         let entries = self.migratable()?;
         let entry = |block: &Arc<MigrationBlock>| BlockEntry {

@@ -34,7 +34,7 @@ const GATHER_PIECES: usize = 1024;
 const CLEAR_CHUNK_PAGES: u64 = 1 << 18;
 
 /// The most pages of a section while the guest runs: zeros cost hardly a byte, but time, in which
-/// nobody would notice that the migration was cancelled.
+/// a cancelled migration would not be noticed.
 const ITERATE_PAGES: u64 = (64 << 20) / TARGET_PAGE_SIZE;
 
 /// The most bytes of a request where host pages are smaller: a request is gathered as a whole. QEMU's
@@ -243,7 +243,7 @@ impl RamSave {
     ///
     /// # Errors
     ///
-    /// When nobody said of a block whether it is migratable; nothing has been sent then.
+    /// When it is not declared of a block whether it is migratable; nothing has been sent then.
     pub fn new(
         blocks: &RamBlocks,
         options: ListOptions,
@@ -361,7 +361,7 @@ impl RamSave {
         Ok(block.gather(gathered, pages, named, &progress.counters))
     }
 
-    /// As [`gather`](Self::gather), when nobody writes the pages any more.
+    /// As [`gather`](Self::gather), when the pages are not written any more.
     fn gather_stopped(&mut self, out: &mut GatherWrite, index: usize, pages: Range<u64>) -> u64 {
         let named = self.continued.replace(index) == Some(index);
         self.blocks[index].gather(out, pages, named, &self.progress.counters)

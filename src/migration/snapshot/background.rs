@@ -1,7 +1,7 @@
 //! A snapshot of a running guest, as it was at one instant.
 //!
 //! The guest is stopped for as long as it takes to save its devices and to protect the pages that
-//! exist. Then it runs on; whoever writes a protected page waits until that page is in the file.
+//! exist. Then it continues; a vCPU that writes a protected page waits until that page is in the file.
 //! Holes and discarded ranges are zeros at that instant by definition, so they are neither
 //! populated nor saved, and writing them costs nothing.
 
@@ -263,7 +263,7 @@ impl<'a> Serving<'a> {
         Ok(())
     }
 
-    /// Writes pages that nobody else writes, and lifts their protection.
+    /// Writes pages that the other thread does not write, and lifts their protection.
     fn save(
         &self,
         saved: &Saved,
@@ -317,7 +317,7 @@ impl<'a> Serving<'a> {
         Ok(())
     }
 
-    /// Saves the page that somebody wants to write, before everything else.
+    /// Saves the page that a vCPU wants to write, before everything else.
     fn answer_fault(
         &self,
         fault: &Fault,
@@ -333,7 +333,7 @@ impl<'a> Serving<'a> {
             let mut state = saved.state.lock();
             let in_flight = &state.in_flight;
             if in_flight.start < pages.end && pages.start < in_flight.end {
-                // Whoever writes it to the file lets the guest go on.
+                // The thread that writes it to the file lets the vCPU continue.
                 return Ok(());
             }
             let runs: Vec<_> = state.todo.runs(pages.clone()).collect();

@@ -20,7 +20,7 @@ pub(super) struct FileSink<'a> {
 }
 
 impl<'a> FileSink<'a> {
-    /// At the start of an empty file: what somebody else wrote is not written over.
+    /// At the start of an empty file: what another program wrote is not written over.
     pub(super) fn of_empty(file: &'a File) -> Result<Self, MigrationError> {
         let length = file.metadata().map_err(MigrationError::io("look at the file"))?.len();
         if length != 0 {

@@ -46,7 +46,7 @@ pub(super) fn load(
                 loader.continued(kind, section_id, at, &mut reader)?;
             }
             Record::Eof => return loader.all_loaded(),
-            // A file has nobody to answer; what QEMU puts there tells nothing here.
+            // A file does not answer; what QEMU puts there tells nothing here.
             Record::Command(_) => {}
             Record::Description(_) => {
                 return Err(out_of_place("description", at, "before the end of the sections"));

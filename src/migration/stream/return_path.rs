@@ -21,7 +21,7 @@ pub enum ReturnMessage {
     Shut(u32),
     /// All before the PING of this value has been handled.
     Pong(u32),
-    /// Pages that somebody waits for.
+    /// Pages that the destination waits for.
     RequestPages {
         /// Id of the RAM block; `None` for the block of the last request.
         block: Option<String>,

@@ -71,7 +71,7 @@ pub enum Problem {
         expected: String,
     },
     /// A byte that is neither false nor true.
-    #[error("{0} is no truth value")]
+    #[error("a truth value is 0 or 1, not {0}")]
     NotBool(u8),
     /// A byte that says neither that a structure is there nor that it is not.
     #[error("{0:#x} where 0x30 (absent) or 0x31 (present) was expected")]

@@ -67,7 +67,7 @@ impl Guest {
             memory_size: PAGES * PAGE,
             userspace_addr: mapping.addr() as u64 + SLOT_AT * PAGE,
         };
-        // SAFETY: the mapping outlives the VM, and nobody else uses its memory.
+        // SAFETY: the mapping outlives the VM, and nothing else uses its memory.
         unsafe { vm.set_user_memory_region(region) }?;
         mapping.write(SLOT_AT * PAGE + CODE, &PROGRAM);
         let vcpu = vm.create_vcpu(0)?;

@@ -68,8 +68,8 @@ pub enum BlobError {
     /// It was changed on its way.
     #[error("its checksum is wrong")]
     Checksum,
-    /// It goes on after its end.
-    #[error("it goes on after its end")]
+    /// Bytes follow its end.
+    #[error("bytes follow its end")]
     Trailing,
     /// More than any state of this device.
     #[error("it is longer than {limit} bytes")]

@@ -24,7 +24,7 @@ pub(super) enum Sent {
     Whole,
     /// There was no room.
     Full,
-    /// There is nobody to send it to.
+    /// There is no front-end to send it to.
     Closed,
 }
 

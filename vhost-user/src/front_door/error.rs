@@ -88,7 +88,7 @@ pub enum RelayError {
         reason: String,
     },
     /// The device side spoke without having been asked.
-    #[error("the device side sent a message that nobody asked for")]
+    #[error("the device side sent a message that was not asked for")]
     Unsolicited,
     /// Memory or the dirty log is gone that the front-end shared.
     #[error("memory that the front-end shared is gone: its file was truncated, or has no pages")]

@@ -64,7 +64,7 @@ impl Link {
         }
     }
 
-    /// Ends both connections, for whoever still holds a duplicate too.
+    /// Ends both connections, for holders of a duplicate too.
     pub(super) fn shutdown(&self) {
         for stream in [&self.front, &self.crate_side] {
             // Fails only when the other end was faster.

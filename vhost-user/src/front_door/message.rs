@@ -75,7 +75,7 @@ impl Header {
     }
 }
 
-/// A whole message with the descriptors that came with it; those nobody takes are closed with it.
+/// A whole message with the descriptors that came with it; those that are not taken are closed with it.
 #[derive(Debug)]
 pub(super) struct Message {
     pub(super) header: Header,

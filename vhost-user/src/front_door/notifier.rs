@@ -2,7 +2,7 @@
 //!
 //! The vhost crate has no way to send this message. A thread of its own does, because a front-end
 //! may read the configuration over the main connection before it acknowledges the message:
-//! whoever serves that connection must never wait here.
+//! the thread that serves that connection must never wait here.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +17,7 @@ use tracing::{debug, warn};
 
 use super::channel::{Channel, Sent};
 
-/// A full socket is tried again at least this often, even if nobody says that it has room.
+/// A full socket is tried again at least this often, even if nothing says that it has room.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// Tells the front-end that the configuration space has changed.

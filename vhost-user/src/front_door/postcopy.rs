@@ -26,7 +26,7 @@ impl Session<'_> {
         let header = message.header;
         let out_of_order = |error: std::io::Error| RelayError::Value {
             request,
-            reason: format!("no way to do it: {error}"),
+            reason: format!("userfaultfd cannot be had: {error}"),
         };
         match request {
             FrontendRequest::POSTCOPY_ADVISE => match self.events.postcopy_advise() {

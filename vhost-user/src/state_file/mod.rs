@@ -153,7 +153,7 @@ impl StateFile {
         }
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
         lock(&file, path)?;
-        // Whoever had it locked until now may have put another in its place.
+        // The process that had it locked until now may have put another in its place.
         let (opened, named) = (file.metadata().map_err(io)?, std::fs::metadata(path).map_err(io)?);
         if (opened.dev(), opened.ino()) != (named.dev(), named.ino()) {
             return Err(StateFileError::InUse(path.to_owned()));

@@ -6,10 +6,10 @@
 //! none.
 //!
 //! So SIGBUS is caught. If the address lies in a shared mapping, empty memory is put in its place,
-//! the access goes on, and the loss is told to whoever waits on [`lost`]: the relay, which ends
+//! the access goes on, and the loss is told to what waits on [`lost`]: the relay, which ends
 //! the connection. The daemon maps no file shared but those of the front-end, so nothing else can
 //! be meant. The dirty log is mapped within a crate that does not say where; so the kernel is
-//! asked which mapping it is, by `/proc/self/maps`, and nobody has to register anything.
+//! asked which mapping it is, by `/proc/self/maps`, and nothing has to be registered.
 
 use std::io;
 use std::ops::Range;
@@ -53,7 +53,7 @@ pub(crate) fn lost() -> Option<BorrowedFd<'static>> {
     GUARD.get().map(|guard| guard.lost.as_fd())
 }
 
-/// Forgets earlier losses. Only while nobody uses any memory of a front-end.
+/// Forgets earlier losses. Only while no memory of a front-end is used.
 pub(crate) fn forget() {
     if let Some(lost) = lost() {
         // An error means that there is nothing to forget.
@@ -80,7 +80,7 @@ extern "C" fn on_sigbus(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
 impl Guard {
     /// Puts empty memory where `addr` is, if it lies in a shared mapping.
     fn mend(&self, addr: usize) -> bool {
-        // One at a time, since the list of mappings is read in pieces. Whoever holds it is in this
+        // One at a time, since the list of mappings is read in pieces. The holder is in this
         // handler too, on another thread, and is done soon.
         while self.busy.swap(true, Ordering::Acquire) {
             std::hint::spin_loop();

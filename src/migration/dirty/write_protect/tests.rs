@@ -270,7 +270,7 @@ fn what_cannot_be_tracked_is_refused() {
         let error = tracker.start(&wrong).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
-    // Somebody else has it.
+    // Another userfaultfd has it.
     tracker.start(&[range(0, PAGE)]).unwrap();
     let error = block.tracker().start(&[range(0, PAGE)]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);

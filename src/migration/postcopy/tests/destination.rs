@@ -566,7 +566,7 @@ fn what_a_device_puts_where_a_page_is_outstanding_keeps_the_guest_at_the_source(
     wait_until(|| there.thread.is_finished());
     assert_eq!(there.seen(), (0, 1, 0));
     let error = there.thread.join().unwrap().unwrap_err().to_string();
-    assert!(error.contains("0x40000 of block \"vmem0\" is still there"), "{error}");
+    assert!(error.contains("0x40000 of block \"vmem0\" has data here"), "{error}");
 }
 
 #[test]

@@ -304,7 +304,7 @@ fn each_wrong_field_is_named_with_its_place() {
         let VmStateError { place, problem } = load(&bytes, 2).unwrap_err();
         (place.field, place.offset, problem.to_string())
     };
-    assert_eq!(wrong(0, 2), (Some("on"), 0, "2 is no truth value".to_owned()));
+    assert_eq!(wrong(0, 2), (Some("on"), 0, "a truth value is 0 or 1, not 2".to_owned()));
     let immutable = "16909061 in the stream, 16909060 here";
     assert_eq!(wrong(4, 5), (Some("size"), 1, immutable.to_owned()));
     assert_eq!(wrong(5, 71).2, "71 elements, at most 70 are possible");

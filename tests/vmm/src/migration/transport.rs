@@ -92,7 +92,7 @@ impl Listener {
             == 0
         {
             if gives_up() {
-                bail!("cancelled while nobody had connected to {}", self.address);
+                bail!("cancelled before anything connected to {}", self.address);
             }
         }
         Ok(match &self.socket {

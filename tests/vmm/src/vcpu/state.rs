@@ -102,7 +102,7 @@ impl Vcpus {
             let pages =
                 given.start.is_multiple_of(PAGE_SIZE) && given.end.is_multiple_of(PAGE_SIZE);
             if !pages || given.start < end || given.start >= given.end {
-                return Err(format!("{:#x} to {:#x} is no range", given.start, given.end));
+                return Err(format!("{:#x} to {:#x} is not a range", given.start, given.end));
             }
             if given.id >= state.next_id {
                 return Err(format!("range {} of {}", given.id, state.next_id));
@@ -112,12 +112,15 @@ impl Vcpus {
                 region.range().contains(&given.start) && given.end <= region.range().end
             });
             if !inside {
-                return Err(format!("{:#x} to {:#x} is no memory", given.start, given.end));
+                return Err(format!(
+                    "{:#x} to {:#x} is not memory of the guest",
+                    given.start, given.end
+                ));
             }
             end = given.end;
         }
         match state.pages.iter().find(|page| !page.page.is_multiple_of(PAGE_SIZE)) {
-            Some(page) => Err(format!("{:#x} is no page", page.page)),
+            Some(page) => Err(format!("{:#x} is not the address of a page", page.page)),
             None => Ok(()),
         }
     }
