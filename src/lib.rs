@@ -10,6 +10,34 @@
 //! - [`sys`]: mappings and ioctls; the only folder with `unsafe`.
 //!
 //! It opens no sockets and knows no transport; the daemon `vhost-user-mem` is its first user.
+//!
+//! A device with memory behind it, and a request of the guest's:
+//!
+//! ```
+//! use std::{fs::File, sync::Arc};
+//! use virtio_mem::controller::{MemController, Start};
+//! use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
+//! use virtio_mem::memory::RamBlock;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (addr, region, block) = (4 << 30, 1 << 30, 2 << 20);
+//! # let file = File::from(rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC)?);
+//! # file.set_len(region)?;
+//! // `file`: a memfd of the region's size.
+//! let device = VirtioMem::new(Geometry::new(addr, region, block, None)?, region)?;
+//! let controller = MemController::new(Start::volatile(device));
+//! controller.set_memory(vec![Arc::new(RamBlock::new("ram".into(), addr, region, file, 0)?)])?;
+//!
+//! let plug = Request::Plug(BlockSpan { addr, nb_blocks: 3 });
+//! assert_eq!(controller.execute(plug), Response::Ack);
+//! assert_eq!(controller.config().plugged_size, 3 * block);
+//! assert_eq!(controller.resident_size(), Some(0));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! How to embed it in a VMM, migrate and save a guest, and map its memory for DMA is shown in
+//! `src/examples/`.
 
 #[cfg(test)]
 #[path = "../tests/common/huge_page_pool.rs"]

@@ -1,0 +1,139 @@
+//! Migrates a guest with a virtio-mem region by precopy, from one side of a socket to the other.
+//!
+//!     cargo run --example migrate
+
+use std::error::Error;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use virtio_mem::controller::{MemController, Start};
+use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
+use virtio_mem::memory::RamBlock;
+use virtio_mem::migration::channel::Channel;
+use virtio_mem::migration::dirty::WriteProtect;
+use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use virtio_mem::migration::progress::Progress;
+use virtio_mem::migration::ram::{
+    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
+};
+use virtio_mem::migration::stream::Configuration;
+use virtio_mem::migration::virtio_mem::{properties, register};
+use virtio_mem::migration::vmstate::DeviceRegistry;
+use virtio_mem::ram_discard::RamDiscardManager;
+
+const ADDR: u64 = 5 << 30;
+const BLOCK: u64 = 2 << 20;
+const REGION: u64 = 1 << 30;
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// A VMM stops its vCPUs here and lets them run; these two print.
+struct Vcpus(&'static str);
+
+impl Guest for Vcpus {
+    fn stop(&self) -> Result<(), String> {
+        println!("{}: the guest is stopped", self.0);
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        println!("{}: the guest runs", self.0);
+        Ok(())
+    }
+}
+
+/// What both sides have: memory, a device, and the device's manager, which knows what is discarded.
+struct Vm {
+    file: File,
+    controller: Arc<MemController>,
+    blocks: RamBlocks,
+    devices: DeviceRegistry,
+}
+
+fn vm() -> Result<Vm, Failure> {
+    let file = File::from(memfd_create("region", MemfdFlags::CLOEXEC)?);
+    file.set_len(REGION)?;
+    let device = VirtioMem::new(Geometry::new(ADDR, REGION, BLOCK, None)?, REGION)?;
+    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let ram = Arc::new(RamBlock::new("vmem0".to_owned(), ADDR, REGION, file.try_clone()?, 0)?);
+    controller.set_memory(vec![Arc::clone(&ram)])?;
+
+    let block = MigrationBlock::map(ram, BlockOptions::migratable())?;
+    let manager = Arc::clone(controller.manager()) as Arc<dyn RamDiscardManager>;
+    block.set_discard_manager(0, manager)?;
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::new(block))?;
+
+    let mut devices = DeviceRegistry::new(properties());
+    register(&mut devices, "vmem0", &controller)?;
+    Ok(Vm { file, controller, blocks, devices })
+}
+
+fn send(vm: &mut Vm, socket: UnixStream) -> Result<(), Failure> {
+    let progress = Arc::new(Progress::new());
+    // Writes are tracked by userfaultfd here; a VMM with KVM has its log for that.
+    let blocks = vm.blocks.migratable()?;
+    let mut trackers = Vec::new();
+    for block in &blocks {
+        let (mapping, ram) = (Arc::clone(block.mapping()), Arc::clone(block.ram()));
+        trackers.push(WriteProtect::new(mapping, Some(ram))?);
+    }
+    let mut trackers = trackers.into_iter();
+    let tracker = |_: &MigrationBlock| Box::new(trackers.next().expect("one a block")) as Box<_>;
+    let ram = RamSave::new(&vm.blocks, ListOptions::default(), Arc::clone(&progress), tracker)?;
+    let outgoing = Outgoing {
+        parameters: Parameters::new(Configuration::new("example")),
+        guest: &Vcpus("source"),
+        handlers: vec![Box::new(ram)],
+        devices: &mut vm.devices,
+        postcopy: None,
+        progress: Arc::clone(&progress),
+    };
+    // An error tells where the guest is: `OutgoingError::guest`.
+    outgoing.run(Channel::new(socket, Arc::clone(&progress))?)?;
+    let sent = progress.snapshot();
+    println!(
+        "{} bytes sent; {} pages sent, {} discarded, {} never touched",
+        sent.transferred, sent.normal, sent.discarded, sent.holes
+    );
+    Ok(())
+}
+
+fn receive(mut vm: Vm, socket: UnixStream) -> Result<Vm, Failure> {
+    let progress = Arc::new(Progress::new());
+    let blocks = Arc::new(vm.blocks);
+    let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
+    let incoming = Incoming {
+        configuration: Configuration::new("example"),
+        guest: &Vcpus("destination"),
+        handlers: vec![Box::new(ram)],
+        devices: &mut vm.devices,
+        postcopy: None,
+        progress: Arc::clone(&progress),
+    };
+    incoming.run(Channel::new(socket, progress)?)?;
+    Ok(Vm { blocks: RamBlocks::new(), ..vm })
+}
+
+fn main() -> Result<(), Failure> {
+    let mut from = vm()?;
+    let plug = Request::Plug(BlockSpan { addr: ADDR, nb_blocks: 8 });
+    assert_eq!(from.controller.execute(plug), Response::Ack);
+    from.file.write_all_at(b"what the guest wrote", 3 * BLOCK)?;
+
+    let (near, far) = UnixStream::pair()?;
+    let there = thread::spawn(move || receive(vm()?, far));
+    send(&mut from, near)?;
+    let to = there.join().map_err(|_| "the destination panicked")??;
+
+    let mut bytes = [0; 20];
+    to.file.read_exact_at(&mut bytes, 3 * BLOCK)?;
+    assert_eq!(&bytes, b"what the guest wrote");
+    assert_eq!(to.controller.ranges(true), from.controller.ranges(true));
+    println!("resident at the destination: {:?} bytes", to.controller.resident_size());
+    Ok(())
+}
