@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use common::{busy, compare, head};
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
 use virtio_mem::migration::devices::DeviceSection;
 use virtio_mem::migration::stream::{SectionHeader, SectionKind};
@@ -30,7 +30,7 @@ fn registry(plugged: u64) -> DeviceRegistry {
         plugged: vec![plugged; WORDS],
     };
     let device = VirtioMem::restore(geometry, state).unwrap();
-    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
     let mut registry = DeviceRegistry::new(properties());
     register(&mut registry, "0000:00:01.0", &controller).unwrap();
     registry

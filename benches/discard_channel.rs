@@ -24,7 +24,7 @@ use test_vmm::daemon::{Daemon, DaemonOptions};
 use vhost_user_mem::discard_channel::DiscardChannel;
 use vhost_user_mem::metrics::Metrics;
 use virtio_mem::ByteRange;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockBitmap, DeviceState, Geometry, VirtioMem};
 use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
 use virtio_mem::ram_discard::{RamDiscardListener, RamDiscardManager};
@@ -65,7 +65,7 @@ impl Rig {
             plugged: blocks.words().to_vec(),
         };
         let device = VirtioMem::restore(geometry, state)?;
-        let local = Arc::new(MemController::new(Start::volatile(device)));
+        let local = Arc::new(MemController::new(InitialState::volatile(device)));
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("discard");
         let channel = DiscardChannel::bind(&path, Arc::clone(&local), Arc::new(Metrics::new()))?;

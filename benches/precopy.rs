@@ -16,14 +16,14 @@ use std::time::{Duration, Instant};
 
 use common::{compare, head, memfd, report};
 use virtio_mem::ByteRange;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::migration::channel::Channel;
 use virtio_mem::migration::devices::NoDevices;
 use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
 use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::{Progress, Snapshot};
+use virtio_mem::migration::progress::{MigrationInfo, Progress};
 use virtio_mem::migration::ram::{
     BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
 };
@@ -61,7 +61,7 @@ fn side(region: u64) -> Side {
     let file = memfd(region);
     let geometry = Geometry::new(ADDR, region, BLOCK, None).unwrap();
     let controller =
-        MemController::new(Start::volatile(VirtioMem::new(geometry, PLUGGED).unwrap()));
+        MemController::new(InitialState::volatile(VirtioMem::new(geometry, PLUGGED).unwrap()));
     let ram = Arc::new(
         RamBlock::new("vmem0".into(), ADDR, region, file.try_clone().unwrap(), 0).unwrap(),
     );
@@ -121,7 +121,7 @@ fn pair(kind: Kind) -> (OwnedFd, OwnedFd) {
     }
 }
 
-fn migrate(from: &Side, to: &Side, kind: Kind, tracked: bool) -> (Duration, Snapshot) {
+fn migrate(from: &Side, to: &Side, kind: Kind, tracked: bool) -> (Duration, MigrationInfo) {
     let (near, far) = pair(kind);
     let blocks = Arc::clone(&to.blocks);
     let there = thread::spawn(move || {

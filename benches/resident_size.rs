@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::{compare, head, memfd, time};
 use virtio_mem::ByteRange;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{Geometry, VirtioMem};
 use virtio_mem::memory::RamBlock;
 
@@ -25,7 +25,8 @@ fn main() {
         file.write_all_at(&[0xa5; MIB as usize], REGION + at).unwrap();
     }
     let geometry = Geometry::new(ADDR, REGION, 2 * MIB, None).unwrap();
-    let controller = MemController::new(Start::volatile(VirtioMem::new(geometry, 0).unwrap()));
+    let controller =
+        MemController::new(InitialState::volatile(VirtioMem::new(geometry, 0).unwrap()));
     let ram = Arc::new(RamBlock::new("ram".into(), ADDR, REGION, file, REGION).unwrap());
     controller.set_memory(vec![Arc::clone(&ram)]).unwrap();
     let region = ByteRange::new(REGION, REGION).unwrap();

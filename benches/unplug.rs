@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::{compare, head};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 
@@ -36,7 +36,7 @@ fn fill(file: &File) {
 fn main() {
     let file = memfd();
     let device = VirtioMem::new(Geometry::new(ADDR, SIZE, BLOCK, None).unwrap(), SIZE).unwrap();
-    let controller = MemController::new(Start::volatile(device));
+    let controller = MemController::new(InitialState::volatile(device));
     let ram = RamBlock::new("bench".to_owned(), ADDR, SIZE, file.try_clone().unwrap(), 0).unwrap();
     controller.set_memory(vec![Arc::new(ram)]).unwrap();
     let bare = memfd();

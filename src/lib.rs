@@ -15,7 +15,7 @@
 //!
 //! ```
 //! use std::{fs::File, sync::Arc};
-//! use virtio_mem::controller::{MemController, Start};
+//! use virtio_mem::controller::{MemController, InitialState};
 //! use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 //! use virtio_mem::memory::RamBlock;
 //!
@@ -25,7 +25,7 @@
 //! # file.set_len(region)?;
 //! // `file`: a memfd of the region's size.
 //! let device = VirtioMem::new(Geometry::new(addr, region, block, None)?, region)?;
-//! let controller = MemController::new(Start::volatile(device));
+//! let controller = MemController::new(InitialState::volatile(device));
 //! controller.set_memory(vec![Arc::new(RamBlock::new("ram".into(), addr, region, file, 0)?)])?;
 //!
 //! let plug = Request::Plug(BlockSpan { addr, nb_blocks: 3 });

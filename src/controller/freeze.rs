@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 
 use super::MemController;
-use super::served::Served;
+use super::served::DeviceSource;
 use crate::device::Geometry;
 use crate::memory::RegionMemory;
 use crate::ram_discard::{
@@ -124,7 +124,7 @@ impl MemController {
 /// A controller as its manager knows it, which it must not keep alive.
 struct Parts {
     geometry: Geometry,
-    served: Arc<Served>,
+    served: Arc<DeviceSource>,
     manager: Weak<LocalRamDiscardManager>,
     source: SourceId,
     memory: Arc<RegionMemory>,

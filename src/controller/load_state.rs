@@ -14,6 +14,7 @@ use crate::ram_discard::PopulateRefused;
 
 /// Why saved state was not taken over; nothing was changed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum LoadStateError {
     /// It breaks a rule.
     #[error(transparent)]

@@ -31,8 +31,8 @@ use thiserror::Error;
 
 pub use freeze::FreezeHolder;
 pub use load_state::LoadStateError;
-use served::{Served, State, Sweep};
-pub use store::{BlockUpdate, JournalUpdate, StateRecord, StateStore, Volatile};
+use served::{DeviceSource, State, Sweep};
+pub use store::{BlockUpdate, JournalUpdate, NoStateStore, StateRecord, StateStore};
 
 use crate::ByteRange;
 use crate::device::{
@@ -91,14 +91,14 @@ pub enum Reset {
 /// A virtio-mem device with its listeners, its memory and its saved state.
 pub struct MemController {
     geometry: Geometry,
-    served: Arc<Served>,
+    served: Arc<DeviceSource>,
     manager: Arc<LocalRamDiscardManager>,
     source: SourceId,
     memory: Arc<RegionMemory>,
 }
 
 /// How a controller starts: what a state store found, or a new device.
-pub struct Start {
+pub struct InitialState {
     /// The device.
     pub device: VirtioMem,
     /// Where its state is kept.
@@ -114,13 +114,13 @@ pub struct Start {
     pub sweep: bool,
 }
 
-impl Start {
+impl InitialState {
     /// A new device whose state ends with the process. What its memory held before, in blocks that it
     /// does not have plugged, is discarded when the guest runs.
     pub fn volatile(device: VirtioMem) -> Self {
         Self {
             device,
-            store: Box::new(Volatile),
+            store: Box::new(NoStateStore),
             journal: None,
             api_migration: false,
             reset_pending: false,
@@ -131,8 +131,8 @@ impl Start {
 
 impl MemController {
     /// A controller without memory.
-    pub fn new(start: Start) -> Self {
-        let Start { device, store, journal, api_migration, reset_pending, sweep } = start;
+    pub fn new(start: InitialState) -> Self {
+        let InitialState { device, store, journal, api_migration, reset_pending, sweep } = start;
         let geometry = *device.geometry();
         let memory = RegionMemory::new(geometry);
         let shown = Arc::new(Mutex::new(device.config()));
@@ -148,7 +148,7 @@ impl MemController {
             shown: Arc::clone(&shown),
         };
         let (state, answers) = (Mutex::new(state), RwLock::new(()));
-        let served = Arc::new(Served { geometry, state, shown, answers });
+        let served = Arc::new(DeviceSource { geometry, state, shown, answers });
         let manager = Arc::new(LocalRamDiscardManager::new(geometry.region_size()));
         let source = manager
             .add_source(Arc::clone(&served) as Arc<dyn RamDiscardSource>)

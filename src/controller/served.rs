@@ -14,7 +14,7 @@ use crate::ram_discard::{FreezeId, RamDiscardSource};
 
 /// What requests change. Locked for moments only, so that the configuration can be read while
 /// memory is given back; changes are serialised by the manager's transaction.
-pub(super) struct Served {
+pub(super) struct DeviceSource {
     pub(super) geometry: Geometry,
     pub(super) state: Mutex<State>,
     /// The configuration space as observers know it. It can be read while a change is saved, which takes
@@ -87,7 +87,7 @@ impl State {
     }
 }
 
-impl Served {
+impl DeviceSource {
     /// The blocks that a section touches.
     fn blocks_of(&self, section: ByteRange) -> Range<usize> {
         let block_size = self.geometry.block_size();
@@ -109,7 +109,7 @@ impl Served {
     }
 }
 
-impl RamDiscardSource for Served {
+impl RamDiscardSource for DeviceSource {
     fn region_size(&self) -> u64 {
         self.geometry.region_size()
     }

@@ -63,9 +63,9 @@ pub trait StateStore: Send {
 
 /// For devices whose state ends with the process.
 #[derive(Debug, Default)]
-pub struct Volatile;
+pub struct NoStateStore;
 
-impl StateStore for Volatile {
+impl StateStore for NoStateStore {
     fn commit(&mut self, _record: &StateRecord<'_>) -> io::Result<()> {
         Ok(())
     }

@@ -64,7 +64,7 @@ fn device(requested: u64) -> VirtioMem {
 
 fn rig() -> Rig {
     let store = Arc::new(Store::default());
-    let mut start = Start::volatile(device(NR * BLOCK));
+    let mut start = InitialState::volatile(device(NR * BLOCK));
     start.store = Box::new(SharedStore(Arc::clone(&store)));
     let controller = MemController::new(start);
     let file = memfd();
@@ -231,7 +231,7 @@ fn a_killed_unplug_is_finished_when_the_guest_runs_again() {
     let mut before = device(NR * BLOCK);
     before.apply(&Change::Plug(0..4));
     // The process was killed after it had committed UNPLUG of blocks 4..8.
-    let mut start = Start::volatile(before);
+    let mut start = InitialState::volatile(before);
     start.sweep = true;
     start.journal = Some(unplug(4, 4));
     let controller = MemController::new(start);
@@ -257,7 +257,7 @@ fn held_of(file: &File) -> u64 {
 #[test]
 fn a_new_device_discards_what_its_memory_held_before_when_the_guest_runs() {
     let file = used_memory();
-    let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
+    let controller = MemController::new(InitialState::volatile(device(NR * BLOCK)));
     controller.set_memory(ram(&file)).unwrap();
     assert_eq!(held_of(&file), 8 * BLOCK, "a state may still come");
     controller.running();
@@ -267,7 +267,7 @@ fn a_new_device_discards_what_its_memory_held_before_when_the_guest_runs() {
 #[test]
 fn a_block_that_is_plugged_first_is_zeros_whatever_its_memory_held() {
     let file = used_memory();
-    let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
+    let controller = MemController::new(InitialState::volatile(device(NR * BLOCK)));
     controller.set_memory(ram(&file)).unwrap();
     assert_eq!(controller.execute(plug(2, 2)), Response::Ack);
     let mut bytes = vec![1; 4 << 20];
@@ -280,7 +280,7 @@ fn a_block_that_is_plugged_first_is_zeros_whatever_its_memory_held() {
 #[test]
 fn a_guest_whose_memory_is_mapped_in_part_has_it_swept_once() {
     let file = used_memory();
-    let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
+    let controller = MemController::new(InitialState::volatile(device(NR * BLOCK)));
     let part = |from: u64, to: u64| {
         let (file, range) = (file.try_clone().unwrap(), (to - from) * BLOCK);
         Arc::new(
@@ -301,7 +301,7 @@ fn a_guest_whose_memory_is_mapped_in_part_has_it_swept_once() {
 #[test]
 fn memory_that_came_before_a_state_stays_where_the_state_has_it_plugged() {
     let file = used_memory();
-    let controller = MemController::new(Start::volatile(device(0)));
+    let controller = MemController::new(InitialState::volatile(device(0)));
     controller.set_memory(ram(&file)).unwrap();
     let mut loaded = device(NR * BLOCK);
     loaded.apply(&Change::Plug(2..6));
@@ -406,7 +406,8 @@ fn a_system_reset_that_a_killed_process_put_off_is_done_when_nobody_holds_migrat
     for (api_migration, plugged) in [(false, 0), (true, 4)] {
         let mut before = device(NR * BLOCK);
         before.apply(&Change::Plug(0..4));
-        let start = Start { reset_pending: true, api_migration, ..Start::volatile(before) };
+        let start =
+            InitialState { reset_pending: true, api_migration, ..InitialState::volatile(before) };
         let controller = MemController::new(start);
         assert_eq!(controller.config().plugged_size, plugged * BLOCK);
         controller.thaw(FreezeHolder::Api).unwrap();
@@ -438,7 +439,7 @@ fn resident_ranges_are_whole_units_with_anything_in_them() {
 
 #[test]
 fn resident_ranges_of_memory_in_pieces() {
-    let controller = MemController::new(Start::volatile(device(NR * BLOCK)));
+    let controller = MemController::new(InitialState::volatile(device(NR * BLOCK)));
     assert_eq!(controller.resident_ranges(BLOCK), None);
     let (low, high) = (memfd(), memfd());
     let piece = |first: u64, end: u64, file: &File, fd_offset| {
@@ -470,7 +471,7 @@ proptest! {
         let block = 4 * PAGE;
         let geometry = Geometry::new(ADDR, 256 * PAGE, block, None).unwrap();
         let device = VirtioMem::new(geometry, 0).unwrap();
-        let controller = MemController::new(Start::volatile(device));
+        let controller = MemController::new(InitialState::volatile(device));
         let file = memfd();
         pages.iter().for_each(|page| file.write_all_at(&[1], page * PAGE).unwrap());
         let ram_block = RamBlock::new("mem".to_owned(), ADDR, 256 * PAGE, file, 0).unwrap();

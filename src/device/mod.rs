@@ -20,6 +20,7 @@ pub use request::{BlockSpan, BlockState, REQUEST_LEN, RESPONSE_LEN, Request, Res
 
 /// Why a requested size is refused; nothing was changed. Sizes in bytes.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum RequestedSizeError {
     /// Not a multiple of the block size.
     #[error("requested size {requested_size} is not a multiple of the block size {block_size}")]
@@ -52,6 +53,7 @@ pub struct DeviceState {
 
 /// Why saved state is refused.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DeviceStateError {
     /// The requested size breaks a rule.
     #[error(transparent)]

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use virtio_mem::controller::{DeviceObserver, MemController, Start};
+use virtio_mem::controller::{DeviceObserver, InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let geometry = Geometry::new(ADDR, REGION, BLOCK, None)?;
     // Without a state store, block state ends with the process.
-    let controller = MemController::new(Start::volatile(VirtioMem::new(geometry, 0)?));
+    let controller = MemController::new(InitialState::volatile(VirtioMem::new(geometry, 0)?));
     controller.observe(Arc::new(Interrupt));
     let ram = RamBlock::new("region".to_owned(), ADDR, REGION, file.try_clone()?, 0)?;
     controller.set_memory(vec![Arc::new(ram)])?;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_mem::ByteRange;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::ram_discard::RamDiscardListener;
@@ -55,7 +55,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let file = File::from(memfd_create("region", MemfdFlags::CLOEXEC)?);
     file.set_len(REGION)?;
     let geometry = Geometry::new(ADDR, REGION, BLOCK, None)?;
-    let controller = MemController::new(Start::volatile(VirtioMem::new(geometry, REGION)?));
+    let controller = MemController::new(InitialState::volatile(VirtioMem::new(geometry, REGION)?));
     let ram = RamBlock::new("region".to_owned(), ADDR, REGION, file, 0)?;
     controller.set_memory(vec![Arc::new(ram)])?;
     let request = |kind: fn(BlockSpan) -> Request, first: u64, nb_blocks| {

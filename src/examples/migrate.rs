@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::migration::channel::Channel;
@@ -58,7 +58,7 @@ fn vm() -> Result<Vm, Failure> {
     let file = File::from(memfd_create("region", MemfdFlags::CLOEXEC)?);
     file.set_len(REGION)?;
     let device = VirtioMem::new(Geometry::new(ADDR, REGION, BLOCK, None)?, REGION)?;
-    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
     let ram = Arc::new(RamBlock::new("vmem0".to_owned(), ADDR, REGION, file.try_clone()?, 0)?);
     controller.set_memory(vec![Arc::clone(&ram)])?;
 

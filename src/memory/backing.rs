@@ -41,6 +41,7 @@ pub enum BackingKind {
 
 /// Why memory is refused: it could never be discarded, or not whole blocks of it.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum BackingError {
     /// The file descriptor cannot be written, so neither can holes be punched.
     #[error("the file is not open for reading and writing")]

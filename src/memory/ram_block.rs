@@ -11,6 +11,7 @@ use crate::ByteRange;
 
 /// Why a RAM block is refused.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum RamBlockError {
     /// It has no bytes, or wraps the address space or the file.
     #[error("RAM block {id}: {size:#x} bytes at {gpa:#x}, file offset {fd_offset:#x}: no range")]

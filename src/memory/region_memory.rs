@@ -18,6 +18,7 @@ use crate::ram_discard::RamDiscardListener;
 
 /// Why memory cannot be populated or discarded now; the guest is told BUSY.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum NotReady {
     /// No memory is mapped at part of the range.
     #[error("no memory is mapped at guest-physical {0}")]

@@ -12,6 +12,7 @@ use crate::ram_discard::{FreezeError, FreezeLost, Unavailable};
 
 /// Why a migration fails. The guest goes on where it ran before.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum MigrationError {
     /// What came is no migration stream, or ends too early.
     #[error(transparent)]

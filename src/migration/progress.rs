@@ -177,12 +177,12 @@ impl Progress {
     }
 
     /// All that is known now.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> MigrationInfo {
         let times = self.times.lock();
         let counters = &self.counters;
         let get = Counters::get;
         let total_time = times.total.or(times.begin.map(|begin| begin.elapsed()));
-        Snapshot {
+        MigrationInfo {
             status: times.status,
             transferred: get(&counters.transferred),
             remaining: get(&counters.remaining),
@@ -259,7 +259,7 @@ impl Progress {
 
 /// What is known of a migration at one moment. Pages are target pages; sizes are bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct MigrationInfo {
     /// Its state.
     pub status: Status,
     /// Bytes written to the channel.

@@ -15,6 +15,7 @@ pub(crate) const SUBSECTION: u8 = 0x05;
 
 /// Why a value could not be read.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum WireError {
     /// The stream ended within a value.
     #[error("the stream ends at byte {offset:#x}, where {what} was expected")]

@@ -20,6 +20,7 @@ pub enum FreezeFor {
 
 /// Why block state is not frozen; nothing was changed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum FreezeError {
     /// The manager's process is gone.
     #[error("cannot freeze block state: {0}")]

@@ -119,6 +119,7 @@ pub struct SourceId(u64);
 
 /// Why a listener or source could not be added or removed; nothing was changed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum RegisterError {
     /// The section reaches beyond the region.
     #[error("section {section} is not inside the region of {region_size:#x} bytes")]

@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 
 use anyhow::Context;
-use virtio_mem::controller::{BlockUpdate, JournalUpdate, Start, StateRecord, StateStore};
+use virtio_mem::controller::{BlockUpdate, InitialState, JournalUpdate, StateRecord, StateStore};
 use virtio_mem::device::{Change, DeviceState, Request, VirtioMem};
 
 use crate::args::Config;
@@ -21,7 +21,10 @@ use crate::state_file::{
 /// # Errors
 ///
 /// When the state file cannot be used; it is then left as it was.
-pub fn open(config: &Config, left: Option<File>) -> anyhow::Result<(Start, Option<Current>)> {
+pub fn open(
+    config: &Config,
+    left: Option<File>,
+) -> anyhow::Result<(InitialState, Option<Current>)> {
     let device = VirtioMem::new(config.geometry, config.requested_size)?;
     let geometry = Geometry {
         addr: config.geometry.addr(),
@@ -38,13 +41,13 @@ pub fn open(config: &Config, left: Option<File>) -> anyhow::Result<(Start, Optio
     } else {
         let Some(path) = &config.state_file else {
             if !config.postcopy {
-                return Ok((Start::volatile(device), None));
+                return Ok((InitialState::volatile(device), None));
             }
             let file = StateFile::in_memory(&geometry, requested, usable)
                 .context("cannot keep the state for a start anew")?;
             let current = file.current();
             let store = Box::new(Store(file));
-            return Ok((Start { store, ..Start::volatile(device) }, Some(current)));
+            return Ok((InitialState { store, ..InitialState::volatile(device) }, Some(current)));
         };
         // The errors name the file.
         let option = || "--state-file";
@@ -53,7 +56,7 @@ pub fn open(config: &Config, left: Option<File>) -> anyhow::Result<(Start, Optio
                 StateFile::create(path, &geometry, requested, usable).with_context(option)?;
             let current = file.current();
             let store = Box::new(Store(file));
-            return Ok((Start { store, ..Start::volatile(device) }, Some(current)));
+            return Ok((InitialState { store, ..InitialState::volatile(device) }, Some(current)));
         }
         let (file, saved) = StateFile::open(path, &geometry).with_context(option)?;
         (file, saved, "the state file")
@@ -71,7 +74,7 @@ pub fn open(config: &Config, left: Option<File>) -> anyhow::Result<(Start, Optio
     let plugged_size = device.plugged_size();
     tracing::info!(plugged_size, requested_size, "state taken over from {whence}");
     let current = file.current();
-    let start = Start {
+    let start = InitialState {
         device,
         store: Box::new(Store(file)),
         journal: journal

@@ -69,7 +69,7 @@ mod tests {
     use std::thread;
 
     use vhost_user_backend::VhostUserBackend;
-    use virtio_mem::controller::{MemController, Start};
+    use virtio_mem::controller::{InitialState, MemController};
     use virtio_mem::device::{Geometry, VirtioMem};
     use vmm_sys_util::epoll::EventSet;
 
@@ -114,7 +114,7 @@ mod tests {
     /// A back-end whose worker is watched, and the front-end's end of the connection.
     fn backend() -> (MemBackend, UnixStream) {
         let geometry = Geometry::new(1 << 32, 1 << 30, 2 << 20, None).unwrap();
-        let start = Start::volatile(VirtioMem::new(geometry, 0).unwrap());
+        let start = InitialState::volatile(VirtioMem::new(geometry, 0).unwrap());
         let memory = AtomicMemory::new(Memory::new());
         let controller = Arc::new(MemController::new(start));
         let backend = MemBackend::new(controller, Arc::default(), Arc::default(), memory).unwrap();

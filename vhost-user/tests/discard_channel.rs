@@ -22,7 +22,7 @@ use test_vmm::memory::memfd;
 use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
 use vhost_user_mem::metrics::Metrics;
 use virtio_mem::ByteRange;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::ram_discard::channel::{
@@ -346,7 +346,7 @@ fn child_that_has_frozen(socket: &Path) -> (Child, Lines<BufReader<ChildStderr>>
 fn a_stopped_client_that_froze_holds_nothing_and_knows_it() {
     let geometry = Geometry::new(common::ADDR, REGION, BLOCK, None).unwrap();
     let device = VirtioMem::new(geometry, REGION).unwrap();
-    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
     let file = memfd("ram", REGION, MemfdFlags::empty()).unwrap();
     let ram = RamBlock::new("mem".to_owned(), common::ADDR, REGION, file, 0).unwrap();
     controller.set_memory(vec![Arc::new(ram)]).unwrap();

@@ -13,7 +13,7 @@ use virtio_mem::migration::dirty::{DirtyTracker, Merged, WriteProtect};
 use virtio_mem::migration::lazy::HandlerFailed;
 use virtio_mem::migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
 use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::{Progress, Snapshot as Seen};
+use virtio_mem::migration::progress::{MigrationInfo as Seen, Progress};
 use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use virtio_mem::migration::snapshot::{
     BackgroundSnapshot, Restore, Snapshot, restore_lazily, save, save_in_background,

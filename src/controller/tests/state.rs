@@ -46,7 +46,7 @@ fn a_loaded_state_is_told_to_listeners_and_unplugged_memory_goes() {
 fn memory_of_unplugged_blocks_goes_once_it_is_mapped() {
     let file = memfd();
     file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
-    let controller = MemController::new(Start::volatile(device(0)));
+    let controller = MemController::new(InitialState::volatile(device(0)));
     controller.load_state(loaded(2, 0b11)).unwrap();
     controller.set_memory(ram(&file)).unwrap();
     assert_eq!(file.metadata().unwrap().blocks() * 512, 2 * BLOCK);
@@ -96,7 +96,7 @@ fn while_memory_arrives_the_guest_changes_no_block_but_the_state_may_come() {
 fn memory_that_is_mapped_before_its_state_is_left_alone() {
     let file = memfd();
     file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
-    let start = Start { sweep: true, ..Start::volatile(device(0)) };
+    let start = InitialState { sweep: true, ..InitialState::volatile(device(0)) };
     let controller = MemController::new(start);
     controller.set_memory(ram(&file)).unwrap();
     controller.load_state(loaded(2, 0b11)).unwrap();

@@ -13,7 +13,7 @@ use crate::migration::devices::NoDevices;
 use crate::migration::dirty::{DirtyTracker, NeverWritten};
 use crate::migration::lazy::HandlerFailed;
 use crate::migration::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameters};
-use crate::migration::progress::{Progress, Snapshot, Status};
+use crate::migration::progress::{MigrationInfo, Progress, Status};
 use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use crate::migration::stream::Configuration;
 use crate::migration::test_support::{Late, PAGE, Side, fill, late, tcp_pair};
@@ -128,7 +128,7 @@ struct Run {
     wrong: usize,
     /// How often the guest was let run on the source and on the destination.
     runs: (usize, usize),
-    sent: Snapshot,
+    sent: MigrationInfo,
 }
 
 /// Migrates over the first pair of channels, and after each break over the next.
@@ -358,7 +358,7 @@ fn migrate_late(what: Late) -> Run {
     let (from, expected) = filled();
     let to = Side::new(&[1, 4, 5, 9]);
     let mut parameters = Parameters::new(Configuration::new("test"));
-    parameters.verdict_timeout = Duration::from_secs(2);
+    parameters.switchover_timeout = Duration::from_secs(2);
     let (near, far) = tcp_pair();
     let channels = vec![late(what), (near.into(), far.into())];
     migrate_by(parameters, &from, &to, expected, SwitchWhen::AtOnce, false, channels)

@@ -47,7 +47,7 @@ pub struct Parameters {
     /// so long again to take the guest does not get it any more, unless it is just doing so: until
     /// it says which, or the channel breaks, the guest stays stopped. A socket whose other host may
     /// vanish should have SO_KEEPALIVE and TCP_USER_TIMEOUT set.
-    pub verdict_timeout: Duration,
+    pub switchover_timeout: Duration,
     /// What both sides must agree on: machine type and capabilities.
     pub configuration: Configuration,
     /// Whether nothing is heard of a destination: the stream goes to a file, or down a pipe. All of
@@ -67,7 +67,7 @@ impl Parameters {
             max_rounds: 500,
             at_max_rounds: AtMaxRounds::Fail,
             throttle: ThrottleParameters::default(),
-            verdict_timeout: Duration::from_secs(30),
+            switchover_timeout: Duration::from_secs(30),
             configuration,
             one_way: false,
         }
@@ -228,7 +228,7 @@ impl Outgoing<'_> {
             let mut bytes = Vec::new();
             put_command(&mut bytes, &Command::Ping(PING_LOADED));
             write(out, &bytes)?;
-            let patience = self.parameters.verdict_timeout;
+            let patience = self.parameters.switchover_timeout;
             back.wait_for_pong(PING_LOADED, patience, &self.progress, &mut refuse)?;
         }
         self.check_frozen()?;
@@ -239,7 +239,7 @@ impl Outgoing<'_> {
         put_description(&mut bytes, &framing.description());
         write(&mut out.uncancellable(), &bytes)?;
         if let Some(back) = back {
-            back.wait_for_shut(self.parameters.verdict_timeout)?;
+            back.wait_for_shut(self.parameters.switchover_timeout)?;
         }
         self.progress.guest_runs_elsewhere();
         Counters::set(&self.progress.counters.transferred, out.written() + bytes.len() as u64);
@@ -286,7 +286,7 @@ impl Outgoing<'_> {
             return Err(MigrationError::Unexpected("postcopy was not provided for".to_owned()));
         };
         let section_id = u32::try_from(index).unwrap_or(u32::MAX);
-        let (patience, progress) = (self.parameters.verdict_timeout, Arc::clone(&self.progress));
+        let (patience, progress) = (self.parameters.switchover_timeout, Arc::clone(&self.progress));
         let mut asked = Asked::of(self.memory(index)?);
         // From here on a device that is loaded there may need memory.
         let mut answers = AnswerRequests {

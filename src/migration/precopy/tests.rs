@@ -26,7 +26,7 @@ use crate::migration::devices::NoDevices;
 use crate::migration::dirty::DirtyTracker;
 use crate::migration::handler::{PostcopySave, SaveHandler};
 use crate::migration::page_bitmap::PageBitmap;
-use crate::migration::progress::{Progress, Snapshot, Status};
+use crate::migration::progress::{MigrationInfo, Progress, Status};
 use crate::migration::ram::{
     BlockError, BlockOptions, ListOptions, Migratable, MigrationBlock, RamBlocks, RamLoad, RamSave,
     ZeroPageDetection,
@@ -130,7 +130,7 @@ struct Run {
     incoming: Outcome,
     source: Arc<Witness>,
     destination: Arc<Witness>,
-    sent: Snapshot,
+    sent: MigrationInfo,
 }
 
 fn migrate_over(

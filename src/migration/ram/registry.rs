@@ -13,6 +13,7 @@ use crate::migration::stream::{
 
 /// Why a block cannot be registered, sent, or loaded. Nothing was changed.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum BlockError {
     /// There is one with the same id.
     #[error("RAM block {id:?} is registered twice")]

@@ -49,7 +49,7 @@ pub struct SaveBlock {
     /// What is discarded, as long as block state is frozen.
     discarded: DiscardMask,
     /// Chunks of which the tracker still remembers what `dirty` has.
-    unclear: PageBitmap,
+    clear_bitmap: PageBitmap,
     started: bool,
     in_migration: Option<InMigration>,
 }
@@ -89,7 +89,7 @@ impl SaveBlock {
             tracker,
             dirty: PageBitmap::new(nr_pages),
             discarded: DiscardMask::default(),
-            unclear: PageBitmap::new(nr_pages.div_ceil(CLEAR_CHUNK_PAGES)),
+            clear_bitmap: PageBitmap::new(nr_pages.div_ceil(CLEAR_CHUNK_PAGES)),
             started: false,
             in_migration: None,
         }
@@ -122,7 +122,7 @@ impl SaveBlock {
         let discarded_pages = self.discarded.nr_pages();
         self.dirty = dirty;
         self.forget_discarded()?;
-        self.unclear_all();
+        self.set_clear_bitmap();
         let sendable = self.dirty.count();
         Counters::add(&counters.discarded, discarded_pages);
         Counters::add(&counters.holes, self.dirty.nr_pages() - discarded_pages - sendable);
@@ -145,8 +145,8 @@ impl SaveBlock {
         Ok(())
     }
 
-    fn unclear_all(&mut self) {
-        self.unclear.set_range(0..self.unclear.nr_pages());
+    fn set_clear_bitmap(&mut self) {
+        self.clear_bitmap.set_range(0..self.clear_bitmap.nr_pages());
     }
 
     /// Collects what was written, without what is discarded; how many pages were written there.
@@ -156,7 +156,7 @@ impl SaveBlock {
         self.tracker
             .sync(&mut self.dirty)
             .map_err(MigrationError::memory(id, "collect dirty pages"))?;
-        self.unclear_all();
+        self.set_clear_bitmap();
         if self.dirty.count() == 0 {
             return Ok(0);
         }
@@ -175,7 +175,7 @@ impl SaveBlock {
     fn clear_before_read(&mut self, pages: &Range<u64>) -> Result<(), MigrationError> {
         let chunks = pages.start / CLEAR_CHUNK_PAGES..pages.end.div_ceil(CLEAR_CHUNK_PAGES);
         for chunk in chunks {
-            if self.unclear.clear(chunk) {
+            if self.clear_bitmap.clear(chunk) {
                 clear_chunk(&self.block, &mut *self.tracker, chunk)?;
             }
         }

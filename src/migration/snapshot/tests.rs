@@ -21,7 +21,7 @@ use crate::migration::wire::WireRead;
 use crate::sys::HostMapping;
 use std::sync::Arc;
 
-fn save_to(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::Snapshot) {
+fn save_to(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::MigrationInfo) {
     let progress = Arc::new(Progress::new());
     let snapshot = Snapshot {
         configuration: Configuration::new("test"),
@@ -497,7 +497,7 @@ impl Guest for Writer {
     }
 }
 
-fn save_running(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::Snapshot) {
+fn save_running(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::MigrationInfo) {
     let (result, seen, runs) = save_running_while(side, file, None, Arc::default());
     assert_eq!(runs, 1);
     (result, seen)
@@ -509,7 +509,7 @@ fn save_running_while(
     file: &File,
     happens: Option<Box<dyn FnOnce() + Send>>,
     progress: Arc<Progress>,
-) -> (Result<(), MigrationError>, progress::Snapshot, usize) {
+) -> (Result<(), MigrationError>, progress::MigrationInfo, usize) {
     let guest = Writer {
         region: Arc::clone(side.blocks.get("vmem0").unwrap().mapping()),
         threads: std::sync::Mutex::default(),

@@ -38,6 +38,7 @@ pub const DESCRIPTION_MAX: u64 = 16 << 20;
 
 /// Why bytes are no migration stream.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum FormatError {
     /// The stream ends, or fails, or a length is impossible.
     #[error(transparent)]

@@ -19,8 +19,8 @@ mod tests;
 use std::sync::Arc;
 
 use super::vmstate::{
-    Access, CompatLevel, Count, Described, DeviceRegistry, Field, Migratable, Priority, Properties,
-    Property, Reason, RegistryError, SliceAccess, VmState,
+    Access, CompatLevel, Count, Described, DeviceRegistry, Field, Priority, Properties, Property,
+    Reason, RegistryError, SliceAccess, VmState, VmStateDevice,
 };
 use crate::controller::MemController;
 use crate::device::{DeviceState, MAX_BLOCKS};
@@ -154,7 +154,7 @@ impl VirtioMemState {
 /// The part of a device that comes before RAM.
 struct Early(Arc<MemController>);
 
-impl Migratable for Early {
+impl VmStateDevice for Early {
     type State = State;
 
     fn snapshot(&mut self) -> Result<State, Reason> {
@@ -171,7 +171,7 @@ impl Migratable for Early {
 /// The part of a device that comes after RAM.
 struct Normal(Arc<MemController>);
 
-impl Migratable for Normal {
+impl VmStateDevice for Normal {
     type State = State;
 
     fn snapshot(&mut self) -> Result<State, Reason> {

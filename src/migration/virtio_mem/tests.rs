@@ -1,5 +1,5 @@
 use super::*;
-use crate::controller::{Start, StateRecord, StateStore};
+use crate::controller::{InitialState, StateRecord, StateStore};
 use crate::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use crate::migration::devices::DeviceSection;
 use crate::migration::inspect::inspect;
@@ -23,7 +23,7 @@ fn geometry() -> Geometry {
 
 fn controller(state: DeviceState) -> Arc<MemController> {
     let device = VirtioMem::restore(geometry(), state).unwrap();
-    Arc::new(MemController::new(Start::volatile(device)))
+    Arc::new(MemController::new(InitialState::volatile(device)))
 }
 
 /// Blocks 0, 2 and 69 are plugged.
@@ -289,7 +289,7 @@ impl StateStore for Failing {
 #[test]
 fn what_the_device_refuses_changes_nothing() {
     let phases = save(&controller(sample()), &properties());
-    let mut start = Start::volatile(VirtioMem::restore(geometry(), empty()).unwrap());
+    let mut start = InitialState::volatile(VirtioMem::restore(geometry(), empty()).unwrap());
     start.store = Box::new(Failing);
     let destination = Arc::new(MemController::new(start));
     let error = load(&destination, &properties(), &phases).unwrap_err().to_string();

@@ -48,5 +48,5 @@ pub use members::Members;
 pub use nested::{Nested, OptionalStruct, Struct, StructArray};
 pub use properties::{CompatLevel, Properties, Property, PropertyError};
 pub use registry::{DeviceRegistry, RegistryError};
-pub use section::{Described, Migratable, StagedState, StateSection};
+pub use section::{Described, StagedState, StateSection, VmStateDevice};
 pub use validate::Flaw;

@@ -24,6 +24,7 @@ pub struct CompatLevel {
 
 /// Why properties are not as they were asked for; nothing was changed.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum PropertyError {
     /// No device has it.
     #[error("unknown property {0:?}")]

@@ -11,7 +11,7 @@ use super::validate::Flaw;
 use crate::migration::wire::WireRead;
 
 /// A device whose state is described.
-pub trait Migratable: Send {
+pub trait VmStateDevice: Send {
     /// What is sent of it, and what for checks only.
     type State: Send + 'static;
 
@@ -87,14 +87,14 @@ pub trait StateSection: Send {
 }
 
 /// A device with the description of its state.
-pub struct Described<D: Migratable> {
+pub struct Described<D: VmStateDevice> {
     /// What is sent.
     pub vmstate: &'static VmState<D::State>,
     /// What it is of.
     pub device: D,
 }
 
-impl<D: Migratable> StateSection for Described<D> {
+impl<D: VmStateDevice> StateSection for Described<D> {
     fn version_id(&self) -> u32 {
         self.vmstate.version
     }

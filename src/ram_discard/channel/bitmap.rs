@@ -43,6 +43,7 @@ const SEALS: SealFlags =
 
 /// Why a file is not taken for a bitmap.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum BitmapError {
     /// The kernel refused something.
     #[error("cannot use the bitmap's file: {0}")]
@@ -175,7 +176,7 @@ pub struct BitmapReader {
 
 /// A copy of some blocks that is not torn.
 #[derive(Debug)]
-pub struct Snapshot {
+pub struct BitmapCopy {
     /// The block that is the first of `blocks`; a multiple of 64.
     pub first_block: usize,
     /// The blocks.
@@ -234,7 +235,7 @@ impl BitmapReader {
 
     /// Copies at least `blocks`, clipped to the region; `None` when the writer came in between, or
     /// when a bit past the last block is set.
-    pub fn try_snapshot(&self, blocks: Range<usize>) -> Option<Snapshot> {
+    pub fn try_copy(&self, blocks: Range<usize>) -> Option<BitmapCopy> {
         let end = blocks.end.min(self.nr_blocks);
         let first_word = blocks.start.min(end) / WORD_BITS;
         let sequence = self.words.load(AT_SEQUENCE);
@@ -255,7 +256,7 @@ impl BitmapReader {
         let first_block = first_word * WORD_BITS;
         let copied = (words.len() * WORD_BITS).min(self.nr_blocks - first_block);
         let blocks = BlockBitmap::from_words(copied, words)?;
-        Some(Snapshot { first_block, blocks, event, sequence })
+        Some(BitmapCopy { first_block, blocks, event, sequence })
     }
 }
 
@@ -296,7 +297,7 @@ mod tests {
             assert!(rustix::fs::fallocate(file, punch, 0, 4096).is_err());
         }
         writer.update(1, &[(3..70, true)]);
-        let snapshot = reader.try_snapshot(0..640).unwrap();
+        let snapshot = reader.try_copy(0..640).unwrap();
         assert_eq!((snapshot.event, snapshot.blocks.nr_plugged()), (1, 67));
     }
 
@@ -330,7 +331,7 @@ mod tests {
     fn a_region_without_blocks_has_an_empty_bitmap() {
         let (mut writer, reader) = pair(0);
         writer.update(1, &[]);
-        assert_eq!(reader.try_snapshot(0..0).unwrap().event, 1);
+        assert_eq!(reader.try_copy(0..0).unwrap().event, 1);
     }
 
     /// All words are written in one update, from different ends; any mix of two updates shows.
@@ -346,7 +347,7 @@ mod tests {
                     let mut last = 0;
                     loop {
                         let ends = done.load(Ordering::Acquire);
-                        if let Some(snapshot) = reader.try_snapshot(0..NR_BLOCKS) {
+                        if let Some(snapshot) = reader.try_copy(0..NR_BLOCKS) {
                             let plugged = !snapshot.event.is_multiple_of(2);
                             assert!(
                                 snapshot.blocks.all(0..NR_BLOCKS, plugged),
@@ -390,7 +391,7 @@ mod tests {
                 writer.update(event as u64, &[(clip((a, b)), plugged)]);
             }
             let window = clip(window);
-            let snapshot = reader.try_snapshot(window.clone()).unwrap();
+            let snapshot = reader.try_copy(window.clone()).unwrap();
             for block in window {
                 let copied = block - snapshot.first_block;
                 prop_assert_eq!(
@@ -398,7 +399,7 @@ mod tests {
                     model.all(block..block + 1, true)
                 );
             }
-            let whole = reader.try_snapshot(0..nr_blocks).unwrap();
+            let whole = reader.try_copy(0..nr_blocks).unwrap();
             prop_assert_eq!(whole.blocks, model);
         }
     }

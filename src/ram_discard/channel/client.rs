@@ -20,7 +20,7 @@ use events::View;
 use freeze::{Freezes, RemoteFreeze};
 use requests::{Answer, Requests};
 
-use super::bitmap::{BitmapError, BitmapReader, Snapshot};
+use super::bitmap::{BitmapCopy, BitmapError, BitmapReader};
 use super::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
 use super::{FrameReader, ReceiveError, send};
 use crate::device::{BlockBitmap, Geometry};
@@ -33,6 +33,7 @@ use crate::{ByteRange, printable};
 
 /// Why there is no manager.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum AttachError {
     /// The connection failed, or what came is no message.
     #[error("no discard channel: {0}")]
@@ -323,9 +324,9 @@ struct Blocks {
     sequence: u64,
 }
 
-impl From<Snapshot> for Blocks {
-    fn from(snapshot: Snapshot) -> Self {
-        let Snapshot { first_block, blocks, event, sequence } = snapshot;
+impl From<BitmapCopy> for Blocks {
+    fn from(snapshot: BitmapCopy) -> Self {
+        let BitmapCopy { first_block, blocks, event, sequence } = snapshot;
         Self { first_block, blocks, event, sequence }
     }
 }
@@ -371,7 +372,7 @@ impl Shared {
         let mut since = None;
         loop {
             self.requests.check()?;
-            if let Some(snapshot) = self.bitmap.try_snapshot(blocks.clone()) {
+            if let Some(snapshot) = self.bitmap.try_copy(blocks.clone()) {
                 let mut copy = Blocks::from(snapshot);
                 view.overlay(copy.event, |section, populated| {
                     self.mark(&mut copy, section, populated);

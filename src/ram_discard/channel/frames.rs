@@ -17,6 +17,7 @@ use super::wire::{FRAME_MAX, Message, WireError, decode};
 
 /// Why no message came.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ReceiveError {
     /// The other side has closed the connection.
     #[error("the other side has closed the connection")]

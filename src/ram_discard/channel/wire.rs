@@ -45,6 +45,7 @@ pub type Sections = SmallVec<[ByteRange; 1]>;
 
 /// Why bytes are no message.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum WireError {
     /// No message of this side has this number.
     #[error("unknown message {0:#x}")]

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use vhost_user_mem::front_door::Notifier;
 use vhost_user_mem::management::{Management, Server};
 use vhost_user_mem::service::Service;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{Geometry, VirtioMem};
 
 use crate::input::Input;
@@ -34,7 +34,8 @@ struct Api {
 
 static API: LazyLock<Api> = LazyLock::new(|| {
     let geometry = Geometry::new(1 << 32, REGION, BLOCK, None).unwrap();
-    let controller = MemController::new(Start::volatile(VirtioMem::new(geometry, 0).unwrap()));
+    let controller =
+        MemController::new(InitialState::volatile(VirtioMem::new(geometry, 0).unwrap()));
     let notifier = Arc::new(Notifier::new().unwrap());
     let service = Service::new(Arc::new(controller), notifier).unwrap();
     let dir = tempfile::tempdir().unwrap();

@@ -15,7 +15,7 @@ use vhost_user_mem::gate::Gate;
 use vhost_user_mem::metrics::Metrics;
 use vhost_user_mem::queue::{AtomicMemory, Memory};
 use vhost_user_mem::vring::Vring;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, VirtioMem};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::epoll::EventSet;
@@ -167,7 +167,7 @@ impl Guest {
     fn new(size: u64, event_idx: bool) -> Self {
         let geometry = Geometry::new(ADDR, REGION, BLOCK, None).unwrap();
         let device = VirtioMem::new(geometry, REGION / 2).unwrap();
-        let controller = Arc::new(MemController::new(Start::volatile(device)));
+        let controller = Arc::new(MemController::new(InitialState::volatile(device)));
         let (boot, region) = (memfd(BOOT), memfd(REGION));
         let file = |file: &File| Some(FileOffset::new(file.try_clone().unwrap(), 0));
         let mapped = Memory::from_ranges_with_files([

@@ -12,7 +12,8 @@ use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_mem::ByteRange;
 use virtio_mem::controller::{
-    BlockUpdate, FreezeHolder, JournalUpdate, MemController, Reset, Start, StateRecord, StateStore,
+    BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord,
+    StateStore,
 };
 use virtio_mem::device::{BlockSpan, Change, Geometry, REQUEST_LEN, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
@@ -133,7 +134,8 @@ impl Pair {
             ..Seen::default()
         }));
         let store = Box::new(Watch(Arc::clone(&seen)));
-        let controller = MemController::new(Start { store, ..Start::volatile(device) });
+        let controller =
+            MemController::new(InitialState { store, ..InitialState::volatile(device) });
         controller.listen(Box::new(Watch(Arc::clone(&seen)))).unwrap();
         let file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(REGION).unwrap();

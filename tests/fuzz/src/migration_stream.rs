@@ -122,7 +122,7 @@ fn outgoing(blocks: &RamBlocks, guest: &Witness, stream: UnixStream) -> Result<(
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
     let ram = RamSave::new(blocks, ListOptions::default(), Arc::clone(&progress), tracker)?;
     let mut parameters = Parameters::new(Configuration::new("fuzz"));
-    parameters.verdict_timeout = Duration::from_millis(30);
+    parameters.switchover_timeout = Duration::from_millis(30);
     let outgoing = Outgoing {
         parameters,
         guest,

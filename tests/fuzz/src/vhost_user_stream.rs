@@ -22,7 +22,7 @@ use test_vmm::protocol::{self, MemoryRegion, VERSION, words64};
 use vhost_user_mem::connection::Connections;
 use vhost_user_mem::front_door::Notifier;
 use vhost_user_mem::service::Service;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, VirtioMem};
 
 use crate::input::Input;
@@ -51,7 +51,7 @@ static DEVICE: LazyLock<Device> = LazyLock::new(|| {
     vhost_user_mem::survive_lost_memory().unwrap();
     let geometry = Geometry::new(ADDR, REGION, BLOCK, None).unwrap();
     let device = VirtioMem::new(geometry, REGION).unwrap();
-    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
     let notifier = Arc::new(Notifier::new().unwrap());
     let service = Service::new(controller, Arc::clone(&notifier)).unwrap();
     let connections = Arc::new(Connections::new(service, notifier));

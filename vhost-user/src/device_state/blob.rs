@@ -183,7 +183,7 @@ fn read_sections(
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use virtio_mem::controller::Start;
+    use virtio_mem::controller::InitialState;
     use virtio_mem::device::VirtioMem;
 
     const BLOCK: u64 = 1 << 20;
@@ -193,7 +193,7 @@ mod tests {
         let geometry = Geometry::new(ADDR, nr * BLOCK, BLOCK, None).unwrap();
         let state =
             DeviceState { requested_size: 3 * BLOCK, usable_region_size: nr * BLOCK, plugged };
-        MemController::new(Start::volatile(VirtioMem::restore(geometry, state).unwrap()))
+        MemController::new(InitialState::volatile(VirtioMem::restore(geometry, state).unwrap()))
     }
 
     fn sample() -> MemController {

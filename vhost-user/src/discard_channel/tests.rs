@@ -10,7 +10,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 use tempfile::TempDir;
-use virtio_mem::controller::Start;
+use virtio_mem::controller::InitialState;
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::ram_discard::channel::bitmap::BitmapReader;
@@ -45,7 +45,7 @@ fn rig() -> Rig {
 fn rig_with(nr: u64, block: u64, limits: Limits) -> Rig {
     let geometry = Geometry::new(ADDR, nr * block, block, None).unwrap();
     let device = VirtioMem::new(geometry, nr * block).unwrap();
-    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
     let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(nr * block).unwrap();
     let ram = RamBlock::new("mem".to_owned(), ADDR, nr * block, file, 0).unwrap();
@@ -279,7 +279,7 @@ fn the_bitmap_shows_a_change_after_the_answers_and_before_the_guest_is_answered(
     let (mut raw, fd) = Raw::attached_with_bitmap(&rig);
     let bitmap = BitmapReader::open(fd, rig.controller.geometry()).unwrap();
     let shown = || {
-        let snapshot = bitmap.try_snapshot(0..NR as usize).unwrap();
+        let snapshot = bitmap.try_copy(0..NR as usize).unwrap();
         (snapshot.blocks.nr_plugged(), snapshot.event)
     };
     let plugged = || rig.controller.config().plugged_size / BLOCK;
@@ -323,7 +323,7 @@ fn a_populate_that_another_client_refuses_is_a_discard_and_never_in_the_bitmap()
         assert_eq!(first.hear(), discard);
         first.say(&ClientMessage::Ack { event: event + 1 });
         assert_eq!(guest.join().unwrap(), Response::Busy);
-        let snapshot = bitmap.try_snapshot(0..NR as usize).unwrap();
+        let snapshot = bitmap.try_copy(0..NR as usize).unwrap();
         assert_eq!((snapshot.blocks.nr_plugged(), snapshot.event), (0, event + 1));
     });
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use rustix::fs::MemfdFlags;
 use virtio_mem::ByteRange;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockBitmap, DeviceState, Geometry, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::migration::dirty::DirtyTracker;
@@ -35,7 +35,7 @@ pub fn controller(
         usable_region_size: region_size,
         plugged: blocks.words().to_vec(),
     };
-    Ok(MemController::new(Start::volatile(VirtioMem::restore(geometry, state)?)))
+    Ok(MemController::new(InitialState::volatile(VirtioMem::restore(geometry, state)?)))
 }
 
 /// An empty file of its own for each.

@@ -158,7 +158,7 @@ pub(super) fn send(
         reconnect: Box::new(GiveUp),
     };
     let mut parameters = Parameters::new(Configuration::new("test"));
-    parameters.verdict_timeout = Duration::from_secs(60);
+    parameters.switchover_timeout = Duration::from_secs(60);
     let outgoing = Outgoing {
         parameters,
         guest: &*vmm,

@@ -8,7 +8,7 @@ fn migrate_late(what: Late) -> Run {
     let (from, to) = (Side::new(&[0, 1]), Side::new(&[0, 1]));
     fill(&from.region, 0..10, 1);
     let (script, progress) = (Script::default(), Arc::new(Progress::new()));
-    let parameters = Parameters { verdict_timeout: Duration::from_secs(2), ..parameters() };
+    let parameters = Parameters { switchover_timeout: Duration::from_secs(2), ..parameters() };
     let source = Witness::default();
     migrate_by(parameters, &from, &to, &script, source, progress, late(what))
 }

@@ -32,7 +32,7 @@ fn run(
     from: &Side,
     to: &Side,
     [sent, expected]: [(bool, bool); 2],
-) -> (Outcome, Outcome, Snapshot) {
+) -> (Outcome, Outcome, MigrationInfo) {
     let list = |ignore_shared| ListOptions { ignore_shared, postcopy: false };
     let (near, far) = UnixStream::pair().unwrap();
     let blocks = Arc::clone(&to.blocks);

@@ -13,7 +13,7 @@ struct Noted {
     journal: Arc<Mutex<Vec<String>>>,
 }
 
-impl Migratable for Noted {
+impl VmStateDevice for Noted {
     type State = u8;
 
     fn snapshot(&mut self) -> Result<u8, Reason> {
@@ -150,7 +150,7 @@ struct Kept {
     index: usize,
 }
 
-impl Migratable for Kept {
+impl VmStateDevice for Kept {
     type State = u8;
 
     fn snapshot(&mut self) -> Result<u8, Reason> {

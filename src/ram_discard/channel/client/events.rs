@@ -226,7 +226,7 @@ impl Shared {
         // The bitmap shows a populate later than it is told, and a discard before the next event.
         let shown = |section: &&ByteRange| {
             let blocks = self.blocks_of(**section);
-            let snapshot = self.bitmap.try_snapshot(blocks.clone());
+            let snapshot = self.bitmap.try_copy(blocks.clone());
             snapshot.is_some_and(|snapshot| !Blocks::from(snapshot).all(blocks, false))
         };
         let section = sections.iter().find(shown)?;

@@ -15,7 +15,7 @@ use test_vmm::memory::memfd;
 use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
 use vhost_user_mem::metrics::Metrics;
 use virtio_mem::ByteRange;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Request, Response, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::ram_discard::channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
@@ -37,7 +37,7 @@ struct Daemon {
 
 static DAEMON: LazyLock<Daemon> = LazyLock::new(|| {
     let device = VirtioMem::new(geometry(), geometry().region_size()).unwrap();
-    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
     let ram = memfd("ram", geometry().region_size(), MemfdFlags::empty()).unwrap();
     let ram = RamBlock::new("mem".to_owned(), ADDR, geometry().region_size(), ram, 0).unwrap();
     controller.set_memory(vec![Arc::new(ram)]).unwrap();

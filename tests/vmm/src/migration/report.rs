@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_mem::migration::lazy::FaultStatistics;
-use virtio_mem::migration::progress::{Snapshot, Status};
+use virtio_mem::migration::progress::{MigrationInfo, Status};
 
 /// How a migration stands. Times are in milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -84,7 +84,7 @@ impl MigrationReport {
     /// What the engine knows, and how it ended. What goes wrong before the engine has begun is an
     /// error as well.
     pub(super) fn new(
-        known: &Snapshot,
+        known: &MigrationInfo,
         faults: Option<FaultStatistics>,
         outcome: Option<Result<(), String>>,
     ) -> Self {

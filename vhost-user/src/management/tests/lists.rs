@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{Geometry, VirtioMem};
 
 use super::http::{connect, get};
@@ -24,7 +24,7 @@ const MUCH: u64 = 8 << 20;
 fn in_tatters() -> (Arc<Service>, Server, TempDir) {
     let geometry = Geometry::new(1 << 40, BLOCKS * BLOCK, BLOCK, None).unwrap();
     let device = VirtioMem::new(geometry, BLOCKS * BLOCK).unwrap();
-    let controller = Arc::new(MemController::new(Start::volatile(device)));
+    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
     let mut state = controller.save_state();
     state.plugged.fill(0x5555_5555_5555_5555);
     controller.load_state(state).unwrap();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde_json::json;
 use tempfile::TempDir;
-use virtio_mem::controller::{MemController, Start, StateRecord, StateStore};
+use virtio_mem::controller::{InitialState, MemController, StateRecord, StateStore};
 use virtio_mem::device::{Geometry, VirtioMem};
 
 use super::http::{get, put, send};
@@ -45,7 +45,7 @@ impl StateStore for Disk {
 
 fn serve(disk: &Disk) -> (Server, TempDir) {
     let geometry = Geometry::new(1 << 32, 1 << 30, 2 << 20, None).unwrap();
-    let mut start = Start::volatile(VirtioMem::new(geometry, 0).unwrap());
+    let mut start = InitialState::volatile(VirtioMem::new(geometry, 0).unwrap());
     start.store = Box::new(disk.clone());
     let notifier = Arc::new(Notifier::new().unwrap());
     let service = Service::new(Arc::new(MemController::new(start)), notifier).unwrap();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use rustix::fs::MemfdFlags;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
 use virtio_mem::memory::RamBlock;
 use virtio_mem::migration::channel::Channel;
@@ -61,7 +61,8 @@ struct Machine {
 impl Machine {
     fn new(level: &'static str, shares: bool) -> Result<Self> {
         let geometry = Geometry::new(ADDR, NR_BLOCKS * BLOCK, BLOCK, Some(1))?;
-        let device = Arc::new(MemController::new(Start::volatile(VirtioMem::new(geometry, 0)?)));
+        let device =
+            Arc::new(MemController::new(InitialState::volatile(VirtioMem::new(geometry, 0)?)));
         device.load_state(DeviceState {
             requested_size: 70 * BLOCK,
             usable_region_size: NR_BLOCKS * BLOCK,

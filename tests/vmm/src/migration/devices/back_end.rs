@@ -2,7 +2,7 @@
 //! understands.
 
 use virtio_mem::migration::vmstate::{
-    Access, Count, Field, Migratable, Reason, SliceAccess, VmState,
+    Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice,
 };
 
 use crate::device_state;
@@ -36,7 +36,7 @@ pub(super) struct BackEnd {
     pub(super) saves: bool,
 }
 
-impl Migratable for BackEnd {
+impl VmStateDevice for BackEnd {
     type State = State;
 
     fn snapshot(&mut self) -> Result<State, Reason> {

@@ -1,7 +1,7 @@
 //! What the vCPUs know, as a section.
 
 use virtio_mem::migration::vmstate::{
-    Access, Count, Field, Migratable, Reason, SliceAccess, VmState,
+    Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice,
 };
 
 use crate::vcpu::{GivenState, PageState, VcpuState, Vcpus};
@@ -43,7 +43,7 @@ pub(super) static VMSTATE: VmState<State> = VmState::new(
 /// The vCPUs, paused.
 pub(super) struct Cpus(pub(super) Vcpus);
 
-impl Migratable for Cpus {
+impl VmStateDevice for Cpus {
     type State = State;
 
     fn snapshot(&mut self) -> Result<State, Reason> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use virtio_mem::migration::vmstate::{
-    Access, Count, Field, Migratable, Reason, SliceAccess, VmState,
+    Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice,
 };
 
 use crate::guest_driver::DriverState;
@@ -40,7 +40,7 @@ pub(super) static VMSTATE: VmState<State> = VmState::new(
 /// The driver, between two requests.
 pub(super) struct Driver(pub(super) Arc<Machine>);
 
-impl Migratable for Driver {
+impl VmStateDevice for Driver {
     type State = State;
 
     fn snapshot(&mut self) -> Result<State, Reason> {

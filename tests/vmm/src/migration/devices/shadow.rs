@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::ensure;
-use virtio_mem::controller::{MemController, Start};
+use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
 use virtio_mem::migration::MigrationError;
 use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
@@ -19,7 +19,7 @@ impl Shadow {
     /// With nothing plugged.
     pub(super) fn new(geometry: Geometry) -> anyhow::Result<Self> {
         let device = VirtioMem::new(geometry, 0)?;
-        Ok(Self(Arc::new(MemController::new(Start::volatile(device)))))
+        Ok(Self(Arc::new(MemController::new(InitialState::volatile(device)))))
     }
 
     /// Of the geometry in a configuration space.
