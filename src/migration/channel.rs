@@ -113,6 +113,14 @@ impl Channel {
         Self { committed: Some(committed), ..self.clone_handle() }
     }
 
+    /// Writes some of `bytes`, to a socket without SIGPIPE when its peer has closed it.
+    fn write_some(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        match rustix::net::send(&self.fd, bytes, rustix::net::SendFlags::NOSIGNAL) {
+            Err(Errno::NOTSOCK) => rustix::io::write(&self.fd, bytes),
+            sent => sent,
+        }
+    }
+
     fn is_cancelled(&self) -> bool {
         let committed = self.committed.as_ref().is_some_and(|it| it.load(Ordering::Acquire));
         !committed && self.progress.as_ref().is_some_and(|progress| progress.is_cancelled())
@@ -193,7 +201,7 @@ impl Read for Channel {
 impl Sink for Channel {
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            match rustix::io::write(&self.fd, bytes) {
+            match self.write_some(bytes) {
                 Ok(written) => {
                     self.written += written as u64;
                     bytes = &bytes[written..];
@@ -215,5 +223,23 @@ impl Sink for Channel {
 
     fn written(&self) -> u64 {
         self.written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::gather::raises_sigpipe;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_peer_that_has_gone_is_an_error_and_no_signal() {
+        let (near, far) = UnixStream::pair().unwrap();
+        drop(far);
+        let mut channel = Channel::new(near, Arc::new(Progress::new())).unwrap();
+        assert!(!raises_sigpipe(|| {
+            let error = channel.write(b"page").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        }));
     }
 }

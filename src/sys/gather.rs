@@ -117,8 +117,8 @@ impl GatherWrite {
     }
 
     /// Writes everything to a socket or pipe. Waits where the receiver is slow: on a non-blocking
-    /// descriptor it asks `cancelled` while it waits, on a blocking one only between calls. The
-    /// process should ignore SIGPIPE, as Rust programs do unless they change it.
+    /// descriptor it asks `cancelled` while it waits, on a blocking one only between calls. A
+    /// socket that its peer has closed raises no SIGPIPE; of a pipe, the process should ignore it.
     ///
     /// # Errors
     ///
@@ -127,17 +127,17 @@ impl GatherWrite {
     /// of no use any more.
     pub fn write_to(&self, fd: impl AsFd, cancelled: &dyn Fn() -> bool) -> io::Result<()> {
         let fd = fd.as_fd();
+        let mut is_socket = true;
         self.write_all(|pieces, _| {
             loop {
                 if cancelled() {
                     return Err(Errno::CANCELED.into());
                 }
-                // SAFETY: `pieces` are valid for reads, see `write_all`; their number is no more
-                // than IOV_MAX and so fits.
-                let written = unsafe {
-                    libc::writev(fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int)
-                };
-                match check(written) {
+                let written = if is_socket { send(fd, pieces) } else { write(fd, pieces) };
+                match written {
+                    Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTSOCK) => {
+                        is_socket = false;
+                    }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_writable(fd)?,
                     done => return done,
                 }
@@ -205,6 +205,23 @@ impl GatherWrite {
     }
 }
 
+/// Sends the pieces without SIGPIPE; how many bytes.
+fn send(fd: BorrowedFd<'_>, pieces: &[libc::iovec]) -> io::Result<usize> {
+    // SAFETY: all zeros is a message without a name, data and control data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = pieces.as_ptr().cast_mut();
+    message.msg_iovlen = pieces.len() as _;
+    // SAFETY: `pieces` are valid for reads, see `write_all`, and sendmsg(2) does not write them;
+    // their number is no more than IOV_MAX.
+    check(unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL) })
+}
+
+/// Writes the pieces to what is not a socket; how many bytes.
+fn write(fd: BorrowedFd<'_>, pieces: &[libc::iovec]) -> io::Result<usize> {
+    // SAFETY: as in `send`.
+    check(unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int) })
+}
+
 fn check(written: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(written).map_err(|_| io::Error::last_os_error())
 }
@@ -215,6 +232,29 @@ fn wait_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
         // Time is up, or a signal came: look whether it is cancelled.
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Whether a SIGPIPE was raised on this thread while `writes` ran; it kills nothing here.
+#[cfg(test)]
+pub(crate) fn raises_sigpipe(writes: impl FnOnce()) -> bool {
+    let mut only = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    let mut pending = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    let no_wait = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the sets are initialized by the first call on each; all pointers are valid. Blocking
+    // a signal on this thread, and taking it, concerns no other code: this thread does nothing else.
+    unsafe {
+        libc::sigemptyset(only.as_mut_ptr());
+        libc::sigaddset(only.as_mut_ptr(), libc::SIGPIPE);
+        libc::pthread_sigmask(libc::SIG_BLOCK, only.as_ptr(), std::ptr::null_mut());
+        writes();
+        libc::sigpending(pending.as_mut_ptr());
+        let raised = libc::sigismember(pending.as_ptr(), libc::SIGPIPE) == 1;
+        if raised {
+            libc::sigtimedwait(only.as_ptr(), std::ptr::null_mut(), &no_wait);
+        }
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, only.as_ptr(), std::ptr::null_mut());
+        raised
     }
 }
 
@@ -368,5 +408,20 @@ mod tests {
             prop_assert_eq!(gather.len_bytes(), expected.len() as u64);
             prop_assert!(written(&gather) == expected);
         }
+    }
+
+    #[test]
+    fn a_socket_that_is_closed_raises_no_signal_and_a_pipe_does() {
+        let (near, far) = UnixStream::pair().unwrap();
+        drop(far);
+        let (reader, pipe) = io::pipe().unwrap();
+        drop(reader);
+        let mut gathered = GatherWrite::new();
+        gathered.push_bytes(b"page");
+        let broken = |result: io::Result<()>| {
+            assert_eq!(result.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        };
+        assert!(!raises_sigpipe(|| broken(gathered.write_to(&near, &|| false))));
+        assert!(raises_sigpipe(|| broken(gathered.write_to(&pipe, &|| false))));
     }
 }
