@@ -135,7 +135,7 @@ fn put_section_of_pages(out: &mut Vec<u8>, input: &mut Input<'_>) {
 fn put_all(out: &mut Vec<u8>, announced: &[(u64, u64)]) {
     put_continued(out, SectionKind::Part, 0);
     for page in announced.iter().flat_map(|&(start, nr)| start..start.saturating_add(nr)) {
-        out.put_be64(PageHeader::page_word(PageKind::Normal, page * PAGE, false));
+        out.put_be64(PageHeader::page_word(PageKind::Normal, page.wrapping_mul(PAGE), false));
         out.put_name("vmem0");
         out.put(&[FILL; PAGE as usize]);
     }
