@@ -18,7 +18,7 @@ use crate::driver::MemDriver;
 use crate::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use crate::guest_driver::{GuestDriver, Turn};
 use crate::memory::{GuestRam, Layout};
-use crate::protocol::feature;
+use crate::protocol::{MemoryRegion, feature, protocol_feature};
 use crate::split_ring::SplitRing;
 use crate::vcpu::Vcpus;
 
@@ -27,6 +27,7 @@ pub const BOOT_SIZE: u64 = 16 << 20;
 const RING_BASE: u64 = 0x1000;
 const RING_SIZE: u16 = 64;
 const VCPUS: u64 = 2;
+const PROTOCOL_FEATURES: u64 = USUAL_PROTOCOL_FEATURES | protocol_feature::PAGEFAULT;
 /// How long a device may take to do what it is asked for.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -59,6 +60,10 @@ pub struct Machine {
     vcpus: Vcpus,
     /// The driver's ring, for a daemon that comes while the driver waits for an answer.
     ring: SplitRing,
+    /// Whether the daemon can wait for pages that it misses.
+    pagefault: AtomicBool,
+    /// Whether the daemon has the memory table.
+    shared: AtomicBool,
     /// Whether the daemon may be gone: what fails then is tried again.
     detached: AtomicBool,
     /// Changes only with `guest` locked.
@@ -108,9 +113,14 @@ impl Machine {
         let layout = Layout::boot_and_device(BOOT_SIZE, options.addr, options.region_size)?;
         let ram = Arc::new(GuestRam::new(layout)?);
         let frontend = Frontend::connect(&options.socket)?;
-        let agreed = frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES)?;
+        let agreed = frontend.negotiate(USUAL_FEATURES, PROTOCOL_FEATURES)?;
         let channel = Arc::new(BackendChannel::open(&frontend, Behaviour::AckAfterGetConfig)?);
-        frontend.set_mem_table(&ram)?;
+        let pagefault = agreed.protocol & protocol_feature::PAGEFAULT != 0;
+        // Memory that may arrive in postcopy is shared when it is known how it comes.
+        let shared = !(options.incoming && pagefault);
+        if shared {
+            frontend.set_mem_table(&ram)?;
+        }
         let event_idx = agreed.features & feature::RING_EVENT_IDX != 0;
         let driver = MemDriver::at(&ram, RING_BASE, RING_SIZE, event_idx)?;
         let ring = driver.ring().view()?;
@@ -131,6 +141,8 @@ impl Machine {
             channel,
             vcpus,
             ring,
+            pagefault: AtomicBool::new(pagefault),
+            shared: AtomicBool::new(shared),
             detached,
             running,
             guest,
@@ -243,6 +255,50 @@ impl Machine {
         Ok(())
     }
 
+    /// Whether it still waits for a guest.
+    pub fn awaits_guest(&self) -> bool {
+        self.guest().place == Place::Awaited
+    }
+
+    /// Whether the daemon can wait for the pages that it misses, in postcopy.
+    pub fn waits_for_pages(&self) -> bool {
+        self.pagefault.load(Ordering::SeqCst)
+    }
+
+    /// Sends the daemon the memory table, if it does not have it.
+    pub fn share_memory(&self) -> anyhow::Result<()> {
+        if !self.shared.load(Ordering::SeqCst) {
+            self.frontend.set_mem_table(&self.ram).context("share memory with the daemon")?;
+            self.shared.store(true, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// Sends the daemon the memory table in postcopy, and tells where it has mapped what.
+    pub fn map_arriving_memory(&self) -> anyhow::Result<Vec<MemoryRegion>> {
+        self.shared.store(true, Ordering::SeqCst);
+        self.frontend.set_mem_table_postcopy(&self.ram).context("share memory with the daemon")
+    }
+
+    /// Connects anew when the daemon has memory already, which it must not before it listens.
+    pub fn unshare_memory(&self) -> anyhow::Result<()> {
+        if self.shared.load(Ordering::SeqCst) {
+            self.connect_again()?;
+            self.shared.store(false, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn connect_again(&self) -> anyhow::Result<()> {
+        self.channel.close();
+        self.frontend.connection().shutdown();
+        self.frontend.reconnect(&self.options.socket)?;
+        let agreed = self.frontend.negotiate(USUAL_FEATURES, PROTOCOL_FEATURES)?;
+        let pagefault = agreed.protocol & protocol_feature::PAGEFAULT != 0;
+        self.pagefault.store(pagefault, Ordering::SeqCst);
+        Ok(self.channel.reopen(&self.frontend)?)
+    }
+
     /// Whether the guest's memory may still arrive when it runs.
     pub fn expect_memory(&self, arriving: bool) {
         self.guest().arriving = arriving;
@@ -254,7 +310,7 @@ impl Machine {
         guest.arriving = false;
         if let Err(error) = guest.driver.driver().ring().check_idle() {
             lose(&mut guest, &error.to_string());
-        } else if self.is_running() {
+        } else if self.is_running() && guest.ring != Ring::Running {
             self.start_device(&mut guest);
         }
     }
@@ -304,11 +360,7 @@ impl Machine {
     /// connection. A request that was not answered is there for it; the driver waits meanwhile.
     pub fn reconnect(&self) -> anyhow::Result<()> {
         self.detach();
-        self.channel.close();
-        self.frontend.connection().shutdown();
-        self.frontend.reconnect(&self.options.socket)?;
-        self.frontend.negotiate(USUAL_FEATURES, USUAL_PROTOCOL_FEATURES)?;
-        self.channel.reopen(&self.frontend)?;
+        self.connect_again()?;
         self.frontend.set_mem_table(&self.ram)?;
         self.frontend.setup_ring_from(0, &self.ring, self.ring.used_idx()?)?;
         self.frontend.enable(0, true)?;

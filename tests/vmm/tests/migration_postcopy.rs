@@ -4,59 +4,12 @@
 mod common;
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{Host, MIB, PAGE, PATIENCE, PLUGGED, REGION, TOUCHED, to_address};
+use common::postcopy::{assert_completed, relay, wait_on_the_way};
+use common::{Host, MIB, PAGE, PLUGGED, REGION, TOUCHED, to_address};
 use test_vmm::guest::Command;
-use test_vmm::migration::{MigrateOptions, MigrationReport, PostcopyOptions, When};
-use test_vmm::relay::Relay;
-
-impl Host {
-    /// Has it wait for a guest that comes before its memory.
-    fn listen_in_postcopy(&mut self) -> String {
-        let path = self.daemon.socket().with_file_name("migrate.sock");
-        self.vmm.wait_for_guest_in_postcopy(&format!("unix:{}", path.display())).unwrap()
-    }
-
-    /// Sends the guest away before any of its memory.
-    fn go_first(&mut self, to: &str, recover: Option<String>) {
-        let postcopy = Some(PostcopyOptions { when: When::AtOnce, recover });
-        self.begin(MigrateOptions { postcopy, ..to_address(to) });
-    }
-
-    fn wait_status(&mut self, wanted: &str) {
-        let start = Instant::now();
-        loop {
-            let report = self.vmm.migration().unwrap();
-            if report.status == wanted {
-                return;
-            }
-            assert!(!report.over && start.elapsed() < PATIENCE, "{wanted}: {report:?}");
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-fn relay(to: &Host, address: &str) -> Relay {
-    let path = to.daemon.socket().with_file_name("relay.sock");
-    Relay::start(&format!("unix:{}", path.display()), address).unwrap()
-}
-
-/// Waits until the guest runs over there, and part of its memory is held back.
-fn wait_on_the_way(from: &mut Host, relay: &Relay) {
-    from.wait_status("postcopy-active");
-    let start = Instant::now();
-    while !relay.is_holding() {
-        assert!(start.elapsed() < PATIENCE);
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn assert_completed(host: &mut Host) -> MigrationReport {
-    let report = host.outcome();
-    assert_eq!(report.status, "completed", "{report:?}");
-    report
-}
+use test_vmm::migration::{MigrateOptions, PostcopyOptions, When};
 
 #[test]
 fn a_channel_that_breaks_in_postcopy_is_recovered_and_the_device_works_afterwards() {

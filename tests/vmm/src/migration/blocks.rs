@@ -43,6 +43,11 @@ pub(super) fn blocks(machine: &Machine, discard_aware: bool) -> anyhow::Result<R
     Ok(blocks)
 }
 
+/// Id of the block whose memory starts at `gpa`.
+pub(super) fn id_at(machine: &Machine, gpa: u64) -> &'static str {
+    if gpa == machine.options().addr { REGION } else { BOOT }
+}
+
 fn ram_block(id: &str, region: &Region) -> anyhow::Result<Arc<RamBlock>> {
     let file = region.file.try_clone()?;
     let block = RamBlock::new(id.to_owned(), region.gpa, region.size, file, region.offset)?;

@@ -6,16 +6,17 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::Context;
-use virtio_mem::migration::postcopy::Channels;
+use virtio_mem::migration::postcopy::{Channels, OnListen};
 use virtio_mem::migration::precopy::{Guest, Incoming};
 use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::{ListOptions, RamBlocks, RamLoad};
 use virtio_mem::migration::snapshot::{self, Restore};
 
 use super::blocks::{self, REGION};
+use super::client::Client;
 use super::devices::MachineDevices;
 use super::transport::Listener;
-use super::{Expected, configuration, recovery};
+use super::{Expected, configuration, describe, recovery};
 use crate::machine::Machine;
 
 /// Waits for a guest and takes it over. On an error it does not run here, and another may come.
@@ -28,6 +29,7 @@ pub(super) fn receive(
     let Expected { discard_aware, postcopy } = expected;
     let Channels { main, urgent } = recovery::accept(listener, postcopy, progress)?;
     let (blocks, mut devices) = prepare(machine, discard_aware, postcopy)?;
+    let mut client = share_memory(machine, postcopy)?;
     let list = ListOptions { postcopy, ..ListOptions::default() };
     let ram = RamLoad::new(Arc::clone(&blocks), list, Arc::clone(progress));
     let incoming = Incoming {
@@ -35,14 +37,37 @@ pub(super) fn receive(
         guest: &**machine,
         handlers: vec![Box::new(ram)],
         devices: &mut devices,
-        postcopy: postcopy.then(|| recovery::incoming(listener, urgent, blocks, machine, progress)),
+        postcopy: postcopy.then(|| {
+            let listening = client.as_mut().map(on_listen);
+            recovery::incoming(listener, urgent, blocks, machine, progress, listening)
+        }),
         progress: Arc::clone(progress),
     };
-    incoming.run(main)?;
+    let received = incoming.run(main);
+    // A guest that has come, and whose memory has not, finds no zeros there: the daemon waits.
+    if let Some(client) = client.filter(|_| received.is_ok() || machine.awaits_guest()) {
+        client.end()?;
+    }
+    received?;
     if postcopy {
+        machine.share_memory()?;
         machine.memory_arrived();
     }
     Ok(())
+}
+
+/// Shares memory with the daemon, unless it takes part in postcopy and gets it later.
+fn share_memory(machine: &Arc<Machine>, postcopy: bool) -> anyhow::Result<Option<Client>> {
+    if postcopy && machine.waits_for_pages() {
+        machine.unshare_memory()?;
+        return Client::advise(machine);
+    }
+    machine.share_memory()?;
+    Ok(None)
+}
+
+fn on_listen(client: &mut Client) -> OnListen<'_> {
+    Box::new(|lazy| client.listen(lazy).map_err(|error| describe(&error)))
 }
 
 /// Reads the guest from a file, and lets it run.
@@ -52,6 +77,7 @@ pub(super) fn restore(
     progress: Arc<Progress>,
 ) -> anyhow::Result<()> {
     let (blocks, mut devices) = prepare(machine, true, false)?;
+    machine.share_memory()?;
     let from = open(file)?;
     let restore = Restore {
         configuration: configuration(true),
@@ -71,6 +97,7 @@ pub(super) fn restore_lazily(
     progress: Arc<Progress>,
 ) -> anyhow::Result<()> {
     let (blocks, mut devices) = prepare(machine, true, true)?;
+    machine.share_memory()?;
     let restore = Restore {
         configuration: configuration(true),
         blocks,

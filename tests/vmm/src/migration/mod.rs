@@ -9,6 +9,7 @@
 //! - [`Migration`]: one of them in a thread, and what is to be seen of it.
 
 mod blocks;
+mod client;
 mod destination;
 mod devices;
 mod recovery;

@@ -12,7 +12,7 @@ use virtio_mem::migration::MigrationError;
 use virtio_mem::migration::channel::Channel;
 use virtio_mem::migration::lazy::HandlerFailed;
 use virtio_mem::migration::postcopy::{
-    Channels, GiveUp, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen,
+    Channels, GiveUp, OnListen, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen,
 };
 use virtio_mem::migration::progress::Progress;
 use virtio_mem::migration::ram::RamBlocks;
@@ -43,20 +43,21 @@ pub(super) fn outgoing(
     Ok(PostcopyOutgoing { when, urgent: Some(urgent), reconnect })
 }
 
-/// Postcopy on the destination.
+/// Postcopy on the destination, with what is done when memory is about to arrive.
 pub(super) fn incoming<'a>(
     listener: &'a Listener,
     urgent: Option<Channel>,
     blocks: Arc<RamBlocks>,
     machine: &Arc<Machine>,
     progress: &Arc<Progress>,
+    listening: Option<OnListen<'a>>,
 ) -> PostcopyIncoming<'a> {
     PostcopyIncoming {
         blocks,
         urgent,
         reconnect: Box::new(Accept { listener, progress: Arc::clone(progress) }),
         failed: Arc::clone(machine) as Arc<dyn HandlerFailed>,
-        listening: None,
+        listening,
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod postcopy;
 pub mod relay;
 
 use std::path::{Path, PathBuf};
@@ -104,10 +105,24 @@ impl Host {
         Self::start(0, &options)
     }
 
+    /// A host that waits for a guest, whose daemon can wait for pages.
+    pub fn waiting_with_pagefault() -> Self {
+        let (addr, region_size) = (ADDR, REGION);
+        let (incoming, paused, compat_level) = (true, false, None);
+        let options = VmmOptions { addr, region_size, incoming, paused, compat_level };
+        Self::start_daemon(Self::daemon(&options).arg("--postcopy"), &options)
+    }
+
+    fn daemon(options: &VmmOptions) -> DaemonOptions {
+        DaemonOptions::new(options.addr, options.region_size).block_size(BLOCK).discard_socket()
+    }
+
     fn start(requested_size: u64, options: &VmmOptions) -> Self {
-        let VmmOptions { addr, region_size, .. } = *options;
-        let daemon = DaemonOptions::new(addr, region_size).block_size(BLOCK).discard_socket();
-        let daemon = Daemon::start(daemon_binary(), daemon.requested_size(requested_size)).unwrap();
+        Self::start_daemon(Self::daemon(options).requested_size(requested_size), options)
+    }
+
+    fn start_daemon(daemon: DaemonOptions, options: &VmmOptions) -> Self {
+        let daemon = Daemon::start(daemon_binary(), daemon).unwrap();
         let vmm = Vmm::start(small_vmm(), &daemon, options).unwrap();
         Self { vmm, daemon }
     }
