@@ -107,8 +107,17 @@ impl Host {
 
     /// A host that waits for a guest, whose daemon can wait for pages.
     pub fn waiting_with_pagefault() -> Self {
+        Self::with_pagefault(false)
+    }
+
+    /// The same, where the guest is to wait.
+    pub fn paused_with_pagefault() -> Self {
+        Self::with_pagefault(true)
+    }
+
+    fn with_pagefault(paused: bool) -> Self {
         let (addr, region_size) = (ADDR, REGION);
-        let (incoming, paused, compat_level) = (true, false, None);
+        let (incoming, compat_level) = (true, None);
         let options = VmmOptions { addr, region_size, incoming, paused, compat_level };
         Self::start_daemon(Self::daemon(&options).arg("--postcopy"), &options)
     }
