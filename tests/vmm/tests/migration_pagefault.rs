@@ -141,6 +141,7 @@ fn a_daemon_that_waits_for_a_page_gets_it_over_a_channel_that_is_recovered() {
     });
     // Which sets the ring up: the daemon reads it for that.
     to.vmm.tell(Command::Cont).unwrap();
+    assert!(has_ring(&mut to), "the daemon did not wait for the ring");
     let _relay = recovering.join().unwrap();
     assert_completed(&mut from);
     assert_eq!(assert_completed(&mut to).recoveries, 1);
