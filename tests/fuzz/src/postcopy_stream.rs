@@ -318,7 +318,9 @@ fn drive(data: &[u8]) -> (Reached, u64) {
     let (mut first, announced) = beginning(&blocks, &mut input);
     let vcpu = announced[0].0;
     let vmm = Arc::new(Vmm::default());
-    if how & 1 == 0 && vcpu < PAGES {
+    // Discarded memory that a vCPU reads is resident for as long as it reads.
+    let populated = |page| ByteRange::new(page * PAGE, PAGE).map(|range| vmem.is_populated(range));
+    if how & 1 == 0 && vcpu < PAGES && matches!(populated(vcpu), Some(Ok(true))) {
         *vmm.vcpu.lock().unwrap() = Some((Arc::clone(&vmem), vcpu));
     }
     if how & 6 == 0 {

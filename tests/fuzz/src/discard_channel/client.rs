@@ -202,7 +202,11 @@ pub(super) fn run(input: &mut Input<'_>) {
 
     // An event that is open when the guest is answered is none.
     assert_eq!(bystander.lost(), None);
-    assert_eq!(*watch.0.lock(), model, "told the bystander");
+    if *watch.0.lock() != model {
+        // One that was dropped for silence, on a busy machine, learns it from its socket.
+        thread::sleep(MOMENT);
+        panic!("told the bystander {:?}, not {model:?}; {:?}", watch.0.lock(), bystander.lost());
+    }
     for client in [&bystander, &daemon.attach()] {
         let words = client.words().unwrap();
         let plugged = |block: usize| words[block / 64] >> (block % 64) & 1 == 1;
