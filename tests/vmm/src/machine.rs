@@ -79,8 +79,8 @@ struct GuestState {
     place: Place,
     /// Whether the guest is to wait when it could run.
     hold: bool,
-    /// Whether memory still arrives while the guest runs. The daemon looks at the ring through a
-    /// mapping of its own, where it would find a hole and fill it: the ring waits.
+    /// Whether memory still arrives while the guest runs, at a daemon that does not wait for it
+    /// (PAGEFAULT). It would find a hole where the ring is and fill it: the ring waits.
     arriving: bool,
     /// Why the device is of no use any more.
     lost: Option<String>,

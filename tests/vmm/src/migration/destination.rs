@@ -45,10 +45,10 @@ pub(super) fn receive(
     };
     let received = incoming.run(main);
     // A guest that has come, and whose memory has not, finds no zeros there: the daemon waits.
-    if let Some(client) = client.filter(|_| received.is_ok() || machine.awaits_guest()) {
-        client.end()?;
-    }
+    let ends = received.is_ok() || machine.awaits_guest();
+    let ended = client.filter(|_| ends).map_or(Ok(()), Client::end);
     received?;
+    ended?;
     if postcopy {
         machine.share_memory()?;
         machine.memory_arrived();
