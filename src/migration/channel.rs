@@ -58,18 +58,19 @@ impl Sink for BufferSink {
     }
 }
 
-/// A connected channel. Reads and writes wait, but never longer than somebody wants to: a
-/// migration that is cancelled ends them.
+/// A connected channel. Reads and writes wait until they are cancelled with their migration.
 #[derive(Debug)]
 pub struct Channel {
     fd: Arc<OwnedFd>,
-    /// Who may cancel it.
+    /// By which it is cancelled.
     progress: Option<Arc<Progress>>,
     /// Once true, it is too late for that.
     committed: Option<Arc<AtomicBool>>,
     written: u64,
     /// No read waits longer; for the end of a migration, where the other side must answer.
     patience: Option<Duration>,
+    /// No write waits longer for the other side to read anything.
+    write_patience: Option<Duration>,
 }
 
 impl Channel {
@@ -88,6 +89,7 @@ impl Channel {
             committed: None,
             written: 0,
             patience: None,
+            write_patience: None,
         })
     }
 
@@ -99,6 +101,7 @@ impl Channel {
             committed: self.committed.clone(),
             written: 0,
             patience: None,
+            write_patience: None,
         }
     }
 
@@ -131,7 +134,13 @@ impl Channel {
         self.patience = patience;
     }
 
-    /// Ends the channel for both sides, whoever else holds it.
+    /// Lets a write wait for at most so long for the other side to read, each time that nothing
+    /// can be written.
+    pub(super) fn set_write_patience(&mut self, patience: Option<Duration>) {
+        self.write_patience = patience;
+    }
+
+    /// Ends the channel for both sides, and all handles of it.
     pub fn shutdown(&self) {
         // Pipes cannot be shut down; they end when their last handle goes.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
@@ -206,7 +215,10 @@ impl Sink for Channel {
                     self.written += written as u64;
                     bytes = &bytes[written..];
                 }
-                Err(Errno::AGAIN) => self.wait(PollFlags::OUT, None)?,
+                Err(Errno::AGAIN) => {
+                    let deadline = self.write_patience.map(|patience| Instant::now() + patience);
+                    self.wait(PollFlags::OUT, deadline)?;
+                }
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
