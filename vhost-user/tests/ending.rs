@@ -84,10 +84,15 @@ fn in_the_middle_of_a_message() {
 fn while_a_call_has_no_room() {
     ends(|rig| {
         let call = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        rig.frontend.set_vring_fd(Request::SetVringCall, 0, Some(call.as_fd())).unwrap();
+        // It is signalled when it is replaced. Without room, that would hold up the request.
+        let mut polled = [PollFd::new(&call, PollFlags::IN)];
+        let patience = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+        assert_eq!(poll(&mut polled, Some(&patience)).unwrap(), 1);
+        rustix::io::read(&call, &mut [0; 8]).unwrap();
+        fcntl_setfl(&call, OFlags::empty()).unwrap();
         #[expect(clippy::host_endian_bytes, reason = "eventfds count in that order")]
         rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        rig.frontend.set_vring_fd(Request::SetVringCall, 0, Some(call.as_fd())).unwrap();
-        fcntl_setfl(&call, OFlags::empty()).unwrap();
         submit(rig);
         wait_until(|| rig.plugged_size() != 0);
         Box::new(call)
