@@ -6,6 +6,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
@@ -233,6 +234,56 @@ pub(super) fn tcp_pair() -> (TcpStream, TcpStream) {
     (near, far)
 }
 
+/// Bytes of what a destination says up to its verdict: PONG 1, and the PONG of the verdict.
+const VERDICT: usize = 16;
+
+/// Source and destination of a connection on which `then` is done when the destination has said its
+/// verdict, and before the source hears it.
+pub(super) fn at_the_verdict(then: impl FnOnce() + Send + 'static) -> (UnixStream, UnixStream) {
+    let (source, mut near) = UnixStream::pair().unwrap();
+    let (mut far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    thread::spawn(move || {
+        let mut verdict = [0; VERDICT];
+        if back_from.read_exact(&mut verdict).is_ok() {
+            then();
+            let _ = back_to.write_all(&verdict);
+        }
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let _ = io::copy(&mut near, &mut far);
+        let _ = far.shutdown(Shutdown::Both);
+    });
+    (source, destination)
+}
+
+/// A subscriber of the log that calls this with each event.
+pub(super) struct OnEvent<F>(pub(super) F);
+
+impl<F: Fn() + 'static> tracing::Subscriber for OnEvent<F> {
+    fn enabled(&self, _metadata: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _span: &tracing::span::Id, _values: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _span: &tracing::span::Id, _follows: &tracing::span::Id) {}
+
+    fn event(&self, _event: &tracing::Event<'_>) {
+        self.0();
+    }
+
+    fn enter(&self, _span: &tracing::span::Id) {}
+
+    fn exit(&self, _span: &tracing::span::Id) {}
+}
+
 /// What is late after the destination's verdict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Late {
@@ -245,8 +296,6 @@ pub(super) enum Late {
 /// Source and destination of a connection over TCP on which, after the destination's verdict, one
 /// direction stands still until the source ends its own.
 pub(super) fn late(late: Late) -> (OwnedFd, OwnedFd) {
-    // PONG 1, and the PONG of the verdict.
-    const VERDICT: u64 = 16;
     let (source, mut near) = tcp_pair();
     let (mut far, destination) = tcp_pair();
     let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
@@ -255,7 +304,7 @@ pub(super) fn late(late: Late) -> (OwnedFd, OwnedFd) {
     let deciding = Arc::clone(&decided);
     thread::spawn(move || {
         let mut verdict = Vec::new();
-        let _ = (&mut back_from).take(VERDICT).read_to_end(&mut verdict);
+        let _ = (&mut back_from).take(VERDICT as u64).read_to_end(&mut verdict);
         deciding.store(true, Ordering::SeqCst);
         let _ = back_to.write_all(&verdict);
         if late == Late::Back {

@@ -276,7 +276,7 @@ fn a_request_that_fails_is_made_again_and_again_and_told_once_after_a_hundred_ti
     *lazy.failure.write() = Some(handler::Failure::new(told));
     lazy.request_or_note(0, ByteRange::new(0, PAGE).unwrap());
     let retry = |times: u32| (0..times).for_each(|_| lazy.retry_requests());
-    // What there is no memory for counts for nothing.
+    // An attempt that fails for want of memory is not counted.
     lacking.no_memory.store(true, Ordering::Relaxed);
     retry(2 * TRIES_MAX);
     lacking.no_memory.store(false, Ordering::Relaxed);

@@ -16,7 +16,7 @@ use crate::migration::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameter
 use crate::migration::progress::{MigrationInfo, Progress, Status};
 use crate::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use crate::migration::stream::Configuration;
-use crate::migration::test_support::{Late, PAGE, Side, fill, late, tcp_pair};
+use crate::migration::test_support::{Late, PAGE, Side, at_the_verdict, fill, late, tcp_pair};
 use crate::sys::HostMapping;
 
 mod destination;
@@ -242,26 +242,8 @@ fn a_freeze_that_was_lost_before_the_guest_went_keeps_it_here() {
     let to = Side::new(&[1, 4, 5, 9]);
     let manager = Arc::clone(from.manager.as_ref().unwrap());
     // The destination has the device state, and the verdict is on its way.
-    let (source, mut near) = UnixStream::pair().unwrap();
-    let (mut far, destination) = UnixStream::pair().unwrap();
-    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-    thread::spawn(move || {
-        use std::io::{Read, Write};
-        // PONG 1, and the verdict: PONG 0x42.
-        let mut verdict = [0; 16];
-        if back_from.read_exact(&mut verdict).is_ok() {
-            manager.lose_freezes();
-            let _ = back_to.write_all(&verdict);
-        }
-        let _ = io::copy(&mut back_from, &mut back_to);
-        let _ = back_to.shutdown(std::net::Shutdown::Both);
-    });
-    thread::spawn(move || {
-        let _ = io::copy(&mut near, &mut far);
-        let _ = far.shutdown(std::net::Shutdown::Both);
-    });
-    let channels = vec![(source, destination)];
-    let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, false, channels);
+    let channels = at_the_verdict(move || manager.lose_freezes());
+    let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, false, vec![channels]);
     assert!(matches!(run.outgoing, Err(MigrationError::FreezeLost(_))), "{:?}", run.outgoing);
     assert!(run.incoming.is_err());
     assert_eq!(run.guest, Some(GuestAfter::RunsHere));

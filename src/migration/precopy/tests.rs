@@ -133,6 +133,38 @@ struct Run {
     sent: MigrationInfo,
 }
 
+/// Takes a guest from the other end of `channel`.
+fn receive(
+    to: &Side,
+    guest: &Arc<Witness>,
+    channel: impl Into<OwnedFd>,
+) -> thread::JoinHandle<Outcome> {
+    receive_with(Configuration::new("test"), ListOptions::default(), to, guest, channel)
+}
+
+fn receive_with(
+    configuration: Configuration,
+    options: ListOptions,
+    to: &Side,
+    guest: &Arc<Witness>,
+    channel: impl Into<OwnedFd>,
+) -> thread::JoinHandle<Outcome> {
+    let (blocks, guest, channel) = (Arc::clone(&to.blocks), Arc::clone(guest), channel.into());
+    thread::spawn(move || {
+        let progress = Arc::new(Progress::new());
+        let ram = RamLoad::new(blocks, options, Arc::clone(&progress));
+        let incoming = Incoming {
+            configuration,
+            guest: &*guest,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress: Arc::clone(&progress),
+        };
+        incoming.run(Channel::new(channel, progress).unwrap())
+    })
+}
+
 fn migrate_over(
     from: &Side,
     to: &Side,
@@ -158,21 +190,7 @@ fn migrate_by(
     if let Some(manager) = &from.manager {
         manager.watch(&source.log);
     }
-    let receiver = Arc::clone(&destination);
-    let blocks = Arc::clone(&to.blocks);
-    let there = thread::spawn(move || {
-        let progress = Arc::new(Progress::new());
-        let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
-        let incoming = Incoming {
-            configuration: Configuration::new("test"),
-            guest: &*receiver,
-            handlers: vec![Box::new(ram)],
-            devices: &mut NoDevices,
-            postcopy: None,
-            progress: Arc::clone(&progress),
-        };
-        incoming.run(Channel::new(channels.1, progress).unwrap())
-    });
+    let there = receive(to, &destination, channels.1);
     let tracker = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
         if block.id() == "vmem0" { Box::new(script.clone()) } else { Box::<Script>::default() }
     };
@@ -493,20 +511,7 @@ impl DirtyTracker for Restless {
 fn a_slow_look_at_dirty_pages_makes_the_channel_no_slower() {
     let (from, to) = (Side::new(&[0]), Side::new(&[0]));
     let (near, far) = UnixStream::pair().unwrap();
-    let blocks = Arc::clone(&to.blocks);
-    let there = thread::spawn(move || {
-        let progress = Arc::new(Progress::new());
-        let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
-        let incoming = Incoming {
-            configuration: Configuration::new("test"),
-            guest: &Witness::default(),
-            handlers: vec![Box::new(ram)],
-            devices: &mut NoDevices,
-            postcopy: None,
-            progress: Arc::clone(&progress),
-        };
-        incoming.run(Channel::new(far, progress).unwrap())
-    });
+    let there = receive(&to, &Arc::default(), far);
     let progress = Arc::new(Progress::new());
     // Too long to be stopped for; what is dirty is sent in a moment, and later looks take none.
     let slow = Duration::from_millis(600);
@@ -536,20 +541,7 @@ fn rounds_are_bounded_and_what_follows_is_as_asked_for() {
     for at_max_rounds in [AtMaxRounds::Fail, AtMaxRounds::StopAndCopy] {
         let (from, to) = (Side::new(&[0]), Side::new(&[0]));
         let (near, far) = UnixStream::pair().unwrap();
-        let blocks = Arc::clone(&to.blocks);
-        let there = thread::spawn(move || {
-            let progress = Arc::new(Progress::new());
-            let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
-            let incoming = Incoming {
-                configuration: Configuration::new("test"),
-                guest: &Witness::default(),
-                handlers: vec![Box::new(ram)],
-                devices: &mut NoDevices,
-                postcopy: None,
-                progress: Arc::clone(&progress),
-            };
-            incoming.run(Channel::new(far, progress).unwrap())
-        });
+        let there = receive(&to, &Arc::default(), far);
         let progress = Arc::new(Progress::new());
         let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> {
             Box::new(Restless::new(&from, Duration::ZERO))

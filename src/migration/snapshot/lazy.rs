@@ -257,32 +257,7 @@ impl PageSource for Pages {
 mod tests {
     use super::*;
     use crate::migration::page_bitmap::PageBitmap;
-    use crate::migration::test_support::{PAGE, Side, memfd};
-
-    /// Brings the file's pages when it is logged that they cannot be read.
-    struct Brings(Arc<File>);
-
-    impl tracing::Subscriber for Brings {
-        fn enabled(&self, _metadata: &tracing::Metadata<'_>) -> bool {
-            true
-        }
-
-        fn new_span(&self, _span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-            tracing::span::Id::from_u64(1)
-        }
-
-        fn record(&self, _span: &tracing::span::Id, _values: &tracing::span::Record<'_>) {}
-
-        fn record_follows_from(&self, _span: &tracing::span::Id, _follows: &tracing::span::Id) {}
-
-        fn event(&self, _event: &tracing::Event<'_>) {
-            self.0.write_all_at(&[7; 4 * PAGE as usize], 0).unwrap();
-        }
-
-        fn enter(&self, _span: &tracing::span::Id) {}
-
-        fn exit(&self, _span: &tracing::span::Id) {}
-    }
+    use crate::migration::test_support::{OnEvent, PAGE, Side, memfd};
 
     #[test]
     fn the_background_tries_a_file_again_that_cannot_be_read_for_now() {
@@ -298,7 +273,9 @@ mod tests {
         // Only so often, where it stays so.
         assert!(prefetch().unwrap_err().to_string().contains("cannot read pages"));
         assert_eq!(lazy.outstanding(), 4);
-        tracing::subscriber::with_default(Brings(file), prefetch).unwrap();
+        // Its pages come when it is logged that they cannot be read.
+        let brings = OnEvent(move || file.write_all_at(&[7; 4 * PAGE as usize], 0).unwrap());
+        tracing::subscriber::with_default(brings, prefetch).unwrap();
         lazy.finish().unwrap();
         assert_eq!([0, 3].map(|page| side.page(page)[0]), [7, 7]);
     }

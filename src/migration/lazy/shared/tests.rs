@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::*;
 use crate::migration::page_bitmap::PageBitmap;
 use crate::migration::ram::MigrationBlock;
-use crate::migration::test_support::{BLOCK, PAGE, Side};
+use crate::migration::test_support::{BLOCK, OnEvent, PAGE, Side};
 use crate::sys::HostMapping;
 use crate::sys::shared_faults::{OfferedFaults, removals};
 
@@ -235,47 +235,23 @@ fn a_client_finds_zeros_in_memory_that_was_given_up() {
     assert_eq!(read(&rig.client, 4).join().unwrap(), 0);
 }
 
-/// Counts events.
-#[derive(Clone, Default)]
-struct Logged(Arc<AtomicUsize>);
-
-impl tracing::Subscriber for Logged {
-    fn enabled(&self, _metadata: &tracing::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn new_span(&self, _span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        tracing::span::Id::from_u64(1)
-    }
-
-    fn record(&self, _span: &tracing::span::Id, _values: &tracing::span::Record<'_>) {}
-
-    fn record_follows_from(&self, _span: &tracing::span::Id, _follows: &tracing::span::Id) {}
-
-    fn event(&self, _event: &tracing::Event<'_>) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn enter(&self, _span: &tracing::span::Id) {}
-
-    fn exit(&self, _span: &tracing::span::Id) {}
-}
-
 #[test]
 fn faults_where_a_client_has_mapped_nothing_are_logged_once_and_counted() {
     let rig = rig();
     let client = &rig.shared.client;
-    let logged = Logged::default();
-    tracing::subscriber::with_default(logged.clone(), || {
+    let logged = Arc::new(AtomicUsize::new(0));
+    let counts = Arc::clone(&logged);
+    let counts = OnEvent(move || _ = counts.fetch_add(1, Ordering::Relaxed));
+    tracing::subscriber::with_default(counts, || {
         let fault = |address| ClientFault { address, thread: 0 };
         client.log_repeated();
-        assert_eq!(logged.0.load(Ordering::Relaxed), 0);
+        assert_eq!(logged.load(Ordering::Relaxed), 0);
         for address in [0, PAGE, u64::MAX].into_iter().cycle().take(1000) {
             client.answer(&rig.lazy, fault(address)).unwrap();
         }
-        assert_eq!(logged.0.load(Ordering::Relaxed), 1);
+        assert_eq!(logged.load(Ordering::Relaxed), 1);
         assert_eq!(client.state.lock().unnamed.unlogged(), Some(1000));
         client.log_repeated();
-        assert_eq!(logged.0.load(Ordering::Relaxed), 2, "how many there were");
+        assert_eq!(logged.load(Ordering::Relaxed), 2, "how many there were");
     });
 }

@@ -1,6 +1,7 @@
 //! Block state that does not stay frozen: what is plugged then is masked, and must not be lost.
 
 use super::*;
+use crate::migration::test_support::at_the_verdict;
 use crate::ram_discard::LocalRamDiscardManager;
 
 /// Migrates, and has `happens` done while the guest is being stopped: block 5 is plugged and
@@ -48,26 +49,8 @@ fn a_freeze_that_was_lost_while_the_destination_loads_keeps_the_guest_here() {
     let (from, to) = (Side::new(&[0, 1]), Side::new(&[0, 1]));
     fill(&from.region, 0..10, 1);
     let manager = Arc::clone(from.manager.as_ref().unwrap());
-    let (source, mut near) = UnixStream::pair().unwrap();
-    let (mut far, destination) = UnixStream::pair().unwrap();
-    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-    thread::spawn(move || {
-        use std::io::{Read, Write};
-        // PONG 1, and the verdict. All of RAM was sent by then.
-        let mut verdict = [0; 16];
-        if back_from.read_exact(&mut verdict).is_ok() {
-            manager.lose_freezes();
-            let _ = back_to.write_all(&verdict);
-        }
-        let _ = io::copy(&mut back_from, &mut back_to);
-        let _ = back_to.shutdown(std::net::Shutdown::Both);
-    });
-    thread::spawn(move || {
-        let _ = io::copy(&mut near, &mut far);
-        let _ = far.shutdown(std::net::Shutdown::Both);
-    });
+    let channels = at_the_verdict(move || manager.lose_freezes());
     let (script, progress) = (Script::default(), Arc::new(Progress::new()));
-    let channels = (source, destination);
     let run = migrate_over(&from, &to, &script, Witness::default(), progress, channels);
     assert!(matches!(run.outgoing, Err(MigrationError::FreezeLost(_))), "{:?}", run.outgoing);
     assert_eq!(run.guest, Some(GuestAfter::RunsHere));

@@ -35,20 +35,8 @@ fn run(
 ) -> (Outcome, Outcome, MigrationInfo) {
     let list = |ignore_shared| ListOptions { ignore_shared, postcopy: false };
     let (near, far) = UnixStream::pair().unwrap();
-    let blocks = Arc::clone(&to.blocks);
-    let there = thread::spawn(move || {
-        let progress = Arc::new(Progress::new());
-        let ram = RamLoad::new(blocks, list(expected.1), Arc::clone(&progress));
-        let incoming = Incoming {
-            configuration: configuration(expected.0),
-            guest: &Witness::default(),
-            handlers: vec![Box::new(ram)],
-            devices: &mut NoDevices,
-            postcopy: None,
-            progress: Arc::clone(&progress),
-        };
-        incoming.run(Channel::new(far, progress).unwrap())
-    });
+    let (configured, options) = (configuration(expected.0), list(expected.1));
+    let there = receive_with(configured, options, to, &Arc::default(), far);
     let progress = Arc::new(Progress::new());
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
     let ram = RamSave::new(&from.blocks, list(sent.1), Arc::clone(&progress), tracker).unwrap();
