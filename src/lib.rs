@@ -15,7 +15,7 @@
 //!
 //! ```
 //! use std::{fs::File, sync::Arc};
-//! use virtio_mem::controller::{MemController, InitialState};
+//! use virtio_mem::controller::{InitialState, MemController};
 //! use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 //! use virtio_mem::memory::RamBlock;
 //!

@@ -93,7 +93,7 @@ impl Channel {
         })
     }
 
-    /// Another handle of the same channel.
+    /// Another handle of the same channel, whose reads and writes wait without a bound.
     pub fn clone_handle(&self) -> Self {
         Self {
             fd: Arc::clone(&self.fd),
@@ -134,8 +134,8 @@ impl Channel {
         self.patience = patience;
     }
 
-    /// Lets a write wait for at most so long for the other side to read, each time that nothing
-    /// can be written.
+    /// Lets a write of this handle wait for at most so long for the other side to read, each time that
+    /// nothing can be written. What is gathered has no such bound.
     pub(super) fn set_write_patience(&mut self, patience: Option<Duration>) {
         self.write_patience = patience;
     }
@@ -241,7 +241,7 @@ impl Sink for Channel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::gather::raises_sigpipe;
+    use crate::sys::gather::testing::raises_sigpipe;
     use std::os::unix::net::UnixStream;
 
     #[test]

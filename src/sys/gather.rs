@@ -155,7 +155,7 @@ impl GatherWrite {
         self.write_all(|pieces, done| {
             let at = offset.checked_add(done).and_then(|at| libc::off_t::try_from(at).ok());
             let at = at.ok_or(Errno::FBIG)?;
-            // SAFETY: as in `write_to`.
+            // SAFETY: as in `write`.
             let written = unsafe {
                 libc::pwritev(fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int, at)
             };
@@ -207,18 +207,19 @@ impl GatherWrite {
 
 /// Sends the pieces without SIGPIPE; how many bytes.
 fn send(fd: BorrowedFd<'_>, pieces: &[libc::iovec]) -> io::Result<usize> {
-    // SAFETY: all zeros is a message without a name, data and control data.
+    // SAFETY: pointers and lengths only, of which zero is a null pointer and nothing.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = pieces.as_ptr().cast_mut();
     message.msg_iovlen = pieces.len() as _;
-    // SAFETY: `pieces` are valid for reads, see `write_all`, and sendmsg(2) does not write them;
-    // their number is no more than IOV_MAX.
+    // SAFETY: `pieces` are valid for reads, see `write_all`, and sendmsg(2) does not write through
+    // them; their number is no more than IOV_MAX. There is no name and no control data.
     check(unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL) })
 }
 
 /// Writes the pieces to what is not a socket; how many bytes.
 fn write(fd: BorrowedFd<'_>, pieces: &[libc::iovec]) -> io::Result<usize> {
-    // SAFETY: as in `send`.
+    // SAFETY: `pieces` are valid for reads, see `write_all`; their number is no more than IOV_MAX
+    // and so fits.
     check(unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int) })
 }
 
@@ -235,26 +236,29 @@ fn wait_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-/// Whether a SIGPIPE was raised on this thread while `writes` ran; it kills nothing here.
 #[cfg(test)]
-pub(crate) fn raises_sigpipe(writes: impl FnOnce()) -> bool {
-    let mut only = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    let mut pending = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    let no_wait = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the sets are initialized by the first call on each; all pointers are valid. Blocking
-    // a signal on this thread, and taking it, concerns no other code: this thread does nothing else.
-    unsafe {
-        libc::sigemptyset(only.as_mut_ptr());
-        libc::sigaddset(only.as_mut_ptr(), libc::SIGPIPE);
-        libc::pthread_sigmask(libc::SIG_BLOCK, only.as_ptr(), std::ptr::null_mut());
+pub(crate) mod testing {
+    use std::mem::MaybeUninit;
+    use std::ptr::null_mut;
+
+    /// Whether a SIGPIPE was raised on this thread while `writes` ran. It is taken, and ends nothing.
+    pub(crate) fn raises_sigpipe(writes: impl FnOnce()) -> bool {
+        let mut sigpipe = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: the pointer is to room for a set, which sigemptyset(3) initializes.
+        unsafe { libc::sigemptyset(sigpipe.as_mut_ptr()) };
+        // SAFETY: initialized right above.
+        let mut sigpipe = unsafe { sigpipe.assume_init() };
+        // SAFETY: an initialized set, and the number of a signal.
+        unsafe { libc::sigaddset(&mut sigpipe, libc::SIGPIPE) };
+        // SAFETY: an initialized set; the mask is this thread's, and no code here handles SIGPIPE.
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &sigpipe, null_mut()) };
         writes();
-        libc::sigpending(pending.as_mut_ptr());
-        let raised = libc::sigismember(pending.as_ptr(), libc::SIGPIPE) == 1;
-        if raised {
-            libc::sigtimedwait(only.as_ptr(), std::ptr::null_mut(), &no_wait);
-        }
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, only.as_ptr(), std::ptr::null_mut());
-        raised
+        let no_wait = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: an initialized set and time; what is said of the signal is not asked for.
+        let raised = unsafe { libc::sigtimedwait(&sigpipe, null_mut(), &no_wait) };
+        // SAFETY: as above; none is outstanding that would be handled now.
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &sigpipe, null_mut()) };
+        raised == libc::SIGPIPE
     }
 }
 
@@ -421,7 +425,7 @@ mod tests {
         let broken = |result: io::Result<()>| {
             assert_eq!(result.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         };
-        assert!(!raises_sigpipe(|| broken(gathered.write_to(&near, &|| false))));
-        assert!(raises_sigpipe(|| broken(gathered.write_to(&pipe, &|| false))));
+        assert!(!testing::raises_sigpipe(|| broken(gathered.write_to(&near, &|| false))));
+        assert!(testing::raises_sigpipe(|| broken(gathered.write_to(&pipe, &|| false))));
     }
 }
