@@ -2,31 +2,23 @@
 //!
 //!     cargo run --example migrate
 
+mod vm;
+
 use std::error::Error;
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
-use rustix::fs::{MemfdFlags, memfd_create};
-use virtio_mem::controller::{InitialState, MemController};
-use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
-use virtio_mem::memory::RamBlock;
+use virtio_mem::device::{BlockSpan, Request, Response};
 use virtio_mem::migration::channel::Channel;
 use virtio_mem::migration::dirty::WriteProtect;
 use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
 use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{
-    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
-};
+use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use virtio_mem::migration::stream::Configuration;
-use virtio_mem::migration::virtio_mem::{properties, register};
-use virtio_mem::migration::vmstate::DeviceRegistry;
-use virtio_mem::ram_discard::RamDiscardManager;
+use vm::{ADDR, BLOCK, Vm};
 
-const ADDR: u64 = 5 << 30;
-const BLOCK: u64 = 2 << 20;
 const REGION: u64 = 1 << 30;
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -44,33 +36,6 @@ impl Guest for Vcpus {
         println!("{}: the guest runs", self.0);
         Ok(())
     }
-}
-
-/// What both sides have: memory, a device, and the device's manager, which knows what is discarded.
-struct Vm {
-    file: File,
-    controller: Arc<MemController>,
-    blocks: RamBlocks,
-    devices: DeviceRegistry,
-}
-
-fn vm() -> Result<Vm, Failure> {
-    let file = File::from(memfd_create("region", MemfdFlags::CLOEXEC)?);
-    file.set_len(REGION)?;
-    let device = VirtioMem::new(Geometry::new(ADDR, REGION, BLOCK, None)?, REGION)?;
-    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
-    let ram = Arc::new(RamBlock::new("vmem0".to_owned(), ADDR, REGION, file.try_clone()?, 0)?);
-    controller.set_memory(vec![Arc::clone(&ram)])?;
-
-    let block = MigrationBlock::map(ram, BlockOptions::migratable())?;
-    let manager = Arc::clone(controller.manager()) as Arc<dyn RamDiscardManager>;
-    block.set_discard_manager(0, manager)?;
-    let mut blocks = RamBlocks::new();
-    blocks.register(Arc::new(block))?;
-
-    let mut devices = DeviceRegistry::new(properties());
-    register(&mut devices, "vmem0", &controller)?;
-    Ok(Vm { file, controller, blocks, devices })
 }
 
 fn send(vm: &mut Vm, socket: UnixStream) -> Result<(), Failure> {
@@ -120,13 +85,13 @@ fn receive(mut vm: Vm, socket: UnixStream) -> Result<Vm, Failure> {
 }
 
 fn main() -> Result<(), Failure> {
-    let mut from = vm()?;
+    let mut from = Vm::new(REGION)?;
     let plug = Request::Plug(BlockSpan { addr: ADDR, nb_blocks: 8 });
     assert_eq!(from.controller.execute(plug), Response::Ack);
     from.file.write_all_at(b"what the guest wrote", 3 * BLOCK)?;
 
     let (near, far) = UnixStream::pair()?;
-    let there = thread::spawn(move || receive(vm()?, far));
+    let there = thread::spawn(move || receive(Vm::new(REGION)?, far));
     send(&mut from, near)?;
     let to = there.join().map_err(|_| "the destination panicked")??;
 
