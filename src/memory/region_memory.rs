@@ -475,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn finding_populated_units_takes_a_search_each_however_full_they_are() {
+    fn finding_resident_units_takes_a_search_each_however_full_they_are() {
         use super::super::{SEARCHES, Searches};
         let memory = region();
         let file = memfd(16 * BLOCK);

@@ -377,8 +377,8 @@ mod tests {
         let vcpus = Vcpus::start(ram.clone(), 3);
         vcpus.give(2 * MIB..6 * MIB);
         assert!(vcpus.wait_written(2 * MIB, Duration::from_secs(20)));
-        let populated = ram.resident_ranges(0..16 * MIB).unwrap();
-        assert_eq!(populated, vec![2 * MIB..6 * MIB; 1]);
+        let resident = ram.resident_ranges(0..16 * MIB).unwrap();
+        assert_eq!(resident, vec![2 * MIB..6 * MIB; 1]);
 
         vcpus.take(3 * MIB..4 * MIB);
         assert_eq!(vcpus.given(), [2 * MIB..3 * MIB, 4 * MIB..6 * MIB]);
