@@ -34,14 +34,21 @@ fn assert_plugs(to: &mut Host) {
     to.assert_guest_works();
 }
 
-#[test]
-fn a_guest_request_is_answered_before_all_memory_has_arrived() {
+/// Source and destination of a guest that runs there, part of whose memory is held back. The source
+/// may look for the destination itself afterwards, if `recovers`.
+fn on_the_way(recovers: bool) -> (Host, Host, Relay) {
     let (mut from, mut to) = (Host::with_guest(), Host::waiting_with_pagefault());
     let address = to.listen_in_postcopy();
     let relay = relay(&to, &address);
     relay.hold_after(TOUCHED / 2);
-    from.go_first(relay.address(), None);
+    from.go_first(relay.address(), recovers.then_some(address));
     wait_on_the_way(&mut from, &relay);
+    (from, to, relay)
+}
+
+#[test]
+fn a_guest_request_is_answered_before_all_memory_has_arrived() {
+    let (mut from, mut to, relay) = on_the_way(false);
     wait_answered(&mut to);
     assert!(relay.is_holding());
     let report = to.vmm.migration().unwrap();
@@ -56,12 +63,7 @@ fn a_guest_request_is_answered_before_all_memory_has_arrived() {
 
 #[test]
 fn a_device_that_serves_before_all_memory_has_arrived_outlives_a_broken_channel() {
-    let (mut from, mut to) = (Host::with_guest(), Host::waiting_with_pagefault());
-    let address = to.listen_in_postcopy();
-    let relay = relay(&to, &address);
-    relay.hold_after(TOUCHED / 2);
-    from.go_first(relay.address(), Some(address));
-    wait_on_the_way(&mut from, &relay);
+    let (mut from, mut to, relay) = on_the_way(true);
     wait_answered(&mut to);
     drop(relay);
     assert_completed(&mut from);
@@ -73,12 +75,7 @@ fn a_device_that_serves_before_all_memory_has_arrived_outlives_a_broken_channel(
 
 #[test]
 fn a_daemon_whose_memory_never_arrives_ends_when_it_is_told() {
-    let (mut from, mut to) = (Host::with_guest(), Host::waiting_with_pagefault());
-    let address = to.listen_in_postcopy();
-    let relay = relay(&to, &address);
-    relay.hold_after(TOUCHED / 2);
-    from.go_first(relay.address(), None);
-    wait_on_the_way(&mut from, &relay);
+    let (mut from, mut to, relay) = on_the_way(false);
     from.vmm.kill();
     drop(relay);
     let status = to.daemon.terminate(PATIENCE).unwrap();
