@@ -284,13 +284,14 @@ impl Machine {
     pub fn unshare_memory(&self) -> anyhow::Result<()> {
         if self.shared.load(Ordering::SeqCst) {
             self.connect_again()?;
-            self.shared.store(false, Ordering::SeqCst);
         }
         Ok(())
     }
 
+    /// A daemon that is connected to anew has no memory.
     fn connect_again(&self) -> anyhow::Result<()> {
         self.channel.close();
+        self.shared.store(false, Ordering::SeqCst);
         self.frontend.connection().shutdown();
         self.frontend.reconnect(&self.options.socket)?;
         let agreed = self.frontend.negotiate(USUAL_FEATURES, PROTOCOL_FEATURES)?;
@@ -361,7 +362,7 @@ impl Machine {
     pub fn reconnect(&self) -> anyhow::Result<()> {
         self.detach();
         self.connect_again()?;
-        self.frontend.set_mem_table(&self.ram)?;
+        self.share_memory()?;
         self.frontend.setup_ring_from(0, &self.ring, self.ring.used_idx()?)?;
         self.frontend.enable(0, true)?;
         self.ring.force_kick()?;
