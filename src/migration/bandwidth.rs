@@ -13,7 +13,7 @@ const WINDOW: Duration = Duration::from_millis(100);
 
 /// Measures what is sent, and spends no more than is allowed.
 #[derive(Debug)]
-pub(crate) struct Bandwidth {
+pub struct Bandwidth {
     limit: Option<u64>,
     window_start: Instant,
     window_bytes: u64,
@@ -24,7 +24,7 @@ pub(crate) struct Bandwidth {
 
 impl Bandwidth {
     /// At most `limit` bytes a second.
-    pub(crate) fn new(limit: Option<u64>, written: u64) -> Self {
+    pub fn new(limit: Option<u64>, written: u64) -> Self {
         Self::new_at(Instant::now(), limit, written)
     }
 
@@ -45,7 +45,7 @@ impl Bandwidth {
     }
 
     /// What may be written before the next [`spent`](Self::spent), bytes.
-    pub(crate) fn budget(&self, written: u64) -> u64 {
+    pub fn budget(&self, written: u64) -> u64 {
         /// Without a limit, so much that what is cancelled or refused is soon noticed.
         const UNLIMITED: u64 = 64 << 20;
         let Some(limit) = self.limit else { return UNLIMITED };
@@ -55,17 +55,17 @@ impl Bandwidth {
     }
 
     /// Leaves time out in which nothing could be sent; it has just passed.
-    pub(crate) fn leave_out(&mut self, time: Duration) {
+    pub fn leave_out(&mut self, time: Duration) {
         self.window_start += time;
     }
 
     /// Takes note of what was sent, as bytes of which there are as many less to send.
-    pub(crate) fn handled(&mut self, bytes: u64) {
+    pub fn handled(&mut self, bytes: u64) {
         self.window_handled += bytes;
     }
 
     /// Takes note of what was written; how long to wait before more may be.
-    pub(crate) fn spent(&mut self, written: u64) -> Duration {
+    pub fn spent(&mut self, written: u64) -> Duration {
         self.spent_at(Instant::now(), written)
     }
 
@@ -89,7 +89,7 @@ impl Bandwidth {
     }
 
     /// How long `bytes` that are left would take; `None` as long as nothing was measured.
-    pub(crate) fn time_for(&self, bytes: u64) -> Option<Duration> {
+    pub fn time_for(&self, bytes: u64) -> Option<Duration> {
         let per_second = self.per_second.filter(|&per_second| per_second > 0.0)?;
         Duration::try_from_secs_f64(bytes as f64 / per_second).ok()
     }

@@ -6,6 +6,7 @@
 //! ([`lazy`]), and [`snapshot`] writes a guest to a file and back. [`vmstate`] is how devices are
 //! saved, [`virtio_mem`] among them. [`inspect`] tells what is in a file without loading it.
 
+pub mod bandwidth;
 pub mod channel;
 pub mod devices;
 pub mod dirty;
@@ -23,7 +24,6 @@ pub mod virtio_mem;
 pub mod vmstate;
 pub mod wire;
 
-mod bandwidth;
 mod error;
 mod file_reader;
 mod framing;

@@ -19,6 +19,7 @@ mod virtio_mem;
 
 pub use error::{InspectError, Warning};
 pub use fields::{Field, Structure, Value};
+pub use pages::{PageIndex, PageMap, Word};
 pub use ram::Block;
 pub use virtio_mem::VirtioMem;
 
@@ -26,8 +27,8 @@ use std::io::{Read, Seek, SeekFrom};
 
 use crate::migration::file_reader::FileReader;
 use crate::migration::stream::{
-    Command, Configuration, RAM_SECTION, RAM_VERSION, Record, SectionHeader, TARGET_PAGE_BITS,
-    read_footer, read_header, read_record,
+    Command, Configuration, RAM_SECTION, RAM_VERSION, Record, SectionHeader, SectionKind,
+    TARGET_PAGE_BITS, read_footer, read_header, read_record,
 };
 use crate::migration::wire::WireRead;
 
@@ -54,6 +55,8 @@ pub struct Inspection {
     pub sections: Vec<Section>,
     /// Commands with their offsets, in the order of the stream.
     pub commands: Vec<(u64, Command)>,
+    /// Where the sections of devices begin that follow RAM; those before it are *early*.
+    pub after_ram: Option<u64>,
     /// virtio-mem devices, in the order of the stream.
     pub virtio_mem: Vec<VirtioMem>,
     /// Offset of the record with the JSON description, and the length of the description.
@@ -70,6 +73,8 @@ pub struct Inspection {
 pub struct Section {
     /// Where it starts.
     pub offset: u64,
+    /// Its bytes, header and footer included; of one that could not be read, up to where that was seen.
+    pub len: u64,
     /// Its id string, instance and version.
     pub header: SectionHeader,
     /// What is in it, as far as it was read.
@@ -79,15 +84,25 @@ pub struct Section {
 /// Reads a file from its start to its end.
 ///
 /// An error ends the reading, and is in the result together with what was read before it.
-pub fn inspect(mut file: impl Read + Seek) -> Inspection {
-    let mut inspection = Inspection::default();
-    if let Err(error) = read(&mut file, &mut inspection) {
-        inspection.error = Some(error);
-    }
-    inspection
+pub fn inspect(file: impl Read + Seek) -> Inspection {
+    inspect_pages::<PageMap>(file).0
 }
 
-fn read(file: &mut (impl Read + Seek), out: &mut Inspection) -> Result<(), InspectError> {
+/// As [`inspect`], and gives for each block, in their order, what `P` keeps of its pages.
+pub fn inspect_pages<P: PageIndex>(mut file: impl Read + Seek) -> (Inspection, Vec<P>) {
+    let mut inspection = Inspection::default();
+    let mut pages = Vec::new();
+    if let Err(error) = read(&mut file, &mut inspection, &mut pages) {
+        inspection.error = Some(error);
+    }
+    (inspection, pages)
+}
+
+fn read<P: PageIndex>(
+    file: &mut (impl Read + Seek),
+    out: &mut Inspection,
+    pages: &mut Vec<P>,
+) -> Result<(), InspectError> {
     out.len = file.seek(SeekFrom::End(0))?;
     let description = Description::find(file, out.len)?;
     out.description = description.as_ref().map(|found| (found.offset, found.len));
@@ -97,11 +112,12 @@ fn read(file: &mut (impl Read + Seek), out: &mut Inspection) -> Result<(), Inspe
         let offset = reader.offset();
         return Err(InspectError::Unsupported { offset, what: "pages that are not of 4 KiB" });
     }
-    let (ram, decoder) = (Ram::default(), Decoder::default());
+    let (ram, decoder) = (Ram::new(), Decoder::default());
     let mut walk = Walk { reader, description, decoder, ram, ram_id: None, package: None, out };
     let read = walk.records();
     let Walk { ram, out, .. } = walk;
     out.blocks = ram.blocks;
+    *pages = ram.pages;
     let mut taken = vec![false; out.blocks.len()];
     for device in &mut out.virtio_mem {
         device.check(&mut out.warnings);
@@ -111,7 +127,7 @@ fn read(file: &mut (impl Read + Seek), out: &mut Inspection) -> Result<(), Inspe
             Some(index) => {
                 taken[index] = true;
                 device.ram_block = Some(out.blocks[index].id.clone());
-                let stray = device.check_pages(&out.blocks[index], &ram.pages[index]);
+                let stray = device.check_pages(&out.blocks[index], pages[index].map());
                 out.warnings.extend(stray);
             }
             // Of a stream that ends before its blocks nothing can be said.
@@ -127,11 +143,11 @@ fn read(file: &mut (impl Read + Seek), out: &mut Inspection) -> Result<(), Inspe
 }
 
 /// Where the reading is.
-struct Walk<'a, R> {
+struct Walk<'a, R, P> {
     reader: FileReader<R>,
     description: Option<Description>,
     decoder: Decoder,
-    ram: Ram,
+    ram: Ram<P>,
     /// Number of the RAM section.
     ram_id: Option<u32>,
     /// Where the package ends that is being read.
@@ -139,7 +155,7 @@ struct Walk<'a, R> {
     out: &'a mut Inspection,
 }
 
-impl<R: Read + Seek> Walk<'_, R> {
+impl<R: Read + Seek, P: PageIndex> Walk<'_, R, P> {
     fn records(&mut self) -> Result<(), InspectError> {
         loop {
             let offset = self.reader.offset();
@@ -160,8 +176,11 @@ impl<R: Read + Seek> Walk<'_, R> {
                     self.ram_section(header.section_id)?;
                 }
                 Record::Section(header) => self.device(offset, header)?,
-                Record::Continued { section_id, .. } if self.ram_id == Some(section_id) => {
+                Record::Continued { section_id, kind } if self.ram_id == Some(section_id) => {
                     self.ram_section(section_id)?;
+                    if kind == SectionKind::End {
+                        self.out.after_ram = Some(self.reader.offset());
+                    }
                 }
                 Record::Continued { section_id, .. } => {
                     return Err(InspectError::UnknownSection { offset, section_id });
@@ -232,7 +251,8 @@ impl<R: Read + Seek> Walk<'_, R> {
         if read.is_ok() {
             self.virtio_mem(&header, &state);
         }
-        self.out.sections.push(Section { offset, header, state });
+        let len = self.reader.offset() - offset;
+        self.out.sections.push(Section { offset, len, header, state });
         read
     }
 

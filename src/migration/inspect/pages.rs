@@ -4,15 +4,33 @@ use std::collections::BTreeMap;
 
 use crate::migration::stream::PageKind;
 
+/// What is kept of a block's pages while a file is read: which there are, and whatever else its user
+/// needs, as where they are.
+pub trait PageIndex: Default {
+    /// Which pages there are.
+    fn map(&self) -> &PageMap;
+
+    /// Notes a page by its number. Its bytes, of a page with content, are at `at` of the file. The
+    /// same page may come again: the last record is the one that holds.
+    fn note(&mut self, page: u64, kind: PageKind, at: u64);
+
+    /// Notes 64 pages with content at once, from page `64 * index`, of a file in which pages have
+    /// fixed places.
+    fn note_normal(&mut self, index: u64, normal: u64);
+
+    /// How many entries are held, which is limited.
+    fn entries(&self) -> usize;
+}
+
 /// Pages of one block, in words of 64. Costs what the file holds, not what it claims.
-#[derive(Clone, Debug, Default)]
-pub(super) struct PageMap {
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PageMap {
     words: BTreeMap<u64, Word>,
 }
 
 /// 64 pages, the first in the lowest bit.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Word {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Word {
     /// Pages with content.
     pub normal: u64,
     /// Pages of zeros.
@@ -39,11 +57,6 @@ impl PageMap {
         }
     }
 
-    /// Words that are held.
-    pub fn len(&self) -> usize {
-        self.words.len()
-    }
-
     /// The words that are not empty, ascending, with their index.
     pub fn words(&self) -> impl Iterator<Item = (u64, Word)> {
         self.words.iter().map(|(index, word)| (*index, *word))
@@ -54,6 +67,25 @@ impl PageMap {
         self.words.values().fold((0, 0), |(normal, zero), word| {
             (normal + u64::from(word.normal.count_ones()), zero + u64::from(word.zero.count_ones()))
         })
+    }
+}
+
+/// Where the pages are is of no interest.
+impl PageIndex for PageMap {
+    fn map(&self) -> &PageMap {
+        self
+    }
+
+    fn note(&mut self, page: u64, kind: PageKind, _at: u64) {
+        Self::note(self, page, kind);
+    }
+
+    fn note_normal(&mut self, index: u64, normal: u64) {
+        Self::note_normal(self, index, normal);
+    }
+
+    fn entries(&self) -> usize {
+        self.words.len()
     }
 }
 
@@ -71,6 +103,6 @@ mod tests {
         assert_eq!(pages.counts(), (2, 1));
         pages.note(3, PageKind::Zero);
         assert_eq!(pages.counts(), (1, 2));
-        assert_eq!(pages.len(), 3);
+        assert_eq!(pages.entries(), 3);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::{Read, Seek};
 
 use super::error::InspectError;
-use super::pages::PageMap;
+use super::pages::PageIndex;
 use crate::migration::file_reader::FileReader;
 use crate::migration::stream::{
     BlockEntry, BlockList, CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration,
@@ -47,18 +47,25 @@ pub struct Block {
 }
 
 /// The RAM of a stream while it is read.
-#[derive(Debug, Default)]
-pub(super) struct Ram {
+#[derive(Debug)]
+pub(super) struct Ram<P> {
     /// In the order of the stream.
     pub blocks: Vec<Block>,
     /// Of each block, its pages.
-    pub pages: Vec<PageMap>,
+    pub pages: Vec<P>,
     by_id: HashMap<String, usize>,
     current: Option<usize>,
-    words: u64,
+    /// What all `pages` hold.
+    held: u64,
 }
 
-impl Ram {
+impl<P: PageIndex> Ram<P> {
+    /// Without blocks.
+    pub fn new() -> Self {
+        let (blocks, pages, by_id) = (Vec::new(), Vec::new(), HashMap::new());
+        Self { blocks, pages, by_id, current: None, held: 0 }
+    }
+
     /// Reads what a section of RAM holds, up to its footer.
     pub fn read<R: Read + Seek>(
         &mut self,
@@ -67,7 +74,7 @@ impl Ram {
     ) -> Result<(), InspectError> {
         let read = self.read_section(reader, configuration);
         for (block, pages) in self.blocks.iter_mut().zip(&self.pages) {
-            (block.normal, block.zero) = pages.counts();
+            (block.normal, block.zero) = pages.map().counts();
             block.absent = block.used_length / TARGET_PAGE_SIZE - block.normal - block.zero;
         }
         read
@@ -101,7 +108,7 @@ impl Ram {
                         self.current =
                             Some(index.ok_or(InspectError::UnknownBlock { offset, id })?);
                     }
-                    self.note(offset, start, kind)?;
+                    self.note(offset, start, kind, reader.offset())?;
                     match kind {
                         PageKind::Normal => reader.skip(TARGET_PAGE_SIZE, "a page")?,
                         PageKind::Zero => match reader.u8("a page of zeros")? {
@@ -114,7 +121,15 @@ impl Ram {
         }
     }
 
-    fn note(&mut self, offset: u64, start: u64, kind: PageKind) -> Result<(), InspectError> {
+    /// Notes the page at `start` of the current block, whose header is at `offset` and its bytes at
+    /// `bytes`.
+    fn note(
+        &mut self,
+        offset: u64,
+        start: u64,
+        kind: PageKind,
+        bytes: u64,
+    ) -> Result<(), InspectError> {
         let Some(index) = self.current else {
             return Err(value(offset, "page that continues no block", start));
         };
@@ -122,16 +137,17 @@ impl Ram {
         if start >= block.used_length {
             return Err(value(offset, "offset of a page", start));
         }
-        let before = pages.len() as u64;
-        pages.note(start / TARGET_PAGE_SIZE, kind);
+        let before = pages.entries() as u64;
+        pages.note(start / TARGET_PAGE_SIZE, kind, bytes);
         block.sent += 1;
-        self.words += pages.len() as u64 - before;
-        self.check_words(offset)
+        // A page that comes again may also join what was apart.
+        self.held = (self.held + pages.entries() as u64).saturating_sub(before);
+        self.check_held(offset)
     }
 
-    fn check_words(&self, offset: u64) -> Result<(), InspectError> {
+    fn check_held(&self, offset: u64) -> Result<(), InspectError> {
         let what = "words of 64 pages";
-        match self.words <= WORDS_MAX {
+        match self.held <= WORDS_MAX {
             true => Ok(()),
             false => Err(InspectError::TooMany { offset, what, limit: WORDS_MAX }),
         }
@@ -178,7 +194,7 @@ impl Ram {
         let absent = used_length / TARGET_PAGE_SIZE;
         let (normal, zero, sent) = (0, 0, 0);
         self.blocks.push(Block { id, used_length, addr, mapped, normal, zero, absent, sent });
-        self.pages.push(PageMap::default());
+        self.pages.push(P::default());
         Ok(())
     }
 
@@ -218,22 +234,29 @@ impl Ram {
             let offset = reader.offset();
             let len = (words - index).min(BITMAP_STEP / 8) as usize * 8;
             reader.read_exact(&mut chunk[..len], "the bitmap of a block")?;
+            // The bitmap of a large region is mostly empty.
+            if chunk[..len].iter().fold(0, |any, byte| any | byte) == 0 {
+                index += len as u64 / 8;
+                continue;
+            }
             for word in chunk[..len].as_chunks::<8>().0 {
                 let word = u64::from_le_bytes(*word);
                 if index + 1 == words && word & !last_mask(entry.used_length) != 0 {
                     let what = "bitmap with pages beyond the block, last word";
                     return Err(FormatError::Value { offset, what, found: word });
                 }
-                pages.note_normal(index, word);
+                if word != 0 {
+                    pages.note_normal(index, word);
+                }
                 index += 1;
             }
-            let held = self.words + pages.len() as u64;
+            let held = self.held + pages.entries() as u64;
             if held > WORDS_MAX {
                 let what = "number of words of 64 pages";
                 return Err(FormatError::Value { offset, what, found: held });
             }
         }
-        self.words += pages.len() as u64;
+        self.held += pages.entries() as u64;
         reader.skip(pages_end - bitmap_end, "the pages of a block")?;
         Ok(())
     }

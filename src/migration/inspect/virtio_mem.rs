@@ -8,6 +8,7 @@ use super::ram::Block;
 use crate::ByteRange;
 use crate::migration::stream::TARGET_PAGE_SIZE;
 use crate::migration::wire::SUBSECTION;
+use crate::ram_discard::RamDiscardSource;
 
 /// Last part of the id string of the section before RAM.
 pub(super) const EARLY: &str = "virtio-mem-device-early";
@@ -127,8 +128,8 @@ impl VirtioMem {
         self.region_size.checked_div(self.block_size).unwrap_or(0)
     }
 
-    /// Whether the blocks can be told from each other.
-    fn has_blocks(&self) -> bool {
+    /// Whether the blocks can be told from each other: the geometry is possible.
+    pub fn has_blocks(&self) -> bool {
         self.block_size.is_power_of_two()
             && self.block_size >= TARGET_PAGE_SIZE
             && self.region_size.is_multiple_of(self.block_size)
@@ -263,6 +264,29 @@ impl VirtioMem {
         }
         let (device, block) = (device_name(&self.path), block.id.clone());
         first.map(|first| Warning::DiscardedPages { device, block, normal, zero, first })
+    }
+}
+
+/// Plugged is populated. Of a device whose geometry is impossible nothing is.
+impl RamDiscardSource for VirtioMem {
+    fn region_size(&self) -> u64 {
+        self.region_size
+    }
+
+    fn granularity(&self) -> u64 {
+        if self.has_blocks() { self.block_size } else { TARGET_PAGE_SIZE }
+    }
+
+    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+        if !self.has_blocks() {
+            return (!populated).then_some(section);
+        }
+        let end = section.end().div_ceil(self.block_size);
+        let start = self.next(section.start() / self.block_size, end, populated)?;
+        let after = self.next(start, end, !populated).unwrap_or(end);
+        let bounds = (start.checked_mul(self.block_size)?, after.checked_mul(self.block_size));
+        let range = ByteRange::from_bounds(bounds.0, bounds.1.unwrap_or(u64::MAX))?;
+        range.intersection(section)
     }
 }
 

@@ -16,7 +16,8 @@ mod source;
 pub(super) use destination::Arriving;
 pub use destination::{OnListen, PostcopyIncoming};
 pub(super) use handover::Handover;
-pub(super) use requests::Asked;
+pub use received::read as read_received;
+pub use requests::Asked;
 pub(super) use return_channel::ReturnChannel;
 pub(super) use source::{AnswerRequests, PostcopySource};
 

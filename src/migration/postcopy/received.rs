@@ -23,8 +23,13 @@ pub(super) fn put(out: &mut Vec<u8>, block: &str, outstanding: &PageBitmap) {
     out.put_be64(END);
 }
 
-/// Reads what follows the message for a block of `nr_pages`: the pages that have not been received.
-pub(super) fn read(
+/// Reads what follows the message RECV_BITMAP for a block of `nr_pages`: the pages that have not been
+/// received.
+///
+/// # Errors
+///
+/// When it is not a bitmap of a block of this size, or the channel fails.
+pub fn read(
     reader: &mut dyn WireRead,
     block: &str,
     nr_pages: u64,

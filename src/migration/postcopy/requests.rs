@@ -16,7 +16,8 @@ use crate::migration::stream::TARGET_PAGE_SIZE;
 const WAITING_MAX: usize = 64 << 10;
 
 /// What the destination asks for, by the blocks that there are.
-pub(crate) struct Asked {
+#[derive(Debug)]
+pub struct Asked {
     /// Ids and lengths in bytes.
     blocks: Vec<(Arc<str>, u64)>,
     /// The block of the request before.
@@ -26,12 +27,17 @@ pub(crate) struct Asked {
 impl Asked {
     pub(crate) fn of(memory: &dyn PostcopySave) -> Self {
         let blocks = memory.blocks().into_iter();
-        let blocks = blocks.map(|(id, nr_pages)| (id.into(), nr_pages * TARGET_PAGE_SIZE));
+        Self::new(blocks.map(|(id, nr_pages)| (id, nr_pages * TARGET_PAGE_SIZE)))
+    }
+
+    /// Of blocks by their ids and lengths in bytes.
+    pub fn new(blocks: impl IntoIterator<Item = (String, u64)>) -> Self {
+        let blocks = blocks.into_iter().map(|(id, len)| (id.into(), len));
         Self { blocks: blocks.collect(), last: None }
     }
 
     /// A new channel, on which no block was named yet.
-    pub(super) fn restart(&mut self) {
+    pub fn restart(&mut self) {
         self.last = None;
     }
 
@@ -42,18 +48,32 @@ impl Asked {
         start: u64,
         len: u32,
     ) -> Result<(Arc<str>, ByteRange), MigrationError> {
+        let (index, range) = self.locate(block, start, len)?;
+        Ok((Arc::clone(&self.blocks[index].0), range))
+    }
+
+    /// The block of a request, by its place among those that there are, and the range in it. A request
+    /// that names no `block` is for that of the request before.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such block, or the range is empty or not within it.
+    pub fn locate(
+        &mut self,
+        block: Option<&str>,
+        start: u64,
+        len: u32,
+    ) -> Result<(usize, ByteRange), MigrationError> {
         if let Some(id) = block {
             self.last = self.blocks.iter().position(|(known, _)| **known == *id);
         }
-        let found = self.last.map(|index| &self.blocks[index]);
         let range = ByteRange::new(start, u64::from(len));
-        let found = found.zip(range).filter(|((_, block_len), range)| range.end() <= *block_len);
-        let Some(((id, _), range)) = found else {
+        let found = self.last.zip(range);
+        found.filter(|(index, range)| range.end() <= self.blocks[*index].1).ok_or_else(|| {
             let of = block.unwrap_or("of the request before");
             let what = format!("a request for {len:#x} bytes at {start:#x} of block {of:?}");
-            return Err(MigrationError::Unexpected(what));
-        };
-        Ok((Arc::clone(id), range))
+            MigrationError::Unexpected(what)
+        })
     }
 }
 

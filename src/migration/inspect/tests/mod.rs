@@ -8,6 +8,8 @@ use serde_json::json;
 
 use super::*;
 use crate::ByteRange;
+use crate::migration::stream::{PageHeader, PageKind};
+use crate::ram_discard::RamDiscardSource;
 use sample::{ADDR, BLOCK, MIB, PAGE, RAM, REGION, Sample};
 
 fn look(bytes: &[u8]) -> Inspection {
@@ -71,6 +73,101 @@ fn a_page_that_comes_again_counts_once_and_as_it_came_last() {
     sample.ram = vec![(5, false), (5, true), (6, true), (6, true), (6, false)];
     let seen = sound(&sample);
     assert_eq!(summary(&seen.blocks[1]), ("ram", RAM, 1, 1, RAM / PAGE - 2, 5));
+}
+
+/// Keeps where the bytes of each page are.
+#[derive(Default)]
+struct Places {
+    map: PageMap,
+    at: std::collections::BTreeMap<u64, u64>,
+}
+
+impl PageIndex for Places {
+    fn map(&self) -> &PageMap {
+        &self.map
+    }
+
+    fn note(&mut self, page: u64, kind: PageKind, at: u64) {
+        self.map.note(page, kind);
+        self.at.insert(page, at);
+    }
+
+    fn note_normal(&mut self, index: u64, normal: u64) {
+        self.map.note_normal(index, normal);
+    }
+
+    fn entries(&self) -> usize {
+        self.at.len()
+    }
+}
+
+#[test]
+fn where_the_last_record_of_a_page_is_can_be_kept() {
+    let mut sample = Sample::new(false);
+    sample.ram = vec![(5, true), (9, true), (5, true)];
+    let bytes = sample.write();
+    let (seen, pages) = inspect_pages::<Places>(Cursor::new(&bytes));
+    assert!(seen.error.is_none(), "{:?}", seen.error);
+    let at: Vec<_> = pages[1].at.iter().map(|(page, at)| (*page, *at as usize)).collect();
+    let [(5, last), (9, before)] = at[..] else { panic!("{at:?}") };
+    assert_eq!(before + 4096 + PageHeader::LEN, last);
+    assert_eq!(bytes[last..last + 4096], [1; 4096]);
+    assert_eq!(pages[1].map.counts(), (2, 0));
+}
+
+#[test]
+fn sections_have_their_bytes_and_those_before_ram_are_told_from_those_after_it() {
+    for mapped in [false, true] {
+        let sample = Sample::new(mapped);
+        let bytes = sample.write();
+        let seen = look(&bytes);
+        let [early, normal] = &seen.sections[..] else { panic!("{:?}", seen.sections) };
+        let after_ram = seen.after_ram.unwrap();
+        assert!(early.offset + early.len < after_ram && after_ram < normal.offset);
+        let of = |section: &Section| {
+            bytes[section.offset as usize..(section.offset + section.len) as usize].to_vec()
+        };
+        let mut expected = Vec::new();
+        sample::full(&mut expected, 38, "vm0/virtio-mem-device-early", &sample.early());
+        assert_eq!(of(early), expected);
+        expected.clear();
+        sample::full(&mut expected, 39, "vm0/virtio-mem", &sample.sizes());
+        assert_eq!(of(normal), expected);
+        // Without a description the reading ends at the first section after RAM, which is told.
+        let cut = look(&Sample { description: false, ..sample }.write());
+        assert!(matches!(cut.error, Some(InspectError::Undescribed { .. })));
+        assert_eq!(cut.after_ram, Some(after_ram));
+        assert_eq!(cut.sections[1].offset, normal.offset);
+    }
+}
+
+#[test]
+fn a_device_in_a_file_is_a_source_of_what_is_discarded() {
+    let device = sound(&Sample::new(false)).virtio_mem.remove(0);
+    let source: &dyn RamDiscardSource = &device;
+    assert_eq!((source.region_size(), source.granularity()), (REGION, BLOCK));
+    let plugged = |at: u64| 0b1011 >> (at / BLOCK) & 1 != 0;
+    // Sections that begin and end within blocks.
+    let step = BLOCK / 2;
+    for (start, end) in (0..8).flat_map(|start| (start + 1..=16).map(move |end| (start, end))) {
+        let section = range(start * step, end * step);
+        for populated in [true, false] {
+            let mut expected = (start..end).filter(|at| plugged(at * step) == populated);
+            let first = expected.next();
+            let expected = first.and_then(|first| {
+                let last = (first..end).take_while(|at| plugged(at * step) == populated).last()?;
+                ByteRange::from_bounds(first * step, (last + 1) * step)
+            });
+            assert_eq!(source.next_range(section, populated), expected, "{section}");
+        }
+    }
+    // What is impossible has nothing plugged.
+    let mut sample = Sample::new(false);
+    sample.block_size = BLOCK + 1;
+    let device = sound(&sample).virtio_mem.remove(0);
+    let all = range(0, REGION);
+    assert_eq!(device.next_range(all, true), None);
+    assert_eq!(device.next_range(all, false), Some(all));
 }
 
 #[test]
