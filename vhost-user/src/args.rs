@@ -6,9 +6,9 @@ use clap::Parser;
 use thiserror::Error;
 use virtio_mem::device::{Geometry, GeometryError, VirtioMem};
 
-use crate::listener::Access;
-use crate::size::parse_size;
 use crate::sys;
+use program::listener::Access;
+use program::size::parse_size;
 
 /// vhost-user back-end for virtio-mem.
 ///

@@ -139,7 +139,7 @@ impl Connections {
             // A thread waits for a page for good, and letting it go on could harm the guest. The
             // state file is good at every instruction.
             tracing::error!(%error, "cannot let go of memory that did not arrive; ending");
-            crate::listener::remove_all();
+            program::listener::remove_all();
             crate::log::flush();
             std::process::exit(1);
         }
@@ -167,7 +167,7 @@ impl Connections {
         let gate = Arc::clone(self.service.gate());
         let give_up = || {
             tracing::error!("the connection does not end: a thread is stuck; ending the process");
-            crate::listener::remove_all();
+            program::listener::remove_all();
             crate::log::flush();
             std::process::exit(1);
         };

@@ -23,7 +23,6 @@ pub mod device_state;
 pub mod discard_channel;
 pub mod front_door;
 pub mod gate;
-mod listener;
 pub mod log;
 pub mod management;
 pub mod metrics;
@@ -36,7 +35,6 @@ mod renew;
 mod reserve;
 pub mod service;
 mod shared_file;
-pub mod size;
 mod socket;
 mod start;
 pub mod state_file;
@@ -54,9 +52,10 @@ use connection::Connections;
 use discard_channel::DiscardChannel;
 use front_door::Notifier;
 use management::Server;
+use program::listener;
+use program::signals::Signals;
 use service::Service;
 use socket::{FrontEnds, Shutdown};
-use sys::signals::Signals;
 
 /// What `--print-capabilities` prints.
 pub const CAPABILITIES: &str = r#"{"type":"mem"}"#;

@@ -17,9 +17,9 @@ use anyhow::Context;
 use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
 
-use crate::listener::{self, Bound};
 use crate::log;
 use crate::sys::inherited;
+use program::listener::{self, Bound};
 
 /// Names what is handed over, in the environment.
 const VARIABLE: &str = "VHOST_USER_MEM_CONTINUES";

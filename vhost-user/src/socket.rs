@@ -14,10 +14,10 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use crate::connection::Connections;
-use crate::listener::{self, SocketFile};
 use crate::reserve::{PAUSE, RESERVE};
 use crate::sys::inherited;
-use crate::sys::signals::{SIGINT, SIGTERM, Signals};
+use program::listener::{self, SocketFile};
+use program::signals::{SIGINT, SIGTERM, Signals};
 
 /// A signal ends the daemon within 2 s; what has not ended by itself until then is left.
 const GRACE: Duration = Duration::from_millis(1500);

@@ -33,13 +33,13 @@ use virtio_mem::controller::MemController;
 use virtio_mem::ram_discard::channel::send;
 use virtio_mem::ram_discard::channel::wire::{Farewell, ServerMessage, VERSION};
 
-use crate::listener::{self, SocketFile};
 use crate::metrics::Metrics;
 use crate::reserve::{PAUSE, RESERVE};
 use crate::sys::peer_cred::peer_cred;
 use admission::Admission;
 use hub::Hub;
 use peer::Peer;
+use program::listener::{self, SocketFile};
 use session::Session;
 
 /// Connections at a time, with those that have not yet said what they are; one more is told that

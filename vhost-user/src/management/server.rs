@@ -31,8 +31,8 @@ use super::problem::PROBLEM_JSON;
 use super::router::{Api, LISTS, router};
 use super::stream::PatientStream;
 use super::{Management, Problem};
-use crate::listener::{self, SocketFile};
 use crate::reserve::{PAUSE, RESERVE};
+use program::listener::{self, SocketFile};
 
 /// Connections at a time. One more takes the place of the one that is idle for longest; when a
 /// request is served on each, it is told that there are too many.

@@ -11,4 +11,3 @@ pub(crate) mod guest_memory;
 pub(crate) mod inherited;
 pub(crate) mod lost_memory;
 pub(crate) mod peer_cred;
-pub(crate) mod signals;

@@ -11,7 +11,7 @@ use virtio_mem::printable;
 
 use super::Console;
 use crate::management::Problem;
-use crate::size::format_size;
+use program::size::format_size;
 
 /// What ends a command early.
 #[derive(Debug, Error)]

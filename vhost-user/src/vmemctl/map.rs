@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::range_stream::{Item, List};
 use crate::management::{DeviceInfo, Range};
-use crate::size::format_size;
+use program::size::format_size;
 
 /// Lines of a map at most.
 const LINES: u64 = 16;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::Console;
-use crate::size::format_size;
+use program::size::format_size;
 
 /// Between lines when there is no bar.
 const LINE_EVERY: Duration = Duration::from_secs(1);

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::management::{DeviceInfo, Event};
-use crate::size::format_size;
+use program::size::format_size;
 
 /// A table of everything.
 pub(super) fn table(device: &DeviceInfo) -> String {

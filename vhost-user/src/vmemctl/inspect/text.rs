@@ -6,7 +6,7 @@ use std::path::Path;
 use virtio_mem::migration::inspect::{Block, Inspection, Section, Structure, Value, VirtioMem};
 
 use super::{command_words, hex, layout};
-use crate::size::format_size;
+use program::size::format_size;
 
 /// Bytes of a buffer that are shown.
 const BYTES_SHOWN: usize = 32;

@@ -10,10 +10,10 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use libc::c_int;
 use vmm_sys_util::signal::{block_signal, create_sigset, unblock_signal};
 
-pub(crate) use libc::{SIGHUP, SIGINT, SIGTERM};
+pub use libc::{SIGHUP, SIGINT, SIGTERM};
 
 /// What was sent to the process.
-pub(crate) struct Signals(OwnedFd);
+pub struct Signals(OwnedFd);
 
 impl Signals {
     /// Watches from now on. To be called before there is a second thread, since threads inherit
@@ -22,7 +22,7 @@ impl Signals {
     /// # Errors
     ///
     /// When the system refuses.
-    pub(crate) fn watch() -> io::Result<Self> {
+    pub fn watch() -> io::Result<Self> {
         use vmm_sys_util::signal::Error;
         let watched = [SIGTERM, SIGINT, SIGHUP];
         for signal in watched {
@@ -51,7 +51,7 @@ impl Signals {
     ///
     /// When it cannot be read.
     #[allow(clippy::host_endian_bytes, reason = "the kernel writes numbers as this host has them")]
-    pub(crate) fn next(&self) -> io::Result<Option<c_int>> {
+    pub fn next(&self) -> io::Result<Option<c_int>> {
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
         match rustix::io::retry_on_intr(|| rustix::io::read(&self.0, &mut info)) {
             // The number is the first field.

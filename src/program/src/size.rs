@@ -35,7 +35,7 @@ pub enum SizeError {
 /// # Examples
 ///
 /// ```
-/// use vhost_user_mem::size::parse_size;
+/// use program::size::parse_size;
 /// assert_eq!(parse_size("2M"), Ok(2 << 20));
 /// assert_eq!(parse_size("0x1000"), Ok(4096));
 /// ```
@@ -79,7 +79,7 @@ fn parse_digits(digits: &str, radix: u32) -> Result<u64, SizeError> {
 /// # Examples
 ///
 /// ```
-/// use vhost_user_mem::size::format_size;
+/// use program::size::format_size;
 /// assert_eq!(format_size(3 << 29), "1.5 GiB");
 /// assert_eq!(format_size((1 << 30) - 1), "1023.99 MiB");
 /// assert_eq!(format_size(512), "512 B");

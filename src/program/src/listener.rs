@@ -45,22 +45,29 @@ static LEFT: Mutex<Vec<Bound>> = Mutex::new(Vec::new());
 
 /// A socket of this process.
 #[derive(Debug)]
-pub(crate) struct Bound {
-    pub(crate) path: PathBuf,
+pub struct Bound {
+    /// The socket's file.
+    pub path: PathBuf,
     /// Device and inode of the socket's file.
-    pub(crate) identity: (u64, u64),
-    pub(crate) listener: UnixListener,
-    pub(crate) lock: File,
+    pub identity: (u64, u64),
+    /// What is listened on.
+    pub listener: UnixListener,
+    /// The file beside the socket, locked.
+    pub lock: File,
 }
 
 /// Says who may connect to the sockets that are bound from now on. The first call counts.
-pub(crate) fn allow(access: Access) {
+pub fn allow(access: Access) {
     let _ = ACCESS.set(access);
 }
 
 /// Binds `path`. A socket file that no process answers at was left by a killed daemon and is
 /// replaced; one that is answered at is not, nor is anything that is not a socket.
-pub(crate) fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+///
+/// # Errors
+///
+/// When the path is in use, is not a socket, or cannot be bound.
+pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let bound = match take(&LEFT, |bound| bound.path == path) {
         Some(left) => left,
         None => {
@@ -82,24 +89,24 @@ pub(crate) fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
 }
 
 /// Takes over what the process before this one had bound, to be found by [`bind`].
-pub(crate) fn continue_with(left: Vec<Bound>) {
+pub fn continue_with(left: Vec<Bound>) {
     *LEFT.lock() = left;
 }
 
 /// Calls `look` with everything that is bound.
-pub(crate) fn with_bound<T>(look: impl FnOnce(&mut dyn Iterator<Item = &Bound>) -> T) -> T {
+pub fn with_bound<T>(look: impl FnOnce(&mut dyn Iterator<Item = &Bound>) -> T) -> T {
     look(&mut BOUND.lock().iter().map(|(_, bound)| bound))
 }
 
 /// Removes all sockets of this process, for an end that cannot wait.
-pub(crate) fn remove_all() {
+pub fn remove_all() {
     let bound = std::mem::take(&mut *BOUND.lock());
     bound.into_iter().for_each(|(_, bound)| remove(bound));
 }
 
 /// Removes the file of a socket when dropped, unless another socket has taken its place.
 #[derive(Debug)]
-pub(crate) struct SocketFile {
+pub struct SocketFile {
     number: u64,
 }
 

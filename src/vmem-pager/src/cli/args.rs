@@ -1,0 +1,201 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use program::duration::parse_duration;
+use program::size::{SizeError, parse_size};
+
+use crate::socket::Address;
+
+/// Saves a guest of a stock VMM to an image, and restores it within milliseconds.
+///
+/// Speaks the migration protocols that VMMs have; nothing in them is changed. An image is one file in
+/// QEMU's mapped-ram layout, which stock QEMU loads, too, and `vmemctl inspect` shows.
+///
+/// Exit status: 0 all memory is saved, or with the VMM, 1 failed, 2 wrong usage, 3 timed out.
+#[derive(Debug, Parser)]
+#[command(name = "vmem-pager", version, max_term_width = 100)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Save a running guest to an image
+    ///
+    /// Is the destination of the VMM's migration: `migrate unix:PATH` of QEMU, plain, multifd or
+    /// postcopy. Until the image is whole and on the disk, a failure of any kind leaves the guest
+    /// running at its source, and nothing under the image's name.
+    Save(SaveArgs),
+
+    /// Restore a guest from an image
+    ///
+    /// Is the source of the VMM's migration: `-incoming defer` and `migrate-incoming unix:PATH` of QEMU
+    /// with the capabilities postcopy-ram and postcopy-preempt. The guest runs at once, and its memory
+    /// arrives as it is touched.
+    Restore(RestoreArgs),
+}
+
+impl Command {
+    /// What both have.
+    pub fn common(&self) -> &Common {
+        match self {
+            Self::Save(args) => &args.common,
+            Self::Restore(args) => &args.common,
+        }
+    }
+}
+
+/// The VMMs that a guest can be saved of and restored to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Vmm {
+    /// QEMU 11 or newer.
+    Qemu,
+}
+
+/// Whether this process confines itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Sandbox {
+    /// It does not.
+    #[default]
+    Off,
+    /// It tells what it would have refused itself.
+    Log,
+    /// It does.
+    On,
+}
+
+/// What both commands have.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Common {
+    /// Where the guest runs, or is to run
+    #[arg(long, value_name = "VMM")]
+    pub vmm: Vmm,
+
+    /// Where VMM and pager meet: a path, unix:PATH, or tcp:HOST:PORT. `save` listens there, `restore`
+    /// connects
+    #[arg(long, value_name = "SOCKET")]
+    pub socket: Address,
+
+    /// The image
+    #[arg(long, value_name = "FILE")]
+    pub image: PathBuf,
+
+    /// QEMU's control socket: has the pager set capabilities and start the migration itself
+    #[arg(long, value_name = "PATH")]
+    pub qmp: Option<PathBuf>,
+
+    /// Serve OpenMetrics on this Unix socket
+    #[arg(long, value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+
+    /// Print a JSON object a line of what happens, errors included
+    #[arg(long)]
+    pub json: bool,
+
+    /// Give up after this long: 30s, 2m, 1h, or seconds. What a VMM is silent for is bounded in any case,
+    /// what it takes to connect only by this
+    #[arg(long, value_name = "T", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+
+    /// Confine this process; not in this version, which says so
+    #[arg(long, value_name = "WHETHER", default_value = "off")]
+    pub sandbox: Sandbox,
+}
+
+/// The command line of `save`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SaveArgs {
+    /// What both commands have.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// The command line of `restore`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RestoreArgs {
+    /// What both commands have.
+    #[command(flatten)]
+    pub common: Common,
+
+    /// Send all memory before the guest runs
+    #[arg(long)]
+    pub eager: bool,
+
+    /// Memory of the guest, where the VMM has it in a file of its own
+    #[arg(long, value_name = "FILE")]
+    pub memory_file: Option<PathBuf>,
+
+    /// Write the order in which the guest touches its memory to this file
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
+
+    /// Send first what this file, written by --record, says was touched first
+    #[arg(long, value_name = "FILE")]
+    pub replay: Option<PathBuf>,
+
+    /// Send what was not asked for no faster than this, bytes a second: 64M
+    #[arg(long, value_name = "RATE", value_parser = parse_rate, allow_negative_numbers = true)]
+    pub bandwidth: Option<u64>,
+
+    /// Go on with a restore whose pager died, in a QEMU that is in postcopy-paused
+    #[arg(long, conflicts_with = "eager")]
+    pub recover: bool,
+}
+
+/// Bytes a second, of which there must be some.
+fn parse_rate(text: &str) -> Result<u64, String> {
+    match parse_size(text).map_err(|error: SizeError| error.to_string())? {
+        0 => Err("at this rate it would never end".to_owned()),
+        rate => Ok(rate),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(words: &str) -> Result<Args, clap::Error> {
+        Args::try_parse_from(words.split_whitespace())
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_save_and_a_restore_are_parsed() {
+        let words = "vmem-pager save --vmm qemu --socket s --image i --timeout 2m --json";
+        let Command::Save(save) = parse(words).unwrap().command else { panic!("not a save") };
+        assert_eq!(save.common.socket, Address::Unix("s".into()));
+        assert_eq!(save.common.timeout, Some(Duration::from_secs(120)));
+        assert!(save.common.json && save.common.sandbox == Sandbox::Off);
+        let words = "vmem-pager restore --vmm qemu --socket tcp:h:1 --image i --bandwidth 64M";
+        let Command::Restore(restore) = parse(words).unwrap().command else { panic!("a save") };
+        assert_eq!(restore.bandwidth, Some(64 << 20));
+    }
+
+    #[test]
+    fn wrong_words_are_refused() {
+        for words in [
+            "vmem-pager",
+            "vmem-pager save",
+            "vmem-pager save --vmm xen --socket s --image i",
+            "vmem-pager save --vmm qemu --socket tcp:x --image i",
+            "vmem-pager save --vmm qemu --socket s --image i --timeout soon",
+            "vmem-pager save --vmm qemu --socket s --image i --sandbox perhaps",
+            "vmem-pager save --vmm qemu --socket s --image i --eager",
+            "vmem-pager restore --vmm qemu --socket s --image i --bandwidth 0",
+            "vmem-pager restore --vmm qemu --socket s --image i --recover --eager",
+        ] {
+            assert!(parse(words).is_err(), "{words}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The command: words in, an exit status out.
+
+pub mod args;
+pub mod report;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use program::signals::Signals;
+
+use crate::error::PagerError;
+use crate::metrics::MetricsServer;
+use crate::run::Run;
+use args::{Args, Command, Common, Sandbox};
+use report::Report;
+
+/// Exit status of a wrong use.
+const USAGE: u8 = 2;
+
+/// Runs the command of this process.
+pub fn main() -> ExitCode {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    // Before there is a second thread, which would not know what is blocked.
+    let signals = Signals::watch();
+    let args = match Args::try_parse_from(&words) {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => return print(&error.to_string()),
+        Err(error) => {
+            let json = words.iter().any(|word| word == "--json");
+            Report::of_process(json).fail(&one_line(&error.to_string()));
+            return ExitCode::from(USAGE);
+        }
+    };
+    let common = args.command.common();
+    let report = Report::of_process(common.json);
+    let done = signals.map_err(PagerError::system("watch signals")).and_then(|signals| {
+        let run = Run::new(common.timeout);
+        run.watch(signals)?;
+        execute(&args.command, &run, &report)
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report.fail(&error.to_string());
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+
+/// Carries out a command.
+///
+/// # Errors
+///
+/// See [`PagerError`].
+pub fn execute(
+    command: &Command,
+    run: &std::sync::Arc<Run>,
+    report: &Report,
+) -> Result<(), PagerError> {
+    let common = command.common();
+    confine(common, report);
+    match command {
+        Command::Save(options) => {
+            let metrics = crate::qemu::save::SaveMetrics::new();
+            let _server = serve_metrics(common, || metrics.registry())?;
+            crate::qemu::save::run(options, run, report, &metrics)
+        }
+        Command::Restore(options) => {
+            let metrics = crate::qemu::restore::RestoreMetrics::new();
+            let _server = serve_metrics(common, || metrics.registry())?;
+            crate::qemu::restore::run(options, run, report, &metrics)
+        }
+    }
+}
+
+fn serve_metrics(
+    common: &Common,
+    registry: impl FnOnce() -> crate::metrics::SharedRegistry,
+) -> Result<Option<MetricsServer>, PagerError> {
+    let socket = common.metrics_socket.as_deref();
+    socket.map(|path| MetricsServer::start(path, registry())).transpose()
+}
+
+/// Confining this process is a matter of its own; until it is there, what was asked for is said to be missing.
+fn confine(common: &Common, report: &Report) {
+    if common.sandbox != Sandbox::Off {
+        report.warn("--sandbox: this version does not confine itself; continuing without");
+    }
+}
+
+/// The sentence of an error of clap's, without its hints on usage.
+fn one_line(text: &str) -> String {
+    let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let words: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+    let text = words.join(" ");
+    let text = text.split(" For more information").next().unwrap_or_default();
+    text.trim_start_matches("error: ").to_owned()
+}
+
+/// Writes to stdout what was asked for.
+fn print(text: &str) -> ExitCode {
+    let mut stdout = std::io::stdout();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}

@@ -1,0 +1,1 @@
+//! An image: one file in the mapped-ram layout.

@@ -1,0 +1,24 @@
+//! `vmem-pager`: saves and restores guests of stock VMMs, by the migration protocols that they have.
+//!
+//! - [`cli`]: the command line, and what is told while it runs.
+//! - [`qemu`]: the two ends of QEMU's migration: [`save`](qemu::save) is the destination of
+//!   `migrate`, [`restore`](qemu::restore) a source of postcopy.
+//! - [`qmp`]: QEMU's control socket.
+//! - [`image`]: the file that a guest is saved to and restored from.
+//! - [`working_set`]: the order in which a guest touches its memory.
+//! - [`run`]: the end of a run: a signal, a time that has passed. [`socket`]: where VMMs are met.
+//! - [`metrics`]: what scrapers are told.
+
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+pub mod cli;
+pub mod error;
+pub mod image;
+pub mod metrics;
+pub mod qemu;
+pub mod qmp;
+pub mod run;
+pub mod socket;
+pub mod working_set;
+
+pub use error::PagerError;

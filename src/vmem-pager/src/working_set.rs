@@ -1,0 +1,1 @@
+//! The order in which a guest touches its memory.
