@@ -7,8 +7,9 @@ mod common;
 use std::hint::black_box;
 use std::ops::Range;
 
-use common::{compare, head, random, time};
 use virtio_mem::device::BlockBitmap;
+
+use common::{compare, head, random, time};
 
 const NR: usize = 524_288;
 const RUNS: usize = 11;

@@ -8,14 +8,14 @@ mod common;
 use std::hint::black_box;
 use std::sync::Arc;
 
-use common::{busy, compare, head};
+use migration::devices::{DeviceRegistry, DeviceSection};
+use migration::stream::{SectionHeader, SectionKind};
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
-use virtio_mem::migration::devices::DeviceSection;
-use virtio_mem::migration::stream::{SectionHeader, SectionKind};
-use virtio_mem::migration::virtio_mem::{properties, register};
-use virtio_mem::migration::vmstate::DeviceRegistry;
-use virtio_mem::migration::wire::WireReader;
+use virtio_mem::sections;
+use vmstate::wire::WireReader;
+
+use common::{busy, compare, head};
 
 const REGION: u64 = 1 << 40;
 const BLOCK: u64 = 2 << 20;
@@ -31,8 +31,10 @@ fn registry(plugged: u64) -> DeviceRegistry {
     };
     let device = VirtioMem::restore(geometry, state).unwrap();
     let controller = Arc::new(MemController::new(InitialState::volatile(device)));
-    let mut registry = DeviceRegistry::new(properties());
-    register(&mut registry, "0000:00:01.0", &controller).unwrap();
+    let mut registry = DeviceRegistry::new(sections::properties());
+    for (idstr, section) in sections::of("0000:00:01.0", &controller) {
+        registry.register(&idstr, 0, section).unwrap();
+    }
     registry
 }
 

@@ -17,14 +17,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use migration::dirty::{DirtyTracker, LoggedRange, Merged, VhostLog, WriteProtect};
+use migration::page_bitmap::PageBitmap;
+use migration::sys::pagemap::{Pagemap, Written};
+use migration::sys::userfaultfd::AsyncWriteProtect;
+use ram_discard::ByteRange;
+use ram_discard::memory::{HostMapping, RamBlock};
+
 use common::{busy, compare, head, memfd, random, report};
-use virtio_mem::ByteRange;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::dirty::{DirtyTracker, LoggedRange, Merged, VhostLog, WriteProtect};
-use virtio_mem::migration::page_bitmap::PageBitmap;
-use virtio_mem::sys::HostMapping;
-use virtio_mem::sys::pagemap::{Pagemap, Written};
-use virtio_mem::sys::userfaultfd::AsyncWriteProtect;
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;

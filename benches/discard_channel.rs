@@ -19,15 +19,14 @@ use std::time::Duration;
 use anyhow::Context;
 use common::{compare, head, report, time};
 use guest::{ADDR, BLOCK, Guest, on_cpus, ram, samples, start, stay_on};
+use ram_discard::{ByteRange, RamDiscardListener, RamDiscardManager};
 use tempfile::TempDir;
 use test_vmm::daemon::{Daemon, DaemonOptions};
 use vhost_user_mem::discard_channel::DiscardChannel;
 use vhost_user_mem::metrics::Metrics;
-use virtio_mem::ByteRange;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockBitmap, DeviceState, Geometry, VirtioMem};
-use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
-use virtio_mem::ram_discard::{RamDiscardListener, RamDiscardManager};
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 /// With this argument and a path, the bench is the peer.
 const ECHO: &str = "--echo-socket";

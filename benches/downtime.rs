@@ -16,20 +16,18 @@ use std::time::{Duration, Instant};
 
 use common::{compare, head, memfd};
 use huge_page_pool::Pool;
+use migration::channel::{Channel, Sink};
+use migration::devices::NoDevices;
+use migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
+use migration::handler::{LoadHandler, SaveHandler};
+use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+use migration::stream::{Configuration, SectionKind};
+use migration::sys::GatherWrite;
+use ram_discard::memory::{HostMapping, RamBlock};
 use rustix::fs::MemfdFlags;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::channel::{Channel, Sink};
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
-use virtio_mem::migration::handler::{LoadHandler, SaveHandler};
-use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{
-    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
-};
-use virtio_mem::migration::stream::{Configuration, SectionKind};
-use virtio_mem::migration::wire::WireReader;
-use virtio_mem::sys::{GatherWrite, HostMapping};
+use vmstate::wire::WireReader;
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;

@@ -10,24 +10,22 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration::MigrationError;
+use migration::channel::Channel;
+use migration::devices::NoDevices;
+use migration::dirty::{DirtyTracker, NeverWritten};
+use migration::lazy::{FaultHandler, HandlerFailed, LazyRam};
+use migration::page_bitmap::PageBitmap;
+use migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
+use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+use migration::stream::Configuration;
+use migration::sys::page_faults::{FaultKind, PageFaults};
+use ram_discard::ByteRange;
+use ram_discard::memory::{HostMapping, RamBlock};
+
 use common::memfd;
-use virtio_mem::ByteRange;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
-use virtio_mem::migration::lazy::{FaultHandler, HandlerFailed, LazyRam};
-use virtio_mem::migration::page_bitmap::PageBitmap;
-use virtio_mem::migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
-use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{
-    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
-};
-use virtio_mem::migration::stream::Configuration;
-use virtio_mem::sys::HostMapping;
-use virtio_mem::sys::page_faults::{FaultKind, PageFaults};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;

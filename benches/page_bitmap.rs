@@ -8,8 +8,9 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use migration::page_bitmap::PageBitmap;
+
 use common::{compare, head, random};
-use virtio_mem::migration::page_bitmap::PageBitmap;
 
 const NR: u64 = 1 << 28;
 /// Pages of a device block of 2 MiB.

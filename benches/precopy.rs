@@ -14,21 +14,19 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{compare, head, memfd, report};
-use virtio_mem::ByteRange;
+use migration::channel::Channel;
+use migration::devices::NoDevices;
+use migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
+use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use migration::progress::{MigrationInfo, Progress};
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+use migration::stream::Configuration;
+use ram_discard::memory::RamBlock;
+use ram_discard::{ByteRange, RamDiscardManager};
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
-use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::{MigrationInfo, Progress};
-use virtio_mem::migration::ram::{
-    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
-};
-use virtio_mem::migration::stream::Configuration;
-use virtio_mem::ram_discard::RamDiscardManager;
+
+use common::{compare, head, memfd, report};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

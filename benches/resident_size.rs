@@ -7,11 +7,12 @@ mod common;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use common::{compare, head, memfd, time};
-use virtio_mem::ByteRange;
+use ram_discard::ByteRange;
+use ram_discard::memory::RamBlock;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{Geometry, VirtioMem};
-use virtio_mem::memory::RamBlock;
+
+use common::{compare, head, memfd, time};
 
 const MIB: u64 = 1 << 20;
 const ADDR: u64 = 1 << 32;

@@ -12,19 +12,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{compare, head, report};
-use rustix::fs::MemfdFlags;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::lazy::HandlerFailed;
-use virtio_mem::migration::precopy::Guest;
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
-use virtio_mem::migration::snapshot::{
+use migration::MigrationError;
+use migration::devices::NoDevices;
+use migration::lazy::HandlerFailed;
+use migration::precopy::Guest;
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
+use migration::snapshot::{
     BackgroundSnapshot, Restore, Snapshot, restore, restore_lazily, save, save_in_background,
 };
-use virtio_mem::migration::stream::Configuration;
-use virtio_mem::sys::HostMapping;
+use migration::stream::Configuration;
+use ram_discard::memory::{HostMapping, RamBlock};
+use rustix::fs::MemfdFlags;
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;

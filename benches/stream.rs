@@ -15,18 +15,19 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::{busy, compare, head, memfd};
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::channel::{Channel, Sink};
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
-use virtio_mem::migration::handler::{LoadHandler, SaveHandler};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{
+use migration::channel::{Channel, Sink};
+use migration::dirty::{DirtyTracker, NeverWritten};
+use migration::handler::{LoadHandler, SaveHandler};
+use migration::progress::Progress;
+use migration::ram::{
     BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave, ZeroPageDetection,
 };
-use virtio_mem::migration::stream::{RAM_VERSION, SectionKind};
-use virtio_mem::migration::wire::WireReader;
-use virtio_mem::sys::{GatherWrite, HostMapping};
+use migration::stream::{RAM_VERSION, SectionKind};
+use migration::sys::GatherWrite;
+use ram_discard::memory::{HostMapping, RamBlock};
+use vmstate::wire::WireReader;
+
+use common::{busy, compare, head, memfd};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;

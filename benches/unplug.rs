@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{compare, head};
+use ram_discard::memory::RamBlock;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
-use virtio_mem::memory::RamBlock;
 
 const BLOCK: u64 = 2 << 20;
 const ADDR: u64 = 1 << 32;

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use virtio_mem::memory::BackingKind;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::devices::{DeviceSection, Devices, NoDevices};
-use virtio_mem::migration::ram::MigrationBlock;
-use virtio_mem::migration::stream::SectionHeader;
-use virtio_mem::migration::wire::WireRead;
+use migration::MigrationError;
+use migration::devices::{DeviceSection, Devices, NoDevices};
+use migration::ram::MigrationBlock;
+use migration::stream::SectionHeader;
+use ram_discard::memory::BackingKind;
+use vmstate::wire::WireRead;
 
 /// As one of another process, which knows nothing of the migration: when it has its state, it takes
 /// huge pages for what is plugged, whether or not they are still to come.

@@ -5,15 +5,13 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::lazy::{
-    FaultHandler, HandlerFailed, LazyRam, SharedFaults, SharedRange,
-};
-use virtio_mem::migration::page_bitmap::PageBitmap;
-use virtio_mem::migration::postcopy::SwitchWhen;
-use virtio_mem::migration::precopy::Guest;
-use virtio_mem::sys::HostMapping;
-use virtio_mem::sys::shared_faults::OfferedFaults;
+use migration::MigrationError;
+use migration::lazy::{FaultHandler, HandlerFailed, LazyRam, SharedFaults, SharedRange};
+use migration::page_bitmap::PageBitmap;
+use migration::postcopy::SwitchWhen;
+use migration::precopy::Guest;
+use migration::sys::shared_faults::OfferedFaults;
+use ram_discard::memory::HostMapping;
 
 use crate::guest::{Vm, no_work};
 use crate::huge_page_pool::Pool;

@@ -4,11 +4,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
-use virtio_mem::ByteRange;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::lazy::HandlerFailed;
-use virtio_mem::migration::precopy::Guest;
-use virtio_mem::sys::HostMapping;
+use migration::MigrationError;
+use migration::lazy::HandlerFailed;
+use migration::precopy::Guest;
+use ram_discard::ByteRange;
+use ram_discard::memory::HostMapping;
 
 use crate::memory::{Side, say};
 

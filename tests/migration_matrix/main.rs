@@ -20,26 +20,25 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use migration::MigrationError;
+use migration::channel::Channel;
+use migration::devices::NoDevices;
+use migration::dirty::{DirtyTracker, WriteProtect};
+use migration::lazy::HandlerFailed;
+use migration::postcopy::{Channels, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen};
+use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use migration::progress::Progress;
+use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
+use migration::snapshot::{
+    BackgroundSnapshot, LazyRestore, Restore, Snapshot, restore, restore_lazily, save,
+    save_in_background,
+};
+use migration::stream::Configuration;
+
 use device::Reserving;
 use guest::{Vm, no_work};
 use huge_page_pool::Pool;
 use memory::{BLOCK, Kind, Pattern, Side, say};
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::dirty::{DirtyTracker, WriteProtect};
-use virtio_mem::migration::lazy::HandlerFailed;
-use virtio_mem::migration::postcopy::{
-    Channels, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen,
-};
-use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
-use virtio_mem::migration::snapshot::{
-    BackgroundSnapshot, LazyRestore, Restore, Snapshot, restore, restore_lazily, save,
-    save_in_background,
-};
-use virtio_mem::migration::stream::Configuration;
 
 /// One at a time: the machine's pool of huge pages is shared, and so are its cores.
 static ALONE: Mutex<()> = Mutex::new(());

@@ -6,16 +6,15 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
+use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
+use ram_discard::memory::RamBlock;
+use ram_discard::{ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, fsconfig_create, fsconfig_reconfigure,
     fsconfig_set_string, fsmount, fsopen, fspick,
 };
-use virtio_mem::ByteRange;
 use virtio_mem::device::BlockBitmap;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
-use virtio_mem::ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
 
 /// Size of a device block: a huge page. Blocks of larger pages are as large as these.
 pub const BLOCK: u64 = 2 << 20;

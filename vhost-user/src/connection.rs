@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use parking_lot::Mutex;
+use ram_discard::ByteRange;
 use vhost_user_backend::VhostUserDaemon;
-use virtio_mem::ByteRange;
 use virtio_mem::controller::FreezeHolder;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};

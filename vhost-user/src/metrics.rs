@@ -11,10 +11,9 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use virtio_mem::ByteRange;
+use ram_discard::{ByteRange, RamDiscardListener};
 use virtio_mem::controller::MemController;
 use virtio_mem::device::{Request, Response};
-use virtio_mem::ram_discard::RamDiscardListener;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {

@@ -14,12 +14,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use migration::sys::shared_faults::OfferedFaults;
 use parking_lot::Mutex;
-use virtio_mem::ByteRange;
+use ram_discard::{ByteRange, ListenerId, RamDiscardListener};
 use virtio_mem::controller::{FreezeHolder, MemController};
 use virtio_mem::device::Geometry;
-use virtio_mem::ram_discard::{ListenerId, RamDiscardListener};
-use virtio_mem::sys::shared_faults::OfferedFaults;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::queue::Memory;

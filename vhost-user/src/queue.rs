@@ -3,9 +3,9 @@
 //! Everything here is read from a hostile guest. A chain's framing is checked before anything is
 //! executed: a request that could not be answered is not executed.
 
+use ram_discard::ByteRange;
 use smallvec::SmallVec;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use virtio_mem::ByteRange;
 use virtio_mem::controller::MemController;
 use virtio_mem::device::{REQUEST_LEN, RESPONSE_LEN, Request, Response};
 use virtio_queue::DescriptorChain;

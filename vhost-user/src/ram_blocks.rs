@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use virtio_mem::ByteRange;
-use virtio_mem::memory::RamBlock;
+use ram_discard::ByteRange;
+use ram_discard::memory::RamBlock;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::queue::Memory;

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use ram_discard::ByteRange;
 use tokio::sync::broadcast;
-use virtio_mem::ByteRange;
 use virtio_mem::controller::{
     DeviceObserver, FreezeHolder, MemController, Reset, ResetError, ResizeError,
 };

@@ -14,6 +14,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{BLOCK, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
+use ram_discard::memory::RamBlock;
+use ram_discard::{ByteRange, FreezeFor, RamDiscardListener, RamDiscardManager, RegisterError};
 use rustix::fs::MemfdFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use test_vmm::daemon::Daemon;
@@ -21,14 +23,9 @@ use test_vmm::driver::{RequestType, ResponseType};
 use test_vmm::memory::memfd;
 use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
 use vhost_user_mem::metrics::Metrics;
-use virtio_mem::ByteRange;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
-use virtio_mem::memory::RamBlock;
-use virtio_mem::ram_discard::channel::{
-    AttachError, FrameReader, RemoteRamDiscardManager, send, wire,
-};
-use virtio_mem::ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, RegisterError};
+use virtio_mem::discard_channel::{AttachError, FrameReader, RemoteRamDiscardManager, send, wire};
 use wire::{ClientMessage, ServerMessage};
 
 fn channel_rig() -> Rig {

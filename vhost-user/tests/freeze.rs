@@ -8,20 +8,18 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use common::{ADDR, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
+use migration::MigrationError;
+use migration::channel::Channel;
+use migration::devices::NoDevices;
+use migration::dirty::{DirtyTracker, NeverWritten};
+use migration::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameters};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+use migration::snapshot::{BackgroundSnapshot, save_in_background};
+use migration::stream::Configuration;
+use ram_discard::memory::RamBlock;
 use test_vmm::driver::ResponseType;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
-use virtio_mem::migration::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{
-    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
-};
-use virtio_mem::migration::snapshot::{BackgroundSnapshot, save_in_background};
-use virtio_mem::migration::stream::Configuration;
-use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 /// A guest of a rig, to which something happens when it is stopped, or runs again.
 struct Vm {

@@ -12,6 +12,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{ADDR, BLOCK, BOOT, PATIENCE, REGION, RING, gpa, options};
+use migration::MigrationError;
+use migration::lazy::{
+    FaultHandler, HandlerFailed, LazyRam, PageSource, SharedFaults, SharedRange,
+};
+use migration::page_bitmap::PageBitmap;
+use migration::ram::{BlockOptions, MigrationBlock};
+use ram_discard::ByteRange;
+use ram_discard::memory::RamBlock;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use test_vmm::backend_channel::{BackendChannel, Behaviour};
 use test_vmm::daemon::Daemon;
@@ -20,14 +28,6 @@ use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::memory::GuestRam;
 use test_vmm::protocol::{MemoryRegion, Request, protocol_feature};
-use virtio_mem::ByteRange;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::lazy::{
-    FaultHandler, HandlerFailed, LazyRam, PageSource, SharedFaults, SharedRange,
-};
-use virtio_mem::migration::page_bitmap::PageBitmap;
-use virtio_mem::migration::ram::{BlockOptions, MigrationBlock};
 
 const PAGE: u64 = 4096;
 /// So that the available ring is in another page than the used ring.

@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{BLOCK, PATIENCE, connect, gpa, options, ram};
+use migration::sys::shared_faults::{ClientFaults, OfferedFaults};
 use rustix::io::Errno;
 use rustix::process::Signal;
 use test_vmm::daemon::{Daemon, DaemonOptions};
@@ -19,7 +20,6 @@ use test_vmm::driver::ResponseType;
 use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use test_vmm::memory::GuestRam;
 use test_vmm::protocol::{MemoryRegion, Request, protocol_feature};
-use virtio_mem::sys::shared_faults::{ClientFaults, OfferedFaults};
 
 const PROTOCOL: u64 = USUAL_PROTOCOL_FEATURES | protocol_feature::PAGEFAULT;
 const PAGE: u64 = 4096;

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::lazy::HandlerFailed;
-use virtio_mem::migration::precopy::Guest;
-use virtio_mem::sys::HostMapping;
+use migration::MigrationError;
+use migration::lazy::HandlerFailed;
+use migration::precopy::Guest;
+use ram_discard::memory::HostMapping;
 
 use crate::case::Case;
 use crate::units::PAGE;

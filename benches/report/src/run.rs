@@ -7,18 +7,18 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::dirty::{DirtyTracker, Merged, WriteProtect};
-use virtio_mem::migration::lazy::HandlerFailed;
-use virtio_mem::migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
-use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::{MigrationInfo as Seen, Progress};
-use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
-use virtio_mem::migration::snapshot::{
+use migration::channel::Channel;
+use migration::devices::NoDevices;
+use migration::dirty::{DirtyTracker, Merged, WriteProtect};
+use migration::lazy::HandlerFailed;
+use migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
+use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use migration::progress::{MigrationInfo as Seen, Progress};
+use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
+use migration::snapshot::{
     BackgroundSnapshot, Restore, Snapshot, restore_lazily, save, save_in_background,
 };
-use virtio_mem::migration::stream::Configuration;
+use migration::stream::Configuration;
 
 use crate::case::{Case, Way};
 use crate::guest::Writer;

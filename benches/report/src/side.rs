@@ -4,10 +4,9 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use virtio_mem::ByteRange;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks, ZeroPageDetection};
-use virtio_mem::ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
+use migration::ram::{BlockOptions, MigrationBlock, RamBlocks, ZeroPageDetection};
+use ram_discard::memory::RamBlock;
+use ram_discard::{ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
 
 use crate::case::{Case, Mode};
 use crate::host::{self, Noise};

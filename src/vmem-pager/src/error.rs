@@ -4,11 +4,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use migration::MigrationError;
+use migration::stream::FormatError;
 use thiserror::Error;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::stream::FormatError;
-use virtio_mem::migration::wire::WireError;
-use virtio_mem::printable;
+use vmstate::printable;
+use vmstate::wire::WireError;
 
 /// Why a save or a restore failed.
 #[derive(Debug, Error)]

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration::progress::Progress;
 use parking_lot::Mutex;
 use program::signals::{SIGINT, SIGTERM, Signals};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use virtio_mem::migration::progress::Progress;
 
 use crate::error::PagerError;
 

@@ -11,9 +11,9 @@ mod server;
 use std::ops::Range;
 use std::time::Duration;
 
-use virtio_mem::ByteRange;
+use ram_discard::ByteRange;
 use virtio_mem::device::Geometry;
-use virtio_mem::ram_discard::channel::wire::Message;
+use virtio_mem::discard_channel::wire::Message;
 
 use crate::input::Input;
 

@@ -10,14 +10,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
-use virtio_mem::ByteRange;
-use virtio_mem::controller::{
-    BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord,
-    StateStore,
-};
+use ram_discard::{ByteRange, RamDiscardListener};
+use virtio_mem::controller::{BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord, StateStore};
 use virtio_mem::device::{BlockSpan, Change, Geometry, REQUEST_LEN, Request, Response, VirtioMem};
-use virtio_mem::memory::RamBlock;
-use virtio_mem::ram_discard::RamDiscardListener;
+use ram_discard::memory::RamBlock;
 
 use crate::input::Input;
 use model::Model;

@@ -14,22 +14,19 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use virtio_mem::ByteRange;
+use ram_discard::{ByteRange, LocalRamDiscardManager, RamDiscardSource};
 use virtio_mem::device::BlockBitmap;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
-use virtio_mem::migration::inspect::inspect;
-use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{
-    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
-};
-use virtio_mem::migration::snapshot::{Restore, Snapshot, restore, save};
-use virtio_mem::migration::stream::Configuration;
-use virtio_mem::ram_discard::{LocalRamDiscardManager, RamDiscardSource};
+use ram_discard::memory::RamBlock;
+use migration::MigrationError;
+use migration::channel::Channel;
+use migration::devices::NoDevices;
+use migration::dirty::{DirtyTracker, NeverWritten};
+use migration::inspect::inspect;
+use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+use migration::snapshot::{Restore, Snapshot, restore, save};
+use migration::stream::Configuration;
 
 use crate::input::Input;
 

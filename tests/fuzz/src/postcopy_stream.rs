@@ -12,23 +12,18 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use virtio_mem::ByteRange;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::lazy::{HandlerFailed, LazyRam};
-use virtio_mem::migration::postcopy::{Channels, PostcopyIncoming, Reconnect};
-use virtio_mem::migration::precopy::{Guest, Incoming};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad};
-use virtio_mem::migration::stream::{
-    AdvisedSizes, Command, Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION,
-    ReturnMessage, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command, put_continued,
-    put_end_of_section, put_eof, put_footer, put_header, put_list, put_section,
-};
-use virtio_mem::migration::wire::WireWrite;
-use virtio_mem::ram_discard::LocalRamDiscardManager;
+use ram_discard::{ByteRange, LocalRamDiscardManager};
+use ram_discard::memory::RamBlock;
+use migration::MigrationError;
+use migration::channel::Channel;
+use migration::devices::NoDevices;
+use migration::lazy::{HandlerFailed, LazyRam};
+use migration::postcopy::{Channels, PostcopyIncoming, Reconnect};
+use migration::precopy::{Guest, Incoming};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad};
+use migration::stream::{AdvisedSizes, Command, Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, ReturnMessage, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command, put_continued, put_end_of_section, put_eof, put_footer, put_header, put_list, put_section};
+use vmstate::wire::WireWrite;
 
 use crate::input::Input;
 use crate::migration_stream::{BLOCK, BLOCKS, PAGE, memfd, plugged};

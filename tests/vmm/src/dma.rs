@@ -11,8 +11,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtio_mem::ByteRange;
-use virtio_mem::ram_discard::RamDiscardListener;
+use ram_discard::{ByteRange, RamDiscardListener};
 
 use crate::memory::GuestRam;
 use crate::sys::Pinned;

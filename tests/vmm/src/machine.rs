@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::lazy::HandlerFailed;
-use virtio_mem::migration::precopy::Guest;
+use migration::MigrationError;
+use migration::lazy::HandlerFailed;
+use migration::precopy::Guest;
 
 use crate::backend_channel::{BackendChannel, Behaviour};
 use crate::config::MemConfig;

@@ -9,16 +9,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{ADDR, BLOCK, PATIENCE, REGION, daemon_binary};
+use ram_discard::{
+    ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, SourceId,
+};
 use test_vmm::daemon::{Daemon, DaemonOptions};
 use test_vmm::dma::DmaMappings;
 use test_vmm::machine::{Machine, MachineOptions};
 use test_vmm::memory::{GuestRam, Layout};
-use virtio_mem::ByteRange;
 use virtio_mem::device::BlockBitmap;
-use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
-use virtio_mem::ram_discard::{
-    LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, SourceId,
-};
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 const NO_LIMIT: usize = usize::MAX;
 

@@ -211,9 +211,9 @@ fn wait_busy(host: &mut Host, times: u64) {
 
 #[test]
 fn a_client_that_freezes_block_state_and_dies_freezes_nothing_any_more() {
+    use ram_discard::{FreezeFor, RamDiscardManager};
     use std::os::unix::net::UnixStream;
-    use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
-    use virtio_mem::ram_discard::{FreezeFor, RamDiscardManager};
+    use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
     let mut host = Host::with_guest();
     let stream = UnixStream::connect(host.daemon.discard_socket()).unwrap();

@@ -9,14 +9,14 @@
 //! | be32, be64, bytes | version of the section, length of its fields, fields |
 //! | be32 | CRC-32 (IEEE) of everything before |
 //!
-//! The sections are those of `virtio_mem::migration::virtio_mem`, in order.
+//! The sections are those of `virtio_mem::sections`, in order.
 
 use thiserror::Error;
 use virtio_mem::controller::MemController;
 use virtio_mem::device::{DeviceState, Geometry};
-use virtio_mem::migration::virtio_mem::{EARLY, NORMAL, VirtioMemState, properties};
-use virtio_mem::migration::vmstate::{VmState, VmStateError};
-use virtio_mem::migration::wire::{WireError, WireRead, WireReader, WireWrite};
+use virtio_mem::sections::{EARLY, NORMAL, VirtioMemState, properties};
+use vmstate::wire::{WireError, WireRead, WireReader, WireWrite};
+use vmstate::{VmState, VmStateError};
 
 const MAGIC: &[u8; 8] = b"VMEMDEVS";
 const VERSION: u32 = 1;

@@ -20,12 +20,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtio_mem::ByteRange;
+use ram_discard::{ByteRange, RamDiscardListener};
 use virtio_mem::controller::{DeviceObserver, MemController};
 use virtio_mem::device::Geometry;
-use virtio_mem::ram_discard::RamDiscardListener;
-use virtio_mem::ram_discard::channel::bitmap::BitmapWriter;
-use virtio_mem::ram_discard::channel::wire::{
+use virtio_mem::discard_channel::bitmap::BitmapWriter;
+use virtio_mem::discard_channel::wire::{
     Farewell, SECTIONS_MAX, Sections, ServerMessage, VERSION, Welcome,
 };
 

@@ -1,7 +1,7 @@
 //! The discard channel: tells VMMs in other processes what is populated and discarded.
 //!
 //! `spec-notes/discard-channel.md` draws the wire and says who waits for whom; the client is
-//! [`RemoteRamDiscardManager`](virtio_mem::ram_discard::channel::RemoteRamDiscardManager).
+//! [`RemoteRamDiscardManager`](virtio_mem::discard_channel::RemoteRamDiscardManager).
 //!
 //! - `admission`: which clients were dropped, and when they may come again.
 //! - `budget`: for how long clients may keep the guest waiting.
@@ -30,8 +30,8 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use virtio_mem::controller::MemController;
-use virtio_mem::ram_discard::channel::send;
-use virtio_mem::ram_discard::channel::wire::{Farewell, ServerMessage, VERSION};
+use virtio_mem::discard_channel::send;
+use virtio_mem::discard_channel::wire::{Farewell, ServerMessage, VERSION};
 
 use crate::metrics::Metrics;
 use crate::reserve::{PAUSE, RESERVE};

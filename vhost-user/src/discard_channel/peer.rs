@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use virtio_mem::printable;
-use virtio_mem::ram_discard::channel::wire::{Farewell, ServerMessage, Welcome};
-use virtio_mem::ram_discard::channel::{send, send_with_fd};
+use virtio_mem::discard_channel::wire::{Farewell, ServerMessage, Welcome};
+use virtio_mem::discard_channel::{send, send_with_fd};
+use vmstate::printable;
 
 use super::admission::Admission;
 use super::goodbye;

@@ -6,8 +6,8 @@ use std::thread;
 use std::time::Instant;
 
 use virtio_mem::controller::{FreezeHolder, MemController};
-use virtio_mem::ram_discard::channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
-use virtio_mem::ram_discard::channel::{FrameReader, ReceiveError};
+use virtio_mem::discard_channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
+use virtio_mem::discard_channel::{FrameReader, ReceiveError};
 
 use super::Limits;
 use super::hub::Hub;

@@ -4,6 +4,8 @@ mod freezes;
 mod patience;
 
 use super::*;
+use ram_discard::memory::RamBlock;
+use ram_discard::{FreezeFor, RamDiscardManager};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::Write;
@@ -12,11 +14,9 @@ use std::time::Instant;
 use tempfile::TempDir;
 use virtio_mem::controller::InitialState;
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
-use virtio_mem::memory::RamBlock;
-use virtio_mem::ram_discard::channel::bitmap::BitmapReader;
-use virtio_mem::ram_discard::channel::wire::{ClientMessage, Message, SECTIONS_MAX};
-use virtio_mem::ram_discard::channel::{FrameReader, ReceiveError, RemoteRamDiscardManager};
-use virtio_mem::ram_discard::{FreezeFor, RamDiscardManager};
+use virtio_mem::discard_channel::bitmap::BitmapReader;
+use virtio_mem::discard_channel::wire::{ClientMessage, Message, SECTIONS_MAX};
+use virtio_mem::discard_channel::{FrameReader, ReceiveError, RemoteRamDiscardManager};
 
 const BLOCK: u64 = 1 << 20;
 const ADDR: u64 = 1 << 32;

@@ -1,6 +1,6 @@
 //! Which ranges of guest memory are waited for.
 
-use virtio_mem::ByteRange;
+use ram_discard::ByteRange;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::queue::Memory;

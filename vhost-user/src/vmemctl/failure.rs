@@ -4,10 +4,10 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use migration::inspect::InspectError;
 use serde_json::{Value, json};
 use thiserror::Error;
-use virtio_mem::migration::inspect::InspectError;
-use virtio_mem::printable;
+use vmstate::printable;
 
 use super::Console;
 use crate::management::Problem;

@@ -4,11 +4,11 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use virtio_mem::migration::channel::BufferSink;
-use virtio_mem::migration::handler::SaveHandler;
-use virtio_mem::migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, pages_touched};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::BlockOptions;
+use migration::channel::BufferSink;
+use migration::handler::SaveHandler;
+use migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, pages_touched};
+use migration::progress::Progress;
+use migration::ram::BlockOptions;
 
 use super::GIB;
 use super::region::{controller, migration_block, source};

@@ -6,13 +6,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use virtio_mem::migration::channel::Sink;
-use virtio_mem::migration::handler::{LoadHandler, SaveHandler};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{BlockOptions, ListOptions, RamLoad};
-use virtio_mem::migration::stream::{RAM_VERSION, SectionKind};
-use virtio_mem::migration::wire::WireReader;
-use virtio_mem::sys::GatherWrite;
+use migration::channel::Sink;
+use migration::handler::{LoadHandler, SaveHandler};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, RamLoad};
+use migration::stream::{RAM_VERSION, SectionKind};
+use migration::sys::GatherWrite;
+use vmstate::wire::WireReader;
 
 use super::region::{controller, memfd, migration_block, only};
 use super::send::{BLOCK, Dirty, REGION, begin};

@@ -5,16 +5,15 @@ use std::io;
 use std::sync::Arc;
 
 use anyhow::Result;
+use migration::dirty::DirtyTracker;
+use migration::page_bitmap::PageBitmap;
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
+use ram_discard::memory::RamBlock;
+use ram_discard::{ByteRange, RamDiscardManager};
 use rustix::fs::MemfdFlags;
-use virtio_mem::ByteRange;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockBitmap, DeviceState, Geometry, VirtioMem};
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::dirty::DirtyTracker;
-use virtio_mem::migration::page_bitmap::PageBitmap;
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
-use virtio_mem::ram_discard::RamDiscardManager;
 
 /// Guest-physical address of every region.
 pub const ADDR: u64 = 1 << 40;

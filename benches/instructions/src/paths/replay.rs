@@ -4,8 +4,8 @@ use std::hint::black_box;
 use std::ops::ControlFlow;
 
 use anyhow::{Context, Result, ensure};
+use ram_discard::RamDiscardManager;
 use virtio_mem::controller::MemController;
-use virtio_mem::ram_discard::RamDiscardManager;
 
 use super::region::controller;
 use super::{GIB, MIB};

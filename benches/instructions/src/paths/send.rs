@@ -5,11 +5,11 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use virtio_mem::migration::channel::{BufferSink, Channel, Sink};
-use virtio_mem::migration::handler::SaveHandler;
-use virtio_mem::migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{BlockOptions, RamSave, ZeroPageDetection};
+use migration::channel::{BufferSink, Channel, Sink};
+use migration::handler::SaveHandler;
+use migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, RamSave, ZeroPageDetection};
 
 use super::MIB;
 use super::region::{controller, migration_block, source};

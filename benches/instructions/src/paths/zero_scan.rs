@@ -3,8 +3,8 @@
 use std::hint::black_box;
 
 use anyhow::{Result, ensure};
-use virtio_mem::migration::page_bitmap::TARGET_PAGE_SIZE;
-use virtio_mem::sys::HostMapping;
+use migration::page_bitmap::TARGET_PAGE_SIZE;
+use ram_discard::memory::HostMapping;
 
 use super::MIB;
 use super::region::memfd;

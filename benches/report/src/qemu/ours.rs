@@ -8,19 +8,17 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
+use migration::channel::Channel;
+use migration::devices::NoDevices;
+use migration::dirty::{DirtyTracker, NeverWritten};
+use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+use migration::snapshot::{Restore, Snapshot, restore, save};
+use migration::stream::Configuration;
+use ram_discard::memory::RamBlock;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::devices::NoDevices;
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
-use virtio_mem::migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{
-    BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave,
-};
-use virtio_mem::migration::snapshot::{Restore, Snapshot, restore, save};
-use virtio_mem::migration::stream::Configuration;
 
 use super::{Moved, Resident, Route, Who};
 use crate::host;

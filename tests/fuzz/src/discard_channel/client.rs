@@ -12,17 +12,14 @@ use parking_lot::Mutex;
 use rustix::fs::MemfdFlags;
 use tempfile::TempDir;
 use test_vmm::memory::memfd;
-use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
 use vhost_user_mem::metrics::Metrics;
-use virtio_mem::ByteRange;
+use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
+use ram_discard::{ByteRange, FreezeFor, RamDiscardListener, RamDiscardManager};
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Request, Response, VirtioMem};
-use virtio_mem::memory::RamBlock;
-use virtio_mem::ram_discard::channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
-use virtio_mem::ram_discard::channel::{
-    AttachError, FrameReader, ReceiveError, RemoteRamDiscardManager,
-};
-use virtio_mem::ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager};
+use ram_discard::memory::RamBlock;
+use virtio_mem::discard_channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
+use virtio_mem::discard_channel::{AttachError, FrameReader, ReceiveError, RemoteRamDiscardManager};
 
 use super::{ADDR, BLOCK, MOMENT, NR, PATIENCE, STEPS, blocks, frame, geometry};
 use crate::input::Input;

@@ -12,13 +12,12 @@ use std::io;
 use std::sync::Arc;
 
 use anyhow::Context;
+use migration::dirty::{DirtyTracker, LoggedRange, Merged, VhostLog, WriteProtect};
+use migration::page_bitmap::PageBitmap;
+use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
+use ram_discard::ByteRange;
+use ram_discard::memory::{HostMapping, RamBlock};
 use rustix::fs::MemfdFlags;
-use virtio_mem::ByteRange;
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::dirty::{DirtyTracker, LoggedRange, Merged, VhostLog, WriteProtect};
-use virtio_mem::migration::page_bitmap::PageBitmap;
-use virtio_mem::migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
-use virtio_mem::sys::HostMapping;
 
 use crate::machine::Machine;
 use crate::memory::{PAGE_SIZE, Region, memfd};

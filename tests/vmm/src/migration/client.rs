@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use anyhow::Context;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::lazy::{HandlerFailed, LazyRam, SharedFaults, SharedRange};
+use migration::MigrationError;
+use migration::lazy::{HandlerFailed, LazyRam, SharedFaults, SharedRange};
 
 use super::blocks;
 use crate::machine::Machine;

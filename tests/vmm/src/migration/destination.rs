@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::Context;
-use virtio_mem::migration::postcopy::{Channels, OnListen};
-use virtio_mem::migration::precopy::{Guest, Incoming};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{ListOptions, RamBlocks, RamLoad};
-use virtio_mem::migration::snapshot::{self, Restore};
+use migration::postcopy::{Channels, OnListen};
+use migration::precopy::{Guest, Incoming};
+use migration::progress::Progress;
+use migration::ram::{ListOptions, RamBlocks, RamLoad};
+use migration::snapshot::{self, Restore};
 
 use super::blocks::{self, REGION};
 use super::client::Client;

@@ -20,16 +20,15 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anyhow::Context;
-use virtio_mem::ByteRange;
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::devices::{DeviceSection, Devices};
-use virtio_mem::migration::ram::MigrationBlock;
-use virtio_mem::migration::stream::SectionHeader;
-use virtio_mem::migration::virtio_mem::{self as sections, EARLY_MIGRATION};
-use virtio_mem::migration::vmstate::{Described, DeviceRegistry};
-use virtio_mem::migration::wire::WireRead;
-use virtio_mem::ram_discard::RamDiscardManager;
-use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
+use migration::MigrationError;
+use migration::devices::{DeviceRegistry, DeviceSection, Devices};
+use migration::ram::MigrationBlock;
+use migration::stream::SectionHeader;
+use ram_discard::{ByteRange, RamDiscardManager};
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
+use virtio_mem::sections::{self as sections, EARLY_MIGRATION};
+use vmstate::Described;
+use vmstate::wire::WireRead;
 
 use super::blocks::REGION;
 use super::describe;
@@ -86,7 +85,9 @@ impl MachineDevices {
             properties.apply_level(sections::COMPAT_LEVELS, level)?;
         }
         let mut registry = DeviceRegistry::new(properties);
-        sections::register(&mut registry, REGION, shadow.controller())?;
+        for (idstr, section) in sections::of(REGION, shadow.controller()) {
+            registry.register(&idstr, 0, section)?;
+        }
         let frontend = machine.frontend().clone();
         let back_end = BackEnd { frontend, saves: manager.is_some() };
         let back_end = Described { vmstate: &back_end::VMSTATE, device: back_end };
@@ -189,7 +190,7 @@ fn device_error(reason: &str) -> MigrationError {
 
 #[cfg(test)]
 mod tests {
-    use virtio_mem::migration::virtio_mem::properties;
+    use virtio_mem::sections::properties;
 
     use super::*;
 

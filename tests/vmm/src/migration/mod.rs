@@ -21,9 +21,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use migration::progress::Progress;
+use migration::stream::Configuration;
 use serde::{Deserialize, Serialize};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::stream::Configuration;
 
 use crate::machine::Machine;
 pub use report::{FaultReport, MigrationReport, RamReport};

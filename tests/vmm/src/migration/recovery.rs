@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use virtio_mem::migration::MigrationError;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::lazy::HandlerFailed;
-use virtio_mem::migration::postcopy::{
+use migration::MigrationError;
+use migration::channel::Channel;
+use migration::lazy::HandlerFailed;
+use migration::postcopy::{
     Channels, GiveUp, OnListen, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen,
 };
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::RamBlocks;
+use migration::progress::Progress;
+use migration::ram::RamBlocks;
 
 use super::transport::{self, Listener};
 use super::{PostcopyOptions, When};

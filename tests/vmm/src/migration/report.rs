@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use migration::lazy::FaultStatistics;
+use migration::progress::{MigrationInfo, Status};
 use serde::{Deserialize, Serialize};
-use virtio_mem::migration::lazy::FaultStatistics;
-use virtio_mem::migration::progress::{MigrationInfo, Status};
 
 /// How a migration stands. Times are in milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
-use virtio_mem::migration::precopy::{Guest, GuestAfter, Outgoing, Parameters};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
-use virtio_mem::migration::snapshot::{self, BackgroundSnapshot, Snapshot};
-use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
-use virtio_mem::ram_discard::{FreezeFor, RamDiscardManager};
+use migration::channel::Channel;
+use migration::dirty::{DirtyTracker, NeverWritten};
+use migration::precopy::{Guest, GuestAfter, Outgoing, Parameters};
+use migration::progress::Progress;
+use migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
+use migration::snapshot::{self, BackgroundSnapshot, Snapshot};
+use ram_discard::{FreezeFor, RamDiscardManager};
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use super::blocks::{self, REGION};
 use super::devices::MachineDevices;

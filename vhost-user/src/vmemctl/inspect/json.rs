@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
+use migration::inspect::{Block, Field, Inspection, Section, Structure, Value, VirtioMem};
 use serde_json::{Value as Json, json};
-use virtio_mem::migration::inspect::{
-    Block, Field, Inspection, Section, Structure, Value, VirtioMem,
-};
 
 use super::{command_words, hex, layout};
 

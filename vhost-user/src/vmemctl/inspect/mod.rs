@@ -8,8 +8,8 @@ mod text;
 use std::fs::File;
 use std::path::Path;
 
-use virtio_mem::migration::inspect;
-use virtio_mem::migration::stream::Command;
+use migration::inspect;
+use migration::stream::Command;
 
 use super::{Console, Failure};
 
@@ -58,7 +58,7 @@ fn command_words(command: &Command) -> (&'static str, String) {
 
 /// The name of the way in which pages are laid out.
 fn layout(inspection: &inspect::Inspection) -> &'static str {
-    use virtio_mem::migration::stream::CAPABILITY_MAPPED_RAM;
+    use migration::stream::CAPABILITY_MAPPED_RAM;
     let mapped = inspection.configuration.has(CAPABILITY_MAPPED_RAM);
     if mapped { CAPABILITY_MAPPED_RAM } else { "plain" }
 }

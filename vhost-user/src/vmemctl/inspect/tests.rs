@@ -4,13 +4,13 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
-use virtio_mem::migration::stream::{
+use migration::stream::{
     BlockEntry, BlockList, Command, Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION,
     SectionHeader, SectionKind, put_command, put_description, put_end_of_section, put_eof,
     put_footer, put_header, put_list, put_section,
 };
-use virtio_mem::migration::wire::WireWrite;
+use serde_json::{Value, json};
+use vmstate::wire::WireWrite;
 
 use super::super::{Console, run};
 

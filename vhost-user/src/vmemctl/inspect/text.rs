@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use virtio_mem::migration::inspect::{Block, Inspection, Section, Structure, Value, VirtioMem};
+use migration::inspect::{Block, Inspection, Section, Structure, Value, VirtioMem};
 
 use super::{command_words, hex, layout};
 use program::size::format_size;

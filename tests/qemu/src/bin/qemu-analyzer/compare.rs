@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
+use migration::inspect::{Field, Structure, Value, Warning, inspect};
 use serde_json::{Map, Value as Json};
-use virtio_mem::migration::inspect::{Field, Structure, Value, Warning, inspect};
 
 use crate::files::Written;
 use crate::script::Script;

@@ -6,19 +6,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use migration::channel::Channel;
+use migration::devices::DeviceRegistry;
+use migration::dirty::{DirtyTracker, NeverWritten};
+use migration::precopy::{Guest, Outgoing, Parameters};
+use migration::progress::Progress;
+use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
+use migration::snapshot::{self, BackgroundSnapshot, Snapshot};
+use migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
+use ram_discard::memory::RamBlock;
 use rustix::fs::MemfdFlags;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
-use virtio_mem::memory::RamBlock;
-use virtio_mem::migration::channel::Channel;
-use virtio_mem::migration::dirty::{DirtyTracker, NeverWritten};
-use virtio_mem::migration::precopy::{Guest, Outgoing, Parameters};
-use virtio_mem::migration::progress::Progress;
-use virtio_mem::migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
-use virtio_mem::migration::snapshot::{self, BackgroundSnapshot, Snapshot};
-use virtio_mem::migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
-use virtio_mem::migration::virtio_mem as sections;
-use virtio_mem::migration::vmstate::DeviceRegistry;
+use virtio_mem::sections;
 
 const PAGE: u64 = 4096;
 const ADDR: u64 = 1 << 32;
@@ -97,7 +97,9 @@ impl Machine {
         let mut properties = sections::properties();
         properties.apply_level(sections::COMPAT_LEVELS, self.level)?;
         let mut registry = DeviceRegistry::new(properties);
-        sections::register(&mut registry, "0000:00:01.0", &self.device)?;
+        for (idstr, section) in sections::of("0000:00:01.0", &self.device) {
+            registry.register(&idstr, 0, section)?;
+        }
         Ok(registry)
     }
 

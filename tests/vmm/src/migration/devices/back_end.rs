@@ -1,9 +1,7 @@
 //! The daemon's own state, by VHOST_USER_SET_DEVICE_STATE_FD: bytes that only a daemon
 //! understands.
 
-use virtio_mem::migration::vmstate::{
-    Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice,
-};
+use vmstate::{Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice};
 
 use crate::device_state;
 use crate::frontend::Frontend;

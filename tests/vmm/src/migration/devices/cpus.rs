@@ -1,8 +1,6 @@
 //! What the vCPUs know, as a section.
 
-use virtio_mem::migration::vmstate::{
-    Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice,
-};
+use vmstate::{Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice};
 
 use crate::vcpu::{GivenState, PageState, VcpuState, Vcpus};
 

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use virtio_mem::migration::vmstate::{
-    Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice,
-};
+use vmstate::{Access, Count, Field, Reason, SliceAccess, VmState, VmStateDevice};
 
 use crate::guest_driver::DriverState;
 use crate::machine::Machine;

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use anyhow::ensure;
+use migration::MigrationError;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
-use virtio_mem::migration::MigrationError;
-use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use super::device_error;
 use crate::config::MemConfig;

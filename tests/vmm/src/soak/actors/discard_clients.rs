@@ -7,9 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use virtio_mem::ByteRange;
-use virtio_mem::ram_discard::channel::RemoteRamDiscardManager;
-use virtio_mem::ram_discard::{FreezeFor, FrozenBlockState, RamDiscardListener, RamDiscardManager};
+use ram_discard::{ByteRange, FreezeFor, FrozenBlockState, RamDiscardListener, RamDiscardManager};
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use crate::soak::host::{BLOCK, REGION};
 use crate::soak::random::Random;

@@ -1,0 +1,128 @@
+//! Several trackers of one block, for writers that no single one sees.
+
+use std::io;
+
+use ram_discard::ByteRange;
+
+use super::DirtyTracker;
+use crate::page_bitmap::PageBitmap;
+
+/// Reports what any of its trackers reports.
+#[derive(Default)]
+pub struct Merged(Vec<Box<dyn DirtyTracker>>);
+
+impl Merged {
+    /// All of `trackers`, which track the same block.
+    pub fn new(trackers: Vec<Box<dyn DirtyTracker>>) -> Self {
+        Self(trackers)
+    }
+}
+
+impl DirtyTracker for Merged {
+    fn start(&mut self, populated: &[ByteRange]) -> io::Result<()> {
+        for at in 0..self.0.len() {
+            if let Err(error) = self.0[at].start(populated) {
+                for started in self.0[..at].iter_mut().rev() {
+                    // What cannot be stopped only costs.
+                    let _ = started.stop();
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        self.0.iter_mut().try_for_each(|tracker| tracker.sync(dirty))
+    }
+
+    fn clear(&mut self, range: ByteRange) -> io::Result<()> {
+        self.0.iter_mut().try_for_each(|tracker| tracker.clear(range))
+    }
+
+    /// Stops all of them, whatever some of them say; the first error is returned.
+    fn stop(&mut self) -> io::Result<()> {
+        let mut result = Ok(());
+        for tracker in &mut self.0 {
+            result = result.and(tracker.stop());
+        }
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parking_lot::Mutex;
+    use std::sync::Arc;
+
+    /// Reports one page, or fails, and writes down what it is asked.
+    struct Scripted {
+        name: &'static str,
+        page: u64,
+        fails: bool,
+        calls: Arc<Mutex<Vec<String>>>,
+    }
+
+    impl Scripted {
+        fn call(&self, what: &str) -> io::Result<()> {
+            self.calls.lock().push(format!("{what} {}", self.name));
+            if self.fails { Err(io::Error::other(self.name)) } else { Ok(()) }
+        }
+    }
+
+    impl DirtyTracker for Scripted {
+        fn start(&mut self, _: &[ByteRange]) -> io::Result<()> {
+            self.call("start")
+        }
+
+        fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+            dirty.set(self.page);
+            self.call("sync")
+        }
+
+        fn clear(&mut self, range: ByteRange) -> io::Result<()> {
+            self.call(&format!("clear {range}"))
+        }
+
+        fn stop(&mut self) -> io::Result<()> {
+            self.call("stop")
+        }
+    }
+
+    fn merged(fails: [bool; 3]) -> (Merged, Arc<Mutex<Vec<String>>>) {
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let tracker = |page: usize| -> Box<dyn DirtyTracker> {
+            let name = ["a", "b", "c"][page];
+            let calls = Arc::clone(&calls);
+            Box::new(Scripted { name, page: page as u64, fails: fails[page], calls })
+        };
+        (Merged::new((0..3).map(tracker).collect()), calls)
+    }
+
+    #[test]
+    fn pages_that_any_tracker_reports_are_reported() {
+        let (mut merged, calls) = merged([false; 3]);
+        let mut dirty = PageBitmap::new(8);
+        merged.start(&[]).unwrap();
+        merged.sync(&mut dirty).unwrap();
+        assert!(dirty.runs(0..8).eq(std::iter::once(0..3)));
+        calls.lock().clear();
+        merged.clear(ByteRange::new(0, 4096).unwrap()).unwrap();
+        assert_eq!(calls.lock().len(), 3);
+    }
+
+    #[test]
+    fn trackers_that_started_are_stopped_when_one_cannot_start() {
+        let (mut merged, calls) = merged([false, false, true]);
+        assert_eq!(merged.start(&[]).unwrap_err().to_string(), "c");
+        assert_eq!(*calls.lock(), ["start a", "start b", "start c", "stop b", "stop a"]);
+    }
+
+    #[test]
+    fn all_are_stopped_though_one_fails() {
+        let (mut merged, calls) = merged([true, false, true]);
+        assert_eq!(merged.stop().unwrap_err().to_string(), "a");
+        assert_eq!(*calls.lock(), ["stop a", "stop b", "stop c"]);
+    }
+}

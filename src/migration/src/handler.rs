@@ -1,0 +1,203 @@
+//! Iterative handlers: whatever has too much state to send it while the guest is stopped.
+//!
+//! The engine calls them in the order of QEMU's SaveVMHandlers, and frames what they write as
+//! START, PART and END sections.
+
+use super::channel::Sink;
+use super::error::MigrationError;
+use super::page_bitmap::PageBitmap;
+use super::stream::{Configuration, SectionKind};
+use crate::sys::GatherWrite;
+use ram_discard::ByteRange;
+use vmstate::wire::WireRead;
+
+/// The source's side.
+pub trait SaveHandler {
+    /// Id string of its sections.
+    fn idstr(&self) -> &str;
+
+    /// The instance among handlers of the same id string.
+    fn instance_id(&self) -> u32 {
+        0
+    }
+
+    /// Version of its sections.
+    fn version_id(&self) -> u32;
+
+    /// Told what the stream is configured with, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// When the handler was made for another configuration.
+    fn configure(&mut self, _configuration: &Configuration) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// Freezes the block state that the handler's memory depends on, before anything is saved, early
+    /// device state included. By default there is none.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be frozen; nothing is then.
+    fn freeze(&mut self) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// Whether block state has been frozen without a gap since: asked when the guest is stopped,
+    /// immediately before it is handed over.
+    ///
+    /// # Errors
+    ///
+    /// When it has not: what was sent is not what the guest has.
+    fn check_frozen(&self) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// Ends the freeze, if there is one, after [`cleanup`](Self::cleanup).
+    fn thaw(&mut self) {}
+
+    /// Begins: writes the payload of the START section. The guest runs.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot begin; [`cleanup`](Self::cleanup) is called then.
+    fn setup(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError>;
+
+    /// Bytes left to send, as far as that is known without looking.
+    fn pending_estimate(&self) -> u64;
+
+    /// Bytes left to send, looked up.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be looked up.
+    fn pending_exact(&mut self) -> Result<u64, MigrationError>;
+
+    /// Writes the payload of a PART section: about `budget` bytes, or what is left. The guest
+    /// runs.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be sent.
+    fn iterate(&mut self, out: &mut dyn Sink, budget: u64) -> Result<(), MigrationError>;
+
+    /// Writes the payload of the END section: everything left. The guest is stopped.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be sent, or block state was not frozen all the time.
+    fn complete(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError>;
+
+    /// Ends, whether all went well or not.
+    fn cleanup(&mut self);
+
+    /// Its side of postcopy, where it can go on after the guest has left.
+    fn postcopy(&mut self) -> Option<&mut dyn PostcopySave> {
+        None
+    }
+}
+
+/// What the source of postcopy asks of the handler that has the memory. The guest has left, so
+/// nothing changes any more.
+pub trait PostcopySave: Send {
+    /// All page sizes of the blocks, or'ed together, bytes.
+    fn page_sizes(&self) -> u64;
+
+    /// Makes what is left whole host pages, and tells it: for each block the ranges of pages that
+    /// have not been sent, or were written since. The guest is stopped.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be found out, or block state was not frozen all the time.
+    fn outstanding(&mut self) -> Result<Vec<(String, Vec<ByteRange>)>, MigrationError>;
+
+    /// Gathers the next pages to send in the background, about `bytes` of them; false when there
+    /// are none.
+    ///
+    /// # Errors
+    ///
+    /// When a page cannot be read.
+    fn next(&mut self, bytes: u64, out: &mut GatherWrite) -> Result<bool, MigrationError>;
+
+    /// Gathers the pages of `range` that the destination waits for, as far as they have not been sent;
+    /// the background goes on behind them. False when all were sent.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such block or range, or a page cannot be read.
+    fn requested(
+        &mut self,
+        block: &str,
+        range: ByteRange,
+        out: &mut GatherWrite,
+    ) -> Result<bool, MigrationError>;
+
+    /// The blocks, and how many pages they have.
+    fn blocks(&self) -> Vec<(String, u64)>;
+
+    /// After a break: these pages of a block have not been received. What is discarded among them
+    /// is left out.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such block.
+    fn not_received(&mut self, block: &str, pages: PageBitmap) -> Result<(), MigrationError>;
+}
+
+/// The destination's side.
+pub trait LoadHandler {
+    /// Id string of its sections.
+    fn idstr(&self) -> &str;
+
+    /// The instance among handlers of the same id string.
+    fn instance_id(&self) -> u32 {
+        0
+    }
+
+    /// The newest version of its sections that it understands.
+    fn version_id(&self) -> u32;
+
+    /// The oldest version that it understands.
+    fn minimum_version_id(&self) -> u32 {
+        self.version_id()
+    }
+
+    /// Told what the stream is configured with, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// When the handler was made for another configuration.
+    fn configure(&mut self, _configuration: &Configuration) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// Begins, before the first section.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot; [`cleanup`](Self::cleanup) is called then.
+    fn load_setup(&mut self) -> Result<(), MigrationError>;
+
+    /// Loads the payload of a section, written as `version_id`: one that is understood, and the same
+    /// for all sections of a stream.
+    ///
+    /// # Errors
+    ///
+    /// When it is refused.
+    fn load(
+        &mut self,
+        kind: SectionKind,
+        version_id: u32,
+        reader: &mut dyn WireRead,
+    ) -> Result<(), MigrationError>;
+
+    /// All sections were loaded: the last chance to refuse.
+    ///
+    /// # Errors
+    ///
+    /// When something is missing.
+    fn complete(&mut self) -> Result<(), MigrationError>;
+
+    /// Ends, whether all went well or not.
+    fn cleanup(&mut self);
+}

@@ -1,0 +1,255 @@
+//! The destination from LISTEN on: a thread takes the memory while another loads devices and lets
+//! the guest run, both of which may need pages of it.
+
+use std::sync::Arc;
+
+use vmstate::wire::{WireRead, WireReader};
+
+use super::handover::Handover;
+use super::return_channel::ReturnChannel;
+use super::{Channels, Reconnect};
+use crate::channel::Channel;
+use crate::error::MigrationError;
+use crate::lazy::{FaultHandler, LazyRam, PageSource};
+use crate::loader::out_of_place;
+use crate::progress::{Counters, Progress, Status};
+use crate::ram::RamRecords;
+use crate::stream::{Command, Record, ReturnMessage, read_footer, read_record};
+
+/// Memory that arrives, and on which accesses wait.
+///
+/// Dropped before all has arrived, on whatever way out, it leaves those accesses waiting and tells
+/// the VMM ([`HandlerFailed`](crate::lazy::HandlerFailed)), unless the guest was given
+/// up before it was taken.
+pub(crate) struct Listening<'a> {
+    pub(super) lazy: Arc<LazyRam>,
+    pub(super) handler: FaultHandler,
+    pub(super) urgent: Option<Channel>,
+    pub(super) reconnect: Box<dyn Reconnect + 'a>,
+    pub(super) back: Arc<ReturnChannel>,
+    pub(super) handover: Arc<Handover>,
+    pub(super) section_id: u32,
+    pub(super) progress: Arc<Progress>,
+}
+
+/// Ends a wait of the other thread for this one, should it unwind.
+struct Watch<'a> {
+    lazy: &'a LazyRam,
+    handler: &'a FaultHandler,
+    handover: &'a Handover,
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        self.handover.give_up();
+        if self.handover.is_lost() {
+            let pages = self.lazy.outstanding();
+            self.handler.fail(&MigrationError::Outstanding { pages });
+        } else {
+            self.lazy.abandon();
+        }
+    }
+}
+
+impl Listening<'_> {
+    /// The memory.
+    pub(crate) fn memory(&self) -> &Arc<LazyRam> {
+        &self.lazy
+    }
+
+    /// Takes what arrives until everything has, over as many channels as it takes. The stream goes on
+    /// in `reader`; until the guest is taken, any error leaves it at the source.
+    pub(crate) fn take(
+        &mut self,
+        main: Channel,
+        reader: WireReader<Channel>,
+    ) -> Result<(), MigrationError> {
+        let Self { lazy, handler, urgent, reconnect, back, handover, section_id, progress } = self;
+        let (lazy, handover, section_id) = (&*lazy, &**handover, *section_id);
+        let _watch = Watch { lazy, handler, handover };
+        let mut channels = Channels { main, urgent: urgent.take() };
+        let mut back = Arc::clone(back);
+        let mut reader = Some(reader);
+        loop {
+            let session = Session { lazy, back: &back, handover, section_id, progress };
+            let taken = match handover.read_from(&channels) {
+                true => session.take_all(&channels, reader.take()),
+                false => Err(MigrationError::ChannelClosed("it was given up")),
+            };
+            let Err(error) = taken else { break };
+            // Faults continue to be answered where nothing has to come for them.
+            lazy.set_source(None);
+            if !handover.broken() {
+                if !handover.is_lost() {
+                    // A device that is being loaded may wait for a page. The guest stays where it is.
+                    lazy.abandon();
+                    let _ = back.send(&ReturnMessage::Shut(error.code()));
+                }
+                channels.shutdown();
+                return Err(error);
+            }
+            channels.shutdown();
+            progress.set_status(Status::PostcopyPaused);
+            tracing::warn!(%error, "the channel is broken; accesses to outstanding memory wait");
+            match reconnect.reconnect(&error) {
+                Some(new) => channels = new.uncancellable(),
+                // It would only have told the source so.
+                None if lazy.outstanding() == 0 => {
+                    tracing::warn!("the source was not told that everything has arrived");
+                    finish(lazy);
+                    return Ok(());
+                }
+                None => {
+                    handler.fail(&error);
+                    return Err(error);
+                }
+            }
+            back = Arc::new(ReturnChannel::new(channels.main.clone_handle()));
+            progress.set_status(Status::PostcopyRecover);
+        }
+        lazy.set_source(None);
+        if !handover.wait_for_claim() {
+            return Err(MigrationError::ChannelClosed("the guest was about to be taken"));
+        }
+        // Before anything else: what remains to be done here is nothing that the guest needs, and the
+        // source must not wait for it. It may well have gone.
+        if let Err(error) = back.send(&ReturnMessage::Shut(0)) {
+            tracing::debug!(%error, "cannot tell the source that everything has arrived");
+        }
+        finish(lazy);
+        Ok(())
+    }
+}
+
+/// All memory is here: faults are the kernel's again, and discarded ranges are swept.
+fn finish(lazy: &LazyRam) {
+    if let Err(error) = lazy.finish() {
+        // Whatever is still registered ends with the value.
+        tracing::warn!(%error, "cannot end waiting for memory that has arrived");
+    }
+}
+
+/// The pages that arrive over one pair of channels.
+struct Session<'a> {
+    lazy: &'a Arc<LazyRam>,
+    back: &'a Arc<ReturnChannel>,
+    handover: &'a Handover,
+    section_id: u32,
+    progress: &'a Progress,
+}
+
+/// Ends a channel on every way out, a panic as well, since the thread that reads it is waited for.
+struct End(Option<Channel>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if let Some(channel) = &self.0 {
+            channel.shutdown();
+        }
+    }
+}
+
+impl Session<'_> {
+    /// With a `reader`, goes on where that is; without, the source resumes.
+    fn take_all(
+        &self,
+        channels: &Channels,
+        reader: Option<WireReader<Channel>>,
+    ) -> Result<(), MigrationError> {
+        let resumes = || WireReader::with_capacity(channels.main.clone_handle(), 0);
+        let mut reader = reader.unwrap_or_else(resumes);
+        std::thread::scope(|scope| {
+            let taking = channels.urgent.as_ref().map(|urgent| {
+                let (urgent, main) = (urgent.clone_handle(), channels.main.clone_handle());
+                scope.spawn(move || {
+                    let mut main = End(Some(main));
+                    let result = self.take_urgent(urgent);
+                    if result.is_ok() {
+                        main.0 = None;
+                    }
+                    result
+                })
+            });
+            let mut urgent = End(channels.urgent.as_ref().map(Channel::clone_handle));
+            let result = self.take_main(&mut reader);
+            // At the end of the stream there may still be pages on the other channel, which ends
+            // by itself then.
+            if result.is_ok() && self.lazy.outstanding() != 0 {
+                urgent.0 = None;
+            }
+            drop(urgent);
+            let urgent = taking.map_or(Ok(()), |taking| {
+                taking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            result?;
+            match self.lazy.outstanding() {
+                // Whatever became of the other channel then.
+                0 => Ok(()),
+                left => {
+                    urgent?;
+                    let what = format!("{left} pages never came");
+                    Err(out_of_place("end of the stream", reader.offset(), &what))
+                }
+            }
+        })
+    }
+
+    /// Reads the stream to its end.
+    fn take_main(&self, reader: &mut WireReader<Channel>) -> Result<(), MigrationError> {
+        let waits = || self.handover.may_wait(self.progress);
+        let mut records = RamRecords::new(&waits);
+        loop {
+            let at = reader.offset();
+            if reader.is_at_end().map_err(MigrationError::io("read memory that arrives"))? {
+                return Err(MigrationError::ChannelClosed("memory was arriving"));
+            }
+            match read_record(reader)? {
+                Record::Continued { section_id, .. } if section_id == self.section_id => {
+                    records.place_section(self.lazy, reader)?;
+                    read_footer(reader, section_id)?;
+                }
+                Record::Command(Command::PostcopyRun) if self.handover.run_came() => {}
+                Record::Command(Command::RecvBitmap { block }) => {
+                    let found = self.lazy.find(&block);
+                    let outstanding = found.map(|index| self.lazy.outstanding_of(index));
+                    self.back.send_received(&block, outstanding.as_ref())?;
+                }
+                Record::Command(Command::PostcopyResume) => {
+                    self.back.send(&ReturnMessage::ResumeAck)?;
+                    Counters::add(&self.progress.counters.postcopy_recoveries, 1);
+                    self.progress.set_status(Status::PostcopyActive);
+                    self.lazy.set_source(Some(Arc::clone(self.back) as Arc<dyn PageSource>));
+                    let asked = self.lazy.request_again();
+                    asked.map_err(MigrationError::io("ask for pages again"))?;
+                }
+                Record::Command(Command::Ping(value)) => {
+                    self.back.send(&ReturnMessage::Pong(value))?;
+                }
+                Record::Eof if self.handover.may_run() => return Ok(()),
+                other => {
+                    return Err(out_of_place(
+                        &format!("{other:?}"),
+                        at,
+                        "not possible in postcopy",
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Takes the pages that were asked for, until the channel ends.
+    fn take_urgent(&self, channel: Channel) -> Result<(), MigrationError> {
+        let mut reader = WireReader::new(channel);
+        let waits = || self.handover.may_wait(self.progress);
+        let mut records = RamRecords::new(&waits);
+        while !reader.is_at_end().map_err(MigrationError::io("read pages"))? {
+            if records.place_page(self.lazy, &mut reader)? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}

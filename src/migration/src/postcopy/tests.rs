@@ -1,0 +1,365 @@
+//! Whole migrations whose guest reads its memory on the destination while that arrives.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use ram_discard::memory::HostMapping;
+
+use super::*;
+use crate::devices::NoDevices;
+use crate::dirty::{DirtyTracker, NeverWritten};
+use crate::lazy::HandlerFailed;
+use crate::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameters};
+use crate::progress::{MigrationInfo, Progress, Status};
+use crate::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+use crate::stream::Configuration;
+use crate::test_support::{Late, PAGE, Side, at_the_verdict, fill, late, tcp_pair};
+
+mod destination;
+mod peers;
+
+const OPTIONS: ListOptions = ListOptions { ignore_shared: false, postcopy: true };
+
+/// A guest that does not run on the source, and reads its memory in odd order on the destination.
+struct Reader {
+    region: Arc<HostMapping>,
+    /// What each page is to hold.
+    expected: Vec<u8>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    wrong: Arc<AtomicUsize>,
+    runs: AtomicUsize,
+}
+
+impl Reader {
+    fn new(side: &Side, expected: Vec<u8>) -> Self {
+        let region = Arc::clone(side.blocks.get("vmem0").unwrap().mapping());
+        let (threads, wrong, runs) = Default::default();
+        Self { region, expected, threads, wrong, runs }
+    }
+
+    fn wait(&self) -> usize {
+        for thread in self.threads.lock().unwrap().drain(..) {
+            thread.join().unwrap();
+        }
+        self.wrong.load(Ordering::Relaxed)
+    }
+}
+
+impl Guest for Reader {
+    fn stop(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        self.runs.fetch_add(1, Ordering::Relaxed);
+        for first in 0..3 {
+            let (region, expected) = (Arc::clone(&self.region), self.expected.clone());
+            let wrong = Arc::clone(&self.wrong);
+            let thread = thread::spawn(move || {
+                let mut bytes = vec![0; PAGE as usize];
+                for step in 0..expected.len() {
+                    // Each page once, far from the one before.
+                    let page = (first * 331 + step * 397) % expected.len();
+                    region.read(page as u64 * PAGE, &mut bytes);
+                    if bytes.iter().any(|&byte| byte != expected[page]) {
+                        wrong.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+            self.threads.lock().unwrap().push(thread);
+        }
+        Ok(())
+    }
+}
+
+impl HandlerFailed for Reader {
+    fn handler_failed(&self, error: &MigrationError) {
+        panic!("{error}");
+    }
+}
+
+/// Hands out channels that were made before.
+struct Prepared(mpsc::Receiver<(OwnedFd, Option<UnixStream>)>, Arc<Progress>);
+
+impl Reconnect for Prepared {
+    fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
+        let (main, urgent) = self.0.recv_timeout(Duration::from_secs(20)).ok()?;
+        let channel = |stream: OwnedFd| Channel::new(stream, Arc::clone(&self.1)).unwrap();
+        let urgent = urgent.map(|urgent| channel(urgent.into()));
+        Some(Channels { main: channel(main), urgent })
+    }
+}
+
+/// Passes bytes on until `limit` of them went to the destination, then breaks the channel.
+fn relay(limit: usize) -> (UnixStream, UnixStream) {
+    use std::io::{Read, Write};
+    let (source, mut near) = UnixStream::pair().unwrap();
+    let (mut far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    thread::spawn(move || {
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(std::net::Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let (mut buffer, mut left) = (vec![0; 4096], limit);
+        while left != 0 {
+            let read = near.read(&mut buffer).unwrap_or(0);
+            let pass = read.min(left);
+            if read == 0 || far.write_all(&buffer[..pass]).is_err() {
+                break;
+            }
+            left -= pass;
+        }
+        let _ = far.shutdown(std::net::Shutdown::Both);
+        let _ = near.shutdown(std::net::Shutdown::Both);
+    });
+    (source, destination)
+}
+
+struct Run {
+    outgoing: Result<(), MigrationError>,
+    /// Where the guest is after a failure.
+    guest: Option<GuestAfter>,
+    incoming: Result<(), MigrationError>,
+    wrong: usize,
+    /// How often the guest was let run on the source and on the destination.
+    runs: (usize, usize),
+    sent: MigrationInfo,
+}
+
+/// Migrates over the first pair of channels, and after each break over the next.
+fn migrate(
+    from: &Side,
+    to: &Side,
+    expected: Vec<u8>,
+    when: SwitchWhen,
+    urgent: bool,
+    channels: Vec<(UnixStream, UnixStream)>,
+) -> Run {
+    let parameters = Parameters::new(Configuration::new("test"));
+    let channels = channels.into_iter().map(|(near, far)| (near.into(), far.into())).collect();
+    migrate_by(parameters, from, to, expected, when, urgent, channels)
+}
+
+fn migrate_by(
+    parameters: Parameters,
+    from: &Side,
+    to: &Side,
+    expected: Vec<u8>,
+    when: SwitchWhen,
+    urgent: bool,
+    mut channels: Vec<(OwnedFd, OwnedFd)>,
+) -> Run {
+    let reader = Arc::new(Reader::new(to, expected));
+    let (tell_source, source_hears) = mpsc::channel();
+    let (tell_destination, destination_hears) = mpsc::channel();
+    let first = channels.remove(0);
+    let pair = || urgent.then(|| UnixStream::pair().unwrap()).unzip();
+    for (near, far) in channels {
+        let (near_urgent, far_urgent) = pair();
+        tell_source.send((near, near_urgent)).unwrap();
+        tell_destination.send((far, far_urgent)).unwrap();
+    }
+    drop((tell_source, tell_destination));
+    let (near_urgent, far_urgent) = pair();
+    let channel = |progress: &Arc<Progress>, stream: OwnedFd| {
+        Channel::new(stream, Arc::clone(progress)).unwrap()
+    };
+
+    let (guest, blocks) = (Arc::clone(&reader), Arc::clone(&to.blocks));
+    let there = thread::spawn(move || {
+        let progress = Arc::new(Progress::new());
+        let ram = RamLoad::new(Arc::clone(&blocks), OPTIONS, Arc::clone(&progress));
+        let postcopy = PostcopyIncoming {
+            blocks,
+            urgent: far_urgent.map(|urgent| channel(&progress, urgent.into())),
+            reconnect: Box::new(Prepared(destination_hears, Arc::clone(&progress))),
+            failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
+            listening: None,
+        };
+        let incoming = Incoming {
+            configuration: Configuration::new("test"),
+            guest: &*guest,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy: Some(postcopy),
+            progress: Arc::clone(&progress),
+        };
+        incoming.run(channel(&progress, first.1))
+    });
+    let progress = Arc::new(Progress::new());
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
+    let ram = RamSave::new(&from.blocks, OPTIONS, Arc::clone(&progress), tracker).unwrap();
+    let source = Reader::new(from, Vec::new());
+    let postcopy = PostcopyOutgoing {
+        when,
+        urgent: near_urgent.map(|urgent| channel(&progress, urgent.into())),
+        reconnect: Box::new(Prepared(source_hears, Arc::clone(&progress))),
+    };
+    let outgoing = Outgoing {
+        parameters,
+        guest: &source,
+        handlers: vec![Box::new(ram)],
+        devices: &mut NoDevices,
+        postcopy: Some(postcopy),
+        progress: Arc::clone(&progress),
+    };
+    let mut guest = None;
+    let outgoing = outgoing.run(channel(&progress, first.0)).map_err(|failed| {
+        guest = Some(failed.guest);
+        failed.error
+    });
+    let incoming = there.join().unwrap();
+    let runs = [&source, &*reader].map(|guest| guest.runs.load(Ordering::Relaxed));
+    let (wrong, sent) = (reader.wait(), progress.snapshot());
+    Run { outgoing, guest, incoming, wrong, runs: runs.into(), sent }
+}
+
+/// A source with pages of all kinds, and what the guest is to see of each.
+fn filled() -> (Side, Vec<u8>) {
+    let from = Side::new(&[1, 4, 5, 9]);
+    fill(&from.region, 64..128, 7);
+    fill(&from.region, 260..310, 8);
+    fill(&from.region, 310..314, 0);
+    fill(&from.region, 600..620, 9);
+    // Written although discarded: the guest sees zeros.
+    fill(&from.region, 700..703, 0xdd);
+    fill(&from.boot, 3..5, 5);
+    let mut expected = vec![0; 1024];
+    expected[64..128].fill(7);
+    expected[260..310].fill(8);
+    expected[600..620].fill(9);
+    (from, expected)
+}
+
+#[test]
+fn a_freeze_that_was_lost_before_the_guest_went_keeps_it_here() {
+    let (from, expected) = filled();
+    let to = Side::new(&[1, 4, 5, 9]);
+    let manager = Arc::clone(from.manager.as_ref().unwrap());
+    // The destination has the device state, and the verdict is on its way.
+    let channels = at_the_verdict(move || manager.lose_freezes());
+    let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, false, vec![channels]);
+    assert!(matches!(run.outgoing, Err(MigrationError::FreezeLost(_))), "{:?}", run.outgoing);
+    assert!(run.incoming.is_err());
+    assert_eq!(run.guest, Some(GuestAfter::RunsHere));
+    assert_eq!(run.runs, (1, 0));
+}
+
+fn blocks_of(side: &Side) -> &RamBlocks {
+    &side.blocks
+}
+
+#[test]
+fn the_guest_sees_its_memory_while_it_arrives_and_holes_stay_cheap() {
+    for urgent in [false, true] {
+        let (from, expected) = filled();
+        let to = Side::new(&[1, 4, 5, 9]);
+        // What was there before must not be seen.
+        fill(&to.region, 64..70, 0xee);
+        let channels = vec![UnixStream::pair().unwrap()];
+        let held = from.held();
+        let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, urgent, channels);
+        run.outgoing.unwrap();
+        run.incoming.unwrap();
+        assert_eq!(run.wrong, 0);
+        assert_eq!(run.sent.status, Status::Completed);
+        assert_eq!(from.held(), held);
+        assert!(run.sent.normal >= 64 + 50 + 20 + 2);
+        // The guest has read every page once: those of discarded memory are given back at the end
+        // unless it reads them later still.
+        let vmem = blocks_of(&to).get("vmem0").unwrap();
+        assert!(vmem.discarded().unwrap().len() > 2);
+    }
+}
+
+#[test]
+fn a_bandwidth_limit_holds_up_nobody_who_waits_for_a_page() {
+    for urgent in [false, true] {
+        let (from, expected) = filled();
+        let to = Side::new(&[1, 4, 5, 9]);
+        // A page in a tenth of a second: the guest has to ask for nearly everything.
+        let mut parameters = Parameters::new(Configuration::new("test"));
+        parameters.max_postcopy_bandwidth = Some(1);
+        let (near, far) = UnixStream::pair().unwrap();
+        let (when, channels) = (SwitchWhen::AtOnce, vec![(near.into(), far.into())]);
+        let begin = Instant::now();
+        let run = migrate_by(parameters, &from, &to, expected, when, urgent, channels);
+        run.outgoing.unwrap();
+        run.incoming.unwrap();
+        assert_eq!(run.wrong, 0);
+        // However long it took: what was not asked for came a page at a time, and more than that was
+        // asked for, which the limit alone would not have let through.
+        let asked = run.sent.postcopy_requests;
+        let tenths = u64::try_from(begin.elapsed().as_millis() / 100).unwrap();
+        let background = (run.sent.normal + run.sent.duplicate).saturating_sub(asked);
+        assert!(background <= tenths + 1, "{background} pages in {tenths} tenths of a second");
+        assert!(asked > tenths, "{asked} requests in {tenths} tenths of a second");
+    }
+}
+
+#[test]
+fn precopy_then_postcopy_drops_what_is_stale() {
+    let (from, expected) = filled();
+    let to = Side::new(&[1, 4, 5, 9]);
+    let channels = vec![UnixStream::pair().unwrap()];
+    let run = migrate(&from, &to, expected, SwitchWhen::Rounds(0), true, channels);
+    run.outgoing.unwrap();
+    run.incoming.unwrap();
+    assert_eq!(run.wrong, 0);
+}
+
+#[test]
+fn a_channel_broken_anywhere_is_recovered_any_number_of_times() {
+    let mut limit = 1500;
+    let mut recovered = 0;
+    while limit < 700_000 {
+        let (from, expected) = filled();
+        let to = Side::new(&[1, 4, 5, 9]);
+        // Broken three times, the last time in the handshake of a recovery.
+        let channels = vec![relay(limit), relay(limit / 3 + 100), relay(9), relay(usize::MAX)];
+        let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, limit % 2 == 0, channels);
+        match (&run.outgoing, &run.incoming) {
+            (Ok(()), Ok(())) => recovered += 1,
+            // Before the guest was handed over, it stays where it is.
+            (Err(_), Err(_)) if limit < 10_000 => {}
+            other => panic!("after {limit} bytes: {other:?}"),
+        }
+        assert_eq!(run.wrong, 0, "after {limit} bytes");
+        limit += limit / 3;
+    }
+    assert!(recovered > 10, "{recovered}");
+}
+
+/// Over TCP, with hardly any patience, and with one more connection for what is left.
+fn migrate_late(what: Late) -> Run {
+    let (from, expected) = filled();
+    let to = Side::new(&[1, 4, 5, 9]);
+    let mut parameters = Parameters::new(Configuration::new("test"));
+    parameters.switchover_timeout = Duration::from_secs(2);
+    let (near, far) = tcp_pair();
+    let channels = vec![late(what), (near.into(), far.into())];
+    migrate_by(parameters, &from, &to, expected, SwitchWhen::AtOnce, false, channels)
+}
+
+#[test]
+fn a_destination_that_takes_too_long_to_run_leaves_the_guest_over_tcp() {
+    let run = migrate_late(Late::There);
+    assert_eq!(run.runs, (1, 0));
+    assert!(run.outgoing.is_err());
+    assert!(matches!(run.incoming, Err(MigrationError::ChannelClosed(_))), "{:?}", run.incoming);
+}
+
+#[test]
+fn a_destination_that_runs_is_heard_however_late_and_the_rest_takes_another_channel() {
+    let run = migrate_late(Late::Back);
+    assert_eq!(run.runs, (0, 1));
+    run.outgoing.unwrap();
+    run.incoming.unwrap();
+    assert_eq!((run.wrong, run.sent.postcopy_recoveries), (0, 1));
+}

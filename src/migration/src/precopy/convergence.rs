@@ -1,0 +1,328 @@
+//! When to switch over, and when vCPUs must be slowed down for that to come.
+
+use std::time::{Duration, Instant};
+
+use crate::bandwidth::Bandwidth;
+
+/// How long dirtying is compared with sending before vCPUs are slowed down.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// How vCPUs are slowed down, under QEMU's names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThrottleParameters {
+    /// Whether they are at all (capability auto-converge).
+    pub auto_converge: bool,
+    /// What is dirtied must exceed so much of what is sent, percent.
+    pub trigger_threshold: u8,
+    /// The first percentage of time that vCPUs do not run.
+    pub initial: u8,
+    /// How much is added each time, percent.
+    pub increment: u8,
+    /// The most, percent.
+    pub max: u8,
+}
+
+impl Default for ThrottleParameters {
+    fn default() -> Self {
+        Self { auto_converge: false, trigger_threshold: 50, initial: 20, increment: 10, max: 99 }
+    }
+}
+
+/// What becomes of a migration whose guest writes faster than memory is sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AtMaxRounds {
+    /// It fails, and the guest has not been stopped.
+    #[default]
+    Fail,
+    /// The guest is stopped, for as long as it takes to send the rest.
+    StopAndCopy,
+}
+
+/// Whether the guest is stopped now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    /// Another round is sent first.
+    No,
+    /// The rest fits.
+    Yes,
+    /// It does not fit, and there have been enough rounds.
+    TooManyRounds,
+}
+
+/// When the guest is stopped.
+///
+/// QEMU stops it as soon as what is left fits the downtime limit, and so lets a guest that hardly
+/// writes stand still for as long as is allowed. Here what is left is sent while the guest runs,
+/// for as long as that halves it: only so often as the limit can be halved, so that a guest which
+/// once fitted is not chased for ever. Dirty pages are collected once more with the guest stopped, so that
+/// the time which this takes belongs to the downtime.
+#[derive(Debug)]
+pub(super) struct Switchover {
+    limit: Duration,
+    max_rounds: u64,
+    /// How often dirty pages were collected.
+    rounds: u64,
+    /// How long that took the last time.
+    sync: Duration,
+    /// The least that fitted, and was sent with the guest running all the same.
+    declined: Option<u64>,
+    /// Whether that is still being sent: stopping the guest amid it would gain nothing.
+    sending: bool,
+}
+
+impl Switchover {
+    /// Stopping the guest takes longer than sending what takes no longer than this.
+    const NOT_WORTH_A_ROUND: Duration = Duration::from_millis(5);
+
+    /// At most `max_rounds` rounds.
+    pub(super) fn new(limit: Duration, max_rounds: u64) -> Self {
+        let sync = Duration::ZERO;
+        Self { limit, max_rounds, rounds: 0, sync, declined: None, sending: false }
+    }
+
+    /// How often dirty pages were collected.
+    pub(super) fn rounds(&self) -> u64 {
+        self.rounds
+    }
+
+    /// How long the guest would be stopped for with `bytes` left, as far as that is known.
+    pub(super) fn expected(&self, bytes: u64, bandwidth: &Bandwidth) -> Option<Duration> {
+        Some(bandwidth.time_for(bytes)?.saturating_add(self.sync))
+    }
+
+    /// Whether it is time to find out exactly how much is left, when about `bytes` are.
+    pub(super) fn may_be_due(&self, bytes: u64, bandwidth: &Bandwidth) -> bool {
+        bytes == 0 || (!self.sending && self.fits(bytes, bandwidth))
+    }
+
+    /// Whether the guest is stopped now, with exactly `bytes` left, which took `sync` to find out.
+    pub(super) fn is_due(&mut self, bytes: u64, sync: Duration, bandwidth: &Bandwidth) -> Due {
+        (self.rounds, self.sync) = (self.rounds + 1, sync);
+        if bytes == 0 {
+            return Due::Yes;
+        }
+        if !self.fits(bytes, bandwidth) {
+            self.sending = false;
+            return if self.rounds < self.max_rounds { Due::No } else { Due::TooManyRounds };
+        }
+        let short = bandwidth.time_for(bytes).is_some_and(|time| time <= Self::NOT_WORTH_A_ROUND);
+        let gains_little = self.declined.is_some_and(|least| bytes > least / 2);
+        if short || gains_little || self.rounds >= self.max_rounds {
+            return Due::Yes;
+        }
+        (self.declined, self.sending) = (Some(bytes), true);
+        Due::No
+    }
+
+    fn fits(&self, bytes: u64, bandwidth: &Bandwidth) -> bool {
+        self.expected(bytes, bandwidth).is_some_and(|time| time <= self.limit)
+    }
+}
+
+/// Compares what the guest writes with what is sent (QEMU's migration_trigger_throttle).
+#[derive(Debug)]
+pub(super) struct Throttle {
+    parameters: ThrottleParameters,
+    period_start: Instant,
+    dirtied: u64,
+    sent: u64,
+    /// In how many periods in a row too much was written.
+    losing: u32,
+    percent: u8,
+}
+
+impl Throttle {
+    pub(super) fn new(parameters: ThrottleParameters) -> Self {
+        let period_start = Instant::now();
+        Self { parameters, period_start, dirtied: 0, sent: 0, losing: 0, percent: 0 }
+    }
+
+    /// After dirty pages were collected: all bytes dirtied and sent so far, both as whole pages. The
+    /// new percentage when it changes.
+    pub(super) fn after_sync(&mut self, dirtied: u64, sent: u64) -> Option<u8> {
+        self.after_sync_at(Instant::now(), dirtied, sent)
+    }
+
+    fn after_sync_at(&mut self, now: Instant, dirtied: u64, sent: u64) -> Option<u8> {
+        if !self.parameters.auto_converge || now - self.period_start < PERIOD {
+            return None;
+        }
+        let threshold = u64::from(self.parameters.trigger_threshold);
+        let too_much = (dirtied - self.dirtied) > (sent - self.sent) / 100 * threshold;
+        (self.period_start, self.dirtied, self.sent) = (now, dirtied, sent);
+        if !too_much {
+            return None;
+        }
+        self.losing += 1;
+        if self.losing < 2 {
+            return None;
+        }
+        self.losing = 0;
+        let raised = match self.percent {
+            0 => self.parameters.initial,
+            percent => percent.saturating_add(self.parameters.increment),
+        };
+        let raised = raised.min(self.parameters.max).min(99);
+        let changed = raised != self.percent;
+        self.percent = raised;
+        changed.then_some(raised)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One MiB takes one millisecond.
+    fn measured() -> Bandwidth {
+        Bandwidth::measured((1u64 << 20) as f64 * 1e3)
+    }
+
+    const NO_TIME: Duration = Duration::ZERO;
+
+    fn switchover(limit_ms: u64) -> Switchover {
+        Switchover::new(Duration::from_millis(limit_ms), 1000)
+    }
+
+    #[test]
+    fn an_idle_guest_is_stopped_when_nothing_is_left() {
+        let mut switchover = switchover(300);
+        let bandwidth = measured();
+        assert!(!switchover.may_be_due(301 << 20, &bandwidth));
+        assert!(switchover.may_be_due(300 << 20, &bandwidth));
+        assert_eq!(switchover.is_due(300 << 20, NO_TIME, &bandwidth), Due::No);
+        // Until all of that is sent it is not asked again.
+        assert!(!switchover.may_be_due(1, &bandwidth));
+        assert!(switchover.may_be_due(0, &bandwidth));
+        assert_eq!(switchover.is_due(0, NO_TIME, &bandwidth), Due::Yes);
+    }
+
+    #[test]
+    fn a_guest_that_writes_is_stopped_when_another_round_gains_little() {
+        let mut switchover = switchover(300);
+        let bandwidth = measured();
+        let left = [300, 100, 50, 30].map(|mib| mib << 20);
+        let due = left.map(|bytes| switchover.is_due(bytes, NO_TIME, &bandwidth));
+        assert_eq!(due, [Due::No, Due::No, Due::No, Due::Yes]);
+    }
+
+    #[test]
+    fn a_guest_that_fits_now_and_then_is_not_chased_for_ever() {
+        let mut first = switchover(300);
+        let bandwidth = measured();
+        let left = [200, 400, 200].map(|mib| mib << 20);
+        let due = left.map(|bytes| first.is_due(bytes, NO_TIME, &bandwidth));
+        assert_eq!(due, [Due::No, Due::No, Due::Yes]);
+        // What does not fit ends a round that was to be the last.
+        let mut second = switchover(300);
+        assert_eq!(second.is_due(200 << 20, NO_TIME, &bandwidth), Due::No);
+        assert_eq!(second.is_due(400 << 20, NO_TIME, &bandwidth), Due::No);
+        assert!(second.may_be_due(90 << 20, &bandwidth));
+    }
+
+    #[test]
+    fn what_takes_no_time_is_not_worth_a_round() {
+        assert_eq!(switchover(300).is_due(5 << 20, NO_TIME, &measured()), Due::Yes);
+        let mut never = switchover(0);
+        assert_eq!(never.is_due(1, NO_TIME, &measured()), Due::No);
+        assert_eq!(never.is_due(0, NO_TIME, &measured()), Due::Yes);
+    }
+
+    #[test]
+    fn the_time_to_collect_dirty_pages_belongs_to_the_downtime() {
+        let (bandwidth, sync) = (measured(), Duration::from_millis(250));
+        let mut switchover = switchover(300);
+        assert_eq!(switchover.is_due(60 << 20, sync, &bandwidth), Due::No);
+        let expected = Duration::from_millis(250 + 60);
+        assert_eq!(switchover.expected(60 << 20, &bandwidth), Some(expected));
+        assert!(!switchover.may_be_due(60 << 20, &bandwidth));
+        assert!(switchover.may_be_due(50 << 20, &bandwidth));
+    }
+
+    /// Migrates 200 MB of a guest that has `dirty` MB more to send whenever dirty pages are collected,
+    /// which takes `sync`, over a channel of 10 MB in 12 ms, on a clock of its own.
+    fn simulate(dirty: u64, sync_ms: u64, limit_ms: u64) -> (Due, u64) {
+        simulate_zeros(dirty, sync_ms, limit_ms, 0)
+    }
+
+    /// Of each 100 pages, `zeros` are pages of zeros.
+    fn simulate_zeros(dirty: u64, sync_ms: u64, limit_ms: u64, zeros: u64) -> (Due, u64) {
+        const MB: u64 = 1_000_000;
+        let mut clock = Instant::now();
+        let mut bandwidth = Bandwidth::new_at(clock, None, 0);
+        let mut switchover = Switchover::new(Duration::from_millis(limit_ms), 200);
+        let (mut left, mut written) = (200 * MB, 0);
+        let sync = Duration::from_millis(sync_ms);
+        loop {
+            if switchover.may_be_due(left, &bandwidth) {
+                clock += sync;
+                bandwidth.leave_out(sync);
+                left = left.max(dirty * MB);
+                match switchover.is_due(left, sync, &bandwidth) {
+                    Due::No => {}
+                    due => return (due, switchover.rounds()),
+                }
+            }
+            let sent = left.min(64 << 20);
+            clock += Duration::from_nanos(sent * 12 / 10);
+            let on_the_wire = sent / 100 * (100 - zeros) + sent / 100 * zeros / 4096 * 9;
+            (left, written) = (left - sent, written + on_the_wire);
+            bandwidth.handled(sent);
+            bandwidth.spent_at(clock, written);
+        }
+    }
+
+    #[test]
+    fn how_long_dirty_pages_are_collected_for_does_not_keep_a_guest_that_fits_from_going() {
+        for (dirty, sync_ms, limit_ms) in
+            [(10, 5, 50), (10, 100, 50 + 100), (80, 400, 300 + 400), (10, 400, 450)]
+        {
+            let (due, rounds) = simulate(dirty, sync_ms, limit_ms);
+            assert_eq!(due, Due::Yes, "{dirty} MB, {sync_ms} ms");
+            assert!(rounds <= 4, "{dirty} MB, {sync_ms} ms: {rounds} rounds");
+        }
+    }
+
+    /// 38 huge pages are written all the time; that takes 96 ms to send, of which 4 MB reach the wire.
+    #[test]
+    fn a_guest_on_huge_pages_that_are_mostly_zeros_is_handed_over() {
+        let (due, rounds) = simulate_zeros(80, 5, 300, 95);
+        assert_eq!(due, Due::Yes);
+        assert!(rounds <= 4, "{rounds} rounds");
+        // Not for nothing: what takes too long to look at still does not fit.
+        assert_eq!(simulate_zeros(400, 5, 300, 95), (Due::TooManyRounds, 200));
+    }
+
+    #[test]
+    fn rounds_end_when_nothing_will_fit() {
+        for (dirty, sync_ms, limit_ms) in [(10, 100, 50), (80, 400, 300), (80, 5, 50)] {
+            assert_eq!(simulate(dirty, sync_ms, limit_ms), (Due::TooManyRounds, 200));
+        }
+    }
+
+    #[test]
+    fn vcpus_are_slowed_down_step_by_step_when_they_win() {
+        let on = ThrottleParameters { auto_converge: true, ..ThrottleParameters::default() };
+        let mut throttle = Throttle::new(on);
+        let begin = throttle.period_start;
+        let mut steps = Vec::new();
+        for second in 1..30u64 {
+            let now = begin + PERIOD * u32::try_from(second).unwrap();
+            steps.extend(throttle.after_sync_at(now, second << 30, second << 28));
+        }
+        assert_eq!(steps, [20, 30, 40, 50, 60, 70, 80, 90, 99]);
+    }
+
+    #[test]
+    fn a_guest_that_writes_little_is_left_alone() {
+        let on = ThrottleParameters { auto_converge: true, ..ThrottleParameters::default() };
+        let mut throttle = Throttle::new(on);
+        let begin = throttle.period_start;
+        for second in 1..30u64 {
+            let now = begin + PERIOD * u32::try_from(second).unwrap();
+            assert_eq!(throttle.after_sync_at(now, second << 20, second << 28), None);
+        }
+        let mut off = Throttle::new(ThrottleParameters::default());
+        assert_eq!(off.after_sync_at(begin + 100 * PERIOD, 1 << 40, 1), None);
+    }
+}

@@ -1,0 +1,112 @@
+//! The iterative handlers of a source: which of them go when.
+
+use super::Parameters;
+use crate::channel::Sink;
+use crate::error::MigrationError;
+use crate::framing::Framing;
+use crate::handler::SaveHandler;
+use crate::stream::{CAPABILITY_IGNORE_SHARED, SectionKind};
+
+/// The handlers of a source, in the order of their sections.
+pub(super) type Handlers<'a> = Vec<Box<dyn SaveHandler + 'a>>;
+
+/// Refuses two handlers that a destination could not tell apart.
+pub(super) fn check(handlers: &Handlers<'_>) -> Result<(), MigrationError> {
+    for (index, handler) in handlers.iter().enumerate() {
+        let key = (handler.idstr(), handler.instance_id());
+        if handlers[..index].iter().any(|other| (other.idstr(), other.instance_id()) == key) {
+            return Err(MigrationError::Section {
+                section: key.0.to_owned(),
+                at: 0,
+                what: format!("two handlers are of instance {}", key.1),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses postcopy where it is not possible.
+pub(super) fn check_postcopy(
+    parameters: &Parameters,
+    postcopy: bool,
+) -> Result<(), MigrationError> {
+    let shared = parameters.configuration.has(CAPABILITY_IGNORE_SHARED);
+    match (postcopy, parameters.one_way, shared) {
+        (true, true, _) => Err(no_way_back()),
+        (true, _, true) => {
+            let what = "postcopy and x-ignore-shared exclude each other: switch one of them off";
+            Err(MigrationError::NotPossible(what.to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn no_way_back() -> MigrationError {
+    let what = "postcopy needs a return path, and the stream goes one way";
+    MigrationError::NotPossible(what.to_owned())
+}
+
+/// Has all handlers that have something left send about `budget` bytes together. Each has an equal
+/// share of what those before it have left. How many bytes less are left, as the handlers count
+/// them: a page of zeros is a page.
+pub(super) fn iterate(
+    handlers: &mut Handlers<'_>,
+    out: &mut dyn Sink,
+    framing: &Framing,
+    budget: u64,
+) -> Result<u64, MigrationError> {
+    let mut handled = 0;
+    let mut waiting = handlers.iter().filter(|handler| handler.pending_estimate() != 0).count();
+    let mut left = budget;
+    for (index, handler) in handlers.iter_mut().enumerate() {
+        let pending = handler.pending_estimate();
+        if pending == 0 {
+            continue;
+        }
+        let share = (left / waiting.max(1) as u64).max(1);
+        let before = out.written();
+        framing.continued(out, index, SectionKind::Part, |out| handler.iterate(out, share))?;
+        let sent = out.written() - before;
+        // A handler may learn of more to send while it sends.
+        handled += pending.saturating_sub(handler.pending_estimate()).max(sent.min(pending));
+        left = left.saturating_sub(sent);
+        waiting = waiting.saturating_sub(1);
+    }
+    Ok(handled)
+}
+
+/// Bytes that must be sent before the guest may leave for postcopy: those of handlers that cannot
+/// send after it.
+pub(super) fn pending_before_postcopy(handlers: &mut Handlers<'_>) -> u64 {
+    let bound = handlers.iter_mut().filter_map(|handler| {
+        let pending = handler.pending_estimate();
+        handler.postcopy().is_none().then_some(pending)
+    });
+    bound.sum()
+}
+
+/// Ends the handlers that cannot send after the guest has left; the number of the one that can.
+///
+/// # Errors
+///
+/// When none can, or several, or one cannot be ended.
+pub(super) fn end_before_postcopy(
+    handlers: &mut Handlers<'_>,
+    out: &mut dyn Sink,
+    framing: &Framing,
+) -> Result<usize, MigrationError> {
+    let mut memory = None;
+    for (index, handler) in handlers.iter_mut().enumerate() {
+        if handler.postcopy().is_some() {
+            if memory.replace(index).is_some() {
+                let what = "postcopy of several handlers was asked for; only RAM's is possible";
+                return Err(MigrationError::NotPossible(what.to_owned()));
+            }
+        } else {
+            framing.continued(out, index, SectionKind::End, |out| handler.complete(out))?;
+        }
+    }
+    memory.ok_or_else(|| {
+        MigrationError::NotPossible("postcopy was asked for, and no handler has memory".to_owned())
+    })
+}

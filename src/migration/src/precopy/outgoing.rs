@@ -1,0 +1,448 @@
+//! The source.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::convergence::{AtMaxRounds, Due, Switchover, Throttle, ThrottleParameters};
+use super::outcome::{GuestAfter, OutgoingError};
+use super::return_path::{ReturnPath, refuse};
+use super::{Guest, PING_LOADED, handlers};
+use crate::bandwidth::Bandwidth;
+use crate::channel::{BufferSink, Channel, Sink};
+use crate::devices::Devices;
+use crate::error::MigrationError;
+use crate::framing::{Framing, write};
+use crate::handler::{PostcopySave, SaveHandler};
+use crate::postcopy::{
+    AnswerRequests, Asked, Channels, PING_PACKAGE_LOADED, PostcopyOutgoing, PostcopySource,
+    SwitchWhen, package_len,
+};
+use crate::progress::{Counters, Progress, Status};
+use crate::stream::{
+    AdvisedSizes, Command, Configuration, DISCARD_RANGES_MAX, SectionKind, TARGET_PAGE_SIZE,
+    put_command, put_description, put_eof,
+};
+
+/// What a migration may cost, under QEMU's names.
+#[derive(Clone, Debug)]
+pub struct Parameters {
+    /// Bytes a second; `None` for as fast as the channel takes.
+    pub max_bandwidth: Option<u64>,
+    /// Bytes a second of postcopy's pages that were not asked for; `None` for as fast as the channel takes.
+    /// The less, the sooner those who wait for a page have it.
+    pub max_postcopy_bandwidth: Option<u64>,
+    /// The guest is stopped once what is left is expected to take no longer, the time to find it out
+    /// included, and sending some more of it first would not make it much less.
+    pub downtime_limit: Duration,
+    /// How often dirty pages are collected at most, where postcopy was not provided for. By default 500:
+    /// a guest that writes faster than memory is sent is told from one that takes long, and the
+    /// steps of auto-converge have had their time.
+    pub max_rounds: u64,
+    /// What follows when what is left does not fit the downtime limit then; by default the
+    /// migration fails.
+    pub at_max_rounds: AtMaxRounds,
+    /// How vCPUs are slowed down when they write faster than memory is sent.
+    pub throttle: ThrottleParameters,
+    /// How long the destination may take for its verdict while the guest is stopped. One that takes
+    /// so long again to take the guest does not get it any more, unless it is just doing so: until
+    /// it says which, or the channel breaks, the guest stays stopped. A socket whose other host may
+    /// vanish should have SO_KEEPALIVE and TCP_USER_TIMEOUT set.
+    pub switchover_timeout: Duration,
+    /// What both sides must agree on: machine type and capabilities.
+    pub configuration: Configuration,
+    /// Whether nothing is heard of a destination: the stream goes to a file, or down a pipe. All of
+    /// it being written is then all that is known at the end. The guest stays stopped here, and it is
+    /// for the VMM to say whether it continues here or where the stream is loaded, and never both.
+    /// Postcopy is not possible.
+    pub one_way: bool,
+}
+
+impl Parameters {
+    /// QEMU's defaults, but without a bandwidth limit.
+    pub fn new(configuration: Configuration) -> Self {
+        Self {
+            max_bandwidth: None,
+            max_postcopy_bandwidth: None,
+            downtime_limit: Duration::from_millis(300),
+            max_rounds: 500,
+            at_max_rounds: AtMaxRounds::Fail,
+            throttle: ThrottleParameters::default(),
+            switchover_timeout: Duration::from_secs(30),
+            configuration,
+            one_way: false,
+        }
+    }
+}
+
+/// A migration to another host. Each is used once; after a failure another may be tried.
+pub struct Outgoing<'a> {
+    /// What it may cost.
+    pub parameters: Parameters,
+    /// The guest.
+    pub guest: &'a dyn Guest,
+    /// Iterative handlers, RAM among them, in the order of their sections.
+    pub handlers: Vec<Box<dyn SaveHandler + 'a>>,
+    /// Everything else.
+    pub devices: &'a mut dyn Devices,
+    /// Postcopy, if it may come to that.
+    pub postcopy: Option<PostcopyOutgoing<'a>>,
+    /// What can be seen of it, and how it is cancelled.
+    pub progress: Arc<Progress>,
+}
+
+/// What comes after precopy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// The rest fits the downtime.
+    Complete,
+    /// The guest goes first.
+    Postcopy,
+}
+
+/// Where the guest is, while things can still go wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    /// It runs here.
+    Running,
+    /// It is stopped here.
+    Stopped,
+    /// It runs on the destination, and cannot come back.
+    Gone,
+}
+
+impl Outgoing<'_> {
+    /// Migrates the guest over a connected channel. When this returns `Ok`, the destination has it,
+    /// or may have it of a stream that goes [one way](Parameters::one_way): it must not run here
+    /// again. Otherwise the error says where it is, and as long as it is here, another migration may
+    /// be tried. In any case block state is no longer frozen.
+    ///
+    /// # Errors
+    ///
+    /// Why it did not come about, and where the guest is.
+    pub fn run(mut self, channel: Channel) -> Result<(), OutgoingError> {
+        self.progress.set_status(Status::Setup);
+        let mut owner = Owner::Running;
+        let result = self.migrate(channel, &mut owner);
+        for handler in &mut self.handlers {
+            handler.cleanup();
+        }
+        self.guest.throttle(0);
+        let result = result.map_err(|error| self.give_back(owner, error));
+        for handler in &mut self.handlers {
+            handler.thaw();
+        }
+        match &result {
+            Ok(()) => self.progress.set_status(Status::Completed),
+            Err(failed) => {
+                let cancelled = matches!(failed.error, MigrationError::Cancelled)
+                    && failed.guest == GuestAfter::RunsHere;
+                let status = if cancelled { Status::Cancelled } else { Status::Failed };
+                self.progress.fail_as(status, failed);
+            }
+        }
+        result
+    }
+
+    /// Lets the guest run here again, if it is still here.
+    fn give_back(&self, owner: Owner, error: MigrationError) -> OutgoingError {
+        match owner {
+            Owner::Gone => return OutgoingError { error, guest: GuestAfter::Gone },
+            Owner::Running => {}
+            Owner::Stopped => {
+                if let Err(reason) = self.guest.run() {
+                    tracing::error!(%error, %reason, "migration failed, and the guest stays stopped");
+                    let error = MigrationError::Vmm { what: "let the guest continue", reason };
+                    return OutgoingError { error, guest: GuestAfter::StoppedHere };
+                }
+            }
+        }
+        // Whatever broke then broke because of that.
+        let cancelled = self.progress.is_cancelled();
+        let error = if cancelled { MigrationError::Cancelled } else { error };
+        OutgoingError { error, guest: GuestAfter::RunsHere }
+    }
+
+    fn migrate(&mut self, mut channel: Channel, owner: &mut Owner) -> Result<(), MigrationError> {
+        handlers::check(&self.handlers)?;
+        handlers::check_postcopy(&self.parameters, self.postcopy.is_some())?;
+        for handler in &mut self.handlers {
+            handler.freeze()?;
+        }
+        let out = &mut channel;
+        let mut framing = Framing::begin(out, &self.parameters.configuration)?;
+        let mut bytes = Vec::new();
+        if !self.parameters.one_way {
+            put_command(&mut bytes, &Command::OpenReturnPath);
+            put_command(&mut bytes, &Command::Ping(1));
+        }
+        if self.postcopy.is_some() {
+            put_command(&mut bytes, &Command::PostcopyAdvise(Some(self.page_sizes())));
+        }
+        write(out, &bytes)?;
+        let back = if self.parameters.one_way { None } else { Some(ReturnPath::listen(out)?) };
+        for section in self.devices.save(true)? {
+            framing.full(out, section)?;
+        }
+        for handler in &mut self.handlers {
+            framing.start(out, &mut **handler)?;
+        }
+        self.progress.set_status(Status::Active);
+        let next = self
+            .iterate(out, back.as_ref(), &framing)
+            .map_err(|error| reason_of(back.as_ref(), error))?;
+        // From here on the guest stands still.
+        self.progress.set_status(Status::Device);
+        self.progress.guest_stopped();
+        self.guest
+            .stop()
+            .map_err(|reason| MigrationError::Vmm { what: "stop the guest", reason })?;
+        *owner = Owner::Stopped;
+        match next {
+            Next::Complete => self
+                .complete(out, back.as_ref(), framing)
+                .map_err(|error| reason_of(back.as_ref(), error)),
+            Next::Postcopy => match back {
+                Some(back) => self.postcopy(channel, back, framing, owner),
+                None => Err(handlers::no_way_back()),
+            },
+        }
+    }
+
+    /// Sends the rest while the guest stands still, and hands it over.
+    fn complete(
+        &mut self,
+        out: &mut Channel,
+        back: Option<&ReturnPath>,
+        mut framing: Framing,
+    ) -> Result<(), MigrationError> {
+        let mut bytes = Vec::new();
+        put_command(&mut bytes, &Command::SwitchoverStart);
+        write(out, &bytes)?;
+        for (index, handler) in self.handlers.iter_mut().enumerate() {
+            framing.continued(out, index, SectionKind::End, |out| handler.complete(out))?;
+        }
+        for section in self.devices.save(false)? {
+            framing.full(out, section)?;
+        }
+        if let Some(back) = back {
+            let mut bytes = Vec::new();
+            put_command(&mut bytes, &Command::Ping(PING_LOADED));
+            write(out, &bytes)?;
+            let patience = self.parameters.switchover_timeout;
+            back.wait_for_pong(PING_LOADED, patience, &self.progress, &mut refuse)?;
+        }
+        self.check_frozen()?;
+        // The verdict: the destination has everything. With what follows it gets the guest, and
+        // it can no longer be called back.
+        let mut bytes = Vec::new();
+        put_eof(&mut bytes);
+        put_description(&mut bytes, &framing.description());
+        write(&mut out.uncancellable(), &bytes)?;
+        if let Some(back) = back {
+            back.wait_for_shut(self.parameters.switchover_timeout)?;
+        }
+        self.progress.guest_runs_elsewhere();
+        Counters::set(&self.progress.counters.transferred, out.written() + bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Hands the guest over with its devices, and sends the memory after it.
+    fn postcopy(
+        &mut self,
+        mut channel: Channel,
+        back: ReturnPath,
+        mut framing: Framing,
+        owner: &mut Owner,
+    ) -> Result<(), MigrationError> {
+        let out = &mut channel;
+        let index = handlers::end_before_postcopy(&mut self.handlers, out, &framing)?;
+        let mut bytes = Vec::new();
+        if let Some(memory) = self.handlers[index].postcopy() {
+            for (block, ranges) in memory.outstanding()? {
+                for ranges in ranges.chunks(DISCARD_RANGES_MAX) {
+                    let ranges = ranges.iter().map(|range| (range.start(), range.len()));
+                    let (block, ranges) = (block.clone(), ranges.collect());
+                    put_command(&mut bytes, &Command::PostcopyRamDiscard { block, ranges });
+                }
+            }
+        }
+        // Read whole by the destination before any of it is handled, since loading a device may
+        // touch memory, which then has to come behind the package.
+        let mut package = BufferSink::default();
+        let mut listen = Vec::new();
+        put_command(&mut listen, &Command::PostcopyListen);
+        write(&mut package, &listen)?;
+        for section in self.devices.save(false)? {
+            framing.full(&mut package, section)?;
+        }
+        let mut loaded = Vec::new();
+        put_command(&mut loaded, &Command::Ping(PING_PACKAGE_LOADED));
+        write(&mut package, &loaded)?;
+        let len = package_len(package.bytes.len())?;
+        put_command(&mut bytes, &Command::Packaged { len });
+        bytes.extend_from_slice(&package.bytes);
+        write(out, &bytes)?;
+        let Some(mut postcopy) = self.postcopy.take() else {
+            return Err(MigrationError::Unexpected("postcopy was not provided for".to_owned()));
+        };
+        let section_id = u32::try_from(index).unwrap_or(u32::MAX);
+        let (patience, progress) = (self.parameters.switchover_timeout, Arc::clone(&self.progress));
+        let mut asked = Asked::of(self.memory(index)?);
+        // From here on a device that is loaded there may need memory.
+        let mut answers = AnswerRequests {
+            memory: self.memory(index)?,
+            section_id,
+            main: out,
+            urgent: postcopy.urgent.as_mut(),
+            asked: &mut asked,
+            progress: &progress,
+        };
+        let answer = &mut |message| answers.answer(message);
+        back.wait_for_pong(PING_PACKAGE_LOADED, patience, &progress, answer)?;
+        self.check_frozen()?;
+        // The verdict. With what follows the destination gets the guest.
+        let mut bytes = Vec::new();
+        put_command(&mut bytes, &Command::PostcopyRun);
+        write(&mut out.uncancellable(), &bytes)?;
+        let mut answers = AnswerRequests {
+            memory: self.memory(index)?,
+            section_id,
+            main: out,
+            urgent: postcopy.urgent.as_mut(),
+            asked: &mut asked,
+            progress: &progress,
+        };
+        back.wait_for_taken(patience, &mut |message| answers.answer(message))?;
+        *owner = Owner::Gone;
+        self.progress.guest_runs_elsewhere();
+        let back = back.end()?;
+        let PostcopyOutgoing { urgent, reconnect, .. } = postcopy;
+        let main = channel.uncancellable();
+        let urgent = urgent.map(|urgent| urgent.uncancellable());
+        let max_bandwidth = self.parameters.max_postcopy_bandwidth;
+        let memory = self.memory(index)?;
+        let source =
+            PostcopySource { memory, section_id, asked, reconnect, max_bandwidth, progress };
+        source.run(Channels { main, urgent }, back)
+    }
+
+    /// The side of a handler that goes on after the guest has left.
+    fn memory(&mut self, index: usize) -> Result<&mut dyn PostcopySave, MigrationError> {
+        self.handlers[index]
+            .postcopy()
+            .ok_or_else(|| MigrationError::Unexpected("no handler has memory".to_owned()))
+    }
+
+    /// Fails when blocks may have been plugged, and so are missing at the destination.
+    fn check_frozen(&self) -> Result<(), MigrationError> {
+        self.handlers.iter().try_for_each(|handler| handler.check_frozen())
+    }
+
+    fn page_sizes(&mut self) -> AdvisedSizes {
+        let handlers = self.handlers.iter_mut().filter_map(|handler| handler.postcopy());
+        let page_sizes = handlers.fold(0, |all, memory| all | memory.page_sizes());
+        AdvisedSizes { page_sizes, target_page_size: TARGET_PAGE_SIZE }
+    }
+
+    /// Whether it is time for postcopy: what cannot be sent after the guest fits the downtime.
+    fn switches(&mut self, bandwidth: &Bandwidth) -> bool {
+        let bound = handlers::pending_before_postcopy(&mut self.handlers);
+        let limit = self.parameters.downtime_limit;
+        if bound != 0 && bandwidth.time_for(bound).is_none_or(|time| time > limit) {
+            return false;
+        }
+        let rounds = Counters::get(&self.progress.counters.dirty_sync_count);
+        self.postcopy.as_ref().is_some_and(|postcopy| match postcopy.when {
+            SwitchWhen::Told => self.progress.wants_postcopy(),
+            SwitchWhen::AtOnce => true,
+            SwitchWhen::Rounds(limit) => self.progress.wants_postcopy() || rounds > limit,
+        })
+    }
+
+    /// Sends memory until the rest can be sent within the downtime that is allowed, or the guest
+    /// is to go first.
+    fn iterate(
+        &mut self,
+        out: &mut Channel,
+        back: Option<&ReturnPath>,
+        framing: &Framing,
+    ) -> Result<Next, MigrationError> {
+        let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
+        let mut throttle = Throttle::new(self.parameters.throttle);
+        let mut handled = 0;
+        let max_rounds = match self.postcopy {
+            None => self.parameters.max_rounds,
+            // When there have been enough is up to postcopy then.
+            Some(_) => u64::MAX,
+        };
+        let mut switchover = Switchover::new(self.parameters.downtime_limit, max_rounds);
+        loop {
+            if self.progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            if let Some(back) = back {
+                back.check()?;
+            }
+            if self.switches(&bandwidth) {
+                return Ok(Next::Postcopy);
+            }
+            let counters = &self.progress.counters;
+            let estimate: u64 =
+                self.handlers.iter().map(|handler| handler.pending_estimate()).sum();
+            if switchover.may_be_due(estimate, &bandwidth) {
+                let begin = Instant::now();
+                let mut exact = 0;
+                for handler in &mut self.handlers {
+                    exact += handler.pending_exact()?;
+                }
+                let sync = begin.elapsed();
+                bandwidth.leave_out(sync);
+                let due = switchover.is_due(exact, sync, &bandwidth);
+                let expected = switchover.expected(exact, &bandwidth);
+                if let Some(time) = expected {
+                    self.progress.expect_downtime(time);
+                }
+                let dirtied = Counters::get(&counters.dirtied) * TARGET_PAGE_SIZE;
+                if let Some(percent) = throttle.after_sync(dirtied, handled) {
+                    tracing::info!(percent, "the guest writes faster than memory is sent");
+                    Counters::set(&counters.throttle, percent.into());
+                    self.guest.throttle(percent);
+                }
+                match (due, self.parameters.at_max_rounds) {
+                    (Due::No, _) => {}
+                    (Due::Yes, _) | (Due::TooManyRounds, AtMaxRounds::StopAndCopy) => {
+                        return Ok(Next::Complete);
+                    }
+                    (Due::TooManyRounds, AtMaxRounds::Fail) => {
+                        return Err(MigrationError::NotConverging {
+                            rounds: switchover.rounds(),
+                            left: exact,
+                            expected: expected.unwrap_or(Duration::MAX),
+                            sync,
+                            limit: self.parameters.downtime_limit,
+                        });
+                    }
+                }
+            }
+            let budget = bandwidth.budget(out.written());
+            let done = handlers::iterate(&mut self.handlers, out, framing, budget)?;
+            bandwidth.handled(done);
+            handled += done;
+            Counters::set(&counters.transferred, out.written());
+            let mut pause = bandwidth.spent(out.written());
+            while !pause.is_zero() && !self.progress.is_cancelled() {
+                let step = pause.min(Duration::from_millis(20));
+                std::thread::sleep(step);
+                pause -= step;
+            }
+        }
+    }
+}
+
+/// Why `error` came about, if the destination said so.
+fn reason_of(back: Option<&ReturnPath>, error: MigrationError) -> MigrationError {
+    match back {
+        Some(back) => back.reason_of(error),
+        None => error,
+    }
+}

@@ -1,0 +1,235 @@
+//! The source's ear: a thread that reads what the destination sends back.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use vmstate::wire::WireReader;
+
+use crate::channel::Channel;
+use crate::error::MigrationError;
+use crate::progress::Progress;
+use crate::stream::ReturnMessage;
+
+/// Between two looks at the clock.
+const MOMENT: Duration = Duration::from_millis(20);
+
+/// The most messages that are kept until they are looked at. Before the guest runs there, a destination
+/// answers two pings, and asks for the pages that loading its devices takes.
+const KEPT_MAX: usize = 4096;
+
+type Heard = Result<ReturnMessage, MigrationError>;
+
+/// What the destination sent back and was not looked at yet.
+pub(super) struct ReturnPath {
+    heard: Receiver<Heard>,
+    /// How many that are.
+    kept: Arc<AtomicUsize>,
+    channel: Channel,
+    keep_channel: bool,
+    thread: Option<JoinHandle<WireReader<Channel>>>,
+}
+
+impl ReturnPath {
+    /// Starts to listen. The handle is not to be cancelled: what the destination says last decides
+    /// who has the guest.
+    pub(super) fn listen(channel: &Channel) -> Result<Self, MigrationError> {
+        let (tell, heard) = channel_of();
+        let reading = channel.uncancellable();
+        let kept = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&kept);
+        let thread = std::thread::Builder::new().name("return-path".to_owned()).spawn(move || {
+            let mut reader = WireReader::new(reading);
+            loop {
+                let message = match reader.is_at_end() {
+                    Ok(true) => return reader,
+                    Ok(false) => ReturnMessage::read(&mut reader).map_err(MigrationError::from),
+                    Err(error) => Err(MigrationError::io("hear the destination")(error)),
+                };
+                let last = !matches!(message, Ok(ref message) if !is_last(message));
+                if counted.fetch_add(1, Ordering::Relaxed) == KEPT_MAX {
+                    let (what, limit) = ("messages", KEPT_MAX);
+                    let _ = tell.send(Err(MigrationError::Flooded { what, limit }));
+                    // A thread that writes to it would wait for a reader that there may not be.
+                    reader.get_ref().shutdown();
+                    return reader;
+                }
+                if tell.send(message).is_err() || last {
+                    return reader;
+                }
+            }
+        });
+        let thread = thread.map_err(MigrationError::io("start a thread"))?;
+        Ok(Self {
+            heard,
+            kept,
+            channel: channel.clone_handle(),
+            keep_channel: false,
+            thread: Some(thread),
+        })
+    }
+
+    /// What came and is not expected: an error of the destination, most likely.
+    pub(super) fn check(&self) -> Result<(), MigrationError> {
+        loop {
+            match self.heard.try_recv() {
+                Ok(heard) => {
+                    self.kept.fetch_sub(1, Ordering::Relaxed);
+                    if !matches!(heard, Ok(ReturnMessage::Pong(_))) {
+                        return Err(unexpected(heard));
+                    }
+                }
+                Err(TryRecvError::Empty) => return Ok(()),
+                Err(TryRecvError::Disconnected) => {
+                    return Err(MigrationError::ChannelClosed("memory was being sent"));
+                }
+            }
+        }
+    }
+
+    /// Why `error` came about, if the destination said so before it broke what failed then.
+    pub(super) fn reason_of(&self, error: MigrationError) -> MigrationError {
+        match self.check() {
+            Err(reason @ (MigrationError::Flooded { .. } | MigrationError::Refused(_))) => reason,
+            _ => error,
+        }
+    }
+
+    /// Waits for the verdict: the answer to the ping after everything. What is asked for meanwhile
+    /// goes to `asked`.
+    pub(super) fn wait_for_pong(
+        &self,
+        value: u32,
+        patience: Duration,
+        progress: &Progress,
+        asked: &mut Asked<'_>,
+    ) -> Result<(), MigrationError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            if Instant::now() >= deadline {
+                return Err(MigrationError::io("wait for the destination")(
+                    io::ErrorKind::TimedOut.into(),
+                ));
+            }
+            match self.wait("the destination was loading")? {
+                Some(ReturnMessage::Pong(pong)) if pong == value => return Ok(()),
+                Some(ReturnMessage::Pong(_)) | None => {}
+                Some(other) => asked(other)?,
+            }
+        }
+    }
+
+    /// Waits for the destination to say that it takes the guest. It cannot be cancelled any more.
+    ///
+    /// When patience ends, the source ends its direction of the channel. A destination that sees
+    /// that before it takes the guest leaves it; what one says that did not see it yet is still
+    /// heard. So the wait goes on until either is certain, or the channel breaks: who closed it for
+    /// both sides could not be told that the guest is taken.
+    pub(super) fn wait_for_shut(&self, patience: Duration) -> Result<(), MigrationError> {
+        self.wait_for_last(patience, &ReturnMessage::Shut(0), &mut refuse)
+    }
+
+    fn wait_for_last(
+        &self,
+        patience: Duration,
+        last: &ReturnMessage,
+        asked: &mut Asked<'_>,
+    ) -> Result<(), MigrationError> {
+        let deadline = Instant::now() + patience;
+        let mut gave_up = false;
+        loop {
+            if !gave_up && Instant::now() >= deadline {
+                gave_up = true;
+                tracing::warn!("the destination does not say whether it takes the guest");
+                self.channel.shutdown_write();
+            }
+            match self.wait("it was about to take the guest")? {
+                Some(message) if message == *last => return Ok(()),
+                Some(ReturnMessage::Pong(_)) | None => {}
+                Some(request @ ReturnMessage::RequestPages { .. }) if !gave_up => {
+                    // It may have taken the guest all the same, which is heard behind it.
+                    if let Err(error) = asked(request) {
+                        gave_up = true;
+                        tracing::warn!(%error, "cannot answer the destination");
+                        self.channel.shutdown_write();
+                    }
+                }
+                Some(ReturnMessage::RequestPages { .. }) => {}
+                Some(other) => return Err(unexpected(Ok(other))),
+            }
+        }
+    }
+
+    /// Waits for the destination to say that it is about to run the guest in postcopy; as
+    /// [`wait_for_shut`](Self::wait_for_shut).
+    pub(super) fn wait_for_taken(
+        &self,
+        patience: Duration,
+        asked: &mut Asked<'_>,
+    ) -> Result<(), MigrationError> {
+        self.wait_for_last(patience, &ReturnMessage::SwitchoverAck, asked)
+    }
+
+    /// Ends the thread, after the destination has said its last word for now. What it says from
+    /// now on is for another reader.
+    pub(super) fn end(mut self) -> Result<WireReader<Channel>, MigrationError> {
+        self.keep_channel = true;
+        let reader = self.thread.take().and_then(|thread| thread.join().ok());
+        reader.ok_or(MigrationError::ChannelClosed("the guest was being handed over"))
+    }
+
+    /// Waits for a moment.
+    fn wait(&self, closed_while: &'static str) -> Result<Option<ReturnMessage>, MigrationError> {
+        match self.heard.recv_timeout(MOMENT) {
+            Ok(heard) => {
+                self.kept.fetch_sub(1, Ordering::Relaxed);
+                heard.map(Some)
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(MigrationError::ChannelClosed(closed_while)),
+        }
+    }
+}
+
+/// What takes a message that is not an answer.
+pub(super) type Asked<'a> = dyn FnMut(ReturnMessage) -> Result<(), MigrationError> + 'a;
+
+/// Where nothing may be asked for.
+pub(super) fn refuse(message: ReturnMessage) -> Result<(), MigrationError> {
+    Err(unexpected(Ok(message)))
+}
+
+fn channel_of() -> (std::sync::mpsc::Sender<Heard>, Receiver<Heard>) {
+    channel()
+}
+
+/// Nothing follows a SHUT. What follows the acknowledgement of a switchover is for postcopy.
+fn is_last(message: &ReturnMessage) -> bool {
+    matches!(message, ReturnMessage::Shut(_) | ReturnMessage::SwitchoverAck)
+}
+
+fn unexpected(heard: Heard) -> MigrationError {
+    match heard {
+        Ok(ReturnMessage::Shut(code)) if code != 0 => MigrationError::Refused(code),
+        Ok(message) => MigrationError::Unexpected(format!("{message:?}")),
+        Err(error) => error,
+    }
+}
+
+impl Drop for ReturnPath {
+    fn drop(&mut self) {
+        if !self.keep_channel {
+            // Nothing is sent any more, and the thread must not wait for more to come.
+            self.channel.shutdown();
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

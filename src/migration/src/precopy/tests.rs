@@ -1,0 +1,696 @@
+//! Whole migrations between two sides in one process, over a socket pair, of real memory.
+
+mod freeze;
+mod handlers;
+mod handover;
+mod hostile;
+mod one_way;
+mod resizable;
+mod shared;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use ram_discard::ByteRange;
+
+use super::*;
+use crate::MigrationError;
+use crate::channel::{Channel, Sink};
+use crate::devices::NoDevices;
+use crate::dirty::DirtyTracker;
+use crate::handler::{PostcopySave, SaveHandler};
+use crate::page_bitmap::PageBitmap;
+use crate::progress::{MigrationInfo, Progress, Status};
+use crate::ram::{
+    BlockError, BlockOptions, ListOptions, Migratable, MigrationBlock, RamBlocks, RamLoad, RamSave,
+    ZeroPageDetection,
+};
+use crate::stream::Configuration;
+use crate::sys::GatherWrite;
+use crate::test_support::{BLOCK, Log, PAGE, Side, TestManager, fill, memfd, migration_block};
+
+/// A guest that notes what is asked of it.
+#[derive(Default)]
+struct Witness {
+    log: Log,
+    /// Done when the guest is stopped.
+    last_words: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    refuses_to_stop: bool,
+    refuses_to_run: bool,
+}
+
+impl Witness {
+    fn log(&self) -> Vec<&'static str> {
+        self.log.lock().unwrap().clone()
+    }
+}
+
+impl Guest for Witness {
+    fn stop(&self) -> Result<(), String> {
+        if self.refuses_to_stop {
+            return Err("it will not".to_owned());
+        }
+        self.log.lock().unwrap().push("stop");
+        if let Some(last_words) = self.last_words.lock().unwrap().take() {
+            last_words();
+        }
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        if self.refuses_to_run {
+            return Err("it will not".to_owned());
+        }
+        self.log.lock().unwrap().push("run");
+        Ok(())
+    }
+}
+
+/// What a tracker is told, and pages that it is to report.
+#[derive(Clone, Default)]
+struct Script {
+    dirty: Arc<Mutex<Vec<u64>>>,
+    calls: Arc<Mutex<Vec<String>>>,
+}
+
+impl Script {
+    fn write(&self, file: &File, page: u64, byte: u8) {
+        file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
+        self.dirty.lock().unwrap().push(page);
+    }
+
+    fn note(&self, call: String) {
+        self.calls.lock().unwrap().push(call);
+    }
+}
+
+impl DirtyTracker for Script {
+    fn start(&mut self, populated: &[ByteRange]) -> io::Result<()> {
+        self.note(format!("start {populated:?}"));
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        self.note("sync".to_owned());
+        for page in self.dirty.lock().unwrap().drain(..) {
+            dirty.set(page);
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, range: ByteRange) -> io::Result<()> {
+        self.note(format!("clear {range:?}"));
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        self.note("stop".to_owned());
+        Ok(())
+    }
+}
+
+fn parameters() -> Parameters {
+    Parameters::new(Configuration::new("test"))
+}
+
+type Outcome = Result<(), MigrationError>;
+
+struct Run {
+    outgoing: Outcome,
+    /// Where the guest is after a failure.
+    guest: Option<GuestAfter>,
+    incoming: Outcome,
+    source: Arc<Witness>,
+    destination: Arc<Witness>,
+    sent: MigrationInfo,
+}
+
+/// Takes a guest from the other end of `channel`.
+fn receive(
+    to: &Side,
+    guest: &Arc<Witness>,
+    channel: impl Into<OwnedFd>,
+) -> thread::JoinHandle<Outcome> {
+    receive_with(Configuration::new("test"), ListOptions::default(), to, guest, channel)
+}
+
+fn receive_with(
+    configuration: Configuration,
+    options: ListOptions,
+    to: &Side,
+    guest: &Arc<Witness>,
+    channel: impl Into<OwnedFd>,
+) -> thread::JoinHandle<Outcome> {
+    let (blocks, guest, channel) = (Arc::clone(&to.blocks), Arc::clone(guest), channel.into());
+    thread::spawn(move || {
+        let progress = Arc::new(Progress::new());
+        let ram = RamLoad::new(blocks, options, Arc::clone(&progress));
+        let incoming = Incoming {
+            configuration,
+            guest: &*guest,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress: Arc::clone(&progress),
+        };
+        incoming.run(Channel::new(channel, progress).unwrap())
+    })
+}
+
+fn migrate_over(
+    from: &Side,
+    to: &Side,
+    script: &Script,
+    source: Witness,
+    progress: Arc<Progress>,
+    channels: (UnixStream, UnixStream),
+) -> Run {
+    let channels = (channels.0.into(), channels.1.into());
+    migrate_by(parameters(), from, to, script, source, progress, channels)
+}
+
+fn migrate_by(
+    parameters: Parameters,
+    from: &Side,
+    to: &Side,
+    script: &Script,
+    source: Witness,
+    progress: Arc<Progress>,
+    channels: (OwnedFd, OwnedFd),
+) -> Run {
+    let (source, destination) = (Arc::new(source), Arc::new(Witness::default()));
+    if let Some(manager) = &from.manager {
+        manager.watch(&source.log);
+    }
+    let there = receive(to, &destination, channels.1);
+    let tracker = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
+        if block.id() == "vmem0" { Box::new(script.clone()) } else { Box::<Script>::default() }
+    };
+    let mut guest = None;
+    let outgoing =
+        RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker)
+            .and_then(|ram| {
+                let outgoing = Outgoing {
+                    parameters,
+                    guest: &*source,
+                    handlers: vec![Box::new(ram)],
+                    devices: &mut NoDevices,
+                    postcopy: None,
+                    progress: Arc::clone(&progress),
+                };
+                let channel = Channel::new(channels.0, Arc::clone(&progress)).unwrap();
+                outgoing.run(channel).map_err(|failed| {
+                    guest = Some(failed.guest);
+                    failed.error
+                })
+            });
+    let incoming = there.join().unwrap();
+    Run { outgoing, guest, incoming, source, destination, sent: progress.snapshot() }
+}
+
+fn migrate(from: &Side, to: &Side, script: &Script, source: Witness) -> Run {
+    let channels = UnixStream::pair().unwrap();
+    migrate_over(from, to, script, source, Arc::new(Progress::new()), channels)
+}
+
+#[test]
+fn only_pages_that_exist_are_sent_and_nothing_is_allocated_for_the_rest() {
+    let (from, to) = (Side::new(&[1, 4, 5]), Side::new(&[1, 4, 5]));
+    fill(&from.region, 64..96, 7);
+    fill(&from.region, 300..310, 8);
+    // Zeros that exist, a page that was written although discarded, and boot memory.
+    fill(&from.region, 310..314, 0);
+    fill(&from.region, 640..643, 9);
+    fill(&from.boot, 3..5, 5);
+    // What the destination held before goes.
+    fill(&to.region, 64..200, 0xee);
+    let script = Script::default();
+    let writing = (script.clone(), from.region.try_clone().unwrap());
+    let last_words: Box<dyn FnOnce() + Send> = Box::new(move || {
+        writing.0.write(&writing.1, 70, 0x70);
+        writing.0.write(&writing.1, 311, 0x31);
+        writing.0.write(&writing.1, 80, 0);
+        // Discarded: to be masked and counted.
+        writing.0.write(&writing.1, 700, 0xdd);
+    });
+    let source = Witness { last_words: Mutex::new(Some(last_words)), ..Witness::default() };
+    let held = from.held();
+    let run = migrate(&from, &to, &script, source);
+    run.outgoing.unwrap();
+    run.incoming.unwrap();
+    assert_eq!(run.source.log(), ["freeze", "stop", "thaw"]);
+    assert_eq!(run.destination.log(), ["run"]);
+
+    assert_eq!(to.page(64), [7; 4096]);
+    assert_eq!(to.page(70), [0x70; 4096]);
+    assert_eq!(to.page(80), [0; 4096]);
+    assert_eq!(to.page(300), [8; 4096]);
+    assert_eq!(to.page(311), [0x31; 4096]);
+    assert_eq!(to.page(640), [0; 4096]);
+    // Sent, but zero at the end: page 80. Sent as zeros first: 311.
+    assert_eq!(to.held(), (32 + 10 - 1 + 1, 2));
+    assert_eq!(from.held(), (held.0 + 1, held.1));
+
+    assert_eq!(run.sent.status, Status::Completed);
+    assert_eq!(run.sent.normal, 32 + 10 + 2 + 2);
+    assert_eq!(run.sent.duplicate, 4 + 1);
+    assert_eq!(run.sent.discarded, 13 * 64);
+    assert_eq!(run.sent.holes, 3 * 64 - 46 + 64 - 2);
+    assert_eq!(run.sent.total, (46 + 2) * PAGE);
+    assert_eq!(run.sent.dirty_while_discarded, 1);
+    assert_eq!(run.sent.remaining, 0);
+    assert!(run.sent.transferred < (46 + 2 + 3) * (PAGE + 16) + 1000);
+}
+
+#[test]
+fn a_vmm_that_does_not_look_for_holes_reads_allocates_and_sends_the_whole_region() {
+    let pages = 16 * BLOCK / PAGE;
+    let normal = [(ZeroPageDetection::Legacy, 32), (ZeroPageDetection::None, pages)];
+    for (zero_page_detection, normal) in normal {
+        let (mut from, mut to) = (Side::new(&[]), Side::new(&[]));
+        for side in [&mut from, &mut to] {
+            let mut options = BlockOptions { send_holes: true, ..BlockOptions::migratable() };
+            options.zero_page_detection = zero_page_detection;
+            let mut blocks = RamBlocks::new();
+            let region = migration_block("vmem0", &side.region, 16 * BLOCK, options);
+            blocks.register(Arc::new(region)).unwrap();
+            side.blocks = Arc::new(blocks);
+        }
+        fill(&from.region, 64..96, 7);
+        let run = migrate(&from, &to, &Script::default(), Witness::default());
+        assert_eq!((run.sent.normal, run.sent.duplicate), (normal, pages - normal));
+        assert_eq!((run.sent.discarded, run.sent.holes), (0, 0));
+        assert_eq!((from.held().0, to.held().0), (pages, normal));
+    }
+}
+
+/// Counts what is written to it.
+struct Counting(u64);
+
+impl Sink for Counting {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0 += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
+        self.0 += gathered.len_bytes();
+        gathered.clear();
+        Ok(())
+    }
+
+    fn written(&self) -> u64 {
+        self.0
+    }
+}
+
+#[test]
+fn a_section_of_zeros_ends_though_it_has_hardly_any_bytes() {
+    let size = 128 << 20;
+    let options = BlockOptions { send_holes: true, ..BlockOptions::migratable() };
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::new(migration_block("vmem0", &memfd(size), size, options))).unwrap();
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let progress = Arc::new(Progress::new());
+    let mut ram =
+        RamSave::new(&blocks, ListOptions::default(), Arc::clone(&progress), tracker).unwrap();
+    let mut sink = Counting(0);
+    ram.setup(&mut sink).unwrap();
+    assert_eq!(ram.pending_estimate(), size);
+    ram.iterate(&mut sink, 64 << 20).unwrap();
+    let left = ram.pending_estimate();
+    assert!(0 < left && left < size, "{left:#x}");
+    assert_eq!(progress.snapshot().remaining, left);
+    ram.complete(&mut sink).unwrap();
+    assert_eq!(ram.pending_estimate(), 0);
+}
+
+#[test]
+fn an_idle_guest_is_stopped_when_everything_is_sent() {
+    // More than is sent before it is asked whether the rest fits the downtime.
+    let (pages, size) = ((80 << 20) / PAGE, 128 << 20);
+    let (from, to) = (Side::of_region(size), Side::of_region(size));
+    fill(&from.region, 0..pages, 7);
+    let progress = Arc::new(Progress::new());
+    let (left, seen) = (Arc::new(Mutex::new(None)), Arc::clone(&progress));
+    let note = Arc::clone(&left);
+    let last_words: Box<dyn FnOnce() + Send> =
+        Box::new(move || *note.lock().unwrap() = Some(seen.snapshot().remaining));
+    let source = Witness { last_words: Mutex::new(Some(last_words)), ..Witness::default() };
+    let channels = UnixStream::pair().unwrap();
+    let run = migrate_over(&from, &to, &Script::default(), source, progress, channels);
+    run.outgoing.unwrap();
+    assert_eq!(*left.lock().unwrap(), Some(0));
+    assert_eq!(run.sent.normal, pages);
+}
+
+#[test]
+fn the_tracker_is_started_synced_and_then_cleared_of_discarded_ranges() {
+    let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+    fill(&from.region, 0..1, 1);
+    let script = Script::default();
+    migrate(&from, &to, &script, Witness::default()).outgoing.unwrap();
+    let calls = script.calls.lock().unwrap().clone();
+    let whole = "clear [0x0, 0x400000)";
+    let golden = ["start [[0x0, 0x40000)]", "sync", whole, whole, "sync", "sync", "stop"];
+    // The second clear is that of the chunk with page 0, before it is read.
+    assert_eq!(calls, golden);
+}
+
+#[test]
+fn a_destination_that_has_the_range_discarded_refuses_the_page() {
+    let (from, to) = (Side::new(&[0, 1]), Side::new(&[0]));
+    fill(&from.region, 60..70, 3);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    let error = run.incoming.unwrap_err().to_string();
+    assert!(error.contains("\"vmem0\": a page at 0x40000"), "{error}");
+    assert!(error.contains("discarded range"), "{error}");
+    let error = run.outgoing.unwrap_err();
+    assert!(matches!(error, MigrationError::Refused(_) | MigrationError::Io { .. }), "{error}");
+    assert_eq!(run.source.log().last(), Some(&"thaw"));
+    // Either it was never stopped, or it goes on.
+    let stops = run.source.log().iter().filter(|&&call| call == "stop").count();
+    let runs = run.source.log().iter().filter(|&&call| call == "run").count();
+    assert_eq!(stops, runs);
+    assert!(run.destination.log().is_empty());
+    assert_eq!(run.sent.status, Status::Failed);
+    assert!(run.sent.error_desc.is_some());
+}
+
+#[test]
+fn blocks_that_differ_are_refused_by_name_with_both_values() {
+    let (from, mut to) = (Side::new(&[0]), Side::new(&[0]));
+    let mut blocks = RamBlocks::new();
+    let options = BlockOptions::migratable();
+    blocks.register(Arc::new(migration_block("vmem0", &to.region, 8 * BLOCK, options))).unwrap();
+    blocks.register(Arc::new(migration_block("ram", &to.boot, BLOCK, options))).unwrap();
+    to.blocks = Arc::new(blocks);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    let error = run.incoming.unwrap_err().to_string();
+    assert_eq!(error, "RAM block \"vmem0\": length 0x400000 in the stream, 0x200000 here");
+
+    let mut blocks = RamBlocks::new();
+    let no = BlockOptions { migratable: Migratable::No, ..BlockOptions::default() };
+    blocks.register(Arc::new(migration_block("vmem0", &to.region, 16 * BLOCK, no))).unwrap();
+    to.blocks = Arc::new(blocks);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    let error = run.incoming.unwrap_err().to_string();
+    assert_eq!(error, "RAM block \"vmem0\" of the stream is not migratable here");
+}
+
+#[test]
+fn undeclared_blocks_are_refused_before_anything_is_sent() {
+    let file = memfd(BLOCK);
+    let mut blocks = RamBlocks::new();
+    let block = Arc::new(migration_block("fw", &file, BLOCK, BlockOptions::default()));
+    blocks.register(Arc::clone(&block)).unwrap();
+    let twice = blocks.register(block).unwrap_err();
+    assert_eq!(twice, BlockError::Duplicate { id: "fw".to_owned() });
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let error = RamSave::new(&blocks, ListOptions::default(), Arc::new(Progress::new()), tracker);
+    assert!(matches!(error, Err(MigrationError::Block(BlockError::Undeclared { .. }))));
+}
+
+#[test]
+fn a_resizable_block_follows_the_source() {
+    let (file, other) = (memfd(BLOCK), memfd(2 * BLOCK));
+    let side = |file: &File, size, used| {
+        let options = BlockOptions { resizable: Some(used), ..BlockOptions::migratable() };
+        let mut blocks = RamBlocks::new();
+        blocks.register(Arc::new(migration_block("fw", file, size, options))).unwrap();
+        let region = file.try_clone().unwrap();
+        Side { region, boot: memfd(PAGE), blocks: Arc::new(blocks), manager: None }
+    };
+    let (from, to) = (side(&file, BLOCK, 16 * PAGE), side(&other, 2 * BLOCK, 4 * PAGE));
+    fill(&file, 15..16, 0xaa);
+    migrate(&from, &to, &Script::default(), Witness::default()).incoming.unwrap();
+    assert_eq!(to.blocks.get("fw").unwrap().used_length(), 16 * PAGE);
+    assert_eq!(to.page(15), [0xaa; 4096]);
+    let (from, to) = (side(&other, 2 * BLOCK, 2 * BLOCK), side(&file, BLOCK, PAGE));
+    let error = migrate(&from, &to, &Script::default(), Witness::default()).incoming;
+    let error = error.unwrap_err().to_string();
+    assert_eq!(error, "RAM block \"fw\": length 0x80000 in the stream, 0x1000 here");
+}
+
+#[test]
+fn a_guest_that_cannot_be_stopped_stays() {
+    let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+    let stubborn = Witness { refuses_to_stop: true, ..Witness::default() };
+    let run = migrate(&from, &to, &Script::default(), stubborn);
+    assert!(matches!(run.outgoing, Err(MigrationError::Vmm { .. })));
+    assert_eq!(run.guest, Some(GuestAfter::RunsHere));
+    assert!(run.incoming.is_err());
+    assert_eq!(run.source.log(), ["freeze", "thaw"]);
+    assert!(run.destination.log().is_empty());
+}
+
+#[test]
+fn a_guest_that_cannot_be_let_run_again_is_told_to_be_stopped_here_and_not_cancelled() {
+    let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+    fill(&from.region, 0..10, 1);
+    let progress = Arc::new(Progress::new());
+    let cancelling = Arc::clone(&progress);
+    let last_words: Box<dyn FnOnce() + Send> = Box::new(move || cancelling.cancel());
+    let last_words = Mutex::new(Some(last_words));
+    let stubborn = Witness { last_words, refuses_to_run: true, ..Witness::default() };
+    let channels = UnixStream::pair().unwrap();
+    let run = migrate_over(&from, &to, &Script::default(), stubborn, progress, channels);
+    assert!(matches!(run.outgoing, Err(MigrationError::Vmm { .. })), "{:?}", run.outgoing);
+    assert_eq!(run.guest, Some(GuestAfter::StoppedHere));
+    assert_eq!(run.sent.status, Status::Failed);
+    assert_eq!(run.source.log(), ["freeze", "stop", "thaw"]);
+}
+
+/// Reports pages that are written anew whenever it is asked. To find out takes long the first time that it
+/// is asked while memory is sent.
+struct Restless {
+    file: File,
+    syncs: u32,
+    slow: Duration,
+}
+
+impl Restless {
+    fn new(side: &Side, slow: Duration) -> Self {
+        Self { file: side.region.try_clone().unwrap(), syncs: 0, slow }
+    }
+}
+
+impl DirtyTracker for Restless {
+    fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        self.syncs += 1;
+        if self.syncs == 2 {
+            thread::sleep(self.slow);
+        }
+        fill(&self.file, 0..64, 3);
+        dirty.set_range(0..64);
+        Ok(())
+    }
+
+    fn clear(&mut self, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_slow_look_at_dirty_pages_makes_the_channel_no_slower() {
+    let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+    let (near, far) = UnixStream::pair().unwrap();
+    let there = receive(&to, &Arc::default(), far);
+    let progress = Arc::new(Progress::new());
+    // Too long to be stopped for; what is dirty is sent in a moment, and later looks take none.
+    let slow = Duration::from_millis(600);
+    let tracker =
+        |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(Restless::new(&from, slow)) };
+    let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
+    let source = Witness::default();
+    let outgoing = Outgoing {
+        parameters: Parameters {
+            downtime_limit: Duration::from_millis(300),
+            max_rounds: 7,
+            ..parameters()
+        },
+        guest: &source,
+        handlers: vec![Box::new(ram.unwrap())],
+        devices: &mut NoDevices,
+        postcopy: None,
+        progress: Arc::clone(&progress),
+    };
+    outgoing.run(Channel::new(near, progress).unwrap()).unwrap();
+    there.join().unwrap().unwrap();
+    assert_eq!(source.log(), ["stop"]);
+}
+
+#[test]
+fn rounds_are_bounded_and_what_follows_is_as_asked_for() {
+    for at_max_rounds in [AtMaxRounds::Fail, AtMaxRounds::StopAndCopy] {
+        let (from, to) = (Side::new(&[0]), Side::new(&[0]));
+        let (near, far) = UnixStream::pair().unwrap();
+        let there = receive(&to, &Arc::default(), far);
+        let progress = Arc::new(Progress::new());
+        let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> {
+            Box::new(Restless::new(&from, Duration::ZERO))
+        };
+        let ram =
+            RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker)
+                .unwrap();
+        let source = Witness::default();
+        let outgoing = Outgoing {
+            parameters: Parameters {
+                downtime_limit: Duration::ZERO,
+                max_rounds: 7,
+                at_max_rounds,
+                ..parameters()
+            },
+            guest: &source,
+            handlers: vec![Box::new(ram)],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress: Arc::clone(&progress),
+        };
+        let result = outgoing.run(Channel::new(near, Arc::clone(&progress)).unwrap());
+        let received = there.join().unwrap();
+        match at_max_rounds {
+            AtMaxRounds::Fail => {
+                let failed = result.unwrap_err();
+                assert!(matches!(failed.error, MigrationError::NotConverging { rounds: 7, .. }));
+                assert!(failed.to_string().contains("after 7 rounds"), "{failed}");
+                assert_eq!(failed.guest, GuestAfter::RunsHere);
+                assert!(source.log().is_empty());
+            }
+            AtMaxRounds::StopAndCopy => {
+                result.unwrap();
+                received.unwrap();
+                assert_eq!(source.log(), ["stop"]);
+                assert_eq!(to.page(63), [3; 4096]);
+            }
+        }
+    }
+}
+
+/// Passes bytes on until `limit` of them went from source to destination, then breaks the channel.
+fn breaking_relay(limit: usize) -> (UnixStream, UnixStream, thread::JoinHandle<bool>) {
+    use std::io::{Read, Write};
+    let (source, near) = UnixStream::pair().unwrap();
+    let (far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    let back = thread::spawn(move || {
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(std::net::Shutdown::Both);
+    });
+    let relay = thread::spawn(move || {
+        let (mut near, mut far) = (near, far);
+        let mut buffer = vec![0; 4096];
+        let mut left = limit;
+        let mut broke = false;
+        loop {
+            let read = near.read(&mut buffer).unwrap_or(0);
+            let pass = read.min(left);
+            if read == 0 || far.write_all(&buffer[..pass]).is_err() {
+                break;
+            }
+            left -= pass;
+            if left == 0 {
+                broke = true;
+                break;
+            }
+        }
+        let _ = far.shutdown(std::net::Shutdown::Both);
+        let _ = near.shutdown(std::net::Shutdown::Both);
+        back.join().unwrap();
+        broke
+    });
+    (source, destination, relay)
+}
+
+#[test]
+fn a_channel_broken_anywhere_leaves_the_guest_on_exactly_one_side() {
+    let from = Side::new(&[0, 1, 2]);
+    fill(&from.region, 0..100, 1);
+    let mut limit = 1;
+    let mut failures = 0;
+    loop {
+        let to = Side::new(&[0, 1, 2]);
+        let (source, destination, relay) = breaking_relay(limit);
+        let progress = Arc::new(Progress::new());
+        let script = Script::default();
+        let channels = (source, destination);
+        let run = migrate_over(&from, &to, &script, Witness::default(), progress, channels);
+        let broke = relay.join().unwrap();
+        let here = run.source.log();
+        let runs_here = here.iter().filter(|&&call| call == "stop").count()
+            == here.iter().filter(|&&call| call == "run").count();
+        let runs_there = run.destination.log() == ["run"];
+        assert!(runs_here != runs_there, "after {limit} bytes: here {here:?}, there {runs_there}");
+        assert_eq!(run.outgoing.is_ok(), runs_there, "after {limit} bytes");
+        assert_eq!(here.last(), Some(&"thaw"));
+        if !broke {
+            assert!(runs_there);
+            break;
+        }
+        failures += 1;
+        limit += if limit < 200 { 7 } else { 9973 };
+    }
+    assert!(failures > 40, "{failures}");
+}
+
+#[test]
+fn cancelled_while_the_destination_is_stuck_the_guest_runs_on() {
+    let from = Side::new(&[0, 1, 2]);
+    fill(&from.region, 0..192, 1);
+    let (source, _stuck) = UnixStream::pair().unwrap();
+    let progress = Arc::new(Progress::new());
+    let guest = Arc::new(Witness::default());
+    from.manager.as_ref().unwrap().watch(&guest.log);
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
+    let outgoing = Outgoing {
+        parameters: parameters(),
+        guest: &*guest,
+        handlers: vec![Box::new(ram.unwrap())],
+        devices: &mut NoDevices,
+        postcopy: None,
+        progress: Arc::clone(&progress),
+    };
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while progress.status() != Status::Active {
+                thread::sleep(Duration::from_millis(1));
+            }
+            progress.cancel();
+            while !done.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let result = outgoing.run(Channel::new(source, Arc::clone(&progress)).unwrap());
+        done.store(true, Ordering::Relaxed);
+        let failed = result.unwrap_err();
+        assert!(matches!(failed.error, MigrationError::Cancelled));
+        assert_eq!(failed.guest, GuestAfter::RunsHere);
+    });
+    assert_eq!(progress.status(), Status::Cancelled);
+    let log = guest.log();
+    assert_eq!(log.first(), Some(&"freeze"));
+    assert_eq!(log.last(), Some(&"thaw"));
+
+    // The next attempt works.
+    let to = Side::new(&[0, 1, 2]);
+    let run = migrate(&from, &to, &Script::default(), Witness::default());
+    run.outgoing.unwrap();
+    assert_eq!(to.page(191), [1; 4096]);
+}

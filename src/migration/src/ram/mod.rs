@@ -1,0 +1,22 @@
+//! Guest RAM as it migrates: which blocks there are, sending their pages, and taking them.
+
+mod block;
+mod frozen;
+mod load;
+mod prepare;
+mod records;
+mod registry;
+mod save;
+mod zero_runs;
+
+pub(crate) use block::InMigration;
+pub use block::{BlockOptions, Migratable, MigrationBlock, ZeroPageDetection};
+pub(crate) use frozen::FrozenBlocks;
+pub use load::RamLoad;
+pub(crate) use prepare::prepare;
+pub(crate) use records::RamRecords;
+pub use registry::{BlockError, ListOptions, RamBlocks};
+pub use save::{RamSave, SaveBlock};
+
+#[cfg(test)]
+mod tests;

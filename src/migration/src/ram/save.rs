@@ -1,0 +1,554 @@
+//! Sending RAM while the guest writes it.
+//!
+//! The order of events is QEMU's: the bitmap starts with everything, the tracker is started and
+//! synced once, and then discarded ranges are cleared in bitmap and tracker. Beyond that, what the
+//! backing file has no data for never gets into the bitmap, and the mask is applied after every
+//! sync.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ram_discard::{ByteRange, FreezeFor, FreezeLost};
+use vmstate::wire::WireWrite;
+
+use super::registry::{BlockError, ListOptions, RamBlocks};
+use super::{FrozenBlocks, InMigration, MigrationBlock};
+use crate::channel::Sink;
+use crate::dirty::DirtyTracker;
+use crate::error::MigrationError;
+use crate::handler::{PostcopySave, SaveHandler};
+use crate::page_bitmap::{DiscardMask, PageBitmap, bytes_of, pages_touched};
+use crate::progress::{Counters, Progress};
+use crate::stream::{
+    Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, TARGET_PAGE_SIZE,
+    put_end_of_section, put_list,
+};
+use crate::sys::GatherWrite;
+
+/// Pages are gathered up to this many pieces, which one system call can take.
+const GATHER_PIECES: usize = 1024;
+
+/// The tracker forgets this many pages at once, when the first of them is about to be read
+/// (QEMU's clear_bmap: 1 GiB).
+const CLEAR_CHUNK_PAGES: u64 = 1 << 18;
+
+/// The most pages of a section while the guest runs: zeros cost hardly a byte, but time, in which
+/// a cancelled migration would not be noticed.
+const ITERATE_PAGES: u64 = (64 << 20) / TARGET_PAGE_SIZE;
+
+/// The most bytes of a request where host pages are smaller: a request is gathered as a whole. QEMU's
+/// are one host page.
+const REQUEST_MAX: u64 = 1 << 20;
+
+/// A block that is sent, and what is known of its pages.
+pub struct SaveBlock {
+    block: Arc<MigrationBlock>,
+    tracker: Box<dyn DirtyTracker>,
+    dirty: PageBitmap,
+    /// What is discarded, as long as block state is frozen.
+    discarded: DiscardMask,
+    /// Chunks of which the tracker still remembers what `dirty` has.
+    clear_bitmap: PageBitmap,
+    started: bool,
+    in_migration: Option<InMigration>,
+}
+
+/// Whether a run may end within a host page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HostPages {
+    /// It may: precopy's pages are placed one by one, and a page of 1 GiB would be far beyond a budget.
+    Split,
+    /// It may not: postcopy places host pages at once.
+    Whole,
+}
+
+/// The "ram" handler of the source.
+pub struct RamSave {
+    blocks: Vec<SaveBlock>,
+    options: ListOptions,
+    /// All blocks of the list, those whose pages are not sent among them.
+    listed: Vec<Arc<MigrationBlock>>,
+    /// From before anything is saved until all has ended.
+    frozen: Option<FrozenBlocks>,
+    list: Vec<u8>,
+    progress: Arc<Progress>,
+    gathered: GatherWrite,
+    /// Where to look for the next dirty page: block and page.
+    cursor: (usize, u64),
+    /// The block that the last page of this section was of.
+    continued: Option<usize>,
+    last_sync: Instant,
+}
+
+impl SaveBlock {
+    fn new(block: Arc<MigrationBlock>, tracker: Box<dyn DirtyTracker>) -> Self {
+        let nr_pages = block.used_length() / TARGET_PAGE_SIZE;
+        Self {
+            block,
+            tracker,
+            dirty: PageBitmap::new(nr_pages),
+            discarded: DiscardMask::default(),
+            clear_bitmap: PageBitmap::new(nr_pages.div_ceil(CLEAR_CHUNK_PAGES)),
+            started: false,
+            in_migration: None,
+        }
+    }
+
+    /// Starts tracking, and finds out which pages there are to send.
+    fn start(
+        &mut self,
+        discarded: &[ByteRange],
+        counters: &Counters,
+    ) -> Result<(), MigrationError> {
+        let populated = self.block.all_but(discarded);
+        self.discarded = DiscardMask::new(discarded.iter().copied());
+        self.started = true;
+        let id = self.block.id();
+        self.tracker.start(&populated).map_err(MigrationError::memory(id, "track writes"))?;
+        // The first sync: whatever is dirty by now has data, and is found below.
+        let mut dirty = PageBitmap::new(self.dirty.nr_pages());
+        self.tracker.sync(&mut dirty).map_err(MigrationError::memory(id, "collect dirty pages"))?;
+        dirty.clear_all();
+        // All ones, but for holes, which were never touched: a write from now on is tracked.
+        if let Some(used) = self.block.used() {
+            self.block
+                .for_each_sent(used, |data| {
+                    dirty.set_range(pages_touched(data));
+                })
+                .map_err(MigrationError::memory(id, "look for holes"))?;
+        }
+        self.discarded.apply(&mut dirty);
+        let discarded_pages = self.discarded.nr_pages();
+        self.dirty = dirty;
+        self.forget_discarded()?;
+        self.set_clear_bitmap();
+        let sendable = self.dirty.count();
+        Counters::add(&counters.discarded, discarded_pages);
+        Counters::add(&counters.holes, self.dirty.nr_pages() - discarded_pages - sendable);
+        Counters::add(&counters.total, sendable * TARGET_PAGE_SIZE);
+        Ok(())
+    }
+
+    /// Has the tracker forget the chunks that discarded ranges touch, each once: it would report
+    /// them again with the next sync. What else is in them is in the bitmap anyway.
+    fn forget_discarded(&mut self) -> Result<(), MigrationError> {
+        let mut next_chunk = 0;
+        for pages in self.discarded.runs() {
+            let first = (pages.start / CLEAR_CHUNK_PAGES).max(next_chunk);
+            let end = pages.end.div_ceil(CLEAR_CHUNK_PAGES);
+            for chunk in first..end {
+                clear_chunk(&self.block, &mut *self.tracker, chunk)?;
+            }
+            next_chunk = next_chunk.max(end);
+        }
+        Ok(())
+    }
+
+    fn set_clear_bitmap(&mut self) {
+        self.clear_bitmap.set_range(0..self.clear_bitmap.nr_pages());
+    }
+
+    /// Collects what was written, without what is discarded; how many pages were written there.
+    fn sync(&mut self) -> Result<u64, MigrationError> {
+        let block = Arc::clone(&self.block);
+        let id = block.id();
+        self.tracker
+            .sync(&mut self.dirty)
+            .map_err(MigrationError::memory(id, "collect dirty pages"))?;
+        self.set_clear_bitmap();
+        if self.dirty.count() == 0 {
+            return Ok(0);
+        }
+        self.discarded.try_apply(&mut self.dirty, |pages| {
+            let cleared = self.tracker.clear(bytes_of(pages));
+            cleared.map_err(MigrationError::memory(id, "forget discarded pages"))
+        })
+    }
+
+    /// Makes every host page of which something is dirty dirty as a whole: it is placed at once.
+    fn make_whole(&mut self) {
+        self.dirty.widen_to(self.block.page_size() / TARGET_PAGE_SIZE);
+    }
+
+    /// Makes sure that writes to `pages` from now on are found, before they are read.
+    fn clear_before_read(&mut self, pages: &Range<u64>) -> Result<(), MigrationError> {
+        let chunks = pages.start / CLEAR_CHUNK_PAGES..pages.end.div_ceil(CLEAR_CHUNK_PAGES);
+        for chunk in chunks {
+            if self.clear_bitmap.clear(chunk) {
+                clear_chunk(&self.block, &mut *self.tracker, chunk)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gathers dirty pages, which are not dirty any more; how many bytes that makes on the wire.
+    /// With `named`, the page before them in the section was of this block.
+    fn gather(
+        &mut self,
+        out: &mut GatherWrite,
+        pages: Range<u64>,
+        mut named: bool,
+        counters: &Counters,
+    ) -> u64 {
+        self.dirty.clear_range(pages.clone());
+        let mapping = self.block.mapping();
+        let before = out.len_bytes();
+        let (mut normal, mut zero) = (0, 0);
+        for page in pages {
+            let offset = page * TARGET_PAGE_SIZE;
+            let is_zero = self.block.is_sent_as_zeros(offset);
+            let kind = if is_zero { PageKind::Zero } else { PageKind::Normal };
+            let word = PageHeader::page_word(kind, offset, named);
+            out.push_bytes(&word.to_be_bytes());
+            if !named {
+                let mut name = Vec::new();
+                name.put_name(self.block.id());
+                out.push_bytes(&name);
+                named = true;
+            }
+            if is_zero {
+                out.push_bytes(&[0]);
+                zero += 1;
+            } else {
+                out.push_memory(mapping, offset, TARGET_PAGE_SIZE);
+                normal += 1;
+            }
+        }
+        Counters::add(&counters.normal, normal);
+        Counters::add(&counters.duplicate, zero);
+        out.len_bytes() - before
+    }
+}
+
+/// How many pages can still be gathered: a page is two pieces, and there is always room for one.
+fn room_in(gathered: &GatherWrite) -> u64 {
+    (GATHER_PIECES.saturating_sub(gathered.segments()) / 2).max(1) as u64
+}
+
+fn clear_chunk(
+    block: &MigrationBlock,
+    tracker: &mut dyn DirtyTracker,
+    chunk: u64,
+) -> Result<(), MigrationError> {
+    let whole = bytes_of(chunk * CLEAR_CHUNK_PAGES..(chunk + 1) * CLEAR_CHUNK_PAGES);
+    let Some(range) = block.used().and_then(|used| used.intersection(whole)) else {
+        return Ok(());
+    };
+    tracker.clear(range).map_err(MigrationError::memory(block.id(), "clear the dirty log"))
+}
+
+impl RamSave {
+    /// A handler that sends the migratable blocks, each with a tracker from `tracker_of`.
+    ///
+    /// # Errors
+    ///
+    /// When it is not declared of a block whether it is migratable; nothing has been sent then.
+    pub fn new(
+        blocks: &RamBlocks,
+        options: ListOptions,
+        progress: Arc<Progress>,
+        mut tracker_of: impl FnMut(&MigrationBlock) -> Box<dyn DirtyTracker>,
+    ) -> Result<Self, MigrationError> {
+        let mut list = Vec::new();
+        put_list(&mut list, &blocks.list(options)?);
+        put_end_of_section(&mut list);
+        let listed = blocks.migratable()?;
+        let sent = listed.iter().map(Arc::clone);
+        let blocks = sent.filter(|block| !options.leaves_out(block)).map(|block| {
+            let tracker = tracker_of(&block);
+            SaveBlock::new(block, tracker)
+        });
+        Ok(Self {
+            blocks: blocks.collect(),
+            options,
+            listed,
+            frozen: None,
+            list,
+            progress,
+            gathered: GatherWrite::new(),
+            cursor: (0, 0),
+            continued: None,
+            last_sync: Instant::now(),
+        })
+    }
+
+    /// Pages left to send.
+    pub fn dirty_pages(&self) -> u64 {
+        self.blocks.iter().map(|block| block.dirty.count()).sum()
+    }
+
+    /// Collects what was written since the last time.
+    fn sync(&mut self) -> Result<(), MigrationError> {
+        let before = self.dirty_pages();
+        let mut faults = 0;
+        for block in &mut self.blocks {
+            faults += block.sync()?;
+        }
+        let counters = &self.progress.counters;
+        if faults != 0 {
+            Counters::add(&counters.dirty_while_discarded, faults);
+            tracing::warn!(pages = faults, "the guest writes memory that is discarded");
+        }
+        let seconds = self.last_sync.elapsed().as_secs_f64().max(1e-6);
+        let dirtied = self.dirty_pages().saturating_sub(before);
+        self.last_sync = Instant::now();
+        Counters::set(&counters.dirty_pages_rate, (dirtied as f64 / seconds) as u64);
+        Counters::add(&counters.dirtied, dirtied);
+        Counters::add(&counters.dirty_sync_count, 1);
+        self.note_remaining();
+        Ok(())
+    }
+
+    fn note_remaining(&self) {
+        let remaining = self.dirty_pages() * TARGET_PAGE_SIZE;
+        Counters::set(&self.progress.counters.remaining, remaining);
+    }
+
+    /// Sends dirty pages until `budget` bytes are gathered and written, `most` pages were looked at,
+    /// or none are left.
+    fn send(&mut self, out: &mut dyn Sink, budget: u64, most: u64) -> Result<(), MigrationError> {
+        self.continued = None;
+        let (mut spent, mut seen) = (0, 0);
+        while spent < budget && seen < most {
+            let affordable = (budget - spent).div_ceil(TARGET_PAGE_SIZE);
+            let room = room_in(&self.gathered).min(affordable).min(most - seen);
+            let Some((index, pages)) = self.next_run(room, HostPages::Split) else { break };
+            seen += pages.end - pages.start;
+            spent += self.gather(index, pages)?;
+            if self.gathered.segments() + 2 > GATHER_PIECES {
+                self.flush(out)?;
+            }
+        }
+        let mut end = Vec::new();
+        put_end_of_section(&mut end);
+        self.gathered.push_bytes(&end);
+        self.flush(out)?;
+        self.note_remaining();
+        Ok(())
+    }
+
+    /// The next dirty pages, in the order of the blocks and around: no more than `room`, or to the
+    /// end of the host page with that.
+    fn next_run(&mut self, room: u64, host_pages: HostPages) -> Option<(usize, Range<u64>)> {
+        let (first, page) = self.cursor;
+        let nr_blocks = self.blocks.len();
+        for step in 0..=nr_blocks {
+            let index = (first + step) % nr_blocks.max(1);
+            let block = self.blocks.get(index)?;
+            let from = if step == 0 { page } else { 0 };
+            let room = match host_pages {
+                HostPages::Whole => {
+                    let per_page = block.block.page_size() / TARGET_PAGE_SIZE;
+                    room.next_multiple_of(per_page.max(1))
+                }
+                HostPages::Split => room,
+            };
+            if let Some(pages) = block.dirty.next_run(from, block.dirty.nr_pages(), room) {
+                self.cursor = (index, pages.end);
+                return Some((index, pages));
+            }
+        }
+        None
+    }
+
+    /// Gathers a run of dirty pages of a block; how many bytes that makes on the wire.
+    fn gather(&mut self, index: usize, pages: Range<u64>) -> Result<u64, MigrationError> {
+        let Self { blocks, gathered, continued, progress, .. } = self;
+        let block = &mut blocks[index];
+        block.clear_before_read(&pages)?;
+        let named = continued.replace(index) == Some(index);
+        Ok(block.gather(gathered, pages, named, &progress.counters))
+    }
+
+    /// As [`gather`](Self::gather), when the pages are not written any more.
+    fn gather_stopped(&mut self, out: &mut GatherWrite, index: usize, pages: Range<u64>) -> u64 {
+        let named = self.continued.replace(index) == Some(index);
+        self.blocks[index].gather(out, pages, named, &self.progress.counters)
+    }
+
+    fn flush(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        let written = out.write_gathered(&mut self.gathered);
+        written.map_err(MigrationError::io("send pages"))?;
+        Counters::set(&self.progress.counters.transferred, out.written());
+        Ok(())
+    }
+}
+
+impl SaveHandler for RamSave {
+    fn idstr(&self) -> &str {
+        RAM_SECTION
+    }
+
+    fn version_id(&self) -> u32 {
+        RAM_VERSION
+    }
+
+    fn configure(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
+        self.options.check(configuration)?;
+        for block in &mut self.blocks {
+            block.in_migration = Some(InMigration::new(&block.block));
+            let (stream, local) =
+                (block.dirty.nr_pages() * TARGET_PAGE_SIZE, block.block.used_length());
+            if stream != local {
+                // It was resized since its length was put into the list.
+                let id = block.block.id().to_owned();
+                return Err(BlockError::Length { id, stream, local }.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn freeze(&mut self) -> Result<(), MigrationError> {
+        if self.frozen.is_none() {
+            let blocks = self.listed.iter().map(Arc::clone);
+            self.frozen = Some(FrozenBlocks::new(blocks, FreezeFor::Source)?);
+        }
+        Ok(())
+    }
+
+    fn check_frozen(&self) -> Result<(), MigrationError> {
+        match &self.frozen {
+            Some(frozen) => frozen.check(),
+            None => Err(FreezeLost("it has not begun, or has ended".to_owned()).into()),
+        }
+    }
+
+    fn thaw(&mut self) {
+        self.frozen = None;
+    }
+
+    fn setup(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        self.freeze()?;
+        let Some(frozen) = &self.frozen else { return Ok(()) };
+        for block in &mut self.blocks {
+            block.start(&frozen.discarded(&block.block), &self.progress.counters)?;
+        }
+        Counters::add(&self.progress.counters.dirty_sync_count, 1);
+        self.last_sync = Instant::now();
+        self.note_remaining();
+        out.write(&self.list).map_err(MigrationError::io("send the list of RAM blocks"))
+    }
+
+    fn pending_estimate(&self) -> u64 {
+        self.dirty_pages() * TARGET_PAGE_SIZE
+    }
+
+    fn pending_exact(&mut self) -> Result<u64, MigrationError> {
+        self.sync()?;
+        Ok(self.pending_estimate())
+    }
+
+    fn iterate(&mut self, out: &mut dyn Sink, budget: u64) -> Result<(), MigrationError> {
+        self.send(out, budget, ITERATE_PAGES)
+    }
+
+    fn complete(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        self.sync()?;
+        self.send(out, u64::MAX, u64::MAX)?;
+        self.check_frozen()
+    }
+
+    fn postcopy(&mut self) -> Option<&mut dyn PostcopySave> {
+        Some(self)
+    }
+
+    fn cleanup(&mut self) {
+        for block in &mut self.blocks {
+            block.in_migration = None;
+            if std::mem::take(&mut block.started)
+                && let Err(error) = block.tracker.stop()
+            {
+                tracing::warn!(block = block.block.id(), %error, "cannot stop tracking writes");
+            }
+        }
+    }
+}
+
+impl PostcopySave for RamSave {
+    fn page_sizes(&self) -> u64 {
+        self.blocks.iter().fold(0, |all, block| all | block.block.page_size())
+    }
+
+    fn outstanding(&mut self) -> Result<Vec<(String, Vec<ByteRange>)>, MigrationError> {
+        self.sync()?;
+        self.check_frozen()?;
+        let outstanding = self.blocks.iter_mut().map(|block| {
+            block.make_whole();
+            let runs = block.dirty.runs(0..block.dirty.nr_pages());
+            (block.block.id().to_owned(), runs.map(bytes_of).collect())
+        });
+        let outstanding = outstanding.collect();
+        // Precopy may have ended within a host page.
+        self.cursor = (0, 0);
+        self.note_remaining();
+        Ok(outstanding)
+    }
+
+    fn next(&mut self, bytes: u64, out: &mut GatherWrite) -> Result<bool, MigrationError> {
+        self.continued = None;
+        let mut spent = 0;
+        while spent < bytes {
+            let affordable = (bytes - spent).div_ceil(TARGET_PAGE_SIZE);
+            let room = room_in(out).min(affordable);
+            let Some((index, pages)) = self.next_run(room, HostPages::Whole) else { break };
+            spent += self.gather_stopped(out, index, pages);
+        }
+        self.note_remaining();
+        Ok(spent != 0)
+    }
+
+    fn requested(
+        &mut self,
+        block: &str,
+        range: ByteRange,
+        out: &mut GatherWrite,
+    ) -> Result<bool, MigrationError> {
+        let found = self.blocks.iter().position(|other| other.block.id() == block);
+        let fits = |index: &usize| {
+            let block = &self.blocks[*index].block;
+            let page_size = block.page_size();
+            range.end() <= block.used_length()
+                && range.len() <= page_size.max(REQUEST_MAX)
+                && range.start().is_multiple_of(page_size)
+                && range.len().is_multiple_of(page_size)
+        };
+        let Some(index) = found.filter(fits) else {
+            let what = format!("a request for {range} of block {block:?}");
+            return Err(MigrationError::Unexpected(what));
+        };
+        Counters::add(&self.progress.counters.postcopy_requests, 1);
+        self.continued = None;
+        let runs: Vec<_> = self.blocks[index].dirty.runs(pages_touched(range)).collect();
+        for pages in &runs {
+            self.gather_stopped(out, index, pages.clone());
+            // What is near is wanted next.
+            self.cursor = (index, pages.end);
+        }
+        self.continued = None;
+        Ok(!runs.is_empty())
+    }
+
+    fn blocks(&self) -> Vec<(String, u64)> {
+        let blocks = self.blocks.iter();
+        blocks.map(|block| (block.block.id().to_owned(), block.dirty.nr_pages())).collect()
+    }
+
+    fn not_received(&mut self, block: &str, pages: PageBitmap) -> Result<(), MigrationError> {
+        let found = self.blocks.iter_mut().find(|other| other.block.id() == block);
+        let Some(found) = found.filter(|found| found.dirty.nr_pages() == pages.nr_pages()) else {
+            return Err(MigrationError::Unexpected(format!("a bitmap of block {block:?}")));
+        };
+        found.dirty = pages;
+        found.discarded.apply(&mut found.dirty);
+        self.cursor = (0, 0);
+        self.note_remaining();
+        Ok(())
+    }
+}
+
+impl Drop for RamSave {
+    fn drop(&mut self) {
+        self.cleanup();
+    }
+}

@@ -1,0 +1,92 @@
+//! QEMU's migration stream, version 3: what is on the wire, byte by byte.
+//!
+//! Pure encoding and decoding: nothing here touches guest memory or decides anything. The stream
+//! is drawn in `spec-notes/stream.md`; names are those of QEMU's `migration/savevm.c`, `ram.c` and
+//! `migration.c`.
+
+mod block_list;
+mod command;
+mod configuration;
+mod page;
+mod record;
+mod return_path;
+
+pub use block_list::{
+    BlockEntry, BlockList, ListLimits, MAPPED_RAM_ALIGNMENT, MAPPED_RAM_VERSION, MappedRamHeader,
+    RAM_SECTION, RAM_VERSION, entry_len, put_entry, put_list, put_list_start,
+};
+pub use command::{AdvisedSizes, Command, DISCARD_RANGES_MAX};
+pub use configuration::{CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration};
+pub use page::{PageHeader, PageKind, put_end_of_section};
+pub use record::{
+    Record, SectionHeader, SectionKind, put_command, put_continued, put_description, put_eof,
+    put_footer, put_header, put_section, read_footer, read_header, read_record,
+};
+pub use return_path::ReturnMessage;
+
+use thiserror::Error;
+use vmstate::wire::WireError;
+
+pub use super::page_bitmap::TARGET_PAGE_SIZE;
+
+/// log2 of [`TARGET_PAGE_SIZE`].
+pub const TARGET_PAGE_BITS: u32 = TARGET_PAGE_SIZE.trailing_zeros();
+
+/// The longest JSON description that is read, bytes.
+pub const DESCRIPTION_MAX: u64 = 16 << 20;
+
+/// Why bytes are no migration stream.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// The stream ends, or fails, or a length is impossible.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// It does not start as a migration stream.
+    #[error("not a migration stream: it starts with {found:#010x}, not with \"QEVM\"")]
+    Magic {
+        /// What it starts with.
+        found: u32,
+    },
+    /// It is of another version.
+    #[error("migration stream of version {found}; only version 3 is understood")]
+    Version {
+        /// Its version.
+        found: u32,
+    },
+    /// A value is impossible where it stands.
+    #[error("{what} at byte {offset:#x}: {found:#x} is not possible")]
+    Value {
+        /// Bytes from the start of the stream.
+        offset: u64,
+        /// What it is.
+        what: &'static str,
+        /// Its value.
+        found: u64,
+    },
+    /// A section ends with the footer of another, or with none.
+    #[error("section {section_id} at byte {offset:#x}: its footer is missing or another's")]
+    Footer {
+        /// Bytes from the start of the stream.
+        offset: u64,
+        /// Id of the section.
+        section_id: u32,
+    },
+    /// A part of the configuration is not understood.
+    #[error("unknown configuration {name:?} at byte {offset:#x}")]
+    Configuration {
+        /// Bytes from the start of the stream.
+        offset: u64,
+        /// Its name.
+        name: String,
+    },
+}
+
+impl FormatError {
+    fn value(offset: u64, what: &'static str, found: impl Into<u64>) -> Self {
+        Self::Value { offset, what, found: found.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,79 @@
+//! The "ram" section: the header of each page, and the end of the section.
+
+use super::{FormatError, TARGET_PAGE_SIZE};
+use vmstate::wire::WireWrite;
+
+const ZERO: u64 = 0x02;
+pub(super) const MEM_SIZE: u64 = 0x04;
+const PAGE: u64 = 0x08;
+const EOS: u64 = 0x10;
+const CONTINUE: u64 = 0x20;
+const MULTIFD_FLUSH: u64 = 0x200;
+const FLAGS: u64 = TARGET_PAGE_SIZE - 1;
+
+/// What stands at a page header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageKind {
+    /// A page of zeros; the byte it is filled with follows, always 0.
+    Zero,
+    /// A page's bytes follow.
+    Normal,
+}
+
+/// The header of a page, or what stands in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageHeader {
+    /// A page. When it does not continue the block of the page before, the block's id follows.
+    Page {
+        /// Zeros, or bytes that follow.
+        kind: PageKind,
+        /// Bytes from the start of the block.
+        offset: u64,
+        /// Whether it is of the same block as the page before.
+        continued: bool,
+    },
+    /// A list of blocks of that many bytes in all.
+    List {
+        /// Sum of the used lengths, bytes.
+        total: u64,
+    },
+    /// Pages on other channels are to be waited for. Nothing to do with a single channel.
+    Flush,
+    /// The section ends.
+    EndOfSection,
+}
+
+impl PageHeader {
+    /// Bytes of an encoded header, without the block's id.
+    pub const LEN: usize = 8;
+
+    /// The header of a page as it is on the wire.
+    pub fn page_word(kind: PageKind, offset: u64, continued: bool) -> u64 {
+        debug_assert_eq!(offset & FLAGS, 0);
+        let kind = if kind == PageKind::Zero { ZERO } else { PAGE };
+        offset | kind | if continued { CONTINUE } else { 0 }
+    }
+
+    /// What a header says.
+    ///
+    /// # Errors
+    ///
+    /// When its flags are impossible; `at` is where it stands on the stream.
+    pub fn parse(word: u64, at: u64) -> Result<Self, FormatError> {
+        let (offset, flags) = (word & !FLAGS, word & FLAGS);
+        let page = |kind| Self::Page { kind, offset, continued: flags & CONTINUE != 0 };
+        Ok(match flags & !CONTINUE {
+            PAGE => page(PageKind::Normal),
+            ZERO => page(PageKind::Zero),
+            MEM_SIZE if flags == MEM_SIZE => Self::List { total: offset },
+            EOS if word == EOS => Self::EndOfSection,
+            MULTIFD_FLUSH if word == MULTIFD_FLUSH => Self::Flush,
+            _ => return Err(FormatError::value(at, "flags of a page", flags)),
+        })
+    }
+}
+
+/// Ends a section of RAM.
+pub fn put_end_of_section(out: &mut Vec<u8>) {
+    out.put_be64(EOS);
+}

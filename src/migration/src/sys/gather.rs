@@ -1,0 +1,430 @@
+//! Writing guest memory to a file descriptor without copying it first.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use ram_discard::memory::HostMapping;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+/// The most pieces that Linux takes in one call (`IOV_MAX`).
+const MAX_PIECES: usize = 1024;
+
+/// How often a write that waits for the receiver asks whether it is cancelled.
+const CANCEL_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+
+/// Bytes of our own and ranges of guest memory, in the order in which they are written.
+///
+/// The kernel reads guest memory by address when it is written, not when it is pushed: for a
+/// migration stream, a page's dirty bit is cleared before the page is written, so that whatever
+/// the guest changes later is sent again.
+#[derive(Debug, Default)]
+pub struct GatherWrite {
+    segments: Vec<Segment>,
+    /// What was pushed as bytes, all in one buffer that keeps its capacity.
+    bytes: Vec<u8>,
+    /// Keeps the memory of the segments mapped.
+    mappings: Vec<Arc<HostMapping>>,
+    len: u64,
+}
+
+/// A place and a length in bytes, never 0.
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    place: Place,
+    len: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// From this offset of `bytes`, which moves when it grows.
+    Bytes(usize),
+    /// From this address, kept valid by `mappings`.
+    Memory(usize),
+}
+
+impl GatherWrite {
+    /// Nothing to write.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends a copy of `bytes`.
+    pub fn push_bytes(&mut self, bytes: &[u8]) {
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        match self.segments.last_mut() {
+            Some(Segment { place: Place::Bytes(start), len }) if *start + *len == at => {
+                *len += bytes.len();
+            }
+            _ if bytes.is_empty() => {}
+            _ => self.segments.push(Segment { place: Place::Bytes(at), len: bytes.len() }),
+        }
+        self.len += bytes.len() as u64;
+    }
+
+    /// Appends `len` bytes of guest memory from `offset`. Memory that follows the memory pushed
+    /// before becomes one piece with it.
+    ///
+    /// # Panics
+    ///
+    /// When the range leaves the mapping.
+    pub fn push_memory(&mut self, mapping: &Arc<HostMapping>, offset: u64, len: u64) {
+        let (start, size) = mapping.locate(offset, len);
+        let at = start.expose_provenance();
+        match self.segments.last_mut() {
+            Some(Segment { place: Place::Memory(start), len })
+                if *start + *len == at
+                    && self.mappings.last().is_some_and(|last| Arc::ptr_eq(last, mapping)) =>
+            {
+                *len += size;
+            }
+            _ if size == 0 => {}
+            _ => {
+                // The last one is the one in use, for the check above.
+                if !self.mappings.last().is_some_and(|last| Arc::ptr_eq(last, mapping)) {
+                    self.mappings.push(Arc::clone(mapping));
+                }
+                self.segments.push(Segment { place: Place::Memory(at), len: size });
+            }
+        }
+        self.len += len;
+    }
+
+    /// What is to be written, bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.len
+    }
+
+    /// Number of pieces it is made of.
+    pub fn segments(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// Whether there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// Forgets everything; buffers keep their capacity.
+    pub fn clear(&mut self) {
+        self.segments.clear();
+        self.bytes.clear();
+        self.mappings.clear();
+        self.len = 0;
+    }
+
+    /// Writes everything to a socket or pipe. Waits where the receiver is slow: on a non-blocking
+    /// descriptor it asks `cancelled` while it waits, on a blocking one only between calls. A
+    /// socket that its peer has closed raises no SIGPIPE; of a pipe, the process should ignore it.
+    ///
+    /// # Errors
+    ///
+    /// `ECANCELED` when cancelled, `EFAULT` when guest memory is gone (the backing file was
+    /// truncated), or why the descriptor refuses. An unknown part is written then: the stream is
+    /// of no use any more.
+    pub fn write_to(&self, fd: impl AsFd, cancelled: &dyn Fn() -> bool) -> io::Result<()> {
+        let fd = fd.as_fd();
+        let mut is_socket = true;
+        self.write_all(|pieces, _| {
+            loop {
+                if cancelled() {
+                    return Err(Errno::CANCELED.into());
+                }
+                let written = if is_socket { send(fd, pieces) } else { write(fd, pieces) };
+                match written {
+                    Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTSOCK) => {
+                        is_socket = false;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_writable(fd)?,
+                    done => return done,
+                }
+            }
+        })
+    }
+
+    /// Writes everything to a file, from `offset` bytes on. The file's own offset does not move.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` when guest memory is gone, or why the file refuses; an unknown part is written.
+    pub fn write_at(&self, fd: impl AsFd, offset: u64) -> io::Result<()> {
+        let fd = fd.as_fd();
+        self.write_all(|pieces, done| {
+            let at = offset.checked_add(done).and_then(|at| libc::off_t::try_from(at).ok());
+            let at = at.ok_or(Errno::FBIG)?;
+            // SAFETY: as in `write`.
+            let written = unsafe {
+                libc::pwritev(fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int, at)
+            };
+            check(written)
+        })
+    }
+
+    /// Calls `write` with what is left, at most [`MAX_PIECES`] pieces at a time, and how many bytes
+    /// are done, until nothing is left. The pieces are valid for reads during the call.
+    fn write_all(
+        &self,
+        mut write: impl FnMut(&[libc::iovec], u64) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let mut pieces = Vec::with_capacity(self.segments.len().min(MAX_PIECES));
+        let mut next = 0;
+        // Bytes of `segments[next]` that are written.
+        let mut skip = 0;
+        let mut done = 0;
+        while next < self.segments.len() {
+            pieces.clear();
+            let window = self.segments[next..].iter().take(MAX_PIECES);
+            pieces.extend(window.map(|segment| self.piece(*segment)));
+            pieces[0].iov_base = pieces[0].iov_base.wrapping_byte_add(skip);
+            pieces[0].iov_len -= skip;
+            let written = match write(&pieces, done) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                written => written?,
+            };
+            done += written as u64;
+            skip += written;
+            while let Some(segment) = self.segments.get(next).filter(|segment| segment.len <= skip)
+            {
+                skip -= segment.len;
+                next += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn piece(&self, segment: Segment) -> libc::iovec {
+        let start = match segment.place {
+            Place::Bytes(offset) => self.bytes[offset..].as_ptr().cast_mut(),
+            Place::Memory(address) => std::ptr::with_exposed_provenance_mut(address),
+        };
+        libc::iovec { iov_base: start.cast(), iov_len: segment.len }
+    }
+}
+
+/// Sends the pieces without SIGPIPE; how many bytes.
+fn send(fd: BorrowedFd<'_>, pieces: &[libc::iovec]) -> io::Result<usize> {
+    // SAFETY: pointers and lengths only, of which zero is a null pointer and nothing.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = pieces.as_ptr().cast_mut();
+    message.msg_iovlen = pieces.len() as _;
+    // SAFETY: `pieces` are valid for reads, see `write_all`, and sendmsg(2) does not write through
+    // them; their number is no more than IOV_MAX. There is no name and no control data.
+    check(unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL) })
+}
+
+/// Writes the pieces to what is not a socket; how many bytes.
+fn write(fd: BorrowedFd<'_>, pieces: &[libc::iovec]) -> io::Result<usize> {
+    // SAFETY: `pieces` are valid for reads, see `write_all`; their number is no more than IOV_MAX
+    // and so fits.
+    check(unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int) })
+}
+
+fn check(written: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(written).map_err(|_| io::Error::last_os_error())
+}
+
+fn wait_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    match poll(&mut fds, Some(&CANCEL_POLL)) {
+        // Time is up, or a signal came: look whether it is cancelled.
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::mem::MaybeUninit;
+    use std::ptr::null_mut;
+
+    /// Whether a SIGPIPE was raised on this thread while `writes` ran. It is taken, and ends nothing.
+    pub(crate) fn raises_sigpipe(writes: impl FnOnce()) -> bool {
+        let mut sigpipe = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: the pointer is to room for a set, which sigemptyset(3) initializes.
+        unsafe { libc::sigemptyset(sigpipe.as_mut_ptr()) };
+        // SAFETY: initialized right above.
+        let mut sigpipe = unsafe { sigpipe.assume_init() };
+        // SAFETY: an initialized set, and the number of a signal.
+        unsafe { libc::sigaddset(&mut sigpipe, libc::SIGPIPE) };
+        // SAFETY: an initialized set; the mask is this thread's, and no code here handles SIGPIPE.
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &sigpipe, null_mut()) };
+        writes();
+        let no_wait = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: an initialized set and time; what is said of the signal is not asked for.
+        let raised = unsafe { libc::sigtimedwait(&sigpipe, null_mut(), &no_wait) };
+        // SAFETY: as above; none is outstanding that would be handled now.
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &sigpipe, null_mut()) };
+        raised == libc::SIGPIPE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixStream;
+
+    const PAGE: u64 = 4096;
+
+    fn memfd(size: u64) -> File {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("gather-test", flags).unwrap());
+        file.set_len(size).unwrap();
+        file
+    }
+
+    fn memory(pages: u64) -> Arc<HostMapping> {
+        let mapping = HostMapping::map(&memfd(pages * PAGE), 0, pages * PAGE).unwrap();
+        let content: Vec<u8> = (0..pages * PAGE).map(|at| (at / 7 % 251) as u8).collect();
+        mapping.write(0, &content);
+        Arc::new(mapping)
+    }
+
+    fn written(gather: &GatherWrite) -> Vec<u8> {
+        let file = memfd(0);
+        gather.write_at(&file, 3).unwrap();
+        let mut bytes = vec![0; gather.len_bytes() as usize];
+        assert_eq!(file.metadata().unwrap().len().saturating_sub(3), gather.len_bytes());
+        file.read_exact_at(&mut bytes, 3).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn neighbours_become_one_piece() {
+        let (one, other) = (memory(4), memory(4));
+        let mut gather = GatherWrite::new();
+        gather.push_memory(&one, 0, PAGE);
+        gather.push_memory(&one, PAGE, PAGE);
+        assert_eq!(gather.segments(), 1);
+        gather.push_memory(&one, 3 * PAGE, PAGE);
+        gather.push_memory(&other, 0, PAGE);
+        gather.push_memory(&one, 0, 0);
+        gather.push_bytes(b"");
+        gather.push_bytes(b"he");
+        gather.push_bytes(b"ad");
+        assert_eq!(gather.segments(), 4);
+        assert_eq!(gather.len_bytes(), 4 * PAGE + 4);
+        gather.clear();
+        assert!(gather.is_empty());
+        assert_eq!((gather.len_bytes(), Arc::strong_count(&one)), (0, 1));
+        gather.write_at(memfd(0), 0).unwrap();
+    }
+
+    #[test]
+    fn memory_stays_mapped_until_it_is_written() {
+        let mapping = memory(1);
+        let mut expected = vec![0; PAGE as usize];
+        mapping.read(0, &mut expected);
+        let mut gather = GatherWrite::new();
+        gather.push_memory(&mapping, 0, PAGE);
+        drop(mapping);
+        assert_eq!(written(&gather), expected);
+    }
+
+    /// More pieces than one call takes, through a socket with a small buffer to a slow reader.
+    #[test]
+    fn short_writes_and_many_pieces_lose_nothing() {
+        let mapping = memory(64);
+        let mut gather = GatherWrite::new();
+        for i in 0..3000u64 {
+            gather.push_bytes(&i.to_be_bytes());
+            gather.push_memory(&mapping, i * 37 % (60 * PAGE), 100 + i);
+        }
+        assert_eq!(gather.segments(), 6000);
+        let expected = written(&gather);
+        for nonblocking in [false, true] {
+            let (sender, mut receiver) = UnixStream::pair().unwrap();
+            sender.set_nonblocking(nonblocking).unwrap();
+            rustix::net::sockopt::set_socket_send_buffer_size(&sender, 4096).unwrap();
+            let reader = std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                receiver.read_to_end(&mut bytes).unwrap();
+                bytes
+            });
+            gather.write_to(&sender, &|| false).unwrap();
+            drop(sender);
+            assert!(reader.join().unwrap() == expected);
+        }
+    }
+
+    #[test]
+    fn waiting_for_a_receiver_that_reads_nothing_can_be_cancelled() {
+        let mapping = memory(256);
+        let mut gather = GatherWrite::new();
+        gather.push_memory(&mapping, 0, 256 * PAGE);
+        let (sender, _receiver) = UnixStream::pair().unwrap();
+        sender.set_nonblocking(true).unwrap();
+        let asked = std::cell::Cell::new(0);
+        let cancelled = || asked.replace(asked.get() + 1) >= 4;
+        let error = gather.write_to(&sender, &cancelled).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ECANCELED));
+    }
+
+    #[test]
+    fn memory_that_is_gone_is_an_error() {
+        let file = memfd(4 * PAGE);
+        let mapping = Arc::new(HostMapping::map(&file, 0, 4 * PAGE).unwrap());
+        let mut gather = GatherWrite::new();
+        gather.push_memory(&mapping, 0, 4 * PAGE);
+        file.set_len(PAGE).unwrap();
+        let (sender, _receiver) = UnixStream::pair().unwrap();
+        let error = gather.write_to(&sender, &|| false).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        assert_eq!(gather.write_at(memfd(0), 0).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+    }
+
+    #[test]
+    fn a_receiver_that_is_gone_is_an_error() {
+        let mut gather = GatherWrite::new();
+        gather.push_bytes(b"x");
+        let (sender, receiver) = UnixStream::pair().unwrap();
+        drop(receiver);
+        let error = gather.write_to(&sender, &|| false).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        assert!(gather.write_at(memfd(0), u64::MAX).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_what_was_pushed(
+            pieces in prop::collection::vec((any::<bool>(), 0u64..8192, 0u64..5000), 0..40),
+        ) {
+            let mapping = memory(4);
+            let mut gather = GatherWrite::new();
+            let mut expected = Vec::new();
+            for (own, offset, len) in pieces {
+                let mut bytes = vec![0; len as usize];
+                mapping.read(offset, &mut bytes);
+                if own {
+                    gather.push_bytes(&bytes);
+                } else {
+                    gather.push_memory(&mapping, offset, len);
+                }
+                expected.extend(bytes);
+            }
+            prop_assert_eq!(gather.len_bytes(), expected.len() as u64);
+            prop_assert!(written(&gather) == expected);
+        }
+    }
+
+    #[test]
+    fn a_socket_that_is_closed_raises_no_signal_and_a_pipe_does() {
+        let (near, far) = UnixStream::pair().unwrap();
+        drop(far);
+        let (reader, pipe) = io::pipe().unwrap();
+        drop(reader);
+        let mut gathered = GatherWrite::new();
+        gathered.push_bytes(b"page");
+        let broken = |result: io::Result<()>| {
+            assert_eq!(result.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        };
+        assert!(!testing::raises_sigpipe(|| broken(gathered.write_to(&near, &|| false))));
+        assert!(testing::raises_sigpipe(|| broken(gathered.write_to(&pipe, &|| false))));
+    }
+}

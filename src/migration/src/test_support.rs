@@ -1,0 +1,331 @@
+//! Two sides with real memory, for the tests of whatever moves it.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::ops::ControlFlow;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+
+use ram_discard::memory::RamBlock;
+use ram_discard::{
+    ByteRange, Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId,
+    LocalRamDiscardManager, RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError,
+    Unavailable, Visit,
+};
+use rustix::fs::MemfdFlags;
+use virtio_mem::device::BlockBitmap;
+
+use super::ram::{BlockOptions, MigrationBlock, RamBlocks};
+
+pub(super) const PAGE: u64 = 4096;
+pub(super) const BLOCK: u64 = 64 * PAGE;
+
+/// A source whose state a test may change.
+struct Changing(Mutex<BlockBitmap>);
+
+impl RamDiscardSource for Changing {
+    fn region_size(&self) -> u64 {
+        self.0.lock().unwrap().nr_blocks() as u64 * BLOCK
+    }
+
+    fn granularity(&self) -> u64 {
+        BLOCK
+    }
+
+    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+        let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
+        let run = self.0.lock().unwrap().next_run(blocks, populated)?;
+        let range = ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?;
+        range.intersection(section)
+    }
+}
+
+/// One side: a region of blocks, some of them plugged, and boot memory.
+pub(super) struct Side {
+    pub(super) region: File,
+    pub(super) boot: File,
+    pub(super) blocks: Arc<RamBlocks>,
+    /// Of the region, where it has one.
+    pub(super) manager: Option<Arc<TestManager>>,
+}
+
+pub(crate) fn memfd(size: u64) -> File {
+    let file = File::from(rustix::fs::memfd_create("precopy", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(size).unwrap();
+    file
+}
+
+pub(crate) fn migration_block(
+    id: &str,
+    file: &File,
+    size: u64,
+    options: BlockOptions,
+) -> MigrationBlock {
+    let file = file.try_clone().unwrap();
+    let ram = RamBlock::new(id.to_owned(), 1 << 32, size, file, 0).unwrap();
+    MigrationBlock::map(Arc::new(ram), options).unwrap()
+}
+
+/// A manager that notes its freezes, and can lose them as one of another process can.
+pub(super) struct TestManager {
+    local: LocalRamDiscardManager,
+    source: Arc<Changing>,
+    log: Mutex<Log>,
+    losses: Arc<AtomicU32>,
+}
+
+/// What happened, in order.
+pub(super) type Log = Arc<Mutex<Vec<&'static str>>>;
+
+struct TestFreeze {
+    inner: FrozenBlockState,
+    log: Log,
+    losses: Arc<AtomicU32>,
+    /// As many as there were at the beginning.
+    lost_before: u32,
+}
+
+impl Freeze for TestFreeze {
+    fn check(&self) -> Result<(), FreezeLost> {
+        if self.losses.load(Ordering::SeqCst) == self.lost_before {
+            return self.inner.check();
+        }
+        Err(FreezeLost("the device was restarted".to_owned()))
+    }
+
+    fn thaw(&mut self) -> Result<(), FreezeLost> {
+        self.log.lock().unwrap().push("thaw");
+        self.check()
+    }
+}
+
+impl TestManager {
+    pub(super) fn new(plugged: &[usize], nr_blocks: usize) -> Arc<Self> {
+        let mut bitmap = BlockBitmap::new(nr_blocks);
+        plugged.iter().for_each(|&block| bitmap.set(block..block + 1, true));
+        let local = LocalRamDiscardManager::new(nr_blocks as u64 * BLOCK);
+        let source = Arc::new(Changing(Mutex::new(bitmap)));
+        local.add_source(Arc::clone(&source) as Arc<dyn RamDiscardSource>).unwrap();
+        let (log, losses) = (Mutex::default(), Arc::default());
+        Arc::new(Self { local, source, log, losses })
+    }
+
+    /// Has freezes noted in `log` from now on.
+    pub(super) fn watch(&self, log: &Log) {
+        *self.log.lock().unwrap() = Arc::clone(log);
+    }
+
+    /// Loses all freezes, as when the device's process is restarted.
+    pub(super) fn lose_freezes(&self) {
+        self.losses.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Plugs a block, frozen or not, or unplugs it, without a word to the manager.
+    pub(super) fn set(&self, block: usize, plugged: bool) {
+        self.source.0.lock().unwrap().set(block..block + 1, plugged);
+    }
+}
+
+impl RamDiscardManager for TestManager {
+    fn region_size(&self) -> u64 {
+        self.local.region_size()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.local.granularity()
+    }
+
+    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
+        Ok(self.local.is_populated(section))
+    }
+
+    fn replay_populated(
+        &self,
+        section: ByteRange,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>, Unavailable> {
+        Ok(self.local.replay_populated(section, visit))
+    }
+
+    fn replay_discarded(
+        &self,
+        section: ByteRange,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>, Unavailable> {
+        Ok(self.local.replay_discarded(section, visit))
+    }
+
+    fn register(
+        &self,
+        section: ByteRange,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<ListenerId, RegisterError> {
+        self.local.register(section, listener)
+    }
+
+    fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
+        self.local.unregister(id)
+    }
+
+    fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
+        let inner = self.local.freeze(purpose);
+        let region = ByteRange::new(0, self.region_size()).unwrap();
+        let discarded = inner.discarded(region).collect();
+        let log = Arc::clone(&self.log.lock().unwrap());
+        log.lock().unwrap().push("freeze");
+        let losses = Arc::clone(&self.losses);
+        let lost_before = losses.load(Ordering::SeqCst);
+        let freeze = TestFreeze { inner, log, losses, lost_before };
+        Ok(FrozenBlockState::new(discarded, Box::new(freeze)))
+    }
+}
+
+impl Side {
+    pub(super) fn new(plugged: &[usize]) -> Self {
+        let (region, boot) = (memfd(16 * BLOCK), memfd(BLOCK));
+        let mut blocks = RamBlocks::new();
+        let vmem = migration_block("vmem0", &region, 16 * BLOCK, BlockOptions::migratable());
+        let manager = TestManager::new(plugged, 16);
+        vmem.set_discard_manager(0, Arc::clone(&manager) as Arc<dyn RamDiscardManager>).unwrap();
+        blocks.register(Arc::new(vmem)).unwrap();
+        let ram = migration_block("ram", &boot, BLOCK, BlockOptions::migratable());
+        blocks.register(Arc::new(ram)).unwrap();
+        Self { region, boot, blocks: Arc::new(blocks), manager: Some(manager) }
+    }
+
+    /// With a region of `size` bytes of which all is populated, and no boot memory to migrate.
+    pub(super) fn of_region(size: u64) -> Self {
+        let region = memfd(size);
+        let mut blocks = RamBlocks::new();
+        let vmem = migration_block("vmem0", &region, size, BlockOptions::migratable());
+        blocks.register(Arc::new(vmem)).unwrap();
+        Self { region, boot: memfd(BLOCK), blocks: Arc::new(blocks), manager: None }
+    }
+
+    pub(super) fn held(&self) -> (u64, u64) {
+        let pages = |file: &File| file.metadata().unwrap().blocks() * 512 / PAGE;
+        (pages(&self.region), pages(&self.boot))
+    }
+
+    pub(super) fn page(&self, page: u64) -> Vec<u8> {
+        let mut bytes = vec![0; PAGE as usize];
+        self.region.read_exact_at(&mut bytes, page * PAGE).unwrap();
+        bytes
+    }
+}
+
+pub(crate) fn fill(file: &File, pages: std::ops::Range<u64>, byte: u8) {
+    for page in pages {
+        file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
+    }
+}
+
+/// A connection over TCP within this host.
+pub(super) fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let far = listener.accept().unwrap().0;
+    (near, far)
+}
+
+/// Bytes of what a destination says up to its verdict: PONG 1, and the PONG of the verdict.
+const VERDICT: usize = 16;
+
+/// Source and destination of a connection on which `then` is done when the destination has said its
+/// verdict, and before the source hears it.
+pub(super) fn at_the_verdict(then: impl FnOnce() + Send + 'static) -> (UnixStream, UnixStream) {
+    let (source, mut near) = UnixStream::pair().unwrap();
+    let (mut far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    thread::spawn(move || {
+        let mut verdict = [0; VERDICT];
+        if back_from.read_exact(&mut verdict).is_ok() {
+            then();
+            let _ = back_to.write_all(&verdict);
+        }
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let _ = io::copy(&mut near, &mut far);
+        let _ = far.shutdown(Shutdown::Both);
+    });
+    (source, destination)
+}
+
+/// A subscriber of the log that calls this with each event.
+pub(super) struct OnEvent<F>(pub(super) F);
+
+impl<F: Fn() + 'static> tracing::Subscriber for OnEvent<F> {
+    fn enabled(&self, _metadata: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _span: &tracing::span::Id, _values: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _span: &tracing::span::Id, _follows: &tracing::span::Id) {}
+
+    fn event(&self, _event: &tracing::Event<'_>) {
+        self.0();
+    }
+
+    fn enter(&self, _span: &tracing::span::Id) {}
+
+    fn exit(&self, _span: &tracing::span::Id) {}
+}
+
+/// What is late after the destination's verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Late {
+    /// What the source says.
+    There,
+    /// What the destination says.
+    Back,
+}
+
+/// Source and destination of a connection over TCP on which, after the destination's verdict, one
+/// direction stands still until the source ends its own.
+pub(super) fn late(late: Late) -> (OwnedFd, OwnedFd) {
+    let (source, mut near) = tcp_pair();
+    let (mut far, destination) = tcp_pair();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    let decided = Arc::new(AtomicBool::new(false));
+    let (tell_ended, ended) = mpsc::channel();
+    let deciding = Arc::clone(&decided);
+    thread::spawn(move || {
+        let mut verdict = Vec::new();
+        let _ = (&mut back_from).take(VERDICT as u64).read_to_end(&mut verdict);
+        deciding.store(true, Ordering::SeqCst);
+        let _ = back_to.write_all(&verdict);
+        if late == Late::Back {
+            let _ = ended.recv();
+        }
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let (mut buffer, mut kept) = (vec![0; 4096], Vec::new());
+        while let Ok(read @ 1..) = near.read(&mut buffer) {
+            if late == Late::There && decided.load(Ordering::SeqCst) {
+                kept.extend_from_slice(&buffer[..read]);
+            } else if far.write_all(&buffer[..read]).is_err() {
+                break;
+            }
+        }
+        // What was kept comes at once with the end.
+        let _ = rustix::net::sockopt::set_tcp_cork(&far, true);
+        let _ = far.write_all(&kept);
+        let _ = far.shutdown(Shutdown::Write);
+        let _ = tell_ended.send(());
+    });
+    (source.into(), destination.into())
+}

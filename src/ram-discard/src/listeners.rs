@@ -1,0 +1,143 @@
+//! The listeners of a manager, in the order in which they registered.
+
+use super::{ListenerId, PopulateRefused, RamDiscardListener};
+use crate::ByteRange;
+
+/// Listeners, each with the section it registered for: what every manager is made of, whether it has the
+/// device or is told of it by another process.
+#[derive(Default)]
+pub struct Listeners {
+    last_id: u64,
+    registered: Vec<Registered>,
+}
+
+/// A listener and its section.
+pub struct Registered {
+    id: ListenerId,
+    /// What it registered for.
+    pub section: ByteRange,
+    /// The listener.
+    pub listener: Box<dyn RamDiscardListener>,
+}
+
+impl Listeners {
+    /// Tells a new listener of `populated`, which lies in its section, and adds it.
+    ///
+    /// # Errors
+    ///
+    /// When it refuses; it is then told to discard what it had accepted, in reverse.
+    pub fn add(
+        &mut self,
+        section: ByteRange,
+        mut listener: Box<dyn RamDiscardListener>,
+        populated: &[ByteRange],
+    ) -> Result<ListenerId, PopulateRefused> {
+        for (told, &range) in populated.iter().enumerate() {
+            if let Err(reason) = listener.notify_populate(range) {
+                populated[..told].iter().rev().for_each(|&range| listener.notify_discard(range));
+                let listener = listener.name().to_owned();
+                return Err(PopulateRefused { listener, section: range, reason });
+            }
+        }
+        self.last_id += 1;
+        let id = ListenerId(self.last_id);
+        self.registered.push(Registered { id, section, listener });
+        Ok(id)
+    }
+
+    /// Takes a listener out without telling it anything.
+    pub fn remove(&mut self, id: ListenerId) -> Option<Registered> {
+        let index = self.registered.iter().position(|registered| registered.id == id)?;
+        Some(self.registered.remove(index))
+    }
+
+    /// Tells the listeners in order.
+    ///
+    /// # Errors
+    ///
+    /// When one refuses; those told before it are then told to discard, in reverse.
+    pub fn populate(&mut self, section: ByteRange) -> Result<(), PopulateRefused> {
+        for index in 0..self.registered.len() {
+            let registered = &mut self.registered[index];
+            let Some(range) = registered.section.intersection(section) else { continue };
+            if let Err(reason) = registered.listener.notify_populate(range) {
+                let listener = registered.listener.name().to_owned();
+                for told in self.registered[..index].iter_mut().rev() {
+                    told.discard(section);
+                }
+                return Err(PopulateRefused { listener, section: range, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the listeners in reverse.
+    pub fn discard(&mut self, section: ByteRange) {
+        for registered in self.registered.iter_mut().rev() {
+            registered.discard(section);
+        }
+    }
+
+    /// As [`populate`](Self::populate) of several sections of one change, in this order.
+    ///
+    /// # Errors
+    ///
+    /// As [`populate`](Self::populate).
+    pub fn populate_all(&mut self, sections: &[ByteRange]) -> Result<(), PopulateRefused> {
+        for index in 0..self.registered.len() {
+            let registered = &mut self.registered[index];
+            let ranges = registered.parts(sections);
+            if let Err((section, reason)) = registered.listener.notify_populate_all(&ranges) {
+                let listener = registered.listener.name().to_owned();
+                let reversed: Vec<_> = sections.iter().rev().copied().collect();
+                for told in self.registered[..index].iter_mut().rev() {
+                    told.discard_all(&reversed);
+                }
+                return Err(PopulateRefused { listener, section, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`discard`](Self::discard) of several sections of one change, in this order: each listener
+    /// is told of all of them before the next one is.
+    pub fn discard_all(&mut self, sections: &[ByteRange]) {
+        for registered in self.registered.iter_mut().rev() {
+            registered.discard_all(sections);
+        }
+    }
+
+    /// Tells the listeners that a change has ended.
+    pub fn change_ended(&mut self) {
+        for registered in &mut self.registered {
+            registered.listener.notify_change_ended();
+        }
+    }
+
+    /// Tells the listeners, in reverse, that they will be told nothing any more.
+    pub fn lost(&mut self, reason: &str) {
+        for registered in self.registered.iter_mut().rev() {
+            registered.listener.notify_lost(reason);
+        }
+    }
+}
+
+impl Registered {
+    /// What of the sections the listener registered for.
+    fn parts(&self, sections: &[ByteRange]) -> Vec<ByteRange> {
+        sections.iter().filter_map(|&section| self.section.intersection(section)).collect()
+    }
+
+    fn discard_all(&mut self, sections: &[ByteRange]) {
+        let ranges = self.parts(sections);
+        if !ranges.is_empty() {
+            self.listener.notify_discard_all(&ranges);
+        }
+    }
+
+    fn discard(&mut self, section: ByteRange) {
+        if let Some(range) = self.section.intersection(section) {
+            self.listener.notify_discard(range);
+        }
+    }
+}

@@ -1,0 +1,559 @@
+//! The manager in the process that has the device.
+
+mod freezes;
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Mutex, MutexGuard};
+use smallvec::SmallVec;
+
+pub use freezes::FreezeId;
+use freezes::Freezes;
+
+use super::listeners::{Listeners, Registered};
+use super::source::Combined;
+use super::{
+    Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId, PopulateRefused,
+    RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError, SourceId, Unavailable,
+    Visit,
+};
+use crate::ByteRange;
+
+/// Holds the sources and listeners of one region, in the process that has the device.
+pub struct LocalRamDiscardManager {
+    shared: Arc<Shared>,
+}
+
+/// What outlives the manager while block state is frozen.
+struct Shared {
+    region_size: u64,
+    inner: Mutex<Inner>,
+    /// Whether `inner` has any freeze, to be read without its lock.
+    frozen: AtomicBool,
+    /// What is told of the first freeze and of the end of the last.
+    observer: OnceLock<Box<dyn FreezeObserver>>,
+}
+
+struct Inner {
+    region_size: u64,
+    last_source_id: u64,
+    sources: Vec<(SourceId, Arc<dyn RamDiscardSource>)>,
+    listeners: Listeners,
+    freezes: Freezes,
+}
+
+/// Is told of freezes that begin and end at the manager, within a transaction.
+pub trait FreezeObserver: Send + Sync {
+    /// Block state is frozen, which it was not before.
+    fn frozen(&self);
+    /// Block state is no longer frozen.
+    fn thawed(&self, transaction: &mut Transaction<'_>);
+}
+
+impl LocalRamDiscardManager {
+    /// A manager without sources (all is populated) and listeners, of a region of `region_size`
+    /// bytes.
+    pub fn new(region_size: u64) -> Self {
+        let inner = Inner {
+            region_size,
+            last_source_id: 0,
+            sources: Vec::new(),
+            listeners: Listeners::default(),
+            freezes: Freezes::default(),
+        };
+        let inner = Mutex::new(inner);
+        let (frozen, observer) = (AtomicBool::new(false), OnceLock::new());
+        Self { shared: Arc::new(Shared { region_size, inner, frozen, observer }) }
+    }
+
+    /// Size of the region, bytes.
+    pub fn region_size(&self) -> u64 {
+        self.shared.region_size
+    }
+
+    /// Shuts everybody else out: no registration, replay or other change happens until the
+    /// transaction is dropped.
+    pub fn begin(&self) -> Transaction<'_> {
+        self.shared.begin()
+    }
+
+    /// Whether block state is frozen. It may be otherwise right after, unless a [`Transaction`] is
+    /// asked.
+    pub fn is_frozen(&self) -> bool {
+        self.shared.frozen.load(Ordering::Acquire)
+    }
+
+    /// Has `observer` told of freezes; there is one at most, which stays.
+    pub fn observe_freezes(&self, observer: Box<dyn FreezeObserver>) {
+        let _ = self.shared.observer.set(observer);
+    }
+
+    /// Freezes block state; see [`RamDiscardManager::freeze`]. Must not be called, nor what it
+    /// returns be dropped, within a transaction or a listener.
+    pub fn freeze(&self, purpose: FreezeFor) -> FrozenBlockState {
+        let mut transaction = self.begin();
+        let first = !transaction.is_frozen();
+        let id = transaction.freeze(purpose);
+        let discarded = transaction.inner.discarded();
+        if let Some(observer) = self.shared.observer.get().filter(|_| first) {
+            observer.frozen();
+        }
+        drop(transaction);
+        let map = (purpose == FreezeFor::Source).then(|| discarded.clone());
+        let freeze = LocalFreeze { shared: Arc::clone(&self.shared), id, map };
+        FrozenBlockState::new(discarded, Box::new(freeze))
+    }
+
+    /// The smallest granularity of the sources, bytes.
+    pub fn granularity(&self) -> u64 {
+        self.inner().combined(None).granularity()
+    }
+
+    /// Whether all sources call every byte of `section` populated.
+    pub fn is_populated(&self, section: ByteRange) -> bool {
+        self.inner().combined(None).is_populated(section)
+    }
+
+    /// Calls `visit` with each maximal populated range of `section`, ascending, until it breaks.
+    /// `visit` must not call back into the manager.
+    pub fn replay_populated(
+        &self,
+        section: ByteRange,
+        mut visit: impl FnMut(ByteRange) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        self.inner().combined(None).replay(section, true, &mut visit)
+    }
+
+    /// Calls `visit` with each maximal discarded range of `section`, ascending, until it breaks.
+    /// `visit` must not call back into the manager.
+    pub fn replay_discarded(
+        &self,
+        section: ByteRange,
+        mut visit: impl FnMut(ByteRange) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        self.inner().combined(None).replay(section, false, &mut visit)
+    }
+
+    /// Adds a listener for `section` and tells it what is populated there now, each maximal range
+    /// once.
+    ///
+    /// # Errors
+    ///
+    /// When the section is not inside the region or the listener refuses; it is then told to
+    /// discard what it had accepted.
+    pub fn register(
+        &self,
+        section: ByteRange,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<ListenerId, RegisterError> {
+        let mut inner = self.inner();
+        let region_size = inner.region_size;
+        if section.end() > region_size {
+            return Err(RegisterError::OutsideRegion { section, region_size });
+        }
+        let populated = inner.populated_by_others(None, section);
+        Ok(inner.listeners.add(section, listener, &populated)?)
+    }
+
+    /// Removes a listener, after it was told to discard what is populated, each maximal range
+    /// once.
+    ///
+    /// # Errors
+    ///
+    /// When it is not registered.
+    pub fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
+        let mut inner = self.inner();
+        let Registered { section, mut listener, .. } =
+            inner.listeners.remove(id).ok_or(RegisterError::NotRegistered)?;
+        let _ = inner.combined(None).replay(section, true, &mut |range| {
+            listener.notify_discard(range);
+            ControlFlow::Continue(())
+        });
+        Ok(listener)
+    }
+
+    /// Adds a source; listeners are told to discard what only the new source calls discarded.
+    ///
+    /// # Errors
+    ///
+    /// When the source is about a region of another size or there already, or block state is frozen.
+    pub fn add_source(&self, source: Arc<dyn RamDiscardSource>) -> Result<SourceId, RegisterError> {
+        let mut inner = self.inner();
+        let (expected, found) = (inner.region_size, source.region_size());
+        if expected != found {
+            return Err(RegisterError::RegionSize { expected, found });
+        }
+        if inner.sources.iter().any(|(_, other)| Arc::ptr_eq(other, &source)) {
+            return Err(RegisterError::SourceTwice);
+        }
+        if inner.freezes.any() {
+            return Err(RegisterError::Frozen);
+        }
+        for range in inner.discarded_by_only(&*source, None) {
+            inner.listeners.discard(range);
+        }
+        inner.last_source_id += 1;
+        let id = SourceId(inner.last_source_id);
+        inner.sources.push((id, source));
+        Ok(id)
+    }
+
+    /// Removes a source; listeners are told to populate what only it called discarded.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such source, block state is frozen, or a listener refuses: the source then
+    /// stays, and the listeners are told to discard again.
+    pub fn remove_source(&self, id: SourceId) -> Result<(), RegisterError> {
+        let mut inner = self.inner();
+        let index = inner
+            .sources
+            .iter()
+            .position(|(source, _)| *source == id)
+            .ok_or(RegisterError::NotRegistered)?;
+        if inner.freezes.any() {
+            return Err(RegisterError::Frozen);
+        }
+        let source = Arc::clone(&inner.sources[index].1);
+        let ranges = inner.discarded_by_only(&*source, Some(id));
+        for (done, &range) in ranges.iter().enumerate() {
+            if let Err(refused) = inner.listeners.populate(range) {
+                ranges[..done].iter().rev().for_each(|&range| inner.listeners.discard(range));
+                return Err(refused.into());
+            }
+        }
+        inner.sources.remove(index);
+        Ok(())
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.shared.inner.lock()
+    }
+}
+
+impl Shared {
+    fn begin(&self) -> Transaction<'_> {
+        Transaction { inner: self.inner.lock(), frozen: &self.frozen, told: false }
+    }
+}
+
+/// A freeze that counts until it ends.
+struct LocalFreeze {
+    shared: Arc<Shared>,
+    id: FreezeId,
+    /// What must still be discarded, where nothing may change.
+    map: Option<Vec<ByteRange>>,
+}
+
+impl LocalFreeze {
+    fn check_in(&self, inner: &Inner) -> Result<(), FreezeLost> {
+        inner.freezes.check(self.id)?;
+        match &self.map {
+            // A source that changed its state without a word.
+            Some(map) if !inner.is_discarded_exactly(map) => {
+                Err(FreezeLost("a source changed what is discarded".to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Freeze for LocalFreeze {
+    fn check(&self) -> Result<(), FreezeLost> {
+        self.check_in(&self.shared.inner.lock())
+    }
+
+    fn thaw(&mut self) -> Result<(), FreezeLost> {
+        let mut transaction = self.shared.begin();
+        let checked = self.check_in(&transaction.inner);
+        transaction.thaw(self.id);
+        if let Some(observer) = self.shared.observer.get()
+            && !transaction.is_frozen()
+        {
+            observer.thawed(&mut transaction);
+        }
+        checked
+    }
+}
+
+/// Sections that listeners are told of at once, at most.
+const BATCH: usize = 4096;
+
+/// Exclusive use of a manager, to change the state of a source and tell the listeners.
+///
+/// While block state [is frozen](Self::is_frozen), a source changes nothing that a guest asks for.
+pub struct Transaction<'a> {
+    inner: MutexGuard<'a, Inner>,
+    frozen: &'a AtomicBool,
+    /// A listener was told something, and so is told of the end.
+    told: bool,
+}
+
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        if self.told {
+            self.inner.listeners.change_ended();
+        }
+    }
+}
+
+impl Transaction<'_> {
+    /// Whether block state is frozen.
+    pub fn is_frozen(&self) -> bool {
+        self.inner.freezes.any()
+    }
+
+    /// Whether block state is frozen so that not even saved state may be loaded.
+    pub fn is_frozen_for_source(&self) -> bool {
+        self.inner.freezes.any_for_source()
+    }
+
+    /// Begins a freeze; the caller tells of it.
+    pub fn freeze(&mut self, purpose: FreezeFor) -> FreezeId {
+        let id = self.inner.freezes.begin(purpose);
+        self.frozen.store(true, Ordering::Release);
+        id
+    }
+
+    /// Ends a freeze; the caller tells of it.
+    pub fn thaw(&mut self, id: FreezeId) {
+        self.inner.freezes.end(id);
+        self.frozen.store(self.inner.freezes.any(), Ordering::Release);
+    }
+
+    /// Tells the listeners that `source` is about to populate `section`, as far as all other
+    /// sources have it populated. To be called before the state of `source` changes.
+    ///
+    /// # Errors
+    ///
+    /// A listener's refusal; those told before have then been told to discard, in reverse. While
+    /// block state is frozen for a source of migration, all is refused.
+    pub fn notify_populate(
+        &mut self,
+        source: SourceId,
+        section: ByteRange,
+    ) -> Result<(), PopulateRefused> {
+        self.check_thawed(section)?;
+        self.told = true;
+        let ranges = self.inner.populated_by_others(Some(source), section);
+        for (done, &range) in ranges.iter().enumerate() {
+            if let Err(refused) = self.inner.listeners.populate(range) {
+                ranges[..done].iter().rev().for_each(|&range| self.inner.listeners.discard(range));
+                return Err(refused);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the listeners, last registered first, that `source` has discarded `section` (or that
+    /// a populate announced before did not come about). Freezes for a source of migration are lost
+    /// then.
+    pub fn notify_discard(&mut self, source: SourceId, section: ByteRange) {
+        self.inner.freezes.lose(format_args!("{section} was discarded"));
+        self.told = true;
+        for range in self.inner.populated_by_others(Some(source), section) {
+            self.inner.listeners.discard(range);
+        }
+    }
+
+    /// As [`notify_populate`](Self::notify_populate) of several sections, in this order. A listener
+    /// is told of many of them at once, so that the cost of asking it hardly grows with their number.
+    ///
+    /// # Errors
+    ///
+    /// As [`notify_populate`](Self::notify_populate).
+    pub fn notify_populate_all(
+        &mut self,
+        source: SourceId,
+        sections: &[ByteRange],
+    ) -> Result<(), PopulateRefused> {
+        if let Some(&first) = sections.first() {
+            self.check_thawed(first)?;
+        }
+        for (batch, part) in sections.chunks(BATCH).enumerate() {
+            if let Err(refused) = self.populate_batch(source, part) {
+                for part in sections[..batch * BATCH].chunks(BATCH).rev() {
+                    self.discard_batch(source, part.iter().rev());
+                }
+                return Err(refused);
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`notify_discard`](Self::notify_discard) of several sections, last one first. A listener is
+    /// told of many of them at once.
+    pub fn notify_discard_all(&mut self, source: SourceId, sections: &[ByteRange]) {
+        if let Some(section) = sections.first() {
+            self.inner.freezes.lose(format_args!("{section} was discarded"));
+        }
+        for part in sections.rchunks(BATCH) {
+            self.discard_batch(source, part.iter().rev());
+        }
+    }
+
+    /// Refuses to populate what a source of migration relies on.
+    fn check_thawed(&self, section: ByteRange) -> Result<(), PopulateRefused> {
+        if self.is_frozen_for_source() {
+            let (listener, reason) = ("migration".to_owned(), "block state is frozen".to_owned());
+            return Err(PopulateRefused { listener, section, reason });
+        }
+        Ok(())
+    }
+
+    fn populate_batch(
+        &mut self,
+        source: SourceId,
+        sections: &[ByteRange],
+    ) -> Result<(), PopulateRefused> {
+        let ranges = self.parts(source, sections.iter());
+        if ranges.is_empty() {
+            return Ok(());
+        }
+        self.told = true;
+        self.inner.listeners.populate_all(&ranges)
+    }
+
+    fn discard_batch<'b>(
+        &mut self,
+        source: SourceId,
+        sections: impl Iterator<Item = &'b ByteRange>,
+    ) {
+        let ranges = self.parts(source, sections);
+        if !ranges.is_empty() {
+            self.told = true;
+            self.inner.listeners.discard_all(&ranges);
+        }
+    }
+
+    /// What every other source has populated of the sections.
+    fn parts<'b>(
+        &self,
+        source: SourceId,
+        sections: impl Iterator<Item = &'b ByteRange>,
+    ) -> Vec<ByteRange> {
+        sections
+            .flat_map(|&section| self.inner.populated_by_others(Some(source), section))
+            .collect()
+    }
+}
+
+impl Inner {
+    /// All maximal discarded ranges, ascending.
+    fn discarded(&self) -> Vec<ByteRange> {
+        let mut ranges = Vec::new();
+        if let Some(region) = ByteRange::new(0, self.region_size) {
+            let _ = self.combined(None).replay(region, false, &mut |range| {
+                ranges.push(range);
+                ControlFlow::Continue(())
+            });
+        }
+        ranges
+    }
+
+    fn is_discarded_exactly(&self, map: &[ByteRange]) -> bool {
+        let mut expected = map.iter();
+        let Some(region) = ByteRange::new(0, self.region_size) else { return map.is_empty() };
+        let replayed =
+            self.combined(None).replay(region, false, &mut |range| match expected.next() {
+                Some(&other) if other == range => ControlFlow::Continue(()),
+                _ => ControlFlow::Break(()),
+            });
+        replayed.is_continue() && expected.next().is_none()
+    }
+
+    /// All sources but `except` as one.
+    fn combined(&self, except: Option<SourceId>) -> Combined<'_> {
+        let sources = self.sources.iter().filter(|(id, _)| Some(*id) != except);
+        Combined {
+            sources: sources.map(|(_, source)| &**source).collect(),
+            region_size: self.region_size,
+        }
+    }
+
+    /// The ranges of `section` that every source but `except` calls populated.
+    ///
+    /// Where there are no others, which is usual, that is the section.
+    fn populated_by_others(
+        &self,
+        except: Option<SourceId>,
+        section: ByteRange,
+    ) -> SmallVec<[ByteRange; 1]> {
+        let mut ranges = SmallVec::new();
+        let _ = self.combined(except).replay(section, true, &mut |range| {
+            ranges.push(range);
+            ControlFlow::Continue(())
+        });
+        ranges
+    }
+
+    /// What `source` calls discarded and every source but `except` calls populated.
+    fn discarded_by_only(
+        &self,
+        source: &dyn RamDiscardSource,
+        except: Option<SourceId>,
+    ) -> Vec<ByteRange> {
+        let mut ranges = Vec::new();
+        if let Some(region) = ByteRange::new(0, self.region_size) {
+            let others = self.combined(except);
+            let _ = source.replay(region, false, &mut |discarded| {
+                others.replay(discarded, true, &mut |range| {
+                    ranges.push(range);
+                    ControlFlow::Continue(())
+                })
+            });
+        }
+        ranges
+    }
+}
+
+impl RamDiscardManager for LocalRamDiscardManager {
+    fn region_size(&self) -> u64 {
+        self.region_size()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.granularity()
+    }
+
+    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
+        Ok(self.is_populated(section))
+    }
+
+    fn replay_populated(
+        &self,
+        section: ByteRange,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>, Unavailable> {
+        Ok(self.replay_populated(section, visit))
+    }
+
+    fn replay_discarded(
+        &self,
+        section: ByteRange,
+        visit: &mut Visit<'_>,
+    ) -> Result<ControlFlow<()>, Unavailable> {
+        Ok(self.replay_discarded(section, visit))
+    }
+
+    fn register(
+        &self,
+        section: ByteRange,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<ListenerId, RegisterError> {
+        self.register(section, listener)
+    }
+
+    fn unregister(&self, id: ListenerId) -> Result<Box<dyn RamDiscardListener>, RegisterError> {
+        self.unregister(id)
+    }
+
+    fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
+        Ok(self.freeze(purpose))
+    }
+}
+
+#[cfg(test)]
+mod tests;

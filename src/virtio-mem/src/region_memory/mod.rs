@@ -1,0 +1,526 @@
+//! The memory behind the device's region, and the listener that takes it and gives it back.
+
+mod recent;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use ram_discard::memory::{BackingError, BackingKind, RamBlock, RamBlockError};
+use ram_discard::{ByteRange, RamDiscardListener};
+use smallvec::SmallVec;
+use thiserror::Error;
+
+use crate::device::Geometry;
+use recent::Recent;
+
+/// Why memory cannot be populated or discarded now; the guest is told BUSY.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum NotReady {
+    /// No memory is mapped at part of the range.
+    #[error("no memory is mapped at guest-physical {0}")]
+    NotMapped(ByteRange),
+    /// Memory that is mapped there cannot be discarded (any more).
+    #[error("RAM block {id}: {source}")]
+    Backing {
+        /// Id of the block.
+        id: String,
+        /// The reason.
+        source: BackingError,
+    },
+}
+
+/// The memory behind a device's region: zero or more RAM blocks, as the VMM's memory table has
+/// them now. Looked up anew for every range, never remembered.
+#[derive(Debug)]
+pub struct RegionMemory {
+    geometry: Geometry,
+    table: Mutex<Table>,
+    /// Memory of plugged blocks is still to come.
+    incoming: AtomicBool,
+    /// A state is being loaded, whose memory may be there already.
+    loading: AtomicBool,
+    /// Bytes that the host held for a section, where that takes long to count.
+    held: Recent<ByteRange>,
+}
+
+/// What the host holds for parts of a file is counted anew each time up to this many bytes, which takes about
+/// a millisecond.
+const COUNTED_AT_ONCE: u64 = 64 << 20;
+
+#[derive(Debug, Default)]
+struct Table {
+    /// Ascending and apart.
+    blocks: Vec<Arc<RamBlock>>,
+    /// Sections that should have been discarded and could not be. They are tried again with
+    /// every discard and every new table, until they are plugged.
+    owed: Vec<ByteRange>,
+    failures: u64,
+}
+
+/// Part of a section: a RAM block and the bytes of its file.
+type Piece = (Arc<RamBlock>, ByteRange);
+/// What lies behind a section: of a request's, nearly always one.
+type Pieces = SmallVec<[Piece; 1]>;
+
+impl RegionMemory {
+    /// No memory yet.
+    pub fn new(geometry: Geometry) -> Arc<Self> {
+        Arc::new(Self {
+            geometry,
+            table: Mutex::default(),
+            incoming: AtomicBool::new(false),
+            loading: AtomicBool::new(false),
+            held: Recent::new(Duration::from_secs(1)),
+        })
+    }
+
+    /// Checks that a RAM block can serve this region.
+    ///
+    /// # Errors
+    ///
+    /// When its pages are larger than the device's blocks or lie across them.
+    pub fn check(&self, block: &RamBlock) -> Result<(), RamBlockError> {
+        block.check_block_size(self.geometry.addr(), self.geometry.block_size())
+    }
+
+    /// Says whether memory of plugged blocks is still to come (postcopy). Until it has, no huge page
+    /// is taken for them: one that is there is not missed by who touches it.
+    pub(crate) fn set_incoming(&self, incoming: bool) {
+        self.incoming.store(incoming, Ordering::Release);
+    }
+
+    /// Says whether a state is being loaded. Until it is there, its listener takes nothing, since that
+    /// was done before, and gives nothing back: the memory of blocks that become plugged may have come
+    /// before, and must stay if they do not.
+    pub(crate) fn set_loading(&self, loading: bool) {
+        self.loading.store(loading, Ordering::Release);
+    }
+
+    fn is_loading(&self) -> bool {
+        self.loading.load(Ordering::Acquire)
+    }
+
+    /// Takes huge pages for the plugged sections that `block` backs, as a PLUG does. Where there is
+    /// data already, it stays. Other memory is taken when it is touched.
+    ///
+    /// # Errors
+    ///
+    /// When the pool has none. Those that were taken stay.
+    pub(crate) fn reserve(
+        &self,
+        block: &RamBlock,
+        plugged: &[ByteRange],
+    ) -> Result<(), RamBlockError> {
+        if block.backing().kind() != BackingKind::Hugetlb || self.incoming.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let sections =
+            plugged.iter().filter_map(|section| section.shifted_up(self.geometry.addr()));
+        for range in sections.filter_map(|section| block.file_range(section)) {
+            let no_memory = |source| RamBlockError::NoMemory { id: block.id().to_owned(), source };
+            block.backing().reserve(range).map_err(no_memory)?;
+        }
+        Ok(())
+    }
+
+    /// The blocks of memory, ascending.
+    pub(crate) fn blocks(&self) -> Vec<Arc<RamBlock>> {
+        self.table.lock().blocks.clone()
+    }
+
+    /// Replaces the memory; blocks that lie outside the region are dropped. Returns the blocks
+    /// that were there before.
+    pub fn replace(&self, mut blocks: Vec<Arc<RamBlock>>) -> Vec<Arc<RamBlock>> {
+        let region = self.geometry.region();
+        blocks.retain(|block| region.is_some_and(|region| region.overlaps(block.range())));
+        blocks.sort_by_key(|block| block.range());
+        let previous = std::mem::replace(&mut self.table.lock().blocks, blocks);
+        self.held.forget();
+        self.settle();
+        previous
+    }
+
+    /// Whether any memory is mapped.
+    pub fn is_mapped(&self) -> bool {
+        !self.table.lock().blocks.is_empty()
+    }
+
+    /// Whether the whole of the region is mapped.
+    pub fn is_complete(&self) -> bool {
+        self.geometry.section().is_none_or(|section| self.pieces(section).1.is_none())
+    }
+
+    /// How often memory could not be discarded.
+    pub fn discard_failures(&self) -> u64 {
+        self.table.lock().failures
+    }
+
+    /// Checks that all of `section` is mapped and can be discarded.
+    ///
+    /// # Errors
+    ///
+    /// What is in the way.
+    pub fn ready(&self, section: ByteRange) -> Result<(), NotReady> {
+        let (pieces, missing) = self.pieces(section);
+        if let Some(missing) = missing {
+            return Err(NotReady::NotMapped(missing));
+        }
+        for (block, _) in pieces {
+            block
+                .backing()
+                .probe()
+                .map_err(|source| NotReady::Backing { id: block.id().to_owned(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Bytes the host holds for `section`; `None` when nothing is mapped or the backing does not
+    /// tell. Of memory that is only a part of a file, much is counted once a second at most.
+    pub fn resident(&self, section: ByteRange) -> Option<u64> {
+        let (pieces, _) = self.pieces(section);
+        if pieces.is_empty() {
+            return None;
+        }
+        let count = || {
+            pieces.iter().try_fold(0u64, |sum, (block, file_range)| {
+                let resident = block.backing().resident(*file_range).ok()?;
+                // Blocks of hugetlb memory are reserved as a whole when plugged.
+                Some(sum + resident.unwrap_or(0))
+            })
+        };
+        if pieces.iter().all(|(block, range)| block.backing().is_counted_by_the_kernel(*range)) {
+            return count();
+        }
+        self.held.get(section, COUNTED_AT_ONCE, count)
+    }
+
+    /// Where the host holds something of `section`: maximal ascending ranges of whole units of
+    /// `unit` bytes, counted from the start of the region. Of hugetlb memory, that is where
+    /// `plugged` (ascending) is. `None` when nothing is mapped or the backing does not tell.
+    ///
+    /// Each unit that the host holds something of costs one short search, however finely or
+    /// densely it is populated: what else lies within it is not looked at. Where the data ends is
+    /// not searched, since that keeps discards waiting, for seconds in a large
+    /// region that is full.
+    ///
+    /// # Panics
+    ///
+    /// When `unit` is 0.
+    pub(crate) fn resident_units(
+        &self,
+        section: ByteRange,
+        unit: u64,
+        plugged: &[ByteRange],
+    ) -> Option<Vec<ByteRange>> {
+        let (pieces, _) = self.pieces(section);
+        if pieces.is_empty() {
+            return None;
+        }
+        let mut found = Units { unit, region_size: self.geometry.region_size(), ranges: vec![] };
+        for (block, file_range) in pieces {
+            let part = block.range().intersection(section.shifted_up(self.geometry.addr())?)?;
+            let part = part.shifted_down(self.geometry.addr())?;
+            if block.backing().kind() == BackingKind::Hugetlb {
+                plugged.iter().filter_map(|range| range.intersection(part)).for_each(|range| {
+                    found.add(range);
+                });
+                continue;
+            }
+            let mut at = file_range.start();
+            while at < file_range.end()
+                && let Some(data) = block.backing().next_data(at).ok()?
+                && data < file_range.end()
+            {
+                let offset = data - file_range.start();
+                let end = found.add(ByteRange::new(part.start() + offset, 1)?);
+                at = file_range.start().saturating_add(end - part.start());
+            }
+        }
+        Some(found.ranges)
+    }
+
+    /// Whether any of the memory is hugetlb, which does not tell its holes.
+    pub fn has_hugetlb(&self) -> bool {
+        let table = self.table.lock();
+        table.blocks.iter().any(|block| block.backing().kind() == BackingKind::Hugetlb)
+    }
+
+    /// Gives back what `section` holds, where it is mapped. Cheap where it holds nothing.
+    ///
+    /// # Errors
+    ///
+    /// The first failure; the rest of the section was still tried.
+    pub fn sweep(&self, section: ByteRange) -> io::Result<()> {
+        let (pieces, _) = self.pieces(section);
+        let sweeps = pieces.iter().map(|(block, range)| block.backing().sweep(*range));
+        // Collected first, so that one failure does not keep the others.
+        let results: Vec<_> = sweeps.collect();
+        results.into_iter().collect()
+    }
+
+    /// Gives `section` back; what fails is owed, and tried again later.
+    fn discard(&self, section: ByteRange) {
+        let (pieces, _) = self.pieces(section);
+        for (block, file_range) in pieces {
+            if let Err(error) = block.backing().discard(file_range) {
+                tracing::error!(block = block.id(), %file_range, %error, "cannot give memory back");
+                let mut table = self.table.lock();
+                table.failures += 1;
+                table.owed.push(section);
+                return;
+            }
+        }
+    }
+
+    /// Tries again to give back what is owed.
+    fn settle(&self) {
+        let owed = std::mem::take(&mut self.table.lock().owed);
+        owed.into_iter().for_each(|section| self.discard(section));
+    }
+
+    /// What lies behind `section`, and the first part of it with nothing behind, if any.
+    /// Guest-physical; both in ascending order.
+    fn pieces(&self, section: ByteRange) -> (Pieces, Option<ByteRange>) {
+        let mut pieces = Pieces::new();
+        let mut missing = None;
+        let Some(wanted) = section.shifted_up(self.geometry.addr()) else {
+            return (pieces, Some(section));
+        };
+        let mut at = wanted.start();
+        for block in &self.table.lock().blocks {
+            let Some(part) = block.range().intersection(wanted) else { continue };
+            let Some(file_range) = block.file_range(wanted) else { continue };
+            missing = missing.or(ByteRange::from_bounds(at, part.start()));
+            at = part.end();
+            pieces.push((Arc::clone(block), file_range));
+        }
+        let missing = missing.or(ByteRange::from_bounds(at, wanted.end()));
+        (pieces, missing)
+    }
+}
+
+/// Ranges of the region, collected as whole units.
+struct Units {
+    unit: u64,
+    region_size: u64,
+    /// Ascending and apart.
+    ranges: Vec<ByteRange>,
+}
+
+impl Units {
+    /// Adds the units that `range` touches, which starts no lower than those before. Returns the
+    /// end of the last one.
+    fn add(&mut self, range: ByteRange) -> u64 {
+        let start = range.start() / self.unit * self.unit;
+        // The region may end within a unit.
+        let end = range.end().checked_next_multiple_of(self.unit);
+        let end = end.map_or(self.region_size, |end| end.min(self.region_size));
+        // Two pieces of memory may meet within a unit.
+        let joined = self.ranges.pop_if(|last| last.end() >= start);
+        let start = joined.map_or(start, |last| last.start());
+        self.ranges.extend(ByteRange::from_bounds(start, end));
+        end
+    }
+}
+
+/// The region's memory as the first listener of its [`RamDiscardManager`]: it is there before
+/// other listeners map it, and goes after they have let go.
+///
+/// [`RamDiscardManager`]: ram_discard::RamDiscardManager
+pub(crate) struct MemoryListener(pub(crate) Arc<RegionMemory>);
+
+impl RamDiscardListener for MemoryListener {
+    fn name(&self) -> &str {
+        "guest memory"
+    }
+
+    /// hugetlb pages are taken now, since a guest that touches a page which the pool does not
+    /// have dies of SIGBUS. Other memory is taken when it is touched: cost follows use.
+    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+        let pieces = if self.0.is_loading() { Pieces::new() } else { self.0.pieces(section).0 };
+        for (done, (block, _)) in pieces.iter().enumerate() {
+            if let Err(error) = self.0.reserve(block, &[section]) {
+                for (block, file_range) in pieces[..=done].iter().rev() {
+                    let _ = block.backing().discard(*file_range);
+                }
+                return Err(error.to_string());
+            }
+        }
+        // What is plugged again need not be discarded any more.
+        let mut table = self.0.table.lock();
+        if !table.owed.is_empty() {
+            let rest = |owed: ByteRange| owed.subtract(section).into_iter().flatten();
+            table.owed = std::mem::take(&mut table.owed).into_iter().flat_map(rest).collect();
+        }
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, section: ByteRange) {
+        if self.0.is_loading() {
+            return;
+        }
+        self.0.settle();
+        self.0.discard(section);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::MemfdFlags;
+    use std::fs::File;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    const BLOCK: u64 = 1 << 20;
+    const ADDR: u64 = 1 << 30;
+
+    fn memfd(size: u64) -> File {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(rustix::fs::memfd_create("region-test", flags).unwrap());
+        file.set_len(size).unwrap();
+        file
+    }
+
+    fn block(gpa: u64, size: u64, file: &File, fd_offset: u64) -> Arc<RamBlock> {
+        let id = format!("mem@{gpa:#x}");
+        let file = file.try_clone().unwrap();
+        Arc::new(RamBlock::new(id, gpa, size, file, fd_offset).unwrap())
+    }
+
+    fn section(from: u64, to: u64) -> ByteRange {
+        ByteRange::from_bounds(from * BLOCK, to * BLOCK).unwrap()
+    }
+
+    fn region() -> Arc<RegionMemory> {
+        RegionMemory::new(Geometry::new(ADDR, 16 * BLOCK, BLOCK, None).unwrap())
+    }
+
+    fn held(file: &File) -> u64 {
+        file.metadata().unwrap().blocks() * 512
+    }
+
+    #[test]
+    fn a_section_over_several_blocks_is_discarded_at_the_right_offsets() {
+        let (low, high) = (memfd(32 * BLOCK), memfd(32 * BLOCK));
+        for file in [&low, &high] {
+            file.write_all_at(&vec![1; 32 << 20], 0).unwrap();
+        }
+        let memory = region();
+        // The first block also covers RAM before the region.
+        memory.replace(vec![
+            block(ADDR + 8 * BLOCK, 8 * BLOCK, &high, 3 * BLOCK + 4096),
+            block(ADDR - 4 * BLOCK, 12 * BLOCK, &low, 5 * BLOCK),
+        ]);
+        assert!(memory.is_complete());
+        memory.ready(section(6, 10)).unwrap();
+        MemoryListener(memory).notify_discard(section(6, 10));
+        assert_eq!((held(&low), held(&high)), (30 * BLOCK, 30 * BLOCK));
+        let byte = |file: &File, at: u64| {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            byte[0]
+        };
+        // Section 6 lies 4 + 6 blocks into the first RAM block, section 8 at the second's start.
+        assert_eq!(byte(&low, 15 * BLOCK - 1), 1);
+        assert_eq!(byte(&low, 15 * BLOCK), 0);
+        assert_eq!(byte(&low, 17 * BLOCK), 1);
+        assert_eq!(byte(&high, 3 * BLOCK + 4095), 1);
+        assert_eq!(byte(&high, 3 * BLOCK + 4096), 0);
+        assert_eq!(byte(&high, 5 * BLOCK + 4096), 1);
+    }
+
+    #[test]
+    fn gaps_are_named() {
+        let memory = region();
+        assert!(matches!(memory.ready(section(0, 1)), Err(NotReady::NotMapped(_))));
+        let file = memfd(16 * BLOCK);
+        memory.replace(vec![block(ADDR + 4 * BLOCK, 4 * BLOCK, &file, 0)]);
+        memory.ready(section(4, 8)).unwrap();
+        let Err(NotReady::NotMapped(gap)) = memory.ready(section(6, 10)) else { panic!() };
+        assert_eq!(gap, ByteRange::new(ADDR + 8 * BLOCK, 2 * BLOCK).unwrap());
+        let Err(NotReady::NotMapped(gap)) = memory.ready(section(2, 6)) else { panic!() };
+        assert_eq!(gap, ByteRange::new(ADDR + 2 * BLOCK, 2 * BLOCK).unwrap());
+        assert!(!memory.is_complete());
+    }
+
+    #[test]
+    fn memory_sealed_after_it_was_mapped_is_not_ready() {
+        let memory = region();
+        let file = memfd(16 * BLOCK);
+        memory.replace(vec![block(ADDR, 16 * BLOCK, &file, 0)]);
+        memory.ready(section(0, 16)).unwrap();
+        rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::FUTURE_WRITE).unwrap();
+        assert!(matches!(memory.ready(section(0, 1)), Err(NotReady::Backing { .. })));
+    }
+
+    #[test]
+    fn what_could_not_be_given_back_is_owed_until_it_can_or_is_plugged() {
+        let memory = region();
+        let sealed = memfd(16 * BLOCK);
+        memory.replace(vec![block(ADDR, 16 * BLOCK, &sealed, 0)]);
+        rustix::fs::fcntl_add_seals(&sealed, rustix::fs::SealFlags::FUTURE_WRITE).unwrap();
+        let mut listener = MemoryListener(Arc::clone(&memory));
+        listener.notify_discard(section(0, 4));
+        assert_eq!(memory.discard_failures(), 1);
+        listener.notify_populate(section(1, 2)).unwrap();
+        let file = memfd(16 * BLOCK);
+        file.write_all_at(&vec![1; 16 << 20], 0).unwrap();
+        memory.replace(vec![block(ADDR, 16 * BLOCK, &file, 0)]);
+        assert_eq!(held(&file), 13 * BLOCK);
+        assert_eq!(memory.resident(section(0, 4)), Some(BLOCK));
+    }
+
+    #[test]
+    fn finding_resident_units_takes_a_search_each_however_full_they_are() {
+        use ram_discard::memory::{SEARCHES, Searches};
+        let memory = region();
+        let file = memfd(16 * BLOCK);
+        memory.replace(vec![block(ADDR, 16 * BLOCK, &file, 0)]);
+        file.write_all_at(&vec![1; 8 << 20], BLOCK).unwrap();
+        file.write_all_at(&[1], 12 * BLOCK).unwrap();
+        for (unit, expected, data) in [
+            // The last one finds nothing.
+            (BLOCK, vec![section(1, 9), section(12, 13)], 10),
+            (4 * BLOCK, vec![section(0, 16)], 4),
+            (64 * BLOCK, vec![section(0, 16)], 1),
+        ] {
+            SEARCHES.take();
+            let found = memory.resident_units(section(0, 16), unit, &[]);
+            assert_eq!(found, Some(expected));
+            assert_eq!(SEARCHES.take(), Searches { data, holes: 0 }, "{unit:#x}");
+        }
+    }
+
+    #[test]
+    fn what_a_part_of_a_file_holds_is_counted_once_however_often_it_is_asked_for() {
+        const BIG: u64 = 128 << 20;
+        let mut memory = RegionMemory::new(Geometry::new(ADDR, BIG, BLOCK, None).unwrap());
+        // However slow the machine is.
+        Arc::get_mut(&mut memory).unwrap().held = Recent::new(Duration::from_secs(3600));
+        let file = memfd(2 * BIG);
+        memory.replace(vec![block(ADDR, BIG, &file, 0)]);
+        let whole = ByteRange::new(0, BIG).unwrap();
+        file.write_all_at(&vec![1; 65 << 20], 0).unwrap();
+        assert_eq!(memory.resident(whole), Some(65 << 20));
+        file.write_all_at(&[1], 66 << 20).unwrap();
+        assert_eq!(memory.resident(whole), Some(65 << 20), "as it was a moment ago");
+        // Other memory is another count.
+        memory.replace(vec![block(ADDR, BIG, &file, BIG)]);
+        assert_eq!(memory.resident(whole), Some(0));
+        file.write_all_at(&[1], BIG).unwrap();
+        assert_eq!(memory.resident(whole), Some(4096), "little is counted each time");
+    }
+
+    #[test]
+    fn pages_larger_than_blocks_are_refused() {
+        let file = memfd(16 * BLOCK);
+        let block = block(ADDR, 16 * BLOCK, &file, 0);
+        assert!(block.check_block_size(ADDR, 4096).is_ok());
+        assert!(block.check_block_size(ADDR, 512).is_err());
+        assert!(block.check_block_size(ADDR + 512, 4096).is_err());
+    }
+}
