@@ -32,10 +32,10 @@ use std::time::Duration;
 use anyhow::Context;
 use common::{head, report};
 use guest::{ADDR, BLOCK, Guest, on_cpus, ram, samples, start, stay_on};
+use small_vmm::daemon::DaemonOptions;
+use small_vmm::driver::{MemRequest, RequestType, ResponseType};
+use small_vmm::memory::GuestRam;
 use tempfile::TempDir;
-use test_vmm::daemon::DaemonOptions;
-use test_vmm::driver::{MemRequest, RequestType, ResponseType};
-use test_vmm::memory::GuestRam;
 
 /// With this argument and a path, the bench is the peer.
 const ECHO: &str = "--echo-back-end";

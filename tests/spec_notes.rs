@@ -3,6 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// The top of the repository.
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
 /// The `file::function` names in the last column of a note's table rows.
 fn named_tests(note: &str) -> Vec<(String, String)> {
     let rows = note.lines().filter(|line| line.starts_with('|'));
@@ -14,7 +19,7 @@ fn named_tests(note: &str) -> Vec<(String, String)> {
 }
 
 fn missing(note: &Path) -> Vec<String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = root();
     let text = fs::read_to_string(note).unwrap();
     let exists = |file: &str, function: &str| {
         let code = fs::read_to_string(root.join(file)).unwrap_or_default();
@@ -39,7 +44,7 @@ fn notes(folder: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn every_test_that_a_note_names_exists() {
-    let files = notes(&Path::new(env!("CARGO_MANIFEST_DIR")).join("spec-notes"));
+    let files = notes(&root().join("spec-notes"));
     assert!(!files.is_empty());
     let missing: Vec<String> = files.iter().flat_map(|path| missing(path)).collect();
     assert!(missing.is_empty(), "tests that do not exist:\n{}", missing.join("\n"));
@@ -47,7 +52,7 @@ fn every_test_that_a_note_names_exists() {
 
 #[test]
 fn every_clause_has_a_row_with_a_test() {
-    let note = Path::new(env!("CARGO_MANIFEST_DIR")).join("spec-notes/virtio-mem.md");
+    let note = root().join("spec-notes/virtio-mem.md");
     let text = fs::read_to_string(note).unwrap();
     let clauses = (1..=52).map(|n| format!("D{n}")).chain((1..=14).map(|n| format!("F{n}")));
     let without: Vec<String> = clauses
@@ -82,7 +87,7 @@ fn linked(text: &str) -> Vec<&str> {
 
 #[test]
 fn every_path_that_a_document_names_exists() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = root();
     let mut files = vec![];
     for name in ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md"] {
         files.push(root.join(name));

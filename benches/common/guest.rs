@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-use test_vmm::daemon::{Daemon, DaemonOptions};
-use test_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType};
-use test_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
-use test_vmm::memory::{GuestRam, Layout};
+use small_vmm::daemon::{Daemon, DaemonOptions};
+use small_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType};
+use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
+use small_vmm::memory::{GuestRam, Layout};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-user-mem");
 

@@ -25,16 +25,18 @@
 //! [`memory`] is what it is all about: guest RAM as the host has it, and how it is discarded.
 //!
 //! ```
-//! use ram_discard::{ByteRange, FreezeFor, LocalRamDiscardManager, RamDiscardManager};
+//! use ram_discard::{ByteRange, FreezeFor, LocalRamDiscardManager};
 //!
 //! let manager = LocalRamDiscardManager::new(1 << 30);
-//! // A migration asks what is discarded, and has it stay so, in one step.
-//! let frozen = RamDiscardManager::freeze(&manager, FreezeFor::Source).unwrap();
-//! assert!(frozen.discarded().is_empty());
+//! let all = ByteRange::new(0, 1 << 30).unwrap();
+//! // A migration learns what is discarded, and has it stay so, in one step.
+//! let frozen = manager.freeze(FreezeFor::Source);
+//! assert_eq!(frozen.discarded(all).count(), 0);
 //! assert!(manager.is_frozen());
+//! // At its end it learns whether that held without a gap.
+//! assert!(frozen.check().is_ok());
 //! drop(frozen);
 //! assert!(!manager.is_frozen());
-//! # let _ = ByteRange::new(0, 4096);
 //! ```
 
 #[cfg(test)]

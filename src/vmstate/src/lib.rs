@@ -25,6 +25,39 @@
 //! | --- | --- |
 //! | field | its value; there only if its version is not above that of the section |
 //! | subsection | u8 5, u8 length of the name, name, be32 version, fields, subsections |
+//!
+//! ```text
+//!   device --snapshot--> State --VmState::save--> bytes ... bytes --VmState::load--> State --take_over--> device
+//!                                    ^                               |
+//!                                    +---- one description of both --+
+//! ```
+//!
+//! ```
+//! use vmstate::wire::WireReader;
+//! use vmstate::{Access, Field, Properties, VmState};
+//!
+//! struct Disk { sectors: u64, sector: u64 }
+//!
+//! static DISK: VmState<Disk> = VmState::new("disk", 1, &[
+//!     Field::u64("sectors", Access::Immutable(|s| s.sectors)),
+//!     Field::u64("sector", Access::Mutable(|s| s.sector, |s, sector| s.sector = sector)),
+//! ]);
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (properties, mut bytes) = (Properties::default(), Vec::new());
+//! DISK.save(&mut Disk { sectors: 100, sector: 7 }, &properties, &mut bytes)?;
+//!
+//! let mut there = Disk { sectors: 100, sector: 0 };
+//! DISK.load(&mut there, 1, &properties, &mut WireReader::new(&bytes[..]))?;
+//! assert_eq!(there.sector, 7);
+//!
+//! // A disk of another size does not become this one.
+//! let mut smaller = Disk { sectors: 50, sector: 0 };
+//! let error = DISK.load(&mut smaller, 1, &properties, &mut WireReader::new(&bytes[..])).unwrap_err();
+//! assert!(error.to_string().contains("sectors"), "{error}");
+//! # Ok(())
+//! # }
+//! ```
 
 mod access;
 mod describe;

@@ -57,7 +57,6 @@ fn collect<T: 'static>(
 /// left out does not compile.
 ///
 /// ```
-/// # use virtio_mem::members;
 /// # use vmstate::*;
 /// struct State { sector: u64, busy: bool }
 ///
@@ -69,7 +68,7 @@ fn collect<T: 'static>(
 /// ```
 ///
 /// ```compile_fail,E0027
-/// # use virtio_mem::members;
+/// # use vmstate::members;
 /// struct State { sector: u64, busy: bool }
 /// let members = members!(State { sector });
 /// ```

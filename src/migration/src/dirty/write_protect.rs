@@ -161,7 +161,7 @@ impl WriteProtect {
     /// A truncated file has no data and no page to be protected: nothing would be found.
     fn check_size(&self) -> io::Result<()> {
         let Some(file) = &self.file else { return Ok(()) };
-        let len = file.backing().len().map_err(io::Error::other)?;
+        let len = file.backing().file_len().map_err(io::Error::other)?;
         let needed = file_offset(file) + self.len;
         if len < needed {
             let what =

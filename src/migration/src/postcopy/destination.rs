@@ -16,8 +16,8 @@ use crate::progress::Progress;
 use crate::ram::{MigrationBlock, RamBlocks};
 use crate::stream::{AdvisedSizes, Command, TARGET_PAGE_SIZE};
 
-/// Postcopy on the destination. A virtio-mem device of this process is frozen meanwhile
-/// ([`FreezeHolder::Incoming`](virtio_mem::controller::FreezeHolder::Incoming)).
+/// Postcopy on the destination. A virtio-mem device of this process is frozen until it ends
+/// (`FreezeHolder::Incoming` of its controller).
 pub struct PostcopyIncoming<'a> {
     /// The blocks, mapped where the guest uses them.
     pub blocks: Arc<RamBlocks>,

@@ -56,7 +56,7 @@ const TRIES_MAX: u32 = 20;
 /// touched, and in the background. What the file has no page for is the kernel's to fill with
 /// zeros, without a fault that this side sees. Block state is frozen meanwhile. A virtio-mem device
 /// of this process on hugetlb takes no pages then, if it is told so
-/// ([`FreezeHolder::Incoming`](virtio_mem::controller::FreezeHolder::Incoming)).
+/// (`FreezeHolder::Incoming` of its controller).
 ///
 /// # Errors
 ///

@@ -123,7 +123,7 @@ impl Backing {
             Err(_) => file,
         };
         let mut backing = Self { file, kind, page_size, probe_at: None };
-        if kind != BackingKind::File && backing.len()? <= FAR {
+        if kind != BackingKind::File && backing.file_len()? <= FAR {
             backing.probe_at = Some(FAR);
         }
         backing.probe()?;
@@ -156,7 +156,7 @@ impl Backing {
         // same checks as a real one: seals, attributes of the inode, security modules.
         let at = match self.probe_at {
             Some(at) => at,
-            None => self.len()?.next_multiple_of(self.page_size),
+            None => self.file_len()?.next_multiple_of(self.page_size),
         };
         // Less than a page of shmem is nothing to unmap, which is the quickest; hugetlb may look
         // at seals only where there is a page.
@@ -259,7 +259,7 @@ impl Backing {
     /// Whether the kernel keeps count of what `range` holds: it is a whole file in memory. Files on disks
     /// also have blocks for what is no data.
     pub fn is_counted_by_the_kernel(&self, range: ByteRange) -> bool {
-        let is_whole = || self.len().is_ok_and(|len| len <= range.end());
+        let is_whole = || self.file_len().is_ok_and(|len| len <= range.end());
         match self.kind {
             BackingKind::Shmem => range.start() == 0 && is_whole(),
             // Not counted at all.
@@ -418,7 +418,7 @@ impl Backing {
     }
 
     /// Size of the file, bytes.
-    pub fn len(&self) -> Result<u64, BackingError> {
+    pub fn file_len(&self) -> Result<u64, BackingError> {
         let metadata = self.file.metadata();
         metadata
             .map(|metadata| metadata.len())
@@ -635,7 +635,7 @@ mod tests {
             let mut bytes = [0; 4 * 4096];
             file.read_exact_at(&mut bytes, 0).unwrap();
             assert_eq!(bytes, [0xaa; 4 * 4096]);
-            assert_eq!(backing.len().unwrap(), 4 * PAGE);
+            assert_eq!(backing.file_len().unwrap(), 4 * PAGE);
         }
     }
 

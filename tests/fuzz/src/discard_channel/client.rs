@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rustix::fs::MemfdFlags;
 use tempfile::TempDir;
-use test_vmm::memory::memfd;
+use small_vmm::memory::memfd;
 use vhost_user_mem::metrics::Metrics;
 use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
 use ram_discard::{ByteRange, FreezeFor, RamDiscardListener, RamDiscardManager};

@@ -1,0 +1,120 @@
+//! `small-vmm`: the demonstration, the VMM process in it, and the soak.
+
+use std::io::{stdin, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use small_vmm::demo::{self, DemoOptions, Parts, parse_size};
+use small_vmm::guest::{self, GuestOptions};
+use small_vmm::machine::MachineOptions;
+use small_vmm::soak::{self, SoakOptions};
+
+/// A small VMM for a vhost-user memory device.
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show how a guest grows, shrinks and moves, and what the host holds for it.
+    Demo {
+        /// The daemon; beside this program unless given.
+        #[arg(long, value_name = "PATH")]
+        daemon: Option<PathBuf>,
+        /// How much the guest may grow by.
+        #[arg(long, value_name = "SIZE", default_value = "8G", value_parser = parse_size)]
+        region_size: u64,
+        /// Migrate over TCP instead of a Unix socket.
+        #[arg(long)]
+        tcp: bool,
+        /// Only show a guest that moves before its memory does.
+        #[arg(long)]
+        postcopy: bool,
+        /// Break the channel of the postcopy migration; both sides recover over a new one.
+        #[arg(long)]
+        break_channel: bool,
+        /// Only show a guest that is saved while it runs, and goes on from the file at once.
+        #[arg(long)]
+        snapshot: bool,
+    },
+    /// Do everything at random for some minutes, with faults, and look whether what is promised
+    /// holds. Ends with status 1 when it does not.
+    Soak {
+        /// The daemon; beside this program unless given.
+        #[arg(long, value_name = "PATH")]
+        daemon: Option<PathBuf>,
+        /// How long.
+        #[arg(long, value_name = "N", default_value_t = 10)]
+        minutes: u64,
+        /// Choose again what was chosen with this seed.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Run a guest that takes its commands from the standard input.
+    #[command(hide = true)]
+    Guest {
+        #[arg(long)]
+        socket: PathBuf,
+        #[arg(long)]
+        discard_socket: Option<PathBuf>,
+        #[arg(long, value_parser = parse_size)]
+        addr: u64,
+        #[arg(long, value_parser = parse_size)]
+        region_size: u64,
+        /// Wait for a guest: unix:PATH, tcp:HOST:PORT, or defer until a command says where.
+        #[arg(long, value_name = "ADDRESS")]
+        incoming: Option<String>,
+        /// Do not let a guest run that came from elsewhere before it is told to.
+        #[arg(long)]
+        paused: bool,
+        /// Send and take the state of devices as this release of QEMU's machine types does.
+        #[arg(long, value_name = "LEVEL")]
+        compat_level: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let right = match Args::parse().command {
+        Command::Demo { daemon, region_size, tcp, postcopy, break_channel, snapshot } => {
+            let parts = Parts { postcopy, break_channel, snapshot };
+            demo::run(&DemoOptions { daemon, region_size, tcp, parts })
+        }
+        Command::Soak { daemon, minutes, seed } => {
+            soak::run(&SoakOptions { daemon, time: Duration::from_secs(60 * minutes), seed })
+        }
+        Command::Guest {
+            socket,
+            discard_socket,
+            addr,
+            region_size,
+            incoming,
+            paused,
+            compat_level,
+        } => {
+            let machine = MachineOptions {
+                socket,
+                discard_socket,
+                addr,
+                region_size,
+                incoming: incoming.is_some(),
+                paused,
+                compat_level,
+            };
+            let incoming = incoming.filter(|from| from != "defer");
+            guest::run(GuestOptions { machine, incoming }, stdin().lock(), stdout().lock())
+                .map(|()| true)
+        }
+    };
+    match right {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("small-vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

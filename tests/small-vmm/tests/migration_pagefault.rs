@@ -1,0 +1,165 @@
+//! A daemon that takes part in postcopy: it serves the guest before all memory has arrived.
+
+mod common;
+
+use std::fs::File;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::postcopy::{assert_completed, relay, wait_on_the_way};
+use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED};
+use small_vmm::guest::Command;
+use small_vmm::memory::data_ranges;
+use small_vmm::relay::Relay;
+
+/// Has the guest ask for more than it gets now, and waits until the daemon has said so.
+fn wait_answered(to: &mut Host) {
+    assert!(to.daemon.api().resize(PLUGGED + BLOCK).unwrap().is_success());
+    let start = Instant::now();
+    loop {
+        let report = to.vmm.report().unwrap();
+        assert_eq!(report.lost, None);
+        // While memory arrives, no block changes.
+        assert_eq!(report.plugged, PLUGGED);
+        if report.busy > 0 {
+            return;
+        }
+        assert!(start.elapsed() < PATIENCE, "no request is answered: {report:?}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn assert_plugs(to: &mut Host) {
+    to.vmm.tell(Command::Settle { requested: PLUGGED + BLOCK }).unwrap();
+    to.assert_guest_works();
+}
+
+/// Source and destination of a guest that runs there, part of whose memory is held back. The source
+/// may look for the destination itself afterwards, if `recovers`.
+fn on_the_way(recovers: bool) -> (Host, Host, Relay) {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting_with_pagefault());
+    let address = to.listen_in_postcopy();
+    let relay = relay(&to, &address);
+    relay.hold_after(TOUCHED / 2);
+    from.go_first(relay.address(), recovers.then_some(address));
+    wait_on_the_way(&mut from, &relay);
+    (from, to, relay)
+}
+
+#[test]
+fn a_guest_request_is_answered_before_all_memory_has_arrived() {
+    let (mut from, mut to, relay) = on_the_way(false);
+    wait_answered(&mut to);
+    assert!(relay.is_holding());
+    let report = to.vmm.migration().unwrap();
+    assert_eq!(report.status, "postcopy-active", "{report:?}");
+    relay.hold_after(u64::from(u32::MAX));
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    from.assert_no_guest();
+    assert_plugs(&mut to);
+    to.vmm.quit().unwrap();
+}
+
+#[test]
+fn a_device_that_serves_before_all_memory_has_arrived_outlives_a_broken_channel() {
+    let (mut from, mut to, relay) = on_the_way(true);
+    wait_answered(&mut to);
+    drop(relay);
+    assert_completed(&mut from);
+    assert_eq!(assert_completed(&mut to).recoveries, 1);
+    from.assert_no_guest();
+    assert_plugs(&mut to);
+    to.vmm.quit().unwrap();
+}
+
+#[test]
+fn a_daemon_whose_memory_never_arrives_ends_when_it_is_told() {
+    let (mut from, mut to, relay) = on_the_way(false);
+    from.vmm.kill();
+    drop(relay);
+    let status = to.daemon.terminate(PATIENCE).unwrap();
+    assert!(status.success(), "{status}: {}", to.daemon.stderr());
+}
+
+#[test]
+fn a_daemon_that_can_wait_for_pages_serves_a_guest_that_needs_no_postcopy() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting_with_pagefault());
+    let address = to.listen();
+    from.migrate(&address);
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    to.assert_guest_works();
+    to.vmm.quit().unwrap();
+}
+
+/// A guest that is to wait, whose ring is on the way when the channel breaks. Where the destination
+/// waits, and where the source looks for it.
+fn paused_without_its_ring(from: &mut Host, to: &mut Host) -> (String, String) {
+    let address = to.listen_in_postcopy();
+    let relay = relay(to, &address);
+    let later = to.daemon.socket().with_file_name("later.sock");
+    let later = format!("unix:{}", later.display());
+    relay.hold_after(512);
+    from.go_first(relay.address(), Some(later.clone()));
+    // The devices go first; less than a page at a time, so that none comes with them.
+    let start = Instant::now();
+    while to.vmm.migration().unwrap().status != "postcopy-active" {
+        assert!(start.elapsed() < PATIENCE, "the devices do not arrive");
+        if relay.is_holding() {
+            relay.hold_after(512);
+        }
+        thread::sleep(Duration::from_millis(4));
+    }
+    from.wait_status("postcopy-active");
+    drop(relay);
+    for host in [from, &mut *to] {
+        host.wait_status("postcopy-paused");
+    }
+    assert!(!has_ring(to), "the ring has arrived already");
+    (address, later)
+}
+
+/// Whether the page of boot memory with the ring has arrived.
+fn has_ring(host: &mut Host) -> bool {
+    let report = host.vmm.report().unwrap();
+    let path = format!("/proc/{}/fd/{}", host.vmm.pid(), report.memory.unwrap()[0]);
+    let boot = File::open(path).unwrap();
+    !data_ranges(&boot, 0x1000..0x2000).unwrap().is_empty()
+}
+
+#[test]
+fn a_daemon_that_waits_for_a_page_gets_it_over_a_channel_that_is_recovered() {
+    let (mut from, mut to) = (Host::with_guest(), Host::paused_with_pagefault());
+    let (address, later) = paused_without_its_ring(&mut from, &mut to);
+    let recovering = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(50));
+        Relay::start(&later, &address).unwrap()
+    });
+    // Which sets the ring up: the daemon reads it for that.
+    to.vmm.tell(Command::Cont).unwrap();
+    assert!(has_ring(&mut to), "the daemon did not wait for the ring");
+    let _relay = recovering.join().unwrap();
+    assert_completed(&mut from);
+    assert_eq!(assert_completed(&mut to).recoveries, 1);
+    from.assert_no_guest();
+    to.assert_guest_works();
+    to.vmm.quit().unwrap();
+}
+
+#[test]
+fn a_daemon_that_waits_for_a_page_of_a_dead_source_ends_when_it_is_told() {
+    let (mut from, mut to) = (Host::with_guest(), Host::paused_with_pagefault());
+    paused_without_its_ring(&mut from, &mut to);
+    from.vmm.kill();
+    let Host { vmm, daemon } = &mut to;
+    thread::scope(|scope| {
+        let continued = scope.spawn(|| vmm.tell(Command::Cont));
+        thread::sleep(Duration::from_millis(50));
+        let status = daemon.terminate(PATIENCE).unwrap();
+        assert!(status.success(), "{status}: {}", daemon.stderr());
+        // The guest has waited for its ring, which the daemon did not set up.
+        let report = continued.join().unwrap().unwrap();
+        assert!(report.lost.is_some(), "{report:?}");
+    });
+}
