@@ -329,3 +329,41 @@ pub(super) fn late(late: Late) -> (OwnedFd, OwnedFd) {
     });
     (source.into(), destination.into())
 }
+
+/// How a peer reads that is not to hold up what writes to it.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Slow {
+    /// Not at all, with its connection left open.
+    Nothing,
+    /// A byte now and then.
+    Trickle,
+}
+
+/// Reads so until it is dropped.
+pub(super) struct SlowReader(Arc<AtomicBool>, Option<thread::JoinHandle<()>>);
+
+impl SlowReader {
+    pub(super) fn start(mut stream: impl Read + Send + 'static, slow: Slow) -> Self {
+        let done = Arc::new(AtomicBool::new(false));
+        let ends = Arc::clone(&done);
+        let thread = thread::spawn(move || {
+            while !ends.load(Ordering::SeqCst) {
+                match slow {
+                    Slow::Nothing => {}
+                    Slow::Trickle => drop(stream.read(&mut [0])),
+                }
+                thread::sleep(std::time::Duration::from_millis(1));
+            }
+        });
+        Self(done, Some(thread))
+    }
+}
+
+impl Drop for SlowReader {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.1.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -33,7 +33,7 @@ impl ReturnChannel {
     }
 
     fn with_patience(mut channel: Channel, patience: Duration) -> Self {
-        channel.set_write_patience(Some(patience));
+        channel.set_write_patience(patience);
         Self(Mutex::new(State { channel, last_block: None }))
     }
 
@@ -109,6 +109,7 @@ impl PageSource for ReturnChannel {
 mod tests {
     use super::*;
     use crate::progress::Progress;
+    use crate::test_support::{Slow, SlowReader};
     use std::io::Read;
     use std::os::unix::net::UnixStream;
     use std::sync::Arc;
@@ -147,6 +148,29 @@ mod tests {
         assert!(!heard.is_empty());
         // It is not told of a guest that is taken.
         assert!(back.claim(&ReturnMessage::SwitchoverAck).is_err());
+    }
+
+    #[test]
+    fn a_source_that_reads_a_byte_now_and_then_is_not_told_of_the_guest() {
+        let (_main, back, far) = pair(MOMENT);
+        let _reader = SlowReader::start(far, Slow::Trickle);
+        let (tell, claimed) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            // Another thread holds up the claim, which itself holds up others.
+            scope.spawn(|| {
+                fill(&back);
+            });
+            scope.spawn(|| {
+                let claim = || back.claim(&ReturnMessage::SwitchoverAck);
+                let failed = std::iter::repeat_with(claim).find_map(Result::err);
+                tell.send(failed.unwrap()).unwrap();
+            });
+        });
+        let error = claimed.recv().unwrap();
+        assert!(
+            matches!(error, MigrationError::Io { .. } | MigrationError::ChannelClosed(_)),
+            "{error}"
+        );
     }
 
     #[test]

@@ -174,7 +174,7 @@ impl Stream<'_, '_> {
         main: &mut Channel,
         back: &mut WireReader<Channel>,
     ) -> Result<(), MigrationError> {
-        back.get_mut().set_patience(Some(HANDSHAKE));
+        back.get_mut().set_read_patience(Some(HANDSHAKE));
         let blocks = self.memory.lock().blocks();
         for (block, nr_pages) in blocks {
             let mut bytes = Vec::new();
@@ -195,7 +195,7 @@ impl Stream<'_, '_> {
             ReturnMessage::ResumeAck => {}
             other => return Err(unexpected(&other)),
         }
-        back.get_mut().set_patience(None);
+        back.get_mut().set_read_patience(None);
         Ok(())
     }
 

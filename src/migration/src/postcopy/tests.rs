@@ -21,6 +21,7 @@ use crate::stream::Configuration;
 use crate::test_support::{Late, PAGE, Side, at_the_verdict, fill, late, tcp_pair};
 
 mod destination;
+mod patience;
 mod peers;
 
 const OPTIONS: ListOptions = ListOptions { ignore_shared: false, postcopy: true };

@@ -75,7 +75,7 @@ impl Incoming<'_> {
             let mut session = Session { loader, postcopy, channel, back: None, handover, progress };
             let result = session.load(&configuration).and_then(|rest| match rest {
                 Rest::Nothing => session.take_over(guest),
-                Rest::Memory(package, reader) => session.listen(guest, package, reader),
+                Rest::Memory(package, reader) => session.listen(guest, package, *reader),
             });
             if let Err(error) = &result {
                 if let Some(back) = &session.back {
@@ -97,7 +97,7 @@ impl Incoming<'_> {
 enum Rest {
     Nothing,
     /// The package from LISTEN on, and behind it the memory.
-    Memory(Package, WireReader<Channel>),
+    Memory(Package, Box<WireReader<Channel>>),
 }
 
 /// Device state that was read whole, since loading it may need memory that comes behind it.
@@ -164,7 +164,7 @@ impl Session<'_> {
                 Record::Command(Command::Packaged { len }) => {
                     let mut package = Package::read(&mut reader, len, at)?;
                     if self.package(&mut package)? {
-                        return Ok(Rest::Memory(package, reader));
+                        return Ok(Rest::Memory(package, Box::new(reader)));
                     }
                 }
                 record => self.record(record, at, &mut reader)?,
@@ -365,7 +365,7 @@ impl Session<'_> {
 
     /// Reads the description, which only people need. A stream without one ends here.
     fn skip_description(&self, mut reader: WireReader<Channel>) -> Result<(), MigrationError> {
-        reader.get_mut().set_patience(Some(DESCRIPTION_TIMEOUT));
+        reader.get_mut().set_read_patience(Some(DESCRIPTION_TIMEOUT));
         let ended = reader.is_at_end().map_err(MigrationError::io("read the description"))?;
         if ended {
             return Ok(());

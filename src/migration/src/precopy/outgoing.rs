@@ -43,10 +43,12 @@ pub struct Parameters {
     pub at_max_rounds: AtMaxRounds,
     /// How vCPUs are slowed down when they write faster than memory is sent.
     pub throttle: ThrottleParameters,
-    /// How long the destination may take for its verdict while the guest is stopped. One that takes
-    /// so long again to take the guest does not get it any more, unless it is just doing so: until
-    /// it says which, or the channel breaks, the guest stays stopped. A socket whose other host may
-    /// vanish should have SO_KEEPALIVE and TCP_USER_TIMEOUT set.
+    /// How long the destination may read nothing, and how long it may take for its verdict, while the
+    /// guest is stopped. One that takes so long again to take the guest does not get it any more,
+    /// unless it is just doing so: until it says which, or the channel breaks, the guest stays
+    /// stopped. A socket whose other host may vanish should have SO_KEEPALIVE and TCP_USER_TIMEOUT
+    /// set. While the guest runs, here or there, writes wait for as long as the channel's handle says
+    /// ([`Channel::set_write_patience`]).
     pub switchover_timeout: Duration,
     /// What both sides must agree on: machine type and capabilities.
     pub configuration: Configuration,
@@ -197,12 +199,14 @@ impl Outgoing<'_> {
             .stop()
             .map_err(|reason| MigrationError::Vmm { what: "stop the guest", reason })?;
         *owner = Owner::Stopped;
+        let after = channel.uncancellable();
+        channel.set_write_patience(self.parameters.switchover_timeout);
         match next {
             Next::Complete => self
-                .complete(out, back.as_ref(), framing)
+                .complete(&mut channel, back.as_ref(), framing)
                 .map_err(|error| reason_of(back.as_ref(), error)),
             Next::Postcopy => match back {
-                Some(back) => self.postcopy(channel, back, framing, owner),
+                Some(back) => self.postcopy(channel, after, back, framing, owner),
                 None => Err(handlers::no_way_back()),
             },
         }
@@ -237,19 +241,28 @@ impl Outgoing<'_> {
         let mut bytes = Vec::new();
         put_eof(&mut bytes);
         put_description(&mut bytes, &framing.description());
-        write(&mut out.uncancellable(), &bytes)?;
-        if let Some(back) = back {
-            back.wait_for_shut(self.parameters.switchover_timeout)?;
+        let mut last = out.uncancellable();
+        let told = write(&mut last, &bytes);
+        match (told, back) {
+            (told, None) => told?,
+            (Ok(()), Some(back)) => back.wait_for_shut(self.parameters.switchover_timeout)?,
+            (Err(error), Some(back)) if last.written() != 0 => {
+                // It may have the end of the stream, without all of the description, and take the guest.
+                back.wait_for_shut(Duration::ZERO).map_err(|_| error)?;
+            }
+            (Err(error), Some(_)) => return Err(error),
         }
         self.progress.guest_runs_elsewhere();
         Counters::set(&self.progress.counters.transferred, out.written() + bytes.len() as u64);
         Ok(())
     }
 
-    /// Hands the guest over with its devices, and sends the memory after it.
+    /// Hands the guest over with its devices, and sends the memory after it: on `after`, a handle of the
+    /// channel that is as patient as before the guest was stopped.
     fn postcopy(
         &mut self,
         mut channel: Channel,
+        after: Channel,
         back: ReturnPath,
         mut framing: Framing,
         owner: &mut Owner,
@@ -287,6 +300,10 @@ impl Outgoing<'_> {
         };
         let section_id = u32::try_from(index).unwrap_or(u32::MAX);
         let (patience, progress) = (self.parameters.switchover_timeout, Arc::clone(&self.progress));
+        let urgent_after = postcopy.urgent.as_ref().map(Channel::uncancellable);
+        if let Some(urgent) = &mut postcopy.urgent {
+            urgent.set_write_patience(patience);
+        }
         let mut asked = Asked::of(self.memory(index)?);
         // From here on a device that is loaded there may need memory.
         let mut answers = AnswerRequests {
@@ -316,14 +333,13 @@ impl Outgoing<'_> {
         *owner = Owner::Gone;
         self.progress.guest_runs_elsewhere();
         let back = back.end()?;
-        let PostcopyOutgoing { urgent, reconnect, .. } = postcopy;
-        let main = channel.uncancellable();
-        let urgent = urgent.map(|urgent| urgent.uncancellable());
+        let (reconnect, channels) =
+            (postcopy.reconnect, Channels { main: after, urgent: urgent_after });
         let max_bandwidth = self.parameters.max_postcopy_bandwidth;
         let memory = self.memory(index)?;
         let source =
             PostcopySource { memory, section_id, asked, reconnect, max_bandwidth, progress };
-        source.run(Channels { main, urgent }, back)
+        source.run(channels, back)
     }
 
     /// The side of a handler that goes on after the guest has left.

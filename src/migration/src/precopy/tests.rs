@@ -5,6 +5,7 @@ mod handlers;
 mod handover;
 mod hostile;
 mod one_way;
+mod patience;
 mod resizable;
 mod shared;
 

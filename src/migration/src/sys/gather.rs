@@ -5,14 +5,30 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use ram_discard::memory::HostMapping;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 /// The most pieces that Linux takes in one call (`IOV_MAX`).
 const MAX_PIECES: usize = 1024;
 
-/// How often a write that waits for the receiver asks whether it is cancelled.
-const CANCEL_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+/// What a write that takes several calls asks and tells between them.
+pub trait WritePolicy {
+    /// Whether to go on; asked before each call.
+    ///
+    /// # Errors
+    ///
+    /// Why not; `ECANCELED` when cancelled.
+    fn check(&self) -> io::Result<()>;
+
+    /// So many bytes more are written.
+    fn wrote(&mut self, bytes: u64);
+
+    /// The receiver has no room now. Waits, at least for a moment; it is tried again then.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not waited for any longer.
+    fn wait_writable(&mut self) -> io::Result<()>;
+}
 
 /// Bytes of our own and ranges of guest memory, in the order in which they are written.
 ///
@@ -115,30 +131,34 @@ impl GatherWrite {
         self.len = 0;
     }
 
-    /// Writes everything to a socket or pipe. Waits where the receiver is slow: on a non-blocking
-    /// descriptor it asks `cancelled` while it waits, on a blocking one only between calls. A
-    /// socket that its peer has closed raises no SIGPIPE; of a pipe, the process should ignore it.
+    /// Writes everything to a socket or pipe. Where the receiver is slow, a write to a non-blocking
+    /// descriptor waits as `policy` does; on a blocking one the kernel waits. A socket that its peer
+    /// has closed raises no SIGPIPE; of a pipe, the process should ignore it.
     ///
     /// # Errors
     ///
-    /// `ECANCELED` when cancelled, `EFAULT` when guest memory is gone (the backing file was
-    /// truncated), or why the descriptor refuses. An unknown part is written then: the stream is
-    /// of no use any more.
-    pub fn write_to(&self, fd: impl AsFd, cancelled: &dyn Fn() -> bool) -> io::Result<()> {
+    /// What `policy` ends it with, `EFAULT` when guest memory is gone (the backing file was truncated),
+    /// or why the descriptor refuses. An unknown part is written then: the stream is of no use any
+    /// more.
+    pub fn write_to(&self, fd: impl AsFd, policy: &mut dyn WritePolicy) -> io::Result<()> {
         let fd = fd.as_fd();
         let mut is_socket = true;
         self.write_all(|pieces, _| {
             loop {
-                if cancelled() {
-                    return Err(Errno::CANCELED.into());
-                }
+                policy.check()?;
                 let written = if is_socket { send(fd, pieces) } else { write(fd, pieces) };
                 match written {
+                    Ok(written) => {
+                        policy.wrote(written as u64);
+                        return Ok(written);
+                    }
                     Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTSOCK) => {
                         is_socket = false;
                     }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_writable(fd)?,
-                    done => return done,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        policy.wait_writable()?;
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         })
@@ -226,15 +246,6 @@ fn check(written: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(written).map_err(|_| io::Error::last_os_error())
 }
 
-fn wait_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
-    match poll(&mut fds, Some(&CANCEL_POLL)) {
-        // Time is up, or a signal came: look whether it is cancelled.
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod testing {
     use std::mem::MaybeUninit;
@@ -271,6 +282,27 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     const PAGE: u64 = 4096;
+
+    /// Waits as often as this, and is cancelled then.
+    struct Waits(u32);
+
+    impl WritePolicy for Waits {
+        fn check(&self) -> io::Result<()> {
+            if self.0 == 0 { Err(Errno::CANCELED.into()) } else { Ok(()) }
+        }
+
+        fn wrote(&mut self, _bytes: u64) {}
+
+        fn wait_writable(&mut self) -> io::Result<()> {
+            self.0 -= 1;
+            std::thread::yield_now();
+            Ok(())
+        }
+    }
+
+    fn patient() -> Waits {
+        Waits(u32::MAX)
+    }
 
     fn memfd(size: u64) -> File {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
@@ -347,7 +379,7 @@ mod tests {
                 receiver.read_to_end(&mut bytes).unwrap();
                 bytes
             });
-            gather.write_to(&sender, &|| false).unwrap();
+            gather.write_to(&sender, &mut patient()).unwrap();
             drop(sender);
             assert!(reader.join().unwrap() == expected);
         }
@@ -360,9 +392,7 @@ mod tests {
         gather.push_memory(&mapping, 0, 256 * PAGE);
         let (sender, _receiver) = UnixStream::pair().unwrap();
         sender.set_nonblocking(true).unwrap();
-        let asked = std::cell::Cell::new(0);
-        let cancelled = || asked.replace(asked.get() + 1) >= 4;
-        let error = gather.write_to(&sender, &cancelled).unwrap_err();
+        let error = gather.write_to(&sender, &mut Waits(4)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ECANCELED));
     }
 
@@ -374,7 +404,7 @@ mod tests {
         gather.push_memory(&mapping, 0, 4 * PAGE);
         file.set_len(PAGE).unwrap();
         let (sender, _receiver) = UnixStream::pair().unwrap();
-        let error = gather.write_to(&sender, &|| false).unwrap_err();
+        let error = gather.write_to(&sender, &mut patient()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
         assert_eq!(gather.write_at(memfd(0), 0).unwrap_err().raw_os_error(), Some(libc::EFAULT));
     }
@@ -385,7 +415,7 @@ mod tests {
         gather.push_bytes(b"x");
         let (sender, receiver) = UnixStream::pair().unwrap();
         drop(receiver);
-        let error = gather.write_to(&sender, &|| false).unwrap_err();
+        let error = gather.write_to(&sender, &mut patient()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
         assert!(gather.write_at(memfd(0), u64::MAX).is_err());
     }
@@ -424,7 +454,7 @@ mod tests {
         let broken = |result: io::Result<()>| {
             assert_eq!(result.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         };
-        assert!(!testing::raises_sigpipe(|| broken(gathered.write_to(&near, &|| false))));
-        assert!(testing::raises_sigpipe(|| broken(gathered.write_to(&pipe, &|| false))));
+        assert!(!testing::raises_sigpipe(|| broken(gathered.write_to(&near, &mut patient()))));
+        assert!(testing::raises_sigpipe(|| broken(gathered.write_to(&pipe, &mut patient()))));
     }
 }

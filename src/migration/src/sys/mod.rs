@@ -20,7 +20,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::ioctl::Opcode;
 
-pub use gather::GatherWrite;
+pub use gather::{GatherWrite, WritePolicy};
 
 /// An ioctl that takes a structure by address and may return a number.
 ///

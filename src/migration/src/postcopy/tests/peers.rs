@@ -131,7 +131,7 @@ fn a_destination_that_floods_the_source_is_ended_with_its_reason() {
 }
 
 /// A destination that reads the stream, whatever it is.
-struct RawDestination(UnixStream);
+pub(super) struct RawDestination(pub(super) UnixStream);
 
 impl RawDestination {
     /// Reads up to and with `wanted`.
@@ -144,13 +144,13 @@ impl RawDestination {
         }
     }
 
-    fn read_to_command(&mut self, command: &Command) {
+    pub(super) fn read_to_command(&mut self, command: &Command) {
         let mut wanted = Vec::new();
         put_command(&mut wanted, command);
         self.read_to(&wanted);
     }
 
-    fn say(&mut self, message: &ReturnMessage) {
+    pub(super) fn say(&mut self, message: &ReturnMessage) {
         let mut bytes = Vec::new();
         message.put(&mut bytes);
         self.0.write_all(&bytes).unwrap();
