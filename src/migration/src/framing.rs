@@ -108,11 +108,16 @@ impl Framing {
         })
         .to_string()
         .into_bytes();
-        let fits = (json.len()..).find(|&len| !hides_its_start(len));
-        let padding = fits.unwrap_or(json.len()) - json.len();
-        json.splice(1..1, std::iter::repeat_n(b' ', padding));
+        make_findable(&mut json);
         json
     }
+}
+
+/// Pads the JSON of a description, an object, so that QEMU's `scripts/analyze-migration.py` finds its start.
+pub fn make_findable(json: &mut Vec<u8>) {
+    let fits = (json.len()..).find(|&len| !hides_its_start(len));
+    let padding = fits.unwrap_or(json.len()) - json.len();
+    json.splice(1..1, std::iter::repeat_n(b' ', padding));
 }
 
 /// Whether QEMU's `scripts/analyze-migration.py` would take a byte of the length of a description

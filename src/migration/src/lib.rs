@@ -60,3 +60,4 @@ mod loader;
 pub(crate) mod test_support;
 
 pub use error::MigrationError;
+pub use framing::make_findable;

@@ -206,7 +206,8 @@ impl Progress {
         }
     }
 
-    pub(crate) fn set_status(&self, status: Status) {
+    /// Tells what state it is in now.
+    pub fn set_status(&self, status: Status) {
         let mut times = self.times.lock();
         let now = Instant::now();
         let begin = *times.begin.get_or_insert(now);
@@ -229,7 +230,7 @@ impl Progress {
 
     /// Ends it. Once the guest runs at the destination while memory follows, nothing is cancelled any
     /// more: what fails then is a guest that is lost.
-    pub(crate) fn fail(&self, error: &dyn std::fmt::Display) {
+    pub fn fail(&self, error: &dyn std::fmt::Display) {
         let late = matches!(
             self.status(),
             Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover

@@ -123,7 +123,9 @@ fn read<P: PageIndex>(
     for device in &mut out.virtio_mem {
         device.check(&mut out.warnings);
         // A block is one device's at most, so that none is gone through more than once.
-        let index = device.find_block(&out.blocks).filter(|index| !taken[*index]);
+        let index = device
+            .find_block(out.blocks.iter().map(|block| (&*block.id, block.used_length)))
+            .filter(|index| !taken[*index]);
         match index {
             Some(index) => {
                 taken[index] = true;

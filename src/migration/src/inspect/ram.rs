@@ -169,6 +169,7 @@ impl<P: PageIndex> Ram<P> {
             ignore_shared: configuration.has(CAPABILITY_IGNORE_SHARED),
             mapped_ram: configuration.has(CAPABILITY_MAPPED_RAM),
             with_page_size: &[],
+            may_have_page_size: false,
         };
         let end = at + reader.left();
         let list = BlockList::read(reader, total, limits, &mut |reader, entry| {

@@ -3,12 +3,13 @@
 use std::iter;
 
 use ram_discard::{ByteRange, RamDiscardSource};
-use vmstate::wire::SUBSECTION;
+use vmstate::wire::{SUBSECTION, WireRead};
 
+use super::BITMAP_MAX;
 use super::error::Warning;
 use super::pages::PageMap;
 use super::ram::Block;
-use crate::stream::TARGET_PAGE_SIZE;
+use crate::stream::{FormatError, TARGET_PAGE_SIZE};
 
 /// Last part of the id string of the section before RAM.
 pub(super) const EARLY: &str = "virtio-mem-device-early";
@@ -86,6 +87,32 @@ impl VirtioMem {
                 .map(|word| u64::from_be_bytes(*word))
                 .collect(),
         })
+    }
+
+    /// Reads the section before RAM off a stream, from after its header to before its footer: the device, and
+    /// its bytes as they were. `None` when `idstr` is not such a section's.
+    ///
+    /// # Errors
+    ///
+    /// When the geometry is impossible, or the stream ends.
+    pub fn read_early(
+        idstr: &str,
+        instance_id: u32,
+        reader: &mut dyn WireRead,
+    ) -> Result<Option<(Self, Vec<u8>)>, FormatError> {
+        let Some(path) = split_id(idstr, EARLY) else { return Ok(None) };
+        let offset = reader.offset();
+        let geometry = reader.peek(GEOMETRY_LEN, "the geometry of a virtio-mem device")?;
+        let (region_size, block_size) =
+            (be64(geometry, 8).unwrap_or(0), be64(geometry, 16).unwrap_or(0));
+        let bitmap = Self::bitmap_len(region_size, block_size).filter(|len| *len <= BITMAP_MAX);
+        let Some(bitmap) = bitmap else {
+            let what = "size of a virtio-mem region with such blocks";
+            return Err(FormatError::Value { offset, what, found: region_size });
+        };
+        let len = EARLY_HEAD_LEN as u64 + bitmap;
+        let bytes = reader.bytes(len, len, "the blocks of a virtio-mem device")?;
+        Ok(Self::from_early(path, instance_id, &bytes).map(|device| (device, bytes)))
     }
 
     /// Reads the section after RAM: usable_region_size and requested_size (be64). QEMU has them
@@ -168,19 +195,22 @@ impl VirtioMem {
         None
     }
 
-    /// Finds the device's RAM block: of the region's size, and named after the device if more than
-    /// one is.
-    pub(super) fn find_block(&self, blocks: &[Block]) -> Option<usize> {
+    /// Finds the device's RAM block among `blocks`, each with its id and its used length in bytes: of the
+    /// region's size, and named after the device if more than one is.
+    pub fn find_block<'a>(
+        &self,
+        blocks: impl Iterator<Item = (&'a str, u64)> + Clone,
+    ) -> Option<usize> {
         let prefix = format!("{}/", self.path);
         let of_size =
-            || blocks.iter().enumerate().filter(|(_, block)| block.used_length == self.region_size);
-        let is_named = |block: &Block| !self.path.is_empty() && block.id.starts_with(&prefix);
-        let named = || of_size().filter(|(_, block)| is_named(block));
-        let single = |mut found: Vec<(usize, &Block)>| match found.len() {
-            1 => found.pop().map(|(index, _)| index),
+            || blocks.clone().enumerate().filter(|(_, (_, used))| *used == self.region_size);
+        let is_named = |id: &str| !self.path.is_empty() && id.starts_with(&prefix);
+        let single = |found: Vec<usize>| match found[..] {
+            [index] => Some(index),
             _ => None,
         };
-        single(named().collect()).or_else(|| single(of_size().collect()))
+        let named = of_size().filter(|(_, (id, _))| is_named(id)).map(|(index, _)| index);
+        single(named.collect()).or_else(|| single(of_size().map(|(index, _)| index).collect()))
     }
 
     /// What is odd about the device itself.

@@ -234,6 +234,7 @@ impl RamLoad {
             ignore_shared: self.options.ignore_shared,
             mapped_ram: false,
             with_page_size: &with_page_size,
+            may_have_page_size: false,
         };
         let list = BlockList::read(reader, total, limits, &mut |_, _| Ok(()))?;
         let accepted = self.registry.accept(&list, self.options)?;

@@ -14,10 +14,10 @@ mod sink;
 mod stream;
 
 pub use background::{BackgroundSnapshot, save_in_background};
-pub use image::write_image;
+pub use image::{NewImage, write_image};
 pub use lazy::{LazyRestore, restore_lazily};
 pub use load::{Restore, restore};
-pub use save::{Snapshot, save};
+pub use save::{Snapshot, save, write_bitmap};
 
 use super::stream::TARGET_PAGE_SIZE;
 use crate::stream::{CAPABILITY_MAPPED_RAM, Configuration, MAPPED_RAM_ALIGNMENT, MappedRamHeader};
@@ -27,7 +27,7 @@ use crate::stream::{CAPABILITY_MAPPED_RAM, Configuration, MAPPED_RAM_ALIGNMENT, 
 const PIECE: u64 = 1 << 20;
 
 /// The configuration of a snapshot file.
-fn with_mapped_ram(configuration: &Configuration) -> Configuration {
+pub fn with_mapped_ram(configuration: &Configuration) -> Configuration {
     let mut configuration = configuration.clone();
     if !configuration.has(CAPABILITY_MAPPED_RAM) {
         configuration.capabilities.push(CAPABILITY_MAPPED_RAM.to_owned());
@@ -36,12 +36,13 @@ fn with_mapped_ram(configuration: &Configuration) -> Configuration {
 }
 
 /// Bytes of the bitmap of a block of `used_length` bytes.
-fn bitmap_len(used_length: u64) -> u64 {
+pub(crate) fn bitmap_len(used_length: u64) -> u64 {
     (used_length / TARGET_PAGE_SIZE).div_ceil(64) * 8
 }
 
-/// Where a block's bitmap and pages are, when its mapped-ram header begins at `offset`.
-fn place(offset: u64, used_length: u64) -> Option<MappedRamHeader> {
+/// Where a block's bitmap and pages are, when its mapped-ram header begins `offset` bytes from the start
+/// of the file. `None` where no file reaches.
+pub fn place(offset: u64, used_length: u64) -> Option<MappedRamHeader> {
     let bitmap_offset = offset.checked_add(MappedRamHeader::LEN)?;
     let pages_offset = bitmap_offset
         .checked_add(bitmap_len(used_length))?

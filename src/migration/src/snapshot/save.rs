@@ -243,11 +243,11 @@ pub(super) fn write_run(
 
 /// Writes a bitmap. Parts of zeros that are as large as a page stay holes, so that the file does
 /// not grow with the block, but with what is used of it.
-pub(super) fn write_bitmap(
-    pages: &PageBitmap,
-    header: MappedRamHeader,
-    file: &File,
-) -> io::Result<()> {
+///
+/// # Errors
+///
+/// When the file does not take it.
+pub fn write_bitmap(pages: &PageBitmap, header: MappedRamHeader, file: &File) -> io::Result<()> {
     const PART_WORDS: usize = 512;
     const PIECE_PARTS: usize = PIECE as usize / 8 / PART_WORDS;
     let mut parts = pages.words().chunks(PART_WORDS).zip(0u64..).peekable();

@@ -93,6 +93,8 @@ pub struct ListLimits<'a> {
     pub mapped_ram: bool,
     /// Entries of blocks with these ids have a page size (postcopy, larger pages).
     pub with_page_size: &'a [&'a str],
+    /// Which entries have a page size is to be found out: postcopy was advised, with larger pages.
+    pub may_have_page_size: bool,
 }
 
 /// Appends a list of blocks, all at once.
@@ -130,6 +132,18 @@ pub fn entry_len(entry: &BlockEntry) -> u64 {
     bytes.len() as u64
 }
 
+/// Reads the page size that may stand after a length, and never is that of a target page. A name or the end
+/// of the section may stand there, too: no name is empty, and no end is as round a number.
+fn find_page_size(reader: &mut dyn WireRead) -> Result<Option<u64>, FormatError> {
+    let next = reader.peek(8, "the next RAM block")?;
+    let word = u64::from_be_bytes(*next.first_chunk().expect("8 bytes were peeked"));
+    if !word.is_power_of_two() || word <= TARGET_PAGE_SIZE || word >> 56 != 0 {
+        return Ok(None);
+    }
+    reader.take(8);
+    Ok(Some(word))
+}
+
 impl BlockList {
     /// Reads the entries of a list of `total` bytes. A mapped-ram header is followed by its
     /// bitmap and pages, which `skip` is asked to pass over.
@@ -158,6 +172,7 @@ impl BlockList {
             };
             let page_size = match limits.with_page_size.contains(&id.as_str()) {
                 true => Some(reader.be64("the page size of a RAM block")?),
+                false if limits.may_have_page_size => find_page_size(reader)?,
                 false => None,
             };
             let gpa = match limits.ignore_shared {

@@ -43,7 +43,7 @@ impl Configuration {
 
     /// What is in the section, as the description at the end of a stream tells it. QEMU's analyser
     /// learns the capabilities from it.
-    pub(crate) fn description(&self) -> Value {
+    pub fn description(&self) -> Value {
         let field = |name: &str, kind: &str, size: usize| json!({ "name": name, "type": kind, "size": size });
         let subsection = |name: &str, fields: Vec<Value>| json!({ "vmsd_name": name, "version": SUBSECTION_VERSION, "fields": fields });
         let mut subsections = Vec::new();

@@ -141,7 +141,12 @@ fn golden_block_list_and_pages() {
     let mut reader = reader(&out);
     let word = reader.be64("list").unwrap();
     assert_eq!(PageHeader::parse(word, 0).unwrap(), PageHeader::List { total: 0x4000_0000 });
-    let limits = ListLimits { ignore_shared: true, mapped_ram: true, with_page_size: &[] };
+    let limits = ListLimits {
+        ignore_shared: true,
+        mapped_ram: true,
+        with_page_size: &[],
+        may_have_page_size: false,
+    };
     let read = BlockList::read(&mut reader, 0x4000_0000, limits, &mut no_skip).unwrap();
     assert_eq!(read, list);
 
@@ -173,6 +178,31 @@ fn lists_that_do_not_add_up_are_refused() {
     put_list(&mut out, &unaligned);
     let list = BlockList::read(&mut reader(&out[8..]), 0x2001, ListLimits::default(), &mut no_skip);
     assert!(list.is_err());
+}
+
+#[test]
+fn page_sizes_in_a_list_are_found_where_they_stand() {
+    let entry = |id: &str, page_size| BlockEntry {
+        id: id.into(),
+        used_length: 0x40_0000,
+        page_size,
+        gpa: None,
+        mapped: None,
+    };
+    let huge = Some(0x20_0000);
+    for sizes in [[huge, None, None], [None, huge, huge], [None, None, huge], [None; 3]] {
+        let entries = ["a", "b", "c"].into_iter().zip(sizes).map(|(id, size)| entry(id, size));
+        let list = BlockList { entries: entries.collect() };
+        let mut out = Vec::new();
+        put_list(&mut out, &list);
+        put_end_of_section(&mut out);
+        let mut reader = reader(&out[8..]);
+        let limits = ListLimits { may_have_page_size: true, ..ListLimits::default() };
+        let read = BlockList::read(&mut reader, 3 * 0x40_0000, limits, &mut no_skip).unwrap();
+        assert_eq!(read, list);
+        let word = reader.be64("end").unwrap();
+        assert_eq!(PageHeader::parse(word, 0).unwrap(), PageHeader::EndOfSection);
+    }
 }
 
 #[test]
@@ -253,7 +283,7 @@ proptest! {
         let _ = ReturnMessage::read(&mut reader(&bytes));
         let mut records = reader(&bytes);
         while read_record(&mut records).is_ok() {}
-        let limits = ListLimits { ignore_shared: true, mapped_ram: true, with_page_size: &[] };
+        let limits = ListLimits { ignore_shared: true, mapped_ram: true, with_page_size: &[], may_have_page_size: false };
         let _ = BlockList::read(&mut reader(&bytes), u64::MAX, limits, &mut no_skip);
     }
 }

@@ -286,16 +286,13 @@ fn sizes_are_found_in_the_state_of_the_transport() {
 fn devices_of_one_size_are_told_apart_by_their_names() {
     let early = Sample::new(false).early();
     let device = |path: &str| VirtioMem::from_early(path, 0, &early).unwrap();
-    let block = |id: &str, used_length| {
-        let (addr, mapped, normal, zero, absent, sent) = (None, None, 0, 0, 0, 0);
-        Block { id: id.into(), used_length, addr, mapped, normal, zero, absent, sent }
-    };
-    let blocks = [block("ram", REGION), block("b/vmem", REGION), block("a/vmem", REGION)];
-    assert_eq!(device("a").find_block(&blocks), Some(2));
-    assert_eq!(device("b").find_block(&blocks), Some(1));
-    assert_eq!(device("c").find_block(&blocks), None);
-    assert_eq!(device("").find_block(&blocks[..1]), Some(0));
-    assert_eq!(device("a").find_block(&[block("a/vmem", RAM)]), None);
+    let find = |path: &str, blocks: &[(&str, u64)]| device(path).find_block(blocks.iter().copied());
+    let blocks = [("ram", REGION), ("b/vmem", REGION), ("a/vmem", REGION)];
+    assert_eq!(find("a", &blocks), Some(2));
+    assert_eq!(find("b", &blocks), Some(1));
+    assert_eq!(find("c", &blocks), None);
+    assert_eq!(find("", &blocks[..1]), Some(0));
+    assert_eq!(find("a", &[("a/vmem", RAM)]), None);
 }
 
 #[test]
