@@ -109,6 +109,39 @@ fn memory_that_is_refused_has_its_reason_in_the_log() {
 }
 
 #[test]
+fn a_memory_table_with_a_region_past_the_end_of_its_file_is_refused_wherever_it_stands() {
+    let daemon = common::daemon(options());
+    let file = |size| memfd("memory", size, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let (short, long) = (file(BOOT), file(BOOT + PAGE));
+    let region = |guest_addr| MemoryRegion {
+        guest_addr,
+        size: BOOT,
+        user_addr: guest_addr,
+        mmap_offset: PAGE,
+    };
+    // In either order of addresses, which is not that of the message.
+    for (first, second) in [(region(0), region(1 << 30)), (region(1 << 30), region(0))] {
+        for (fds, wrong) in [([&short, &long], first), ([&long, &short], second)] {
+            let front_end = frontend(&daemon);
+            let table = protocol::mem_table(&[first, second]);
+            let fds = fds.map(|file| file.as_fd());
+            assert!(front_end.request(Request::SetMemTable, &table, &fds).is_err());
+            let found = format!("{BOOT:#x} bytes instead of {:#x}", BOOT + PAGE);
+            assert_logged(
+                &daemon,
+                &format!(
+                    "SET_MEM_TABLE with a region at {:#x} of {BOOT:#x} bytes: its file has {found}",
+                    wrong.guest_addr
+                ),
+            );
+        }
+        let table = protocol::mem_table(&[first, second]);
+        let fds = [long.as_fd(), long.as_fd()];
+        frontend(&daemon).request(Request::SetMemTable, &table, &fds).unwrap();
+    }
+}
+
+#[test]
 fn a_region_is_removed_by_its_addresses_and_its_size() {
     let daemon = common::daemon(options());
     let ram = ram();
