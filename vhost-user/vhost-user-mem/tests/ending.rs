@@ -3,23 +3,30 @@
 mod common;
 
 use std::any::Any;
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, Rig, gpa, options, ram, rig_with};
+use common::silent_file::SilentFile;
+use common::{ADDR, BOOT, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::process::Signal;
+use small_vmm::daemon::DaemonOptions;
 use small_vmm::driver::{MemRequest, RequestType, Shape};
-use small_vmm::protocol::Request;
+use small_vmm::protocol::{self, MemoryRegion, Request};
 
 /// What a test keeps until the daemon has ended.
 type Kept = Box<dyn Any>;
 
 /// A daemon with all sockets that is brought somewhere, and then told to end.
 fn ends(bring: impl FnOnce(&mut Rig) -> Kept) {
-    let mut rig = rig_with(options().discard_socket().state_file(), ram());
+    ends_of(options().discard_socket().state_file(), bring);
+}
+
+fn ends_of(options: DaemonOptions, bring: impl FnOnce(&mut Rig) -> Kept) {
+    let mut rig = rig_with(options, ram());
     let kept = bring(&mut rig);
     let status = rig.daemon.terminate(PATIENCE);
     assert!(status.is_ok_and(|status| status.success()), "{}", rig.daemon.stderr());
@@ -118,6 +125,98 @@ fn while_device_state_waits_for_a_pipe() {
             Box::new(ours)
         });
     }
+}
+
+/// Where the front-end has a [`silent_file`] mapped, as it says.
+const SILENT: u64 = 0x10_0000;
+
+/// A file whose owner answers for now. Where there can be none, it says so and the test is skipped.
+fn silent_file(size: u64) -> Option<SilentFile> {
+    let file = SilentFile::new(size).inspect_err(|error| {
+        // Past the test harness, which shows the output of failed tests only.
+        let _ = writeln!(io::stderr(), "skipped: no file system of its own: {error}");
+    });
+    file.ok()
+}
+
+/// Adds `file` to the memory table, whole; the answer is not waited for.
+fn add(rig: &Rig, guest_addr: u64, size: u64, file: &SilentFile) {
+    let region = MemoryRegion { guest_addr, size, user_addr: SILENT, mmap_offset: 0 };
+    let (payload, fds) = (protocol::single_mem_region(region), [file.file.as_fd()]);
+    rig.frontend.connection().send(Request::AddMemReg, 0, &payload, &fds).unwrap();
+}
+
+fn with_files() -> DaemonOptions {
+    options().discard_socket().state_file().arg("--allow-file-memory")
+}
+
+#[test]
+fn while_the_owner_of_the_device_s_memory_does_not_answer() {
+    let Some(mut silent) = silent_file(REGION) else { return };
+    ends_of(with_files(), |rig| {
+        let device = rig.ram.region(ADDR).unwrap();
+        rig.frontend.rem_mem_region(&rig.ram, device).unwrap();
+        silent.fall_silent();
+        add(rig, ADDR, REGION, &silent);
+        silent.wait_asked();
+        Box::new(silent)
+    });
+}
+
+/// The kernel waits for the answer to what the owner has taken, whatever becomes of the process.
+#[test]
+fn when_the_owner_has_taken_a_request_the_sockets_go_and_the_process_ends_with_the_owner() {
+    let Some(mut silent) = silent_file(REGION) else { return };
+    let mut rig = rig_with(with_files(), ram());
+    let device = rig.ram.region(ADDR).unwrap();
+    rig.frontend.rem_mem_region(&rig.ram, device).unwrap();
+    silent.fall_silent();
+    add(&rig, ADDR, REGION, &silent);
+    silent.take_request();
+    rig.daemon.signal(Signal::TERM).unwrap();
+    let sockets = [rig.daemon.socket(), rig.daemon.discard_socket(), rig.daemon.api_socket()];
+    wait_until(|| sockets.iter().all(|socket| !socket.exists()));
+    drop(silent);
+    let status = rig.daemon.terminate(PATIENCE);
+    assert!(status.is_ok_and(|status| status.success()), "{}", rig.daemon.stderr());
+    rig.daemon.restart().unwrap();
+}
+
+/// The thread is vhost-user-backend's.
+#[test]
+fn while_the_thread_of_the_ring_hangs() {
+    let Some(mut silent) = silent_file(BOOT) else { return };
+    ends_of(with_files(), |rig| {
+        add(rig, 1 << 40, BOOT, &silent);
+        rig.frontend.get_vring_base(0).unwrap();
+        let ring = rig.driver.ring();
+        let user = |gpa| rig.ram.user_addr(gpa).unwrap();
+        let (used, available) = (user(ring.used_addr()), user(ring.avail_addr()));
+        let ring = protocol::vring_addr(0, 0, SILENT, used, available, 0);
+        rig.frontend.request(Request::SetVringAddr, &ring, &[]).unwrap();
+        let kick = Some(rig.driver.ring().kick_fd());
+        rig.frontend.set_vring_fd(Request::SetVringKick, 0, kick).unwrap();
+        rig.frontend.enable(0, true).unwrap();
+        // Of the ring, the descriptors alone are in that file, and no other thread reads them.
+        silent.fall_silent();
+        submit(rig);
+        silent.wait_asked();
+        Box::new(silent)
+    });
+}
+
+#[test]
+fn while_the_thread_of_the_messages_hangs() {
+    let Some(mut silent) = silent_file(BOOT) else { return };
+    ends_of(with_files(), |rig| {
+        add(rig, 1 << 40, BOOT, &silent);
+        rig.frontend.get_vring_base(0).unwrap();
+        silent.fall_silent();
+        let ring = protocol::vring_addr(0, 0, SILENT, SILENT + 0x2000, SILENT + 0x1000, 0);
+        rig.frontend.connection().send(Request::SetVringAddr, 0, &ring, &[]).unwrap();
+        silent.wait_asked();
+        Box::new(silent)
+    });
 }
 
 fn wait_until(is: impl Fn() -> bool) {
