@@ -210,7 +210,9 @@ pub trait WireRead {
 #[derive(Debug)]
 pub struct WireReader<R> {
     inner: R,
-    buffer: Box<[u8]>,
+    buffer: Vec<u8>,
+    /// As long as `buffer` may become, bytes.
+    capacity: usize,
     /// The bytes of `buffer` that are read and not taken.
     start: usize,
     end: usize,
@@ -223,10 +225,11 @@ impl<R: Read> WireReader<R> {
         Self::with_capacity(inner, PEEK_MAX)
     }
 
-    /// A reader whose buffer holds `capacity` bytes, and at least [`PEEK_MAX`].
+    /// A reader whose buffer holds up to `capacity` bytes, and at least [`PEEK_MAX`]: it grows with
+    /// a stream that fills it, so that a short one costs no more than it is long.
     pub fn with_capacity(inner: R, capacity: usize) -> Self {
-        let buffer = vec![0; capacity.max(PEEK_MAX)].into_boxed_slice();
-        Self { inner, buffer, start: 0, end: 0, offset: 0 }
+        let capacity = capacity.max(PEEK_MAX);
+        Self { inner, buffer: vec![0; PEEK_MAX], capacity, start: 0, end: 0, offset: 0 }
     }
 
     /// The stream underneath; what was read ahead is lost.
@@ -246,8 +249,8 @@ impl<R: Read> WireReader<R> {
 
     /// The same stream from here on by way of another handle; what was read ahead stays.
     pub fn map<S>(self, other: impl FnOnce(R) -> S) -> WireReader<S> {
-        let Self { inner, buffer, start, end, offset } = self;
-        WireReader { inner: other(inner), buffer, start, end, offset }
+        let Self { inner, buffer, capacity, start, end, offset } = self;
+        WireReader { inner: other(inner), buffer, capacity, start, end, offset }
     }
 
     /// Whether the stream has ended here.
@@ -308,6 +311,10 @@ impl<R: Read> WireRead for WireReader<R> {
             match self.inner.read(&mut self.buffer[self.end..]) {
                 Ok(read) => {
                     self.end += read;
+                    let len = self.buffer.len();
+                    if self.end == len && len < self.capacity {
+                        self.buffer.resize(self.capacity.min(2 * len), 0);
+                    }
                     return Ok(read != 0);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -480,5 +487,25 @@ mod tests {
             reader.take(3001);
             at += 3001;
         }
+    }
+
+    #[test]
+    fn a_buffer_grows_with_the_stream_that_fills_it_up_to_its_capacity() {
+        let bytes: Vec<u8> = (0..9 * PEEK_MAX).map(|i| (i % 251) as u8).collect();
+        let mut reader = WireReader::with_capacity(&bytes[..1000], 3 * PEEK_MAX);
+        while reader.read_ahead().unwrap() {}
+        assert_eq!((reader.buffered(), reader.buffer.len()), (&bytes[..1000], PEEK_MAX));
+
+        let mut reader = WireReader::with_capacity(&bytes[..], 3 * PEEK_MAX);
+        reader.u8("byte").unwrap();
+        while reader.buffered().len() < 3 * PEEK_MAX {
+            assert!(reader.read_ahead().unwrap());
+        }
+        assert_eq!(reader.buffered(), &bytes[1..1 + 3 * PEEK_MAX]);
+        let mut rest = vec![0; bytes.len() - 1];
+        reader.read_exact(&mut rest, "rest").unwrap();
+        assert_eq!(rest, bytes[1..]);
+        assert!(reader.is_at_end().unwrap());
+        assert_eq!(reader.buffer.len(), 3 * PEEK_MAX);
     }
 }
