@@ -8,6 +8,7 @@ use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::Arc;
 
+use memchr::memrchr_iter;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::Number;
@@ -20,6 +21,10 @@ const DESCRIPTION: u8 = 0x06;
 const HEAD: usize = 5;
 /// What a copy with fixed block sizes may have appended, bytes.
 const TAIL_MAX: usize = 4096;
+/// How much of the end of a file is looked at first, bytes: most descriptions and what may follow
+/// them. Then so many times as much.
+const REACH: u64 = 64 << 10;
+const REACH_FACTOR: u64 = 16;
 /// Places that look like the record and are tried, so that a file full of them takes no longer.
 const TRIES: usize = 16;
 /// Objects in a description: a large VM's has some thousands.
@@ -76,8 +81,20 @@ struct Document {
 impl Description {
     /// Looks for the description at the end of a file of `len` bytes. `None` when it has none.
     pub fn find(file: &mut (impl Read + Seek), len: u64) -> io::Result<Option<Self>> {
-        let reach = len.min(DESCRIPTION_MAX + (HEAD + TAIL_MAX) as u64);
-        let start = file.seek(SeekFrom::Start(len - reach))?;
+        let most = len.min(DESCRIPTION_MAX + (HEAD + TAIL_MAX) as u64);
+        let mut reach = most.min(REACH);
+        loop {
+            let found = Self::find_in(file, len - reach, reach)?;
+            if found.is_some() || reach == most {
+                return Ok(found);
+            }
+            reach = most.min(reach * REACH_FACTOR);
+        }
+    }
+
+    /// Looks for the description in the last `reach` bytes of a file, which start at `start`.
+    fn find_in(file: &mut (impl Read + Seek), start: u64, reach: u64) -> io::Result<Option<Self>> {
+        file.seek(SeekFrom::Start(start))?;
         let mut tail = Vec::new();
         file.take(reach).read_to_end(&mut tail)?;
         let found = candidates(&tail).take(TRIES).find_map(|(at, text)| {
@@ -98,10 +115,8 @@ impl Description {
 
 /// Places that look like the record, the last first, each with what would be its text.
 fn candidates(tail: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
-    (0..tail.len().saturating_sub(HEAD)).rev().filter_map(|at| {
-        if tail[at] != DESCRIPTION {
-            return None;
-        }
+    let places = &tail[..tail.len().saturating_sub(HEAD)];
+    memrchr_iter(DESCRIPTION, places).filter_map(|at| {
         let (head, rest) = tail[at..].split_at(HEAD);
         let len = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
         let text = rest.get(..usize::try_from(len).ok()?)?;
@@ -189,6 +204,45 @@ mod tests {
         assert!(find(&file(&text[..text.len() - 1], b"")).is_none());
         assert!(find(&file(&text.replace("4096", "65536"), b"")).is_none());
         assert!(find(b"").is_none());
+    }
+
+    /// Counts the bytes that are read.
+    struct Counting<'a>(Cursor<&'a [u8]>, u64);
+
+    impl Read for Counting<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            let read = self.0.read(buf)?;
+            self.1 += read as u64;
+            Ok(read)
+        }
+    }
+
+    impl Seek for Counting<'_> {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            self.0.seek(to)
+        }
+    }
+
+    #[test]
+    fn no_more_is_read_of_a_long_file_than_a_short_description_takes() {
+        let text = r#"{"devices":[{"name":"a"}]}"#;
+        let mut long = vec![0; 8 << 20];
+        long.extend(file(text, b""));
+        let mut counting = Counting(Cursor::new(&long), 0);
+        let found = Description::find(&mut counting, long.len() as u64).unwrap().unwrap();
+        assert_eq!((found.len, found.offset), (text.len() as u64, (8 << 20) + 39));
+        assert_eq!(counting.1, REACH);
+    }
+
+    #[test]
+    fn a_description_of_any_length_is_found() {
+        for len in [REACH, 2 * REACH, REACH * REACH_FACTOR, 4 << 20] {
+            let text =
+                format!(r#"{{"devices":[{{"name":"a","x":"{}"}}]}}"#, "y".repeat(len as usize));
+            let found = find(&file(&text, b"tail")).unwrap();
+            assert_eq!((found.len, found.offset), (text.len() as u64, 39));
+            assert!(found.device("a", 0).is_some());
+        }
     }
 
     #[test]
