@@ -10,11 +10,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use serde_json::{Map, Value};
 use tempfile::TempDir;
 use vhost_user_mem::front_door::Notifier;
-use vhost_user_mem::service::Service;
-use serde_json::{Map, Value};
 use vhost_user_mem::management::{Management, Server};
+use vhost_user_mem::service::Service;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{Geometry, VirtioMem};
 

@@ -9,11 +9,14 @@ use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::fs::{MemfdFlags, memfd_create};
-use ram_discard::{ByteRange, RamDiscardListener};
-use virtio_mem::controller::{BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord, StateStore};
-use virtio_mem::device::{BlockSpan, Change, Geometry, REQUEST_LEN, Request, Response, VirtioMem};
 use ram_discard::memory::RamBlock;
+use ram_discard::{ByteRange, RamDiscardListener};
+use rustix::fs::{MemfdFlags, memfd_create};
+use virtio_mem::controller::{
+    BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord,
+    StateStore,
+};
+use virtio_mem::device::{BlockSpan, Change, Geometry, REQUEST_LEN, Request, Response, VirtioMem};
 
 use crate::input::Input;
 use model::Model;

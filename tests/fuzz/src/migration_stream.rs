@@ -2,43 +2,45 @@
 //! file, inspected, and answered by a hostile destination.
 //!
 //! What is promised: no panic and no end without an end; the guest runs only where the migration
-//! succeeded, and on the source again where it did not; nothing gets where memory is discarded.
+//! succeeded, and on the source again where it did not; nothing gets where memory is discarded, not
+//! in use, or shared by both sides; a migration that has ended holds no block and no freeze.
 
-use std::cell::RefCell;
+mod devices;
+mod edits;
+mod good;
+mod peer;
+mod seeds;
+mod side;
+
 use std::fs::File;
-use std::io::{Cursor, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::io::Cursor;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
-use std::thread;
 use std::time::Duration;
 
-use ram_discard::{ByteRange, LocalRamDiscardManager, RamDiscardSource};
-use virtio_mem::device::BlockBitmap;
-use ram_discard::memory::RamBlock;
 use migration::MigrationError;
 use migration::channel::Channel;
-use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::inspect::inspect;
 use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
 use migration::progress::Progress;
-use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
-use migration::snapshot::{Restore, Snapshot, restore, save};
-use migration::stream::Configuration;
+use migration::ram::{MigrationBlock, RamLoad, RamSave};
+use migration::snapshot::{Restore, restore};
+use ram_discard::{ByteRange, RamDiscardSource};
+use virtio_mem::device::BlockBitmap;
 
 use crate::input::Input;
+use devices::{Devices, State};
+use edits::edited;
+use good::{good_stream, with_edited_file};
+use peer::{Ending, converse};
+pub(crate) use seeds::seeds;
+use side::{Sharing, Side, with_destination, with_source};
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const BLOCK: u64 = 16 * PAGE;
 pub(crate) const BLOCKS: usize = 8;
-
-/// Bounds the time of one input.
-const EDITS: usize = 64;
-
-/// How long the other side may take for bytes that may or may not be all that it waits for.
-const PATIENCE: Duration = Duration::from_millis(10);
 
 /// Counts what is asked of it.
 #[derive(Default)]
@@ -60,7 +62,7 @@ impl Guest for Witness {
 }
 
 /// Every other block is plugged.
-pub(crate) struct Plugged(BlockBitmap);
+pub(crate) struct Plugged(pub(crate) BlockBitmap);
 
 impl RamDiscardSource for Plugged {
     fn region_size(&self) -> u64 {
@@ -85,46 +87,22 @@ pub(crate) fn plugged() -> Plugged {
     Plugged(plugged)
 }
 
-fn side() -> (Arc<RamBlocks>, Arc<MigrationBlock>) {
-    let file = memfd("fuzz");
-    file.set_len(BLOCKS as u64 * BLOCK).unwrap();
-    let ram = RamBlock::new("vmem0".into(), 0, BLOCKS as u64 * BLOCK, file, 0).unwrap();
-    let block = MigrationBlock::map(Arc::new(ram), BlockOptions::migratable()).unwrap();
-    let manager = LocalRamDiscardManager::new(BLOCKS as u64 * BLOCK);
-    manager.add_source(Arc::new(plugged())).unwrap();
-    block.set_discard_manager(0, Arc::new(manager)).unwrap();
-    let block = Arc::new(block);
-    let mut blocks = RamBlocks::new();
-    blocks.register(Arc::clone(&block)).unwrap();
-    (Arc::new(blocks), block)
+pub(crate) fn memfd(name: &str) -> File {
+    File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap())
 }
 
-fn filled() -> (Arc<RamBlocks>, Arc<MigrationBlock>) {
-    let (blocks, block) = side();
-    for page in [0, 1, 2, 5, 33, 34, 64] {
-        block.mapping().write(page * PAGE, &[page as u8 + 1; 64]);
-    }
-    block.mapping().write(3 * PAGE, &[0; 8]);
-    (blocks, block)
-}
-
-fn assert_nothing_leaked(block: &MigrationBlock) {
-    for range in block.discarded().unwrap() {
-        block.for_each_data(range, |data| panic!("data in discarded {data}")).unwrap();
-    }
-}
-
-fn outgoing(blocks: &RamBlocks, guest: &Witness, stream: UnixStream) -> Result<(), MigrationError> {
+fn outgoing(side: &Side, guest: &Witness, stream: UnixStream) -> Result<(), MigrationError> {
     let progress = Arc::new(Progress::new());
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
-    let ram = RamSave::new(blocks, ListOptions::default(), Arc::clone(&progress), tracker)?;
-    let mut parameters = Parameters::new(Configuration::new("fuzz"));
+    let options = side.sharing.options();
+    let ram = RamSave::new(&side.blocks, options, Arc::clone(&progress), tracker)?;
+    let mut parameters = Parameters::new(side.sharing.configuration());
     parameters.switchover_timeout = Duration::from_millis(30);
     let outgoing = Outgoing {
         parameters,
         guest,
         handlers: vec![Box::new(ram)],
-        devices: &mut NoDevices,
+        devices: &mut Devices::new(State::used()).registry,
         postcopy: None,
         progress: Arc::clone(&progress),
     };
@@ -132,275 +110,161 @@ fn outgoing(blocks: &RamBlocks, guest: &Witness, stream: UnixStream) -> Result<(
 }
 
 fn incoming(
-    blocks: Arc<RamBlocks>,
+    side: &Side,
     guest: &Witness,
+    devices: &mut Devices,
     stream: UnixStream,
 ) -> Result<(), MigrationError> {
     let progress = Arc::new(Progress::new());
-    let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
+    let (blocks, options) = (Arc::clone(&side.blocks), side.sharing.options());
+    let ram = RamLoad::new(blocks, options, Arc::clone(&progress));
     let incoming = Incoming {
-        configuration: Configuration::new("fuzz"),
+        configuration: side.sharing.configuration(),
         guest,
         handlers: vec![Box::new(ram)],
-        devices: &mut NoDevices,
+        devices: &mut devices.registry,
         postcopy: None,
         progress: Arc::clone(&progress),
     };
     incoming.run(Channel::new(stream, progress).unwrap())
 }
 
-/// A good stream, as it went from a source to a destination.
-fn good_stream() -> &'static [u8] {
-    static STREAM: OnceLock<Vec<u8>> = OnceLock::new();
-    STREAM.get_or_init(|| {
-        let (near, relay_near) = UnixStream::pair().unwrap();
-        let (relay_far, far) = UnixStream::pair().unwrap();
-        let there = thread::spawn(move || incoming(side().0, &Witness::default(), far));
-        let (mut back_from, mut back_to) =
-            (relay_far.try_clone().unwrap(), relay_near.try_clone().unwrap());
-        let back = thread::spawn(move || std::io::copy(&mut back_from, &mut back_to));
-        let recorder = thread::spawn(move || {
-            let (mut from, mut to, mut all) = (relay_near, relay_far, Vec::new());
-            let mut buffer = [0; 4096];
-            while let Ok(read @ 1..) = from.read(&mut buffer) {
-                all.extend_from_slice(&buffer[..read]);
-                if to.write_all(&buffer[..read]).is_err() {
-                    break;
-                }
-            }
-            let _ = to.shutdown(std::net::Shutdown::Both);
-            all
-        });
-        outgoing(&filled().0, &Witness::default(), near).unwrap();
-        there.join().unwrap().unwrap();
-        let all = recorder.join().unwrap();
-        let _ = back.join().unwrap();
-        all
+/// Feeds `bytes` to a destination; whether the guest was taken over.
+fn load(bytes: Vec<u8>, ending: Ending, sharing: Sharing) -> bool {
+    let guest = Witness::default();
+    with_destination(sharing, |side| {
+        let (near, far) = UnixStream::pair().unwrap();
+        let _near = converse(near, bytes, ending);
+        let mut devices = Devices::new(State::fresh());
+        let loaded = incoming(side, &guest, &mut devices, far);
+        assert_eq!(guest.runs.load(Ordering::Relaxed), usize::from(loaded.is_ok()), "{loaded:?}");
+        devices.assert_all_or_none(loaded.is_ok());
+        loaded.is_ok()
     })
 }
 
-/// A good file, and how much of it is not pages.
-fn good_file() -> &'static [u8] {
-    static FILE: OnceLock<Vec<u8>> = OnceLock::new();
-    FILE.get_or_init(|| {
-        let mut file = tempfile::tempfile().unwrap();
-        let snapshot = Snapshot {
-            configuration: Configuration::new("fuzz"),
-            blocks: &filled().0,
-            devices: &mut NoDevices,
+/// Restores a guest from `file`; whether it was there.
+fn restored(file: &File, sharing: Sharing) -> bool {
+    with_destination(sharing, |side| {
+        let mut devices = Devices::new(State::fresh());
+        let what = Restore {
+            configuration: sharing.configuration(),
+            blocks: Arc::clone(&side.blocks),
+            devices: &mut devices.registry,
+            threads: 1,
             progress: Arc::new(Progress::new()),
         };
-        save(snapshot, &file).unwrap();
-        let mut bytes = Vec::new();
-        std::io::Seek::rewind(&mut file).unwrap();
-        file.read_to_end(&mut bytes).unwrap();
-        bytes
+        let restored = restore(what, file);
+        devices.assert_all_or_none(restored.is_ok());
+        restored.is_ok()
     })
 }
 
-/// What follows the bytes of a peer.
-///
-/// A direction that stays open costs time where more is waited for, so only some inputs have it.
-#[derive(Clone, Copy, PartialEq)]
-enum Ending {
-    /// The direction stays open: bytes that mean nothing follow, then silence.
-    Open,
-    /// Such bytes follow, and then the end.
-    Garbage,
-    /// The end.
-    Closed,
-}
-
-impl Ending {
-    fn choose(input: &mut Input<'_>) -> Self {
-        match input.u8() % 4 {
-            0 => Ending::Open,
-            1 => Ending::Garbage,
-            _ => Ending::Closed,
-        }
-    }
-}
-
-/// More than a page and the longest string: what waits for less fails by it, and not by silence.
-const GARBAGE: [u8; 8 << 10] = [0xff; 8 << 10];
-
-/// Has the other end of `stream` send `bytes` and read what comes, until `stream` is closed.
-///
-/// One thread serves all inputs: to start one takes longer than most inputs do.
-fn converse(stream: UnixStream, bytes: Vec<u8>, ending: Ending) {
-    type Job = (UnixStream, Vec<u8>, Ending);
-    thread_local! {
-        static PEER: mpsc::Sender<Job> = {
-            let (jobs, next) = mpsc::channel::<Job>();
-            thread::spawn(move || next.iter().for_each(|(stream, bytes, ending)| peer(stream, &bytes, ending)));
-            jobs
-        };
-    }
-    PEER.with(|peer| peer.send((stream, bytes, ending)).unwrap());
-}
-
-fn peer(mut stream: UnixStream, bytes: &[u8], ending: Ending) {
-    // Each fails when the other side has seen enough.
-    let _ = stream.write_all(bytes);
-    if ending != Ending::Closed {
-        let _ = stream.write_all(&GARBAGE);
-    }
-    let mut rest = Vec::new();
-    if ending == Ending::Open {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let _ = stream.read_to_end(&mut rest);
-        stream.set_read_timeout(None).unwrap();
-    }
-    let _ = stream.shutdown(std::net::Shutdown::Write);
-    let _ = stream.read_to_end(&mut rest);
-}
-
-/// Changes bytes, mostly those that are not pages, and cuts. Returns what was there before, and
-/// how long the rest is; [`undo`] takes it.
-fn edit(bytes: &mut [u8], input: &mut Input<'_>) -> (Vec<(usize, u8)>, usize) {
-    let (mut before, mut rest) = (Vec::new(), bytes.len());
-    for _ in 0..EDITS {
-        if input.is_empty() {
-            break;
-        }
-        let (how, at, value) = (input.u8(), usize::from(input.u16()), input.u8());
-        let len = rest.max(1);
-        let (at, value) = match how % 8 {
-            // Where headers are.
-            0..=4 => (at % 300.min(len), value),
-            5 | 6 => (at * 37 % len, value ^ bytes[at * 37 % len]),
-            _ => {
-                rest = at * 37 % len;
-                continue;
-            }
-        };
-        if at < rest {
-            before.push((at, bytes[at]));
-            bytes[at] = value;
-        }
-    }
-    (before, rest)
-}
-
-fn undo(bytes: &mut [u8], before: &[(usize, u8)]) {
-    before.iter().rev().for_each(|&(at, value)| bytes[at] = value);
-}
-
-fn edited(good: &[u8], input: &mut Input<'_>) -> Vec<u8> {
-    let mut bytes = good.to_vec();
-    let (_, rest) = edit(&mut bytes, input);
-    bytes.truncate(rest);
-    bytes
-}
-
-/// The good file with edits, in memory and as a file. What is edited is undone afterwards, since
-/// most of it is holes, which would cost more than the rest of an input does.
-struct Edited {
-    bytes: Vec<u8>,
-    /// Where its pages are that are not holes.
-    data: Vec<usize>,
-    file: File,
-}
-
-impl Edited {
-    fn new() -> Self {
-        let bytes = good_file().to_vec();
-        let page = PAGE as usize;
-        let holds_data = |at: &usize| bytes[*at..].iter().take(page).any(|byte| *byte != 0);
-        let data = (0..bytes.len()).step_by(page).filter(holds_data).collect();
-        let edited = Self { bytes, data, file: memfd("file") };
-        edited.write_from(0);
-        edited
-    }
-
-    /// Makes the file what the bytes are, from a place on.
-    fn write_from(&self, from: usize) {
-        self.file.set_len(self.bytes.len() as u64).unwrap();
-        for &at in &self.data {
-            let end = (at + PAGE as usize).min(self.bytes.len());
-            if end > from {
-                self.file.write_all_at(&self.bytes[at..end], at as u64).unwrap();
-            }
-        }
-    }
-
-    fn write_byte(&self, at: usize) {
-        self.file.write_all_at(&self.bytes[at..=at], at as u64).unwrap();
-    }
-
-    fn with<T>(&mut self, input: &mut Input<'_>, action: impl FnOnce(&[u8], &File) -> T) -> T {
-        let (before, rest) = edit(&mut self.bytes, input);
-        before.iter().for_each(|&(at, _)| self.write_byte(at));
-        self.file.set_len(rest as u64).unwrap();
-        let done = action(&self.bytes[..rest], &self.file);
-        undo(&mut self.bytes, &before);
-        self.write_from(rest);
-        before.iter().for_each(|&(at, _)| self.write_byte(at));
-        done
-    }
-}
-
-pub(crate) fn memfd(name: &str) -> File {
-    File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap())
-}
-
-fn with_edited_file<T>(input: &mut Input<'_>, action: impl FnOnce(&[u8], &File) -> T) -> T {
-    thread_local!(static EDITED: RefCell<Edited> = RefCell::new(Edited::new()));
-    EDITED.with(|edited| edited.borrow_mut().with(input, action))
-}
-
-/// Feeds `bytes` to a destination.
-fn load(bytes: Vec<u8>, ending: Ending) {
-    let (near, far) = UnixStream::pair().unwrap();
-    converse(near, bytes, ending);
-    let ((blocks, block), guest) = (side(), Witness::default());
-    let loaded = incoming(blocks, &guest, far);
-    assert_eq!(guest.runs.load(Ordering::Relaxed), usize::from(loaded.is_ok()), "{loaded:?}");
-    assert_nothing_leaked(&block);
-}
-
-/// Restores a guest from `file`.
-fn restored(file: &File) {
-    let (blocks, block) = side();
-    let what = Restore {
-        configuration: Configuration::new("fuzz"),
-        blocks,
-        devices: &mut NoDevices,
-        threads: 1,
-        progress: Arc::new(Progress::new()),
-    };
-    let _ = restore(what, file);
-    assert_nothing_leaked(&block);
-}
-
-/// A source that hears `bytes`, whatever it sends.
-fn answered(bytes: Vec<u8>, ending: Ending) {
-    let (near, far) = UnixStream::pair().unwrap();
-    converse(far, bytes, ending);
-    let ((blocks, _block), guest) = (filled(), Witness::default());
-    let sent = outgoing(&blocks, &guest, near);
-    let (runs, stops) = (guest.runs.load(Ordering::Relaxed), guest.stops.load(Ordering::Relaxed));
-    assert_eq!(runs + usize::from(sent.is_ok()), stops, "{sent:?}");
+/// A source that hears `bytes`, whatever it sends; whether the guest has left.
+fn answered(bytes: Vec<u8>, ending: Ending, sharing: Sharing) -> bool {
+    let guest = Witness::default();
+    with_source(sharing, |side| {
+        let (near, far) = UnixStream::pair().unwrap();
+        let _far = converse(far, bytes, ending);
+        let sent = outgoing(side, &guest, near);
+        let runs = guest.runs.load(Ordering::Relaxed);
+        let stops = guest.stops.load(Ordering::Relaxed);
+        assert_eq!(runs + usize::from(sent.is_ok()), stops, "{sent:?}");
+        sent.is_ok()
+    })
 }
 
 /// The body of the target.
 pub fn run(data: &[u8]) {
+    drive(data);
+}
+
+/// Also returns whether all went well on the side that the bytes came to.
+fn drive(data: &[u8]) -> bool {
     let mut input = Input::new(data);
-    match input.u8() % 6 {
+    let kind = input.u8();
+    let sharing = if kind & 0x80 == 0 { Sharing::Nothing } else { Sharing::Firmware };
+    match kind % 0x80 % 6 {
         kind @ (0 | 1 | 5) => {
             let ending = Ending::choose(&mut input);
             match kind {
-                0 => load(edited(good_stream(), &mut input), ending),
-                1 => load(input.rest().to_vec(), ending),
-                _ => answered(input.rest().to_vec(), ending),
+                0 => load(edited(good_stream(sharing), &mut input), ending, sharing),
+                1 => load(input.rest().to_vec(), ending, sharing),
+                _ => answered(input.rest().to_vec(), ending, sharing),
             }
         }
-        2 => with_edited_file(&mut input, |_, file| restored(file)),
-        3 => {
-            with_edited_file(&mut input, |bytes, _| inspect(Cursor::new(bytes)));
+        2 => with_edited_file(sharing, &mut input, |_, file| restored(file, sharing)),
+        3 => with_edited_file(sharing, &mut input, |bytes, _| inspected(bytes)),
+        _ => inspected(&edited(good_stream(sharing), &mut input)),
+    }
+}
+
+fn inspected(bytes: &[u8]) -> bool {
+    inspect(Cursor::new(bytes)).error.is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPEN: u8 = 0xff;
+
+    #[test]
+    fn what_is_not_edited_arrives_from_a_stream_and_from_a_file() {
+        for sharing in [0, 0x80] {
+            assert!(drive(&[sharing, OPEN]), "a stream");
+            for kind in 2..5 {
+                assert!(drive(&[sharing | kind]), "kind {kind}");
+            }
         }
-        _ => {
-            inspect(Cursor::new(edited(good_stream(), &mut input)));
+    }
+
+    #[test]
+    fn the_seeds_reach_the_outcomes_of_each_kind() {
+        let driven: Vec<_> = seeds()
+            .into_iter()
+            .map(|seed| (seed[0] & 0x80, seed[0] % 0x80 % 6, drive(&seed)))
+            .collect();
+        // Bytes alone make no guest, and whether a destination's answers come too early is a race.
+        for sharing in [0, 0x80] {
+            for (kind, well) in [(0, true), (0, false), (2, true), (2, false), (5, false)] {
+                assert!(driven.contains(&(sharing, kind, well)), "{:?}", (sharing, kind, well));
+            }
+        }
+    }
+
+    #[test]
+    fn a_resizable_block_becomes_as_long_as_the_stream_says() {
+        let resized = seeds()
+            .into_iter()
+            .filter(|seed| seed.len() == 10 && seed[..2] == [seed[0] & 0x80, OPEN]);
+        let taken: Vec<_> = resized.map(|seed| drive(&seed)).collect();
+        // One page longer fits; shorter than a page that comes, or longer than the block, does not.
+        assert_eq!(taken, [true, true, false, false].repeat(2));
+    }
+
+    #[test]
+    fn edits_reach_every_kind_of_header_and_no_page() {
+        for sharing in [Sharing::Nothing, Sharing::Firmware] {
+            let good = good_stream(sharing);
+            let mut kinds: Vec<&[u8]> = vec![b"QEVM", b"\x04fuzz", b"\x05vmem0", b"\x03rom"];
+            // Sections of devices, footers, and the description with its end.
+            kinds.extend([&b"virtio-mem-device-early"[..], b"\x05board", b"\x0bboard/extra"]);
+            kinds.extend([&b"\x7e\0\0\0\0"[..], b"vmsd_name"]);
+            kinds.push(&good.bytes[good.bytes.len() - 3..]);
+            if sharing == Sharing::Firmware {
+                kinds.extend([&b"x-ignore-shared"[..], b"\xff\xff\xe0\0"]);
+            }
+            for kind in kinds {
+                let all = good.bytes.windows(kind.len()).enumerate();
+                let found: Vec<_> = all.filter(|(_, bytes)| *bytes == kind).collect();
+                assert!(!found.is_empty(), "{kind:?} is not in the stream");
+                for (at, _) in found {
+                    let reached = (at..at + kind.len()).all(|at| good.headers.contains(&at));
+                    assert!(reached, "{kind:?} at {at:#x}");
+                }
+            }
+            assert!(good.headers.len() < PAGE as usize, "{}", good.headers.len());
         }
     }
 }

@@ -12,8 +12,6 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use ram_discard::{ByteRange, LocalRamDiscardManager};
-use ram_discard::memory::RamBlock;
 use migration::MigrationError;
 use migration::channel::Channel;
 use migration::devices::NoDevices;
@@ -22,7 +20,13 @@ use migration::postcopy::{Channels, PostcopyIncoming, Reconnect};
 use migration::precopy::{Guest, Incoming};
 use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad};
-use migration::stream::{AdvisedSizes, Command, Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, ReturnMessage, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command, put_continued, put_end_of_section, put_eof, put_footer, put_header, put_list, put_section};
+use migration::stream::{
+    AdvisedSizes, Command, Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION,
+    ReturnMessage, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command, put_continued,
+    put_end_of_section, put_eof, put_footer, put_header, put_list, put_section,
+};
+use ram_discard::memory::RamBlock;
+use ram_discard::{ByteRange, LocalRamDiscardManager};
 use vmstate::wire::WireWrite;
 
 use crate::input::Input;
@@ -33,8 +37,9 @@ const PAGES: u64 = BLOCKS as u64 * BLOCK / PAGE;
 /// The ping that asks whether devices are loaded.
 const PING_PACKAGE_LOADED: u32 = 0x42;
 
-/// How long the source waits for the guest to be taken, where it may not be.
-const PATIENCE: Duration = Duration::from_millis(5);
+/// How long the source waits for the guest to be taken, where it may not be: longer than that takes,
+/// which tests count on, and the fuzzer does not.
+const PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 5 });
 
 /// More steps only take longer.
 const STEPS: usize = 32;

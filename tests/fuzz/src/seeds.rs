@@ -8,7 +8,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "vhost_user_stream" => vhost_user_stream(),
         "api_bodies" => api_bodies(),
         "state_file" => state_file(),
-        "migration_stream" => migration_stream(),
+        "migration_stream" => crate::migration_stream::seeds(),
         "postcopy_stream" => postcopy_stream(),
         "discard_channel" => discard_channel(),
         _ => Vec::new(),
@@ -124,26 +124,6 @@ fn state_file() -> Vec<Vec<u8>> {
         // Commits with numbers that are not those of their places.
         [&[blocks | 2, 8, 2, 3, 0, 0x28, 0xff][..], &[0xc2; 6], &[0, 0x29, 0x0e]].concat(),
     ]
-}
-
-fn migration_stream() -> Vec<Vec<u8>> {
-    // The kind, on a socket what follows, and then edits of a good stream or file: how, where (2),
-    // value.
-    let mut seeds: Vec<Vec<u8>> = (0..6).map(|kind| vec![kind]).collect();
-    seeds.extend([[0, 1], [0, 2], [1, 2], [5, 1], [5, 2]].map(Vec::from));
-    seeds.push([&[0, 2][..], &[0, 40, 0, 7], &[5, 9, 3, 0x80]].concat());
-    seeds.push([&[2][..], &[0, 60, 0, 7], &[7, 30, 0, 0]].concat());
-    // A hostile destination, which stays or leaves: PONGs of all values that matter, then that it has the guest.
-    let pong = |value: u8| vec![0, 2, 0, 4, 0, 0, 0, value];
-    seeds.push([vec![5, 2], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, 0]].concat());
-    seeds.push([vec![5, 0], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, 0]].concat());
-    seeds.push([vec![5, 2], pong(5), vec![0, 1, 0, 4, 0, 0, 0, 22]].concat());
-    // Packages in packages, after a header.
-    let header = b"QEVM\0\0\0\x03\x07\0\0\0\x04fuzz";
-    let packaged = |len: u32| [&[8, 0, 7, 0, 4][..], &len.to_be_bytes()].concat();
-    let nested = (0..10_000).rev().flat_map(|inside| packaged(inside * 9));
-    seeds.push([1, 2].into_iter().chain(*header).chain(nested).collect());
-    seeds
 }
 
 fn postcopy_stream() -> Vec<Vec<u8>> {

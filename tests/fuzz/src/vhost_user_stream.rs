@@ -12,16 +12,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use small_vmm::connection::Connection;
-use vhost_user_mem::connection::Connections;
-use vhost_user_mem::front_door::Notifier;
-use vhost_user_mem::service::Service;
 use rustix::event::{EventfdFlags, eventfd};
 use small_vmm::backend_channel::{BackendChannel, Behaviour};
+use small_vmm::connection::Connection;
 use small_vmm::driver::{MemDriver, ResponseType};
 use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use small_vmm::memory::{GuestRam, Layout, memfd};
-use small_vmm::protocol::{MemoryRegion, VERSION, self, words64};
+use small_vmm::protocol::{self, MemoryRegion, VERSION, words64};
+use vhost_user_mem::connection::Connections;
+use vhost_user_mem::front_door::Notifier;
+use vhost_user_mem::service::Service;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, VirtioMem};
 
