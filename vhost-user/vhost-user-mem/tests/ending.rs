@@ -111,7 +111,7 @@ fn while_device_state_waits_for_a_pipe() {
     for load in [true, false] {
         ends(|rig| {
             rig.frontend.get_vring_base(0).unwrap();
-            let (reader, writer) = std::io::pipe().unwrap();
+            let (reader, writer) = io::pipe().unwrap();
             let (theirs, ours): (OwnedFd, OwnedFd) = match load {
                 true => (reader.into(), writer.into()),
                 false => {
