@@ -1,5 +1,6 @@
 //! The pages of an image that is being written, by any number of threads.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -42,6 +43,8 @@ struct State {
     present: PageBitmap,
     /// Written at some time, so that the file holds something there.
     written: PageBitmap,
+    /// Said to be stale at a time when the source will send them again.
+    outstanding: PageBitmap,
     /// The first page that came for discarded memory, bytes from the start of the block.
     stray: Option<u64>,
 }
@@ -57,6 +60,7 @@ impl PlacedBlock {
         let state = State {
             present: PageBitmap::new(nr_pages),
             written: PageBitmap::new(nr_pages),
+            outstanding: PageBitmap::new(nr_pages),
             stray: None,
         };
         Self { id, used_length, header, device, state: Mutex::new(state) }
@@ -94,6 +98,7 @@ pub struct Pages {
     file: File,
     path: PathBuf,
     blocks: Vec<PlacedBlock>,
+    by_id: HashMap<String, usize>,
     progress: Arc<Progress>,
 }
 
@@ -104,7 +109,9 @@ impl Pages {
         blocks: Vec<PlacedBlock>,
         progress: Arc<Progress>,
     ) -> Self {
-        Self { file, path: path.to_owned(), blocks, progress }
+        let by_id = blocks.iter().enumerate().map(|(index, block)| (block.id.clone(), index));
+        let by_id = by_id.collect();
+        Self { file, path: path.to_owned(), blocks, by_id, progress }
     }
 
     /// The blocks, in the order of the stream.
@@ -118,8 +125,7 @@ impl Pages {
     ///
     /// When there is none.
     pub fn find(&self, id: &str) -> Result<usize, PagerError> {
-        let found = self.blocks.iter().position(|block| block.id == id);
-        found.ok_or_else(|| {
+        self.by_id.get(id).copied().ok_or_else(|| {
             let id = printable(id);
             PagerError::Protocol(format!("a page of a RAM block {id:?} that is not in the list"))
         })
@@ -230,8 +236,45 @@ impl Pages {
     /// When they are not in the block.
     pub fn forget(&self, block: usize, offset: u64, len: u64) -> Result<(), PagerError> {
         let range = self.check(block, offset, len)?;
-        self.blocks[block].state.lock().present.clear_range(pages_touched(range));
+        let mut state = self.blocks[block].state.lock();
+        state.present.clear_range(pages_touched(range));
+        state.outstanding.set_range(pages_touched(range));
         Ok(())
+    }
+
+    /// Takes room in the file for all pages that were forgotten, so that none of them can find the disk full.
+    ///
+    /// # Errors
+    ///
+    /// When there is not as much room.
+    pub fn reserve(&self) -> Result<(), PagerError> {
+        for placed in &self.blocks {
+            let mut state = placed.state.lock();
+            let State { outstanding, written, .. } = &mut *state;
+            let mut from = 0;
+            while let Some(run) = outstanding.next_run(from, outstanding.nr_pages(), u64::MAX) {
+                from = run.end;
+                let mut taken = Ok(());
+                placed.populated(bytes_of(run), |part| {
+                    if taken.is_ok() {
+                        taken =
+                            self.allocate(placed.header.pages_offset + part.start(), part.len());
+                        // What stays zeros is made a hole again at the end.
+                        written.set_range(pages_touched(part));
+                    }
+                });
+                taken.map_err(PagerError::file("take room in", &self.path))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        match fallocate(&self.file, FallocateFlags::KEEP_SIZE, offset, len) {
+            // Then a full disk is found out later.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn note_stray(&self, block: usize, range: ByteRange, populated: u64) {

@@ -234,7 +234,7 @@ impl ImageWriter {
         }
         Out { image: &image, path: &path, position: end }.write(&bytes)?;
         pages.finish()?;
-        Ok(WholeImage { image, path })
+        Ok(WholeImage { image, path, pages })
     }
 }
 
@@ -243,6 +243,7 @@ impl ImageWriter {
 pub struct WholeImage {
     image: NewImage,
     path: PathBuf,
+    pages: Arc<Pages>,
 }
 
 impl WholeImage {
@@ -251,13 +252,18 @@ impl WholeImage {
         self.image.file()
     }
 
+    /// The first page of each block that came for discarded memory: block, and bytes from its start.
+    pub fn strays(&self) -> Vec<(&str, u64)> {
+        self.pages.strays()
+    }
+
     /// Brings the file to the disk and gives it its name, in place of what had it.
     ///
     /// # Errors
     ///
     /// Why it has not got its name.
     pub fn commit(self) -> Result<(), PagerError> {
-        let Self { image, path } = self;
+        let Self { image, path, .. } = self;
         image.commit().map_err(PagerError::file("finish", &path))
     }
 }

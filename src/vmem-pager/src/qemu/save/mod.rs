@@ -1,49 +1,213 @@
 //! The destination of a migration: what QEMU sends becomes an image.
+//!
+//! [`session`] has the connections, [`incoming`] the main stream, [`records`] and [`multifd`] the pages,
+//! [`description`] and [`package`] the state of devices, [`drive`] QEMU's side. The protocol, and who has the guest
+//! when something fails, are in `spec-notes/pager-qemu-save.md`.
+
+mod description;
+mod drive;
+mod incoming;
+mod main_channel;
+mod metrics;
+mod multifd;
+mod package;
+mod records;
+mod session;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 
-use parking_lot::Mutex;
-use prometheus_client::registry::Registry;
+use migration::inspect::{Warning, inspect};
+use migration::progress::Status;
+use serde_json::json;
+use vmstate::wire::WireReader;
+
+pub use metrics::SaveMetrics;
 
 use crate::cli::args::SaveArgs;
-use crate::cli::report::Report;
+use crate::cli::report::{Figures, Report};
 use crate::error::PagerError;
-use crate::metrics::SharedRegistry;
-use crate::run::Run;
+use crate::image::writer::{NewFile, WholeImage};
+use crate::run::{POLL, Run};
+use crate::socket::Listener;
+use drive::Drive;
+use main_channel::MainChannel;
+use session::{Session, Timed};
 
-/// What is measured of a save.
-pub struct SaveMetrics {
-    registry: SharedRegistry,
-}
-
-impl Default for SaveMetrics {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl SaveMetrics {
-    /// All zero.
-    pub fn new() -> Self {
-        Self { registry: Arc::new(Mutex::new(Registry::with_prefix("vmem_pager_save"))) }
-    }
-
-    /// What scrapers are told.
-    pub fn registry(&self) -> SharedRegistry {
-        Arc::clone(&self.registry)
-    }
-}
-
-/// Saves a guest.
+/// Saves a guest: waits for QEMU, or has it come, and takes all that it sends into an image.
 ///
 /// # Errors
 ///
-/// See [`PagerError`].
+/// Why the guest is not saved; see [`PagerError`]. There is nothing new under the image's name then, unless
+/// the error says so.
 pub fn run(
-    _args: &SaveArgs,
-    _run: &Arc<Run>,
-    _report: &Report,
-    _metrics: &SaveMetrics,
+    args: &SaveArgs,
+    run: &Arc<Run>,
+    report: &Report,
+    metrics: &SaveMetrics,
 ) -> Result<(), PagerError> {
-    Err(PagerError::Usage("save: this version only restores".to_owned()))
+    let common = &args.common;
+    metrics.follow(&run.progress);
+    // What cannot work is refused before QEMU is asked for anything.
+    let file = NewFile::create(&common.image)?;
+    let listener = Listener::bind(&common.socket)?;
+    let drive = common.qmp.as_deref().map(|path| Drive::prepare(path, run)).transpose()?;
+    report.event("listening", &json!({ "socket": listener.address()?.to_string() }));
+    let progress = Arc::clone(&run.progress);
+    progress.set_status(Status::Setup);
+    let _following = report.follow(move || figures(&progress.snapshot()));
+    let saved = save(file, &listener, drive, run, report);
+    match &saved {
+        Ok(()) => run.progress.set_status(Status::Completed),
+        Err(error) => run.progress.fail(error),
+    }
+    saved
+}
+
+fn figures(info: &migration::progress::MigrationInfo) -> Figures {
+    Figures {
+        done: info.transferred,
+        total: None,
+        message: format!("{} pages, {} of zeros", info.normal, info.duplicate),
+        details: json!({
+            "status": info.status.name(),
+            "pages": info.normal,
+            "zero_pages": info.duplicate,
+        }),
+    }
+}
+
+fn save(
+    file: NewFile,
+    listener: &Listener,
+    mut drive: Option<Drive>,
+    run: &Arc<Run>,
+    report: &Report,
+) -> Result<(), PagerError> {
+    let session = Session::new(run);
+    let over = AtomicBool::new(false);
+    let saved = thread::scope(|scope| {
+        let (found, main) = mpsc::channel();
+        let accepting = &session;
+        scope.spawn(move || {
+            while let Some((number, channel)) = next_connection(accepting, listener) {
+                let found = found.clone();
+                scope.spawn(move || {
+                    if let Some(error) = accepting.serve(number, channel, &found) {
+                        report.warn(&format!("{error}; closed"));
+                    }
+                });
+            }
+        });
+        if let Some(drive) = &mut drive {
+            let (session, over) = (&session, &over);
+            scope.spawn(move || {
+                match listener.address().and_then(|address| drive.start(&address)) {
+                    Ok(()) => drive.watch(session, &|| over.load(Ordering::Relaxed)),
+                    Err(error) => session.fail(error),
+                }
+            });
+        }
+        let saved = receive(&main, file, &session, listener, run, report);
+        over.store(true, Ordering::Relaxed);
+        session.end();
+        saved
+    });
+    match (saved, drive) {
+        (Ok(()), Some(drive)) => drive.wait_completed(run),
+        (Err(error), Some(drive)) => Err(drive.give_up(error)),
+        (saved, None) => saved,
+    }
+}
+
+/// The next connection, until the save ends.
+fn next_connection(session: &Arc<Session>, listener: &Listener) -> Option<(usize, Timed)> {
+    while !session.has_ended() {
+        match session.accept(listener) {
+            Ok(Some(connection)) => return Some(connection),
+            Ok(None) => drop(session::is_readable(listener, POLL)),
+            Err(error) => {
+                session.fail(error);
+                return None;
+            }
+        }
+    }
+    None
+}
+
+/// Takes the main stream, and tells the source how it ended.
+fn receive(
+    main: &mpsc::Receiver<WireReader<Timed>>,
+    file: NewFile,
+    session: &Arc<Session>,
+    listener: &Listener,
+    run: &Arc<Run>,
+    report: &Report,
+) -> Result<(), PagerError> {
+    let mut reader = loop {
+        match main.recv_timeout(POLL) {
+            Ok(reader) => break reader,
+            Err(RecvTimeoutError::Timeout) if !session.has_failed() => {
+                run.check("no VMM has connected")?;
+            }
+            Err(_) => {
+                return Err(session.explain(PagerError::Peer("no VMM has connected".to_owned())));
+            }
+        }
+    };
+    report.event("connected", &json!({}));
+    run.progress.set_status(Status::Active);
+    let mut channel = MainChannel::new(reader.get_ref().channel(), session, listener);
+    let whole = incoming::receive(&mut reader, &mut channel, file, &run.progress);
+    let saved = whole.and_then(|image| {
+        // A multifd channel may have failed without the main one.
+        session.check_failure()?;
+        report_on(&image, report);
+        image.commit()
+    });
+    match saved {
+        Ok(()) => {
+            channel.tell_saved()?;
+            let info = run.progress.snapshot();
+            let details = json!({
+                "pages": info.normal,
+                "zero_pages": info.duplicate,
+                "discarded_pages": info.dirty_while_discarded,
+                "bytes_written": info.transferred,
+            });
+            report.event("saved", &details);
+            Ok(())
+        }
+        Err(error) => {
+            let error = session.explain(error);
+            channel.tell_failed();
+            Err(match channel.is_guest_taken() {
+                true => PagerError::Peer(format!(
+                    "{error}; the source had begun postcopy: it is paused, and has all of the guest still"
+                )),
+                false => error,
+            })
+        }
+    }
+}
+
+/// Says what is odd about an image.
+fn report_on(image: &WholeImage, report: &Report) {
+    for (block, offset) in image.strays() {
+        let block = vmstate::printable(block);
+        report.warn(&format!(
+            "RAM block {block:?}: pages came for discarded memory, the first at {offset:#x}; they are left out"
+        ));
+    }
+    let inspection = inspect(image.file());
+    if let Some(error) = inspection.error.as_ref().filter(|_| inspection.description.is_some()) {
+        report.warn(&format!("the state of devices is not as it describes itself: {error}"));
+    }
+    for warning in inspection.warnings {
+        if !matches!(warning, Warning::NoSizes { .. }) {
+            report.warn(&warning.to_string());
+        }
+    }
 }
