@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 use crate::bandwidth::Bandwidth;
 
-/// How long dirtying is compared with sending before vCPUs are slowed down.
-const PERIOD: Duration = Duration::from_secs(1);
-
 /// How vCPUs are slowed down, under QEMU's names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ThrottleParameters {
     /// Whether they are at all (capability auto-converge).
     pub auto_converge: bool,
+    /// For how long at least what is dirtied is compared with what is sent. Two such periods in a row in
+    /// which too much is dirtied slow vCPUs down by a step. QEMU's is a second.
+    pub period: Duration,
     /// What is dirtied must exceed so much of what is sent, percent.
     pub trigger_threshold: u8,
     /// The first percentage of time that vCPUs do not run.
@@ -24,7 +24,14 @@ pub struct ThrottleParameters {
 
 impl Default for ThrottleParameters {
     fn default() -> Self {
-        Self { auto_converge: false, trigger_threshold: 50, initial: 20, increment: 10, max: 99 }
+        Self {
+            auto_converge: false,
+            period: Duration::from_secs(1),
+            trigger_threshold: 50,
+            initial: 20,
+            increment: 10,
+            max: 99,
+        }
     }
 }
 
@@ -144,7 +151,7 @@ impl Throttle {
     }
 
     fn after_sync_at(&mut self, now: Instant, dirtied: u64, sent: u64) -> Option<u8> {
-        if !self.parameters.auto_converge || now - self.period_start < PERIOD {
+        if !self.parameters.auto_converge || now - self.period_start < self.parameters.period {
             return None;
         }
         let threshold = u64::from(self.parameters.trigger_threshold);
@@ -307,7 +314,7 @@ mod tests {
         let begin = throttle.period_start;
         let mut steps = Vec::new();
         for second in 1..30u64 {
-            let now = begin + PERIOD * u32::try_from(second).unwrap();
+            let now = begin + on.period * u32::try_from(second).unwrap();
             steps.extend(throttle.after_sync_at(now, second << 30, second << 28));
         }
         assert_eq!(steps, [20, 30, 40, 50, 60, 70, 80, 90, 99]);
@@ -319,10 +326,10 @@ mod tests {
         let mut throttle = Throttle::new(on);
         let begin = throttle.period_start;
         for second in 1..30u64 {
-            let now = begin + PERIOD * u32::try_from(second).unwrap();
+            let now = begin + on.period * u32::try_from(second).unwrap();
             assert_eq!(throttle.after_sync_at(now, second << 20, second << 28), None);
         }
         let mut off = Throttle::new(ThrottleParameters::default());
-        assert_eq!(off.after_sync_at(begin + 100 * PERIOD, 1 << 40, 1), None);
+        assert_eq!(off.after_sync_at(begin + 100 * on.period, 1 << 40, 1), None);
     }
 }

@@ -1,5 +1,6 @@
 //! Whole migrations between two sides in one process, over a socket pair, of real memory.
 
+mod auto_converge;
 mod freeze;
 mod handlers;
 mod handover;
