@@ -103,7 +103,7 @@ pub fn built_daemon() -> Result<PathBuf> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
     build.current_dir(env!("CARGO_MANIFEST_DIR"));
-    build.args(["build", "--package", "vhost-user-mem", "--bins"]);
+    build.args(["build", "--package", "vhost-user-mem", "--package", "vmemctl", "--bins"]);
     build.arg("--target-dir").arg(target);
     if profile == "release" {
         build.arg("--release");

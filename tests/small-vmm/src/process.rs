@@ -217,11 +217,20 @@ impl Drop for Vmm {
 ///
 /// When it cannot be built.
 pub fn find_daemon(own: &Path) -> anyhow::Result<PathBuf> {
+    find_program(own, "vhost-user-mem")
+}
+
+/// As [`find_daemon`], of the package and program `name` of this workspace.
+///
+/// # Errors
+///
+/// When it cannot be built.
+pub fn find_program(own: &Path, name: &str) -> anyhow::Result<PathBuf> {
     let dir = own.parent().context("this executable is in no directory")?;
-    let binary = dir.join("vhost-user-mem");
+    let binary = dir.join(name);
     if !binary.exists() {
         let mut build = Process::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        build.args(["build", "-p", "vhost-user-mem"]);
+        build.args(["build", "-p", name]);
         if dir.ends_with("release") {
             build.arg("--release");
         }
@@ -230,10 +239,10 @@ pub fn find_daemon(own: &Path) -> anyhow::Result<PathBuf> {
         if let Some(package) = env::var_os("CARGO_MANIFEST_DIR") {
             build.current_dir(package);
         }
-        let status = build.status().context("cannot run cargo to build the daemon")?;
+        let status = build.status().context("cannot run cargo to build a program")?;
         ensure!(
             status.success() && binary.exists(),
-            "no daemon at {}: use --daemon",
+            "no program at {}: build the package {name}",
             binary.display()
         );
     }

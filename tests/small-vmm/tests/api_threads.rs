@@ -8,8 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use common::{ADDR, BLOCK, REGION, daemon_binary};
 use small_vmm::daemon::{Daemon, DaemonOptions};
+
+use common::{ADDR, BLOCK, REGION, daemon_binary};
 
 /// 16 calls at a time, 4 lists that are sent, the server and its worker.
 const MOST: usize = 22;

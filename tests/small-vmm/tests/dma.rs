@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{ADDR, BLOCK, PATIENCE, REGION, daemon_binary};
 use ram_discard::{
     ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, SourceId,
 };
@@ -18,6 +17,8 @@ use small_vmm::machine::{Machine, MachineOptions};
 use small_vmm::memory::{GuestRam, Layout};
 use virtio_mem::device::BlockBitmap;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
+
+use common::{ADDR, BLOCK, PATIENCE, REGION, daemon_binary};
 
 const NO_LIMIT: usize = usize::MAX;
 

@@ -6,10 +6,11 @@ mod common;
 use std::thread;
 use std::time::Duration;
 
-use common::relay::Relay;
-use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED, to_address};
 use small_vmm::guest::Command;
 use small_vmm::migration::{MigrateOptions, MigrationReport};
+
+use common::relay::Relay;
+use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED, to_address};
 
 /// Slow enough that something can happen in the middle: several seconds for what there is.
 const SLOW: Option<u64> = Some(TOUCHED / 8);

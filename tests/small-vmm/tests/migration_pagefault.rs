@@ -6,11 +6,12 @@ use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::postcopy::{assert_completed, relay, wait_on_the_way};
-use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED};
 use small_vmm::guest::Command;
 use small_vmm::memory::data_ranges;
 use small_vmm::relay::Relay;
+
+use common::postcopy::{assert_completed, relay, wait_on_the_way};
+use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED};
 
 /// Has the guest ask for more than it gets now, and waits until the daemon has said so.
 fn wait_answered(to: &mut Host) {

@@ -6,10 +6,11 @@ mod common;
 use std::thread;
 use std::time::Duration;
 
-use common::postcopy::{assert_completed, relay, wait_on_the_way};
-use common::{Host, MIB, PAGE, PLUGGED, REGION, TOUCHED, to_address};
 use small_vmm::guest::Command;
 use small_vmm::migration::{MigrateOptions, PostcopyOptions, When};
+
+use common::postcopy::{assert_completed, relay, wait_on_the_way};
+use common::{Host, MIB, PAGE, PLUGGED, REGION, TOUCHED, to_address};
 
 #[test]
 fn a_channel_that_breaks_in_postcopy_is_recovered_and_the_device_works_afterwards() {

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use program::listener::Access;
+use program::size::parse_size;
 use thiserror::Error;
 use virtio_mem::device::{Geometry, GeometryError, VirtioMem};
 
 use crate::sys;
-use program::listener::Access;
-use program::size::parse_size;
 
 /// vhost-user back-end for virtio-mem.
 ///

@@ -9,7 +9,7 @@
 //! - [`postcopy`]: guest memory that is used while it still arrives.
 //! - [`service`]: what the management API sees of the device.
 //! - [`discard_channel`]: tells VMMs in other processes what is populated and discarded.
-//! - [`management`], [`vmemctl`]: the API's server and client; [`metrics`].
+//! - [`management`]: the API's server; [`metrics`].
 //! - [`state_file`]: the device's state between two lives of the daemon.
 //! - [`log`]: lines on stderr that nothing waits for.
 
@@ -39,21 +39,20 @@ mod socket;
 mod start;
 pub mod state_file;
 mod sys;
-pub mod vmemctl;
 pub mod vring;
 pub mod worker;
 
 use std::sync::Arc;
 
 use anyhow::Context;
+use program::listener;
+use program::signals::Signals;
 
 use args::{ArgsError, Config, Endpoint};
 use connection::Connections;
 use discard_channel::DiscardChannel;
 use front_door::Notifier;
 use management::Server;
-use program::listener;
-use program::signals::Signals;
 use service::Service;
 use socket::{FrontEnds, Shutdown};
 

@@ -14,12 +14,12 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Context;
+use program::listener::{self, Bound};
 use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
 
 use crate::log;
 use crate::sys::inherited;
-use program::listener::{self, Bound};
 
 /// Names what is handed over, in the environment.
 const VARIABLE: &str = "VHOST_USER_MEM_CONTINUES";

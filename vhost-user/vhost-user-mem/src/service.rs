@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use management_api::{DeviceInfo, Event, Range};
 use ram_discard::ByteRange;
 use tokio::sync::broadcast;
 use virtio_mem::controller::{
@@ -12,7 +13,7 @@ use virtio_mem::device::{BlockBitmap, Geometry};
 
 use crate::front_door::Notifier;
 use crate::gate::Gate;
-use crate::management::{BlockRanges, DeviceInfo, Event, Management, Range, RangeList, Refusal};
+use crate::management::{BlockRanges, Management, RangeList, Refusal};
 use crate::metrics::{Metrics, MetricsListener};
 
 /// Events that a slow reader may lag behind before it is told that it missed some.

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use parking_lot::Mutex;
+use program::listener::{self, SocketFile};
+use program::signals::{SIGINT, SIGTERM, Signals};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
@@ -16,8 +18,6 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use crate::connection::Connections;
 use crate::reserve::{PAUSE, RESERVE};
 use crate::sys::inherited;
-use program::listener::{self, SocketFile};
-use program::signals::{SIGINT, SIGTERM, Signals};
 
 /// A signal ends the daemon within 2 s; what has not ended by itself until then is left.
 const GRACE: Duration = Duration::from_millis(1500);

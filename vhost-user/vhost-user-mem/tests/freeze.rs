@@ -7,7 +7,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use common::{ADDR, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
 use migration::MigrationError;
 use migration::channel::Channel;
 use migration::devices::NoDevices;
@@ -20,6 +19,8 @@ use migration::stream::Configuration;
 use ram_discard::memory::RamBlock;
 use small_vmm::driver::ResponseType;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
+
+use common::{ADDR, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
 
 /// A guest of a rig, to which something happens when it is stopped, or runs again.
 struct Vm {

@@ -10,13 +10,14 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{ADDR, BLOCK, BOOT, REGION, connect, gpa, options, rig_with};
-use huge_page_pool::Pool;
 use small_vmm::device_state::{load, save};
 use small_vmm::driver::{BlockState, RequestType, ResponseType};
 use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use small_vmm::memory::{GuestRam, Layout};
 use small_vmm::protocol::{Request, protocol_feature};
+
+use common::{ADDR, BLOCK, BOOT, REGION, connect, gpa, options, rig_with};
+use huge_page_pool::Pool;
 
 /// A pool with so many free pages of 2 MiB, the size of a block. Says why when it cannot be had.
 fn pool_with_free(pages: u64) -> Option<Pool> {

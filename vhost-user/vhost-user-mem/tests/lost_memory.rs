@@ -5,11 +5,12 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{BOOT, REGION, connect, gpa, options, ram};
 use small_vmm::daemon::Daemon;
 use small_vmm::driver::{MemRequest, RequestType, ResponseType, Shape};
 use small_vmm::memory::{GuestRam, memfd};
 use small_vmm::split_ring::Segment;
+
+use common::{BOOT, REGION, connect, gpa, options, ram};
 
 /// Whatever the front-end takes away, its connection ends and the next one is served.
 #[test]

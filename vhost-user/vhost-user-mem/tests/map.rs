@@ -10,6 +10,7 @@ use common::{BLOCK, REGION, gpa};
 use serde_json::{Value, json};
 use small_vmm::daemon::Daemon;
 use small_vmm::driver::ResponseType;
+use small_vmm::process::find_program;
 
 fn resident(daemon: &Daemon) -> Value {
     let answer = daemon.api().get("/v1/device/resident").unwrap();
@@ -22,7 +23,8 @@ fn range(first: u64, end: u64) -> Value {
 }
 
 fn vmemctl_blocks(daemon: &Daemon, options: &[&str]) -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_vmemctl"))
+    let vmemctl = find_program(env!("CARGO_BIN_EXE_vhost-user-mem").as_ref(), "vmemctl").unwrap();
+    let output = Command::new(vmemctl)
         .arg("--api-socket")
         .arg(daemon.api_socket())
         .arg("blocks")

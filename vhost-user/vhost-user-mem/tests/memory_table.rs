@@ -8,12 +8,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use common::{ADDR, BOOT, REGION, RING, gpa, options, ram};
 use small_vmm::daemon::Daemon;
 use small_vmm::driver::{MemDriver, ResponseType};
 use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use small_vmm::memory::{GuestRam, Layout, memfd};
 use small_vmm::protocol::{self, MemoryRegion, Request, feature};
+
+use common::{ADDR, BOOT, REGION, RING, gpa, options, ram};
 
 const PAGE: u64 = 4096;
 const LOG_SIZE: u64 = (ADDR + REGION) / PAGE / 8;

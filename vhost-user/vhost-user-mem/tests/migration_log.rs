@@ -7,11 +7,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use common::{ADDR, BLOCK, BOOT, REGION, RING, gpa, options};
 use small_vmm::driver::{MemDriver, ResponseType};
 use small_vmm::frontend::{Frontend, USUAL_PROTOCOL_FEATURES};
 use small_vmm::memory::{GuestRam, Layout, memfd};
 use small_vmm::protocol::feature;
+
+use common::{ADDR, BLOCK, BOOT, REGION, RING, gpa, options};
 
 const PAGE: u64 = 4096;
 /// Pages up to the end of the region, one bit each.

@@ -4,12 +4,13 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{BLOCK, PATIENCE, Rig, connect, daemon, gpa, options, ram, rig_with};
 use small_vmm::daemon::DaemonOptions;
 use small_vmm::device_state::{load, save};
 use small_vmm::driver::ResponseType;
 use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use small_vmm::memory::GuestRam;
+
+use common::{BLOCK, PATIENCE, Rig, connect, daemon, gpa, options, ram, rig_with};
 
 /// Memory with content in the first 64 blocks of the region.
 fn used() -> Arc<GuestRam> {

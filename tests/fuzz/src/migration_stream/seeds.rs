@@ -1,9 +1,6 @@
 //! Inputs to start from.
 
-use migration::stream::{
-    PageHeader, PageKind, RAM_SECTION, RAM_VERSION, SectionHeader, SectionKind, put_end_of_section,
-    put_footer, put_header, put_list, put_section,
-};
+use migration::stream::{PageHeader, PageKind, RAM_SECTION, RAM_VERSION, SectionHeader, SectionKind, put_end_of_section, put_footer, put_header, put_list, put_section};
 use vmstate::wire::WireWrite;
 
 use super::PAGE;

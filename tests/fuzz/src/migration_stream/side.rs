@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks};
 use migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
-use ram_discard::ByteRange;
-use ram_discard::LocalRamDiscardManager;
+use ram_discard::{ByteRange, LocalRamDiscardManager};
 use ram_discard::memory::RamBlock;
 
 use super::{BLOCK, BLOCKS, PAGE, memfd, plugged};

@@ -27,6 +27,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use program::listener::{self, SocketFile};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use virtio_mem::controller::MemController;
@@ -39,7 +40,6 @@ use crate::sys::peer_cred::peer_cred;
 use admission::Admission;
 use hub::Hub;
 use peer::Peer;
-use program::listener::{self, SocketFile};
 use session::Session;
 
 /// Connections at a time, with those that have not yet said what they are; one more is told that

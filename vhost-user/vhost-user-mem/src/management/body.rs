@@ -8,7 +8,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
 
-use super::Problem;
+use super::ErrorAnswer;
 
 /// Far more than any request needs.
 pub(super) const LIMIT: usize = 64 << 10;
@@ -17,10 +17,10 @@ pub(super) const LIMIT: usize = 64 << 10;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Reads the whole body.
-pub(super) async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Problem> {
+pub(super) async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, ErrorAnswer> {
     let too_large = || {
         let detail = format!("The body is larger than the {LIMIT} bytes that are allowed.");
-        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail).closing()
+        ErrorAnswer::new(StatusCode::PAYLOAD_TOO_LARGE, detail).closing()
     };
     let announced = headers
         .get(header::CONTENT_LENGTH)
@@ -33,11 +33,11 @@ pub(super) async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Probl
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(error)) => {
             let detail = format!("The body cannot be read: {error}.");
-            Err(Problem::new(StatusCode::BAD_REQUEST, detail).closing())
+            Err(ErrorAnswer::new(StatusCode::BAD_REQUEST, detail).closing())
         }
         Err(_) => {
             let detail = format!("The body did not arrive within {} s.", TIMEOUT.as_secs());
-            Err(Problem::new(StatusCode::REQUEST_TIMEOUT, detail).closing())
+            Err(ErrorAnswer::new(StatusCode::REQUEST_TIMEOUT, detail).closing())
         }
     }
 }
@@ -47,14 +47,14 @@ pub(super) async fn json<T: DeserializeOwned>(
     headers: &HeaderMap,
     body: Body,
     expected: &str,
-) -> Result<T, Problem> {
+) -> Result<T, ErrorAnswer> {
     check_content_type(headers)?;
     let body = read(headers, body).await?;
     parse(&body, expected)
 }
 
 /// Reads a body that says nothing: none, or an empty object.
-pub(super) async fn empty(headers: &HeaderMap, body: Body) -> Result<(), Problem> {
+pub(super) async fn empty(headers: &HeaderMap, body: Body) -> Result<(), ErrorAnswer> {
     let body = read(headers, body).await?;
     if body.is_empty() {
         return Ok(());
@@ -63,14 +63,14 @@ pub(super) async fn empty(headers: &HeaderMap, body: Body) -> Result<(), Problem
     let fields: serde_json::Map<String, serde_json::Value> = parse(&body, "no body")?;
     match fields.keys().next() {
         None => Ok(()),
-        Some(field) => Err(Problem::new(
+        Some(field) => Err(ErrorAnswer::new(
             StatusCode::UNPROCESSABLE_ENTITY,
             format!("The body is wrong: unknown field `{field}`; expected no body."),
         )),
     }
 }
 
-fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
+fn check_content_type(headers: &HeaderMap) -> Result<(), ErrorAnswer> {
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
     let value = String::from_utf8_lossy(value.as_bytes());
     let essence = value.split(';').next().unwrap_or_default().trim();
@@ -81,18 +81,18 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
         return Ok(());
     }
     let detail = format!("The content type is {essence:?}, but must be application/json.");
-    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail))
+    Err(ErrorAnswer::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail))
 }
 
 /// Malformed JSON is 400; JSON that means nothing here is 422.
-fn parse<T: DeserializeOwned>(body: &[u8], expected: &str) -> Result<T, Problem> {
+fn parse<T: DeserializeOwned>(body: &[u8], expected: &str) -> Result<T, ErrorAnswer> {
     let malformed = |reason: String| {
         let detail = format!("The body is not JSON: {reason}; expected {expected}.");
-        Problem::new(StatusCode::BAD_REQUEST, detail)
+        ErrorAnswer::new(StatusCode::BAD_REQUEST, detail)
     };
     let wrong = |reason: String| {
         let detail = format!("The body is wrong: {reason}; expected {expected}.");
-        Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
+        ErrorAnswer::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
     };
     if body.is_empty() {
         return Err(malformed("it is empty".to_owned()));

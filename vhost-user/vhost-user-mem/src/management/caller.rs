@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use management_api::Event;
 use tokio::sync::{Semaphore, broadcast};
 use tokio::task::{JoinError, spawn_blocking};
 
-use super::{Event, Management};
+use super::Management;
 
 /// Calls under way at a time; those behind them wait with their connections.
 pub(super) const CALLS: usize = 16;

@@ -3,11 +3,11 @@
 use std::convert::Infallible;
 
 use axum::response::sse;
+use management_api::Event;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::Event;
 use super::caller::Caller;
 
 /// Events that wait for the reader here; those behind them wait in the bounded channel of the

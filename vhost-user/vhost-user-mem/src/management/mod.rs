@@ -1,14 +1,14 @@
 //! The management API: HTTP/1.1 with JSON on a Unix socket.
 //!
 //! - [`Management`] is what the API needs of the device; the server knows nothing else of it.
-//! - [`Server`] has the socket; `router` the resources; [`Problem`] every error.
+//! - [`Server`] has the socket; `router` the resources; [`ErrorAnswer`] every error.
 //! - [`openapi()`] describes all of it, and is served at `/openapi.json`.
 
 mod body;
 mod caller;
-mod device;
-mod event;
 mod event_stream;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod fake;
 mod hangup;
 mod openapi;
 mod places;
@@ -18,16 +18,15 @@ mod router;
 mod server;
 mod stream;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
-pub use device::{Blocks, DeviceInfo, MigrationSetting, Range, RequestedSize, Resident};
-pub use event::Event;
 pub use openapi::openapi;
-pub use problem::{Problem, Refusal};
+pub use problem::{ErrorAnswer, Refusal};
 pub use range_lists::{RangeList, Ranges};
 pub use router::OPENMETRICS;
 pub use server::Server;
 
+use management_api::{DeviceInfo, Event};
 use tokio::sync::broadcast;
 
 /// The whole region at one moment, as maximal ascending ranges.

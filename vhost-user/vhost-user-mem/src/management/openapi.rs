@@ -1,10 +1,11 @@
 //! The OpenAPI document.
 
+use management_api::{
+    Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, Resident,
+};
 use utoipa::{OpenApi, ToResponse};
 
-use super::{
-    Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, Resident, router,
-};
+use super::router;
 
 /// The API described in OpenAPI.
 pub fn openapi() -> utoipa::openapi::OpenApi {

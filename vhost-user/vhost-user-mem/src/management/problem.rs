@@ -1,13 +1,9 @@
-//! Errors as RFC 9457 problem details.
+//! Answers that are errors.
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
+use management_api::{PROBLEM_JSON, Problem};
 use tokio::task::JoinError;
-use utoipa::ToSchema;
-
-/// Media type of a [`Problem`].
-pub(super) const PROBLEM_JSON: &str = "application/problem+json";
 
 /// Why the device did not do something.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,35 +16,20 @@ pub struct Refusal {
     pub detail: String,
 }
 
-/// Body of every answer that is an error.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Problem {
-    /// Always `about:blank`: status and title say what kind of problem it is.
-    #[serde(rename = "type", default = "about_blank")]
-    #[schema(required)]
-    pub problem_type: String,
-    /// The kind of problem in a few words.
-    pub title: String,
-    /// The HTTP status again.
-    #[schema(minimum = 400, maximum = 599)]
-    pub status: u16,
-    /// What was wrong this time, in a sentence.
-    pub detail: String,
+/// An answer that is an error.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ErrorAnswer {
+    /// Its body.
+    pub(super) problem: Problem,
     /// Whether the connection is of no use after this answer.
-    #[serde(skip)]
-    pub(super) close: bool,
+    close: bool,
 }
 
-fn about_blank() -> String {
-    "about:blank".to_owned()
-}
-
-impl Problem {
+impl ErrorAnswer {
     /// A problem whose kind is the status.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        let title = status.canonical_reason().unwrap_or("Error").to_owned();
-        let detail = detail.into();
-        Self { problem_type: about_blank(), title, status: status.as_u16(), detail, close: false }
+        let title = status.canonical_reason().unwrap_or("Error");
+        Self { problem: Problem::new(status.as_u16(), title, detail), close: false }
     }
 
     /// A call to the device did not come to its end.
@@ -58,26 +39,28 @@ impl Problem {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
     }
 
-    /// Has the connection closed after the answer, since the rest of a request is still to come.
+    /// Has the connection closed after the answer, since the rest of a request is outstanding.
     pub(super) fn closing(self) -> Self {
         Self { close: true, ..self }
     }
 }
 
-impl From<Refusal> for Problem {
+impl From<Refusal> for ErrorAnswer {
     fn from(Refusal { status, title, detail }: Refusal) -> Self {
-        // A status that is no error would hide the refusal.
+        // A status that is not an error would hide the refusal.
         let status = if (400..600).contains(&status) { status } else { 500 };
-        Self { problem_type: about_blank(), title, status, detail, close: false }
+        Self { problem: Problem::new(status, title, detail), close: false }
     }
 }
 
-impl IntoResponse for Problem {
+impl IntoResponse for ErrorAnswer {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let body = serde_json::to_vec(&self).unwrap_or_default();
+        let Self { problem, close } = self;
+        let status =
+            StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let body = serde_json::to_vec(&problem).unwrap_or_default();
         let mut response = (status, [(header::CONTENT_TYPE, PROBLEM_JSON)], body).into_response();
-        if self.close {
+        if close {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(header::CONNECTION, close);
         }

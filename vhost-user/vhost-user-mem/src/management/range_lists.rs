@@ -6,12 +6,13 @@ use std::sync::Arc;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use management_api::Range;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{Problem, Range};
+use super::ErrorAnswer;
 
 /// What a piece has, at least, unless it is the last one, bytes.
 const PIECE: usize = 32 << 10;
@@ -45,9 +46,9 @@ pub(super) type Fields = Vec<(&'static str, Option<RangeList>)>;
 pub(super) async fn answer(
     fields: Fields,
     place: impl Send + 'static,
-) -> Result<Response, Problem> {
+) -> Result<Response, ErrorAnswer> {
     let measured = spawn_blocking(move || (Text::new(&fields).length(), Text::new(&fields)));
-    let (length, mut text) = measured.await.map_err(Problem::of_failed_call)?;
+    let (length, mut text) = measured.await.map_err(ErrorAnswer::of_failed_call)?;
     let (sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
     tokio::spawn(async move {
         let _place = place;
@@ -138,7 +139,7 @@ impl Text {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::management::{Blocks, Resident};
+    use management_api::{Blocks, Resident};
     use proptest::prelude::*;
 
     fn list(ranges: &[Range]) -> Option<RangeList> {

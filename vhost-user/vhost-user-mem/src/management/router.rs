@@ -10,12 +10,12 @@ use axum::response::sse::{KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
+use management_api::{Blocks, DeviceInfo, MigrationSetting, Problem, RequestedSize, Resident};
 use tokio::sync::{Semaphore, watch};
 
 use super::caller::Caller;
 use super::{
-    BlockRanges, Blocks, DeviceInfo, Management, MigrationSetting, Problem, Refusal, RequestedSize,
-    Resident, body, event_stream, openapi, range_lists,
+    BlockRanges, ErrorAnswer, Management, Refusal, body, event_stream, openapi, range_lists,
 };
 
 /// Content type of the metrics.
@@ -57,8 +57,8 @@ impl Api {
     }
 
     /// Waits for a place among the lists that are sent, to be kept until the list is.
-    async fn list_place(&self) -> Result<impl Send + 'static + use<>, Problem> {
-        let busy = |detail| Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail);
+    async fn list_place(&self) -> Result<impl Send + 'static + use<>, ErrorAnswer> {
+        let busy = |detail| ErrorAnswer::new(StatusCode::SERVICE_UNAVAILABLE, detail);
         let client = Arc::clone(&self.list_clients).try_acquire_owned().map_err(|_| {
             busy(format!("{LIST_CLIENTS} clients read lists of ranges already; try again later."))
         })?;
@@ -76,14 +76,14 @@ impl Api {
     async fn call<T: Send + 'static>(
         &self,
         call: impl FnOnce(&dyn Management) -> T + Send + 'static,
-    ) -> Result<T, Problem> {
-        self.caller.call(call).await.map_err(Problem::of_failed_call)
+    ) -> Result<T, ErrorAnswer> {
+        self.caller.call(call).await.map_err(ErrorAnswer::of_failed_call)
     }
 
     async fn change(
         &self,
         call: impl FnOnce(&dyn Management) -> Result<DeviceInfo, Refusal> + Send + 'static,
-    ) -> Result<Json<DeviceInfo>, Problem> {
+    ) -> Result<Json<DeviceInfo>, ErrorAnswer> {
         Ok(Json(self.call(call).await??))
     }
 }
@@ -111,7 +111,7 @@ pub(super) fn router(api: Api) -> Router {
     (status = 500, response = openapi::Failure),
     (status = 503, response = openapi::Busy),
 ))]
-pub(super) async fn device(State(api): State<Api>) -> Result<Json<DeviceInfo>, Problem> {
+pub(super) async fn device(State(api): State<Api>) -> Result<Json<DeviceInfo>, ErrorAnswer> {
     Ok(Json(api.call(|management| management.device()).await?))
 }
 
@@ -131,7 +131,7 @@ pub(super) async fn set_requested_size(
     State(api): State<Api>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Json<DeviceInfo>, Problem> {
+) -> Result<Json<DeviceInfo>, ErrorAnswer> {
     let expected = r#"{"requested_size": BYTES}"#;
     let RequestedSize { requested_size } = body::json(&headers, body, expected).await?;
     api.change(move |management| management.resize(requested_size)).await
@@ -147,7 +147,7 @@ pub(super) async fn set_requested_size(
     (status = 500, response = openapi::Failure),
     (status = 503, response = openapi::Busy),
 ))]
-pub(super) async fn blocks(State(api): State<Api>) -> Result<Response, Problem> {
+pub(super) async fn blocks(State(api): State<Api>) -> Result<Response, ErrorAnswer> {
     let place = api.list_place().await?;
     let BlockRanges { plugged, discarded } = api.call(|management| management.blocks()).await?;
     let fields = vec![("plugged", Some(plugged)), ("discarded", Some(discarded))];
@@ -164,7 +164,7 @@ pub(super) async fn blocks(State(api): State<Api>) -> Result<Response, Problem> 
     (status = 500, response = openapi::Failure),
     (status = 503, response = openapi::Busy),
 ))]
-pub(super) async fn resident(State(api): State<Api>) -> Result<Response, Problem> {
+pub(super) async fn resident(State(api): State<Api>) -> Result<Response, ErrorAnswer> {
     let place = api.list_place().await?;
     let resident = api.call(|management| management.resident()).await?;
     range_lists::answer(vec![("resident", resident)], place).await
@@ -187,7 +187,7 @@ pub(super) async fn system_reset(
     State(api): State<Api>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Json<DeviceInfo>, Problem> {
+) -> Result<Json<DeviceInfo>, ErrorAnswer> {
     body::empty(&headers, body).await?;
     api.change(|management| management.system_reset()).await
 }
@@ -212,7 +212,7 @@ pub(super) async fn set_migration(
     State(api): State<Api>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Json<DeviceInfo>, Problem> {
+) -> Result<Json<DeviceInfo>, ErrorAnswer> {
     let expected = r#"{"active": true} or {"active": false}"#;
     let MigrationSetting { active } = body::json(&headers, body, expected).await?;
     api.change(move |management| management.set_migration(active)).await
@@ -234,7 +234,7 @@ pub(super) async fn set_migration(
 pub(super) async fn events(State(api): State<Api>) -> Response {
     let Ok(permit) = Arc::clone(&api.readers).try_acquire_owned() else {
         let detail = format!("{EVENT_READERS} clients read events already.");
-        return Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).into_response();
+        return ErrorAnswer::new(StatusCode::SERVICE_UNAVAILABLE, detail).into_response();
     };
     let events = event_stream::follow(api.caller, api.shutdown, permit);
     Sse::new(events).keep_alive(KeepAlive::default()).into_response()
@@ -247,7 +247,7 @@ pub(super) async fn events(State(api): State<Api>) -> Response {
     (status = 500, response = openapi::Failure),
     (status = 503, response = openapi::Busy),
 ))]
-pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, Problem> {
+pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, ErrorAnswer> {
     let metrics = api.call(|management| management.metrics()).await?;
     Ok(([(header::CONTENT_TYPE, OPENMETRICS)], metrics).into_response())
 }
@@ -264,12 +264,12 @@ pub(super) async fn document() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], TEXT.clone()).into_response()
 }
 
-async fn not_found(uri: Uri) -> Problem {
+async fn not_found(uri: Uri) -> ErrorAnswer {
     let detail = format!("There is no {}; GET /openapi.json lists what there is.", uri.path());
-    Problem::new(StatusCode::NOT_FOUND, detail)
+    ErrorAnswer::new(StatusCode::NOT_FOUND, detail)
 }
 
-async fn method_not_allowed(method: Method, request: Request) -> Problem {
+async fn method_not_allowed(method: Method, request: Request) -> ErrorAnswer {
     let detail = format!("{} does not support {method}.", request.uri().path());
-    Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
+    ErrorAnswer::new(StatusCode::METHOD_NOT_ALLOWED, detail)
 }

@@ -19,7 +19,9 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use management_api::PROBLEM_JSON;
 use parking_lot::Mutex;
+use program::listener::{self, SocketFile};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -27,12 +29,10 @@ use tokio::task::JoinSet;
 use super::caller::CALLS;
 use super::hangup::Hangup;
 use super::places::{Place, Places};
-use super::problem::PROBLEM_JSON;
 use super::router::{Api, LISTS, router};
 use super::stream::PatientStream;
-use super::{Management, Problem};
+use super::{ErrorAnswer, Management};
 use crate::reserve::{PAUSE, RESERVE};
-use program::listener::{self, SocketFile};
 
 /// Connections at a time. One more takes the place of the one that is idle for longest; when a
 /// request is served on each, it is told that there are too many.
@@ -240,7 +240,7 @@ async fn connection(
 
 /// Answers without reading, and without waiting for room to write.
 fn turn_away(stream: &UnixStream) {
-    let body = serde_json::to_string(&too_many()).unwrap_or_default();
+    let body = serde_json::to_string(&too_many().problem).unwrap_or_default();
     let answer = format!(
         "HTTP/1.1 503 Service Unavailable\r\n{}: {PROBLEM_JSON}\r\n{}: {}\r\n{}: close\r\n\r\n{body}",
         header::CONTENT_TYPE,
@@ -252,8 +252,8 @@ fn turn_away(stream: &UnixStream) {
 }
 
 /// Requests are served on all connections.
-fn too_many() -> Problem {
+fn too_many() -> ErrorAnswer {
     let detail =
         format!("Requests of {CONNECTIONS} clients are being answered already; try again later.");
-    Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+    ErrorAnswer::new(StatusCode::SERVICE_UNAVAILABLE, detail)
 }

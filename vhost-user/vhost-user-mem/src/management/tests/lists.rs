@@ -5,13 +5,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use management_api::Blocks;
 use tempfile::TempDir;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{Geometry, VirtioMem};
 
 use super::http::{connect, get};
 use crate::front_door::Notifier;
-use crate::management::{Blocks, Management, Server};
+use crate::management::{Management, Server};
 use crate::service::Service;
 
 const BLOCK: u64 = 4096;

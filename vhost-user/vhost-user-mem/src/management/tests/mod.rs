@@ -1,6 +1,5 @@
 //! Tests of the API over a real socket.
 
-mod fake;
 mod http;
 mod lists;
 mod refusals;
@@ -9,4 +8,4 @@ mod strain;
 mod stream;
 mod unsaved;
 
-pub(crate) use fake::{Fake, device};
+use super::fake::{Fake, device};

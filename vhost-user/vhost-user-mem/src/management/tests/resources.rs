@@ -2,11 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
+use management_api::{Range, Resident};
 use serde_json::{Value, json};
 
 use super::http::{get, put, send};
 use super::{Fake, device};
-use crate::management::{Range, Resident};
 
 #[test]
 fn the_device() {
@@ -23,7 +23,7 @@ fn the_device() {
             "connected": false, "migration_active": false, "resident_size": null,
         })
     );
-    *fake.device.lock() = crate::management::DeviceInfo {
+    *fake.device.lock() = management_api::DeviceInfo {
         node_id: Some(u16::MAX),
         resident_size: Some(4096),
         ..device()

@@ -5,9 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use management_api::Event;
+
 use super::Fake;
 use super::http::{connect, get};
-use crate::management::Event;
 
 fn open(dir: &Path) -> BufReader<UnixStream> {
     let mut stream = connect(dir);

@@ -4,11 +4,10 @@ use std::fmt;
 use std::io::{self, BufReader, Read};
 
 use hyper::body::Bytes;
+use management_api::Range;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use tokio::sync::mpsc::{Receiver, Sender};
-
-use crate::management::Range;
 
 /// Items that are handed over at once.
 const BATCH: usize = 1024;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::management::{DeviceInfo, Event};
+use management_api::{DeviceInfo, Event};
 use program::size::format_size;
 
 /// A table of everything.

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use program::size::format_size;
 
 use super::Console;
-use program::size::format_size;
 
 /// Between lines when there is no bar.
 const LINE_EVERY: Duration = Duration::from_secs(1);

@@ -2,9 +2,10 @@
 
 use std::fmt::Write;
 
-use super::range_stream::{Item, List};
-use crate::management::{DeviceInfo, Range};
+use management_api::{DeviceInfo, Range};
 use program::size::format_size;
+
+use super::range_stream::{Item, List};
 
 /// Lines of a map at most.
 const LINES: u64 = 16;
@@ -148,8 +149,8 @@ impl Total {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::management::tests::device;
     use proptest::prelude::*;
+    use vhost_user_mem::management::fake::device;
 
     const BLOCK: u64 = 2 << 20;
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::management::Event;
+use management_api::Event;
 
 /// No line of ours is nearly as long.
 const LONGEST_LINE: usize = 64 << 10;

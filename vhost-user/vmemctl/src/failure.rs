@@ -4,14 +4,14 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use management_api::Problem;
 use migration::inspect::InspectError;
+use program::size::format_size;
 use serde_json::{Value, json};
 use thiserror::Error;
 use vmstate::printable;
 
 use super::Console;
-use crate::management::Problem;
-use program::size::format_size;
 
 /// What ends a command early.
 #[derive(Debug, Error)]
@@ -125,11 +125,10 @@ impl Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hyper::StatusCode;
 
     #[test]
     fn text_of_the_daemon_reaches_the_terminal_escaped() {
-        let refused = Failure::Refused(Problem::new(StatusCode::CONFLICT, "no\n\u{1b}[31mred"));
+        let refused = Failure::Refused(Problem::new(409, "Conflict", "no\n\u{1b}[31mred"));
         assert_eq!(refused.to_string(), r"Conflict: no\n\u{1b}[31mred");
     }
 }

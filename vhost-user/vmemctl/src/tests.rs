@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hyper::StatusCode;
+use management_api::{Problem, Range, Resident};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use vhost_user_mem::management::fake::Fake;
+use vhost_user_mem::management::{Management, Server};
 
 use super::{Console, run};
-use crate::management::tests::Fake;
-use crate::management::{Management, Problem, Range, Resident, Server};
 
 struct Outcome {
     status: u8,
@@ -215,8 +215,7 @@ fn serve_older(dir: &TempDir, requests: usize) -> thread::JoinHandle<()> {
                 "/v1/device" => ("200 OK", json!(fake.device())),
                 "/v1/device/blocks" => ("200 OK", json!(fake.blocks_now())),
                 path => {
-                    let problem =
-                        Problem::new(StatusCode::NOT_FOUND, format!("There is no {path}"));
+                    let problem = Problem::new(404, "Not Found", format!("There is no {path}"));
                     ("404 Not Found", json!(problem))
                 }
             };

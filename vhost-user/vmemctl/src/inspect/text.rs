@@ -3,10 +3,11 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use program::size::format_size;
+
 use migration::inspect::{Block, Inspection, Section, Structure, Value, VirtioMem};
 
 use super::{command_words, hex, layout};
-use program::size::format_size;
 
 /// Bytes of a buffer that are shown.
 const BYTES_SHOWN: usize = 32;

@@ -8,6 +8,7 @@ use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use management_api::{DeviceInfo, Event, Problem};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -19,7 +20,6 @@ use tokio::time::timeout;
 use super::Failure;
 use super::range_stream::{self, Item};
 use super::sse::SseParser;
-use crate::management::{DeviceInfo, Event, Problem};
 
 /// What is done with each item of the lists of an answer.
 pub type Take<'a> = dyn FnMut(Item) -> Result<(), Failure> + 'a;

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::DeviceInfo;
+use crate::DeviceInfo;
 
 /// A change of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

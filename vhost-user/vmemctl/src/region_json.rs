@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
+use management_api::Range;
+
 use super::range_stream::{Item, List};
-use crate::management::Range;
 
 /// Writes one object with the lists of several answers, as wide as `serde_json` does.
 #[derive(Debug)]

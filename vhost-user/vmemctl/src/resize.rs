@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use management_api::{DeviceInfo, Event};
+
 use super::progress::{Progress, Way};
 use super::{Client, Console, Failure};
-use crate::management::{DeviceInfo, Event};
 
 /// Between tries while events do not come.
 const POLL: Duration = Duration::from_millis(200);

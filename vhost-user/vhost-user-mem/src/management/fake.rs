@@ -1,22 +1,23 @@
 //! A device that does what tests tell it to.
 
+#![allow(missing_docs, reason = "for tests")]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use management_api::{Blocks, DeviceInfo, Event, Range, Resident};
 use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::broadcast;
 
-use crate::management::{
-    BlockRanges, Blocks, DeviceInfo, Event, Management, Range, RangeList, Refusal, Resident, Server,
-};
+use super::{BlockRanges, Management, RangeList, Refusal, Server};
 
 /// Events that a reader may lag behind.
 const BACKLOG: usize = 64;
 
 /// A device of 1 GiB at 4 GiB with blocks of 2 MiB.
-pub(crate) fn device() -> DeviceInfo {
+pub fn device() -> DeviceInfo {
     DeviceInfo {
         addr: 4 << 30,
         region_size: 1 << 30,
@@ -31,20 +32,20 @@ pub(crate) fn device() -> DeviceInfo {
     }
 }
 
-pub(crate) struct Fake {
-    pub(crate) device: Mutex<DeviceInfo>,
-    pub(crate) events: broadcast::Sender<Event>,
-    pub(crate) calls: AtomicUsize,
-    pub(crate) reset_takes: Mutex<Duration>,
+pub struct Fake {
+    pub device: Mutex<DeviceInfo>,
+    pub events: broadcast::Sender<Event>,
+    pub calls: AtomicUsize,
+    pub reset_takes: Mutex<Duration>,
     /// Resets wait while it is locked.
-    pub(crate) reset_waits: Mutex<()>,
+    pub reset_waits: Mutex<()>,
     /// Resets that were begun.
-    pub(crate) resets: AtomicUsize,
-    pub(crate) resident: Mutex<Resident>,
+    pub resets: AtomicUsize,
+    pub resident: Mutex<Resident>,
 }
 
 impl Fake {
-    pub(crate) fn new() -> Arc<Self> {
+    pub fn new() -> Arc<Self> {
         Arc::new(Self {
             device: Mutex::new(device()),
             events: broadcast::channel(BACKLOG).0,
@@ -57,7 +58,7 @@ impl Fake {
     }
 
     /// Serves it at a socket in a directory of its own.
-    pub(crate) fn serve(self: &Arc<Self>) -> (Server, TempDir) {
+    pub fn serve(self: &Arc<Self>) -> (Server, TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let server = Server::bind(dir.path().join("api"), Arc::clone(self) as Arc<_>).unwrap();
         server.start().unwrap();
@@ -65,7 +66,7 @@ impl Fake {
     }
 
     /// What is plugged, from the start, and what is not.
-    pub(crate) fn blocks_now(&self) -> Blocks {
+    pub fn blocks_now(&self) -> Blocks {
         let DeviceInfo { region_size, plugged_size, .. } = *self.device.lock();
         let range = |offset, size| (size != 0).then_some(Range { offset, size });
         Blocks {
@@ -75,7 +76,7 @@ impl Fake {
     }
 
     /// The guest plugs or unplugs.
-    pub(crate) fn plug(&self, plugged_size: u64) {
+    pub fn plug(&self, plugged_size: u64) {
         self.device.lock().plugged_size = plugged_size;
         let _ = self.events.send(Event::PluggedSize(plugged_size));
     }

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    vhost_user_mem::vmemctl::main()
+    vmemctl::main()
 }
