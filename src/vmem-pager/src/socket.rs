@@ -208,7 +208,12 @@ pub fn connect(
     }
 }
 
-fn try_connect(address: &Address, run: &Run) -> io::Result<OwnedFd> {
+/// Connects to where a VMM listens, if it does.
+///
+/// # Errors
+///
+/// Why it cannot.
+pub fn try_connect(address: &Address, run: &Run) -> io::Result<OwnedFd> {
     match address {
         Address::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
         Address::Tcp(text) => {
@@ -228,7 +233,11 @@ fn try_connect(address: &Address, run: &Run) -> io::Result<OwnedFd> {
     }
 }
 
-fn failed(action: &'static str, address: &Address) -> impl FnOnce(io::Error) -> PagerError {
+/// Makes an error of a socket.
+pub(crate) fn failed(
+    action: &'static str,
+    address: &Address,
+) -> impl FnOnce(io::Error) -> PagerError {
     let socket = address.to_string();
     move |source| PagerError::Socket { action, socket, source }
 }

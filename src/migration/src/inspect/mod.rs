@@ -56,6 +56,8 @@ pub struct Inspection {
     pub sections: Vec<Section>,
     /// Commands with their offsets, in the order of the stream.
     pub commands: Vec<(u64, Command)>,
+    /// Number of the RAM section.
+    pub ram_section: Option<u32>,
     /// Where the sections of devices begin that follow RAM; those before it are *early*.
     pub after_ram: Option<u64>,
     /// virtio-mem devices, in the order of the stream.
@@ -114,7 +116,7 @@ fn read<P: PageIndex>(
         return Err(InspectError::Unsupported { offset, what: "pages that are not of 4 KiB" });
     }
     let (ram, decoder) = (Ram::new(), Decoder::default());
-    let mut walk = Walk { reader, description, decoder, ram, ram_id: None, package: None, out };
+    let mut walk = Walk { reader, description, decoder, ram, package: None, out };
     let read = walk.records();
     let Walk { ram, out, .. } = walk;
     out.blocks = ram.blocks;
@@ -151,8 +153,6 @@ struct Walk<'a, R, P> {
     description: Option<Description>,
     decoder: Decoder,
     ram: Ram<P>,
-    /// Number of the RAM section.
-    ram_id: Option<u32>,
     /// Where the package ends that is being read.
     package: Option<u64>,
     out: &'a mut Inspection,
@@ -175,11 +175,13 @@ impl<R: Read + Seek, P: PageIndex> Walk<'_, R, P> {
                         let what = "other versions of RAM sections";
                         return Err(InspectError::Unsupported { offset, what });
                     }
-                    self.ram_id = Some(header.section_id);
+                    self.out.ram_section = Some(header.section_id);
                     self.ram_section(header.section_id)?;
                 }
                 Record::Section(header) => self.device(offset, header)?,
-                Record::Continued { section_id, kind } if self.ram_id == Some(section_id) => {
+                Record::Continued { section_id, kind }
+                    if self.out.ram_section == Some(section_id) =>
+                {
                     self.ram_section(section_id)?;
                     if kind == SectionKind::End {
                         self.out.after_ram = Some(self.reader.offset());

@@ -1,6 +1,10 @@
 //! An image: one file in QEMU's mapped-ram layout.
 //!
-//! [`writer`] writes it while pages arrive in any order. The layout is drawn in `spec-notes/stream.md`.
+//! [`writer`] writes it while pages arrive in any order; [`reader`] reads it, and what QEMU itself wrote.
+//! The layout is drawn in `spec-notes/stream.md`.
 
 pub mod pages;
+pub mod reader;
 pub mod writer;
+
+pub use reader::{Discards, GuestImage, ImageBlock, PageReader};

@@ -1,0 +1,365 @@
+//! A guest that runs at once, while its memory follows.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration::bandwidth::Bandwidth;
+use migration::channel::{Channel, Sink};
+use migration::postcopy::read_received;
+use migration::stream::{Command, ReturnMessage, TARGET_PAGE_SIZE, put_command};
+use parking_lot::Mutex;
+use rustix::net::sockopt;
+use serde_json::json;
+use vmstate::wire::WireReader;
+
+use super::figures::Figures;
+use super::lost::{Lost, Stage};
+use super::page_writer::PageWriter;
+use super::preamble::{self, PING_FIRST};
+use super::serve::{Ear, Urgent, wait_for_pong};
+use super::supply::{Next, Supply, Work};
+use crate::cli::report::Report;
+use crate::error::PagerError;
+use crate::image::{GuestImage, PageReader};
+use crate::run::{POLL, Run};
+use crate::socket::{self, Address};
+
+/// What the kernel holds of a channel, bytes: pages that are waited for queue behind it.
+const SEND_BUFFER: usize = 8 << 10;
+/// Pages sent at a time when pages that are waited for go on the same channel, and when they do not.
+const BATCH_SHARED: u64 = 4;
+const BATCH: u64 = 16;
+
+/// How long after connecting a second time QEMU must have closed that connection if it does not expect
+/// it. Only the end of the stream waits for that.
+const UNEXPECTED: Duration = Duration::from_millis(200);
+
+/// How the guest is kept from faulting while the stream ends, where there is no channel that is served
+/// beyond its end.
+pub(super) trait Guest: Sync {
+    /// Stops it; whether it ran.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU refuses.
+    fn stop(&self) -> Result<bool, PagerError>;
+
+    /// Has it continue.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU refuses.
+    fn cont(&self) -> Result<(), PagerError>;
+}
+
+/// A restore in postcopy.
+pub(super) struct Lazy<'a> {
+    pub run: &'a Run,
+    pub report: &'a Report,
+    pub address: &'a Address,
+    pub supply: &'a Supply<'a>,
+    pub figures: &'a Figures,
+    /// Bytes a second of what was not asked for.
+    pub bandwidth: Option<u64>,
+    pub guest: Option<&'a dyn Guest>,
+}
+
+/// The channels of a restore.
+struct Channels {
+    main: Channel,
+    back: WireReader<Channel>,
+    urgent: Option<Channel>,
+}
+
+impl Lazy<'_> {
+    fn image(&self) -> &GuestImage {
+        self.supply.image()
+    }
+
+    fn lost(&self, stage: Stage) -> Lost<'_> {
+        Lost { run: self.run, stage }
+    }
+
+    /// Has a fresh QEMU run the guest, and sends it its memory.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU fails, breaks off, or breaks the protocol.
+    pub fn start(&self) -> Result<(), PagerError> {
+        let lost = self.lost(Stage::Loading);
+        let (mut main, mut back) = self.connect()?;
+        let mut bytes = Vec::new();
+        preamble::put_start(&mut bytes, self.image());
+        let what = "it was being told what follows";
+        main.write(&bytes).map_err(|error| lost.io(what, error))?;
+        wait_for_pong(&mut back, PING_FIRST, &lost, self.run.silence())?;
+        let urgent = self.connect_urgent()?;
+        bytes.clear();
+        preamble::put_advise(&mut bytes);
+        preamble::put_setup(&mut bytes, self.image());
+        preamble::put_discard(&mut bytes, self.image());
+        main.write(&bytes).map_err(|error| {
+            let error = lost.io(what, error);
+            unless_postcopy(error)
+        })?;
+        let mut package = Vec::new();
+        preamble::put_package(&mut package, self.image());
+        self.send_all(Channels { main, back, urgent }, &package)
+    }
+
+    /// Goes on in a QEMU that is in postcopy-paused.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU fails, breaks off, or breaks the protocol.
+    pub fn recover(&self) -> Result<(), PagerError> {
+        let lost = self.lost(Stage::Postcopy);
+        let (mut main, mut back) = self.connect()?;
+        back.get_mut().set_read_patience(Some(self.run.silence()));
+        let what = "it was being asked for what it has";
+        let mut received = 0;
+        for (index, block) in self.image().blocks().iter().enumerate() {
+            let mut bytes = Vec::new();
+            put_command(&mut bytes, &Command::RecvBitmap { block: block.id().to_owned() });
+            main.write(&bytes).map_err(|error| lost.io(what, error))?;
+            match ReturnMessage::read(&mut back).map_err(|error| lost.format(what, error))? {
+                ReturnMessage::RecvBitmap { block: told } if told == block.id() => {
+                    let outstanding = read_received(&mut back, block.id(), block.nr_pages())
+                        .map_err(|error| lost.engine(what, error))?;
+                    let before = self.supply.left();
+                    self.supply.not_received(index, &outstanding);
+                    received += before - self.supply.left();
+                }
+                other => {
+                    return Err(PagerError::Protocol(format!(
+                        "QEMU sent {other:?} where its bitmap of RAM block {:?} was expected",
+                        block.id()
+                    )));
+                }
+            }
+        }
+        self.figures.skip(received * TARGET_PAGE_SIZE);
+        let details = json!({ "received_bytes": received * TARGET_PAGE_SIZE });
+        self.report.event("recovering", &details);
+        let urgent = self.connect_urgent()?;
+        let mut bytes = Vec::new();
+        put_command(&mut bytes, &Command::PostcopyResume);
+        main.write(&bytes).map_err(|error| lost.io(what, error))?;
+        match ReturnMessage::read(&mut back).map_err(|error| lost.format(what, error))? {
+            ReturnMessage::ResumeAck => {}
+            other => {
+                return Err(PagerError::Protocol(format!(
+                    "QEMU sent {other:?} where the answer to RESUME was expected; {}",
+                    lost.guest()
+                )));
+            }
+        }
+        self.figures.running();
+        self.send_all(Channels { main, back, urgent }, &[])
+    }
+
+    fn connect(&self) -> Result<(Channel, WireReader<Channel>), PagerError> {
+        let fd = socket::connect(self.address, self.run, None)?;
+        self.figures.begin(self.image().present_bytes());
+        let main = self.channel(fd)?;
+        let back = WireReader::new(main.clone_handle());
+        Ok((main, back))
+    }
+
+    /// The channel of pages that are waited for, if QEMU listens for one (postcopy-preempt).
+    fn connect_urgent(&self) -> Result<Option<Channel>, PagerError> {
+        match socket::try_connect(self.address, self.run) {
+            Ok(fd) => self.channel(fd).map(Some),
+            Err(error) => match error.kind() {
+                io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => Ok(None),
+                _ => Err(socket::failed("cannot connect to", self.address)(error)),
+            },
+        }
+    }
+
+    fn channel(&self, fd: std::os::fd::OwnedFd) -> Result<Channel, PagerError> {
+        let failed = || socket::failed("cannot set up", self.address);
+        // Without a small buffer it works, too.
+        let _ = sockopt::set_socket_send_buffer_size(&fd, SEND_BUFFER);
+        let progress = std::sync::Arc::clone(&self.run.progress);
+        let mut channel = Channel::new(fd, progress).map_err(failed())?;
+        channel.set_write_patience(self.run.silence());
+        Ok(channel)
+    }
+
+    /// Sends `first` and all pages, and answers requests, until QEMU has everything.
+    fn send_all(&self, channels: Channels, first: &[u8]) -> Result<(), PagerError> {
+        let Channels { main, back, urgent } = channels;
+        self.report.event("connected", &json!({ "second_connection": urgent.is_some() }));
+        let connected = Instant::now();
+        let ended = Mutex::new(None);
+        let writer = |channel| PageWriter::new(self.image(), channel);
+        let urgent = Urgent::new(urgent.map(writer));
+        let urgent = &urgent;
+        let mut main = writer(main);
+        let broken = main.channel().clone_handle();
+        thread::scope(|scope| {
+            let ear = Ear {
+                run: self.run,
+                supply: self.supply,
+                figures: self.figures,
+                ended: &ended,
+                urgent,
+            };
+            let hearing = thread::Builder::new().name("return-path".to_owned());
+            let hearing = hearing.spawn_scoped(scope, move || {
+                let heard = ear.hear(back);
+                self.supply.close();
+                // A write must not wait for a reader that is gone.
+                broken.shutdown();
+                heard
+            });
+            let hearing = hearing.map_err(PagerError::system("start a thread"))?;
+            main.put(first);
+            preamble_pages(&mut main, self.image());
+            let sent = self.background(&mut main, urgent, connected, &ended);
+            if sent.is_err() {
+                main.channel().shutdown();
+            }
+            let heard = hearing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            match (sent, heard) {
+                // It has everything, whatever became of the end of the stream.
+                (_, Ok(())) => Ok(()),
+                // What broke first tells more than what broke because of it.
+                (Err(error @ (PagerError::File { .. } | PagerError::Qmp { .. })), Err(_)) => {
+                    Err(error)
+                }
+                (_, Err(error)) => Err(error),
+            }
+        })?;
+        self.figures.complete();
+        Ok(())
+    }
+
+    /// Sends all that is left, ends the stream, and sees to it that QEMU can end it.
+    ///
+    /// A fault that is outstanding when the stream ends may hang QEMU for good: the thread that ends it waits for
+    /// a lock that the faulting thread holds. With the second channel faults are served beyond the end.
+    /// Without, there must be none, so that either the guest is stopped or holes are sent, too.
+    fn background(
+        &self,
+        main: &mut PageWriter<'_>,
+        urgent: &Urgent<'_>,
+        connected: Instant,
+        ended: &Mutex<Option<Instant>>,
+    ) -> Result<(), PagerError> {
+        self.send_pages(main, urgent, &|| urgent.is_there() && connected.elapsed() < UNEXPECTED)?;
+        if urgent.is_there() {
+            return self.end(main, ended);
+        }
+        let Some(guest) = self.guest else {
+            self.supply.send_holes();
+            self.send_pages(main, urgent, &|| false)?;
+            return self.end(main, ended);
+        };
+        let stopped = Mutex::new(None);
+        thread::scope(|scope| {
+            let stop = || {
+                *stopped.lock() = Some(guest.stop());
+                self.supply.nudge();
+            };
+            thread::Builder::new()
+                .name("qmp-stop".to_owned())
+                .spawn_scoped(scope, stop)
+                .map_err(PagerError::system("start a thread"))?;
+            // The guest may need pages to come to a stop.
+            self.send_pages(main, urgent, &|| stopped.lock().is_none())
+        })?;
+        let ran = stopped.into_inner().unwrap_or(Ok(false))?;
+        self.end(main, ended)?;
+        while self.supply.wait(POLL) {}
+        if ran { guest.cont() } else { Ok(()) }
+    }
+
+    /// Sends until nothing is left and nothing is waited for.
+    fn send_pages(
+        &self,
+        main: &mut PageWriter<'_>,
+        urgent: &Urgent<'_>,
+        waits: &dyn Fn() -> bool,
+    ) -> Result<(), PagerError> {
+        let lost = self.lost(Stage::Postcopy);
+        let image = self.image();
+        let mut reader = PageReader::new(image);
+        let mut bandwidth = Bandwidth::new(self.bandwidth, main.written());
+        main.send(&lost, "its devices were being sent")?;
+        loop {
+            if self.supply.is_closed() {
+                return Err(lost.closed("memory was being sent"));
+            }
+            let pause = bandwidth.spent(main.written());
+            let budget = (bandwidth.budget(main.written()) / TARGET_PAGE_SIZE).max(1);
+            let waiting = waits();
+            let batch = if urgent.is_there() { BATCH } else { BATCH_SHARED };
+            match self.supply.next(batch.min(budget), pause.is_zero()) {
+                Next::Send(work) => self.send(work, main, &mut reader, &lost)?,
+                Next::Later => {
+                    self.supply.wait(pause.min(POLL));
+                }
+                Next::Nothing if waiting => {
+                    self.supply.wait(POLL);
+                }
+                Next::Nothing => return Ok(()),
+            }
+        }
+    }
+
+    fn send(
+        &self,
+        work: Work,
+        main: &mut PageWriter<'_>,
+        reader: &mut PageReader<'_>,
+        lost: &Lost<'_>,
+    ) -> Result<(), PagerError> {
+        let Work { source, block, pages, content, since } = work;
+        let count = pages.end - pages.start;
+        if content {
+            reader.read(&self.image().blocks()[block], pages, |page, bytes| {
+                main.page(block, page, bytes);
+            })?;
+        } else {
+            pages.for_each(|page| main.page(block, page, None));
+        }
+        let bytes = main.send(lost, "memory was being sent")?;
+        self.figures.sent(source, count, bytes);
+        if let Some(since) = since {
+            self.figures.served(since.elapsed());
+        }
+        Ok(())
+    }
+
+    fn end(
+        &self,
+        main: &mut PageWriter<'_>,
+        ended: &Mutex<Option<Instant>>,
+    ) -> Result<(), PagerError> {
+        let mut bytes = Vec::new();
+        preamble::put_pages_end(&mut bytes, self.image());
+        preamble::put_end(&mut bytes);
+        main.put(&bytes);
+        *ended.lock() = Some(Instant::now());
+        main.send(&self.lost(Stage::Postcopy), "the stream was being ended").map(drop)
+    }
+}
+
+fn preamble_pages(main: &mut PageWriter<'_>, image: &GuestImage) {
+    let mut bytes = Vec::new();
+    preamble::put_pages_start(&mut bytes, image);
+    main.put(&bytes);
+}
+
+/// Names the usual reason of a QEMU that goes when it hears of postcopy.
+fn unless_postcopy(error: PagerError) -> PagerError {
+    match error {
+        PagerError::Peer(what) => {
+            PagerError::Peer(format!("{what}; is its capability postcopy-ram set?"))
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,241 @@
+//! The ear: reads what QEMU asks for, and answers at once where there is a channel for it.
+
+use std::time::{Duration, Instant};
+
+use migration::channel::Channel;
+use migration::postcopy::Asked;
+use migration::stream::{ReturnMessage, TARGET_PAGE_SIZE};
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use vmstate::wire::{WireRead, WireReader};
+
+use super::figures::Figures;
+use super::lost::{Lost, Stage};
+use super::page_writer::PageWriter;
+use super::preamble::PING_LOADED;
+use super::supply::{Answer, Source, Supply};
+use crate::error::PagerError;
+use crate::image::{GuestImage, PageReader};
+use crate::run::{POLL, Run};
+
+/// Pages sent on the channel of pages that are waited for that are remembered, until it is certain that
+/// QEMU reads it.
+const UNPROVEN_MAX: usize = 4 << 10;
+
+/// Hears QEMU, from the package on until it says that it has everything.
+pub(super) struct Ear<'a> {
+    pub run: &'a Run,
+    pub supply: &'a Supply<'a>,
+    pub figures: &'a Figures,
+    /// When the stream was ended.
+    pub ended: &'a Mutex<Option<Instant>>,
+    /// The channel of pages that are waited for, as long as there is one.
+    pub urgent: &'a Urgent<'a>,
+}
+
+/// The channel of pages that are waited for (postcopy-preempt).
+///
+/// A QEMU without that capability accepts the connection all the same, sooner or later, and closes it.
+/// Nothing was read from it then, and what was sent there goes on the main channel.
+pub(super) struct Urgent<'a> {
+    writer: Mutex<Option<Writer<'a>>>,
+}
+
+struct Writer<'a> {
+    pages: PageWriter<'a>,
+    /// What was sent: block, page, and whether the image has it.
+    unproven: Vec<(usize, u64, bool)>,
+}
+
+impl<'a> Urgent<'a> {
+    /// With a connection, if there is one.
+    pub fn new(pages: Option<PageWriter<'a>>) -> Self {
+        let writer = pages.map(|pages| Writer { pages, unproven: Vec::new() });
+        Self { writer: Mutex::new(writer) }
+    }
+
+    /// Whether there is one.
+    pub fn is_there(&self) -> bool {
+        self.writer.lock().is_some()
+    }
+
+    /// Has what was sent on a connection that QEMU closed sent on the main channel.
+    fn check(&self, supply: &Supply<'_>, lost: &Lost<'_>) -> Result<(), PagerError> {
+        let mut writer = self.writer.lock();
+        let Some(closed) = writer.take_if(|writer| writer.pages.channel().is_hung_up()) else {
+            return Ok(());
+        };
+        if closed.unproven.len() == UNPROVEN_MAX {
+            return Err(lost.closed("pages that it waits for were being sent"));
+        }
+        supply.ask_again(&closed.unproven);
+        Ok(())
+    }
+}
+
+impl Ear<'_> {
+    /// Hears and answers until QEMU has everything.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU fails, breaks off, or breaks the protocol.
+    pub fn hear(self, mut back: WireReader<Channel>) -> Result<(), PagerError> {
+        let lost = Lost { run: self.run, stage: Stage::Postcopy };
+        let mut asked = asked_of(self.supply.image());
+        let mut reader = PageReader::new(self.supply.image());
+        back.get_mut().set_read_patience(Some(self.run.silence()));
+        let what = "memory was being sent";
+        loop {
+            self.wait(&mut back, &lost)?;
+            if back.is_at_end().map_err(|error| lost.io(what, error))? {
+                return Err(lost.closed(what));
+            }
+            match ReturnMessage::read(&mut back).map_err(|error| lost.format(what, error))? {
+                ReturnMessage::RequestPages { block, start, len } => {
+                    let since = Instant::now();
+                    let (block, range) = asked
+                        .locate(block.as_deref(), start, len)
+                        .map_err(|error| lost.engine(what, error))?;
+                    if range.len() != TARGET_PAGE_SIZE || !start.is_multiple_of(TARGET_PAGE_SIZE) {
+                        return Err(PagerError::Protocol(format!(
+                            "QEMU asks for {len:#x} bytes at {start:#x}, where pages have {TARGET_PAGE_SIZE} bytes; \
+                             {}",
+                            lost.guest()
+                        )));
+                    }
+                    self.answer(block, start / TARGET_PAGE_SIZE, since, &mut reader, &lost)?;
+                }
+                ReturnMessage::Pong(PING_LOADED) => self.figures.running(),
+                ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck => {}
+                ReturnMessage::Shut(0) => {
+                    if self.ended.lock().is_none() {
+                        return Err(PagerError::Protocol(
+                            "QEMU says that it has all memory before it was sent: what is missing will be \
+                             zeros; reset the guest"
+                                .to_owned(),
+                        ));
+                    }
+                    return Ok(());
+                }
+                ReturnMessage::Shut(code) => {
+                    return Err(PagerError::Peer(format!(
+                        "QEMU could not take the guest's memory (error {code}); its own report says why \
+                         (query-migrate, its log)"
+                    )));
+                }
+                other => {
+                    return Err(PagerError::Protocol(format!(
+                        "QEMU sent {other:?}, which nothing asked for; {}",
+                        lost.guest()
+                    )));
+                }
+            }
+        }
+    }
+
+    /// Waits for the next message, within the bounds.
+    fn wait(&self, back: &mut WireReader<Channel>, lost: &Lost<'_>) -> Result<(), PagerError> {
+        let wait = Timespec { tv_sec: 0, tv_nsec: POLL.subsec_nanos().into() };
+        while back.buffered().is_empty() {
+            self.run.check("memory was being sent")?;
+            // At the end QEMU closes it before it says that it has everything.
+            if self.ended.lock().is_none() {
+                self.urgent.check(self.supply, lost)?;
+            }
+            let over = self.ended.lock().map(|at| at.elapsed());
+            if let Some(after) = over.filter(|over| *over >= self.run.silence()) {
+                let what =
+                    "QEMU has been sent all memory, but does not say that it has it; stop and \
+                            restart it if it hangs (query-migrate)"
+                        .to_owned();
+                return Err(PagerError::TimedOut { what, after });
+            }
+            match poll(&mut [PollFd::new(back.get_ref(), PollFlags::IN)], Some(&wait)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(lost.io("memory was being sent", errno.into())),
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(
+        &self,
+        block: usize,
+        page: u64,
+        since: Instant,
+        reader: &mut PageReader<'_>,
+        lost: &Lost<'_>,
+    ) -> Result<(), PagerError> {
+        let mut urgent = self.urgent.writer.lock();
+        let Some(Writer { pages, unproven }) = &mut *urgent else {
+            let answer = self.supply.ask(block, page, since)?;
+            self.figures.request(answer);
+            return Ok(());
+        };
+        let answer = self.supply.take(block, page);
+        self.figures.request(answer);
+        match answer {
+            Answer::OnItsWay { .. } => return Ok(()),
+            Answer::Zeros => pages.page(block, page, None),
+            Answer::Content => {
+                let image = self.supply.image();
+                reader.read(&image.blocks()[block], page..page + 1, |page, bytes| {
+                    pages.page(block, page, bytes);
+                })?;
+            }
+        }
+        if unproven.len() < UNPROVEN_MAX {
+            unproven.push((block, page, answer == Answer::Content));
+        }
+        match pages.send(lost, "a page that it waits for was being sent") {
+            Ok(sent) => {
+                self.figures.sent(Source::Request, 1, sent);
+                self.figures.served(since.elapsed());
+                Ok(())
+            }
+            Err(_) if self.ended.lock().is_some() => Ok(()),
+            Err(error) => {
+                let closed = pages.channel().is_hung_up();
+                drop(urgent);
+                if closed { self.urgent.check(self.supply, lost) } else { Err(error) }
+            }
+        }
+    }
+}
+
+/// What can be asked for.
+pub(super) fn asked_of(image: &GuestImage) -> Asked {
+    Asked::new(image.blocks().iter().map(|block| (block.id().to_owned(), block.used_length())))
+}
+
+/// Reads messages until the PONG of a value.
+pub(super) fn wait_for_pong(
+    back: &mut WireReader<Channel>,
+    value: u32,
+    lost: &Lost<'_>,
+    patience: Duration,
+) -> Result<(), PagerError> {
+    let what = "it was being told what follows";
+    back.get_mut().set_read_patience(Some(patience));
+    let begun = Instant::now();
+    loop {
+        match ReturnMessage::read(back).map_err(|error| lost.format(what, error))? {
+            ReturnMessage::Pong(found) if found == value => return Ok(()),
+            ReturnMessage::Pong(_) if begun.elapsed() < patience => {}
+            ReturnMessage::Shut(code) => {
+                return Err(PagerError::Peer(format!(
+                    "QEMU refuses the guest (error {code}); {}",
+                    lost.guest()
+                )));
+            }
+            other => {
+                return Err(PagerError::Protocol(format!(
+                    "QEMU sent {other:?} where the answer to PING {value} was expected; {}",
+                    lost.guest()
+                )));
+            }
+        }
+    }
+}
