@@ -1,5 +1,7 @@
 //! The source of a postcopy migration: a guest runs at once, and its memory follows.
 
+mod destination;
+mod eager;
 mod figures;
 mod lazy;
 mod lost;
@@ -8,6 +10,7 @@ mod preamble;
 mod serve;
 mod supply;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -20,8 +23,11 @@ use crate::error::PagerError;
 use crate::image::GuestImage;
 use crate::metrics::SharedRegistry;
 use crate::run::Run;
+use crate::working_set::WorkingSet;
+use destination::Destination;
+use eager::Eager;
 use figures::Figures;
-use lazy::Lazy;
+use lazy::{Guest, Lazy};
 use supply::Supply;
 
 /// What is measured of a restore.
@@ -77,24 +83,73 @@ pub fn run(
     });
     report.event("image", &details);
     let supply = Supply::new(&image);
+    if let Some(path) = &args.replay {
+        replay(path, &image, &supply, report)?;
+    }
+    let destination = args.common.qmp.as_deref();
+    let destination = destination.map(|path| Destination::connect(path, run)).transpose()?;
+    if image.is_paused() && !args.eager && !args.recover && destination.is_none() {
+        report.warn(
+            "the guest was saved while it was paused, and QEMU starts it at the end of this all the same unless \
+             it was started with -S; with --qmp it stays paused",
+        );
+    }
     let figures = &metrics.figures;
     let shown = Arc::clone(figures);
     let following = report.follow(move || shown.progress());
-    let lazy = Lazy {
-        run,
-        report,
-        address: &args.common.socket,
-        supply: &supply,
-        figures,
-        bandwidth: args.bandwidth,
-        guest: None,
-    };
-    if args.recover {
-        lazy.recover()?
-    } else {
-        lazy.start()?
+    let address = &args.common.socket;
+    let bandwidth = args.bandwidth;
+    let eager = Eager { run, report, address, supply: &supply, figures, bandwidth };
+    let guest = destination.as_ref().map(|destination| destination as &dyn Guest);
+    let lazy = Lazy { run, report, address, supply: &supply, figures, bandwidth, guest };
+    if let Some(destination) = &destination {
+        match args.recover {
+            true => destination.recover(address)?,
+            false => destination.prepare(address, !args.eager, image.is_paused())?,
+        }
     }
+    let restored = match (args.eager, args.recover) {
+        (true, _) => eager.start(),
+        (_, true) => lazy.recover(),
+        (_, false) => lazy.start(),
+    };
     drop(following);
+    let touched = supply.touched();
+    // Also of a restore that broke off: a guest may have run for long.
+    let record = args.record.as_deref().filter(|_| touched.runs().next().is_some());
+    if let Some(Err(error)) = record.map(|path| touched.save(path, &image)) {
+        report.warn(&error.to_string());
+    }
+    restored.map_err(|error| match &destination {
+        Some(destination) => destination.explain(error),
+        None => error,
+    })?;
+    if let Some(destination) = &destination {
+        destination.wait_completed()?;
+        destination.resize_again(report)?;
+    }
     report.event("completed", &figures.summary());
+    Ok(())
+}
+
+/// Has what was touched first last time sent first.
+fn replay(
+    path: &Path,
+    image: &GuestImage,
+    supply: &Supply<'_>,
+    report: &Report,
+) -> Result<(), PagerError> {
+    let name = path.display();
+    match WorkingSet::load(path, image)? {
+        None => report.warn(&format!("{name}: the working set of another guest is not used")),
+        Some(set) => {
+            let absent = supply.replay(&set);
+            if absent != 0 {
+                report.warn(&format!(
+                    "{name}: {absent} pages are not in the image, and are left out"
+                ));
+            }
+        }
+    }
     Ok(())
 }

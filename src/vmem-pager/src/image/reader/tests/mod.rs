@@ -106,7 +106,8 @@ fn a_page_that_is_a_hole_of_the_file_or_zeros_is_read_as_zeros() {
     drop(image);
     let path = dir.path().join("guest.img");
     let bytes = sample.bytes();
-    let at = bytes.windows(16).position(|bytes| *bytes == content(1)[..16]).unwrap() as u64;
+    let page = content(1);
+    let at = bytes.windows(16).position(|bytes| *bytes == page[..16]).unwrap() as u64;
     let file = File::options().write(true).open(&path).unwrap();
     for hole in [false, true] {
         if hole {
