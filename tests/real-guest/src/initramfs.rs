@@ -30,8 +30,13 @@ done
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 
-/// Writes the archive to `target`.
-pub fn write(target: &Path, busybox: &Path, module: &Path) -> Result<()> {
+/// Writes the archive to `target`, with more programs, each with its path in the guest.
+pub fn write(
+    target: &Path,
+    busybox: &Path,
+    module: &Path,
+    programs: &[(&str, &[u8])],
+) -> Result<()> {
     let read = |path: &Path| fs::read(path).with_context(|| format!("no {}", path.display()));
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "proc", "sys", "fill"] {
@@ -40,6 +45,9 @@ pub fn write(target: &Path, busybox: &Path, module: &Path) -> Result<()> {
     archive.add("init", PROGRAM, INIT.as_bytes());
     archive.add("bin/busybox", PROGRAM, &read(busybox)?);
     archive.add("virtio_mem.ko", PROGRAM, &read(module)?);
+    for (path, program) in programs {
+        archive.add(path, PROGRAM, program);
+    }
     fs::write(target, archive.finish())
         .with_context(|| format!("cannot write {}", target.display()))
 }

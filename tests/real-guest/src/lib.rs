@@ -11,6 +11,7 @@ pub mod initramfs;
 pub mod machine;
 pub mod options;
 pub mod own_device;
+pub mod pager;
 pub mod process;
 pub mod provision;
 pub mod qemu;

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::daemon::{self, Daemon};
 use crate::guest::Guest;
+use crate::options::PAGER;
 use crate::process;
 use crate::provision::Kit;
 use crate::qemu::{Accelerator, Device, Qemu};
@@ -53,6 +54,15 @@ impl Parts<'_> {
     /// The client's program, which is built and installed with the daemon's.
     pub fn client(&self) -> PathBuf {
         self.daemon.with_file_name("vmemctl")
+    }
+
+    /// The pager's program, which lies beside them, or else beside this one.
+    pub fn pager(&self) -> PathBuf {
+        let beside = self.daemon.with_file_name(PAGER);
+        match std::env::current_exe() {
+            Ok(own) if !beside.exists() => own.with_file_name(PAGER),
+            _ => beside,
+        }
     }
 }
 

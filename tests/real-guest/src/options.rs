@@ -15,7 +15,7 @@ use crate::steps;
 /// Boots a real Linux guest on a stock QEMU against the daemon and proves each step.
 #[derive(Parser)]
 pub struct Options {
-    /// The daemon's program, with vmemctl beside it; built from this workspace when not given
+    /// The daemon's program, with vmemctl and vmem-pager beside it; built from this workspace when not given
     #[arg(long, value_name = "PATH")]
     daemon: Option<PathBuf>,
     /// Folder for sockets and logs; a new one in the temporary folder when not given
@@ -36,6 +36,9 @@ pub struct Options {
     pub mirror: Option<String>,
 }
 
+/// The pager's program.
+pub const PAGER: &str = "vmem-pager";
+
 /// Where fetched things are kept.
 pub fn cache_dir() -> Result<PathBuf> {
     let base = match env::var_os("XDG_CACHE_HOME").filter(|base| !base.is_empty()) {
@@ -49,8 +52,15 @@ impl Options {
     /// The daemon to test.
     pub fn daemon(&self) -> Result<PathBuf> {
         match &self.daemon {
-            Some(daemon) => fs::canonicalize(daemon)
-                .with_context(|| format!("no daemon at {}", daemon.display())),
+            Some(daemon) => {
+                let daemon = fs::canonicalize(daemon)
+                    .with_context(|| format!("no daemon at {}", daemon.display()))?;
+                // A daemon that is installed by itself is tested with the pager of this workspace.
+                if !daemon.with_file_name(PAGER).exists() {
+                    built_daemon()?;
+                }
+                Ok(daemon)
+            }
             None => built_daemon(),
         }
     }
@@ -93,7 +103,8 @@ impl WorkFolder {
     }
 }
 
-/// Builds the daemon, and `vmemctl` beside it, the way this program was built, so that one command is enough.
+/// Builds the daemon, with `vmemctl` and `vmem-pager` beside it, the way this program was built, so that one
+/// command is enough.
 pub fn built_daemon() -> Result<PathBuf> {
     let own = env::current_exe()?;
     let folder = own.parent().context("this program lies nowhere")?;
@@ -102,8 +113,10 @@ pub fn built_daemon() -> Result<PathBuf> {
     };
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
-    build.current_dir(env!("CARGO_MANIFEST_DIR"));
-    build.args(["build", "--package", "vhost-user-mem", "--package", "vmemctl", "--bins"]);
+    build.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--bins"]);
+    for package in ["vhost-user-mem", "vmemctl", "vmem-pager"] {
+        build.args(["--package", package]);
+    }
     build.arg("--target-dir").arg(target);
     if profile == "release" {
         build.arg("--release");

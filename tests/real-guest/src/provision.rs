@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::initramfs;
+use crate::pager::verifier;
 
 /// The device of QEMU 10.2 and newer that speaks for any vhost-user back-end.
 pub const FRONT_END: &str = "vhost-user-test-device-pci";
@@ -84,7 +85,9 @@ pub fn provide(cache: &Path, mirror: Option<&str>) -> Result<Kit> {
     }
     // Written anew each time: it carries the command loop of this very source tree.
     let initramfs = boot.join("initramfs.cpio");
-    initramfs::write(&initramfs, &boot.join("busybox"), &boot.join("virtio_mem.ko"))?;
+    let verifier = verifier::build(&boot.join("guest-verifier"))?;
+    let (busybox, module) = (boot.join("busybox"), boot.join("virtio_mem.ko"));
+    initramfs::write(&initramfs, &busybox, &module, &[("bin/guest-verifier", &verifier)])?;
     Ok(Kit { qemu, kernel: boot.join("vmlinuz"), initramfs })
 }
 

@@ -12,6 +12,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::machine::{Machine, Parts, Setup};
+use crate::pager;
 use crate::report::Report;
 use crate::sizes::{GIB, MIB};
 
@@ -35,7 +36,7 @@ pub enum Proof {
 const COMMON: Setup = Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false };
 
 /// All steps.
-pub const ALL: [Step; 8] = [
+pub const ALL: [Step; 9] = [
     Step { name: "grow-shrink", proof: Proof::Machine(COMMON, grow_shrink::run) },
     Step { name: "migration", proof: Proof::Machine(COMMON, migration::run) },
     Step { name: "reboot", proof: Proof::Machine(COMMON, reboot::run) },
@@ -50,4 +51,5 @@ pub const ALL: [Step; 8] = [
     },
     Step { name: "numa", proof: Proof::Machine(Setup { node: Some(1), ..COMMON }, geometry::numa) },
     Step { name: "inspect", proof: Proof::Own(inspect::run) },
+    Step { name: "pager-save", proof: Proof::Own(pager::save::run) },
 ];
