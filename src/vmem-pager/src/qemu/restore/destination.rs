@@ -158,6 +158,11 @@ impl Destination {
                 return Ok(());
             }
             self.run.check("a virtio-mem device has not the size that is requested")?;
+            let running = qmp.execute("query-status", &json!({}))?["running"] == true;
+            if !running && set.is_some() {
+                // It will see it when it continues.
+                return Ok(());
+            }
             if begun.elapsed() >= RESIZE {
                 for Device { path, requested, size } in behind {
                     let path = vmstate::printable(&path);

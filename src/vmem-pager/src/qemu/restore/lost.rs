@@ -32,11 +32,11 @@ impl Lost<'_> {
         if let Err(ended) = self.run.check(what) {
             return ended;
         }
+        if error.kind() == io::ErrorKind::TimedOut {
+            let what = format!("QEMU neither reads nor says anything: {what}; {}", self.guest());
+            return PagerError::TimedOut { what, after: self.run.silence() };
+        }
         match Errno::from_io_error(&error) {
-            Some(Errno::TIMEDOUT) => {
-                let what = format!("QEMU reads and says nothing: {what}; {}", self.guest());
-                PagerError::TimedOut { what, after: self.run.silence() }
-            }
             Some(Errno::CANCELED) => PagerError::Interrupted,
             _ => PagerError::Peer(format!(
                 "QEMU closed the connection: {what} ({error}); {}",

@@ -9,6 +9,8 @@ mod page_writer;
 mod preamble;
 mod serve;
 mod supply;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 use std::sync::Arc;
