@@ -8,6 +8,10 @@
 
 use std::time::{Duration, Instant};
 
+pub(crate) use token_bucket::TokenBucket;
+
+mod token_bucket;
+
 /// How long bandwidth is measured for before it is believed (QEMU's BUFFER_DELAY).
 const WINDOW: Duration = Duration::from_millis(100);
 
@@ -23,14 +27,14 @@ pub struct Bandwidth {
 }
 
 impl Bandwidth {
-    /// At most `limit` bytes a second.
+    /// At most `limit` bytes a second; 0 is no limit.
     pub fn new(limit: Option<u64>, written: u64) -> Self {
         Self::new_at(Instant::now(), limit, written)
     }
 
     pub(crate) fn new_at(now: Instant, limit: Option<u64>, written: u64) -> Self {
         Self {
-            limit,
+            limit: limit.filter(|&limit| limit != 0),
             window_start: now,
             window_bytes: written,
             window_handled: 0,
@@ -107,6 +111,7 @@ mod tests {
         assert_eq!(bandwidth.budget(500 + (2 << 20)), 1);
         assert!(bandwidth.spent(500 + (1 << 20)) > Duration::ZERO);
         assert_eq!(Bandwidth::new(None, 0).time_for(1), None);
+        assert_eq!(Bandwidth::new(Some(0), 0).budget(1 << 40), Bandwidth::new(None, 0).budget(0));
     }
 
     #[test]

@@ -132,6 +132,9 @@ pub trait PostcopySave: Send {
         out: &mut GatherWrite,
     ) -> Result<bool, MigrationError>;
 
+    /// How many bytes of pages are left to send.
+    fn left(&self) -> u64;
+
     /// The blocks, and how many pages they have.
     fn blocks(&self) -> Vec<(String, u64)>;
 

@@ -1,14 +1,14 @@
 //! The source: sends what is left, and what is asked for first.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use vmstate::wire::WireReader;
 
 use super::requests::{Asked, Requests, Told};
 use super::{Channels, Reconnect, received};
-use crate::bandwidth::Bandwidth;
+use crate::bandwidth::TokenBucket;
 use crate::channel::{Channel, Sink};
 use crate::error::MigrationError;
 use crate::framing::write;
@@ -23,6 +23,9 @@ use crate::sys::GatherWrite;
 /// What is sent in the background between two looks at what is asked for, bytes: little enough
 /// that an urgent page on the same channel waits for it only shortly.
 const BATCH: u64 = 256 << 10;
+
+/// How often it is seen, while nothing more is due, whether requests have taken the rest.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// How long the other side may take to answer in the handshake of a recovery.
 const HANDSHAKE: Duration = Duration::from_secs(30);
@@ -208,32 +211,39 @@ impl Stream<'_, '_> {
         requests: &Requests,
     ) -> Result<(), MigrationError> {
         let mut gathered = GatherWrite::new();
-        let mut bandwidth = Bandwidth::new(self.max_bandwidth, main.written());
+        let rate = self.max_bandwidth.unwrap_or(0);
+        let mut bucket = TokenBucket::new(Instant::now(), rate);
         loop {
-            let pause = bandwidth.spent(main.written());
-            let told = requests.wait(pause);
+            let due = bucket.as_mut().map_or(BATCH, |bucket| bucket.budget(Instant::now()));
+            let pause = bucket.as_ref().map_or(Duration::ZERO, TokenBucket::pause);
+            let told = requests.wait(pause.min(PAUSE_MAX));
             if told.closed {
                 return Err(MigrationError::ChannelClosed("memory was being sent"));
             }
-            if !pause.is_zero() && told.pages.is_empty() {
-                continue;
-            }
-            let mut any = !pause.is_zero();
+            let mut any = false;
             put_start(&mut gathered, SectionKind::Part, self.section_id);
-            {
+            let left = {
                 let mut memory = self.memory.lock();
                 for (block, range) in told.pages {
                     any |= memory.requested(&block, range, &mut gathered)?;
                 }
-                if pause.is_zero() {
-                    let batch = bandwidth.budget(main.written()).min(BATCH);
-                    any |= memory.next(batch, &mut gathered)?;
+                if due != 0 {
+                    let before = gathered.len_bytes();
+                    any |= memory.next(due.min(BATCH), &mut gathered)?;
+                    // What was asked for is not limited, and does not use up what is.
+                    if let Some(bucket) = &mut bucket {
+                        bucket.charge(gathered.len_bytes() - before);
+                    }
                 }
-            }
+                memory.left()
+            };
             put_end(&mut gathered, self.section_id);
             if !any {
                 gathered.clear();
-                break;
+                if due != 0 || left == 0 {
+                    break;
+                }
+                continue;
             }
             Counters::add(&self.progress.counters.transferred, gathered.len_bytes());
             main.write_gathered(&mut gathered).map_err(MigrationError::io("send pages"))?;

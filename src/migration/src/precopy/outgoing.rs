@@ -26,10 +26,11 @@ use crate::stream::{
 /// What a migration may cost, under QEMU's names.
 #[derive(Clone, Debug)]
 pub struct Parameters {
-    /// Bytes a second; `None` for as fast as the channel takes.
+    /// Bytes a second; `None` or 0 for as fast as the channel takes.
     pub max_bandwidth: Option<u64>,
-    /// Bytes a second of postcopy's pages that were not asked for; `None` for as fast as the channel takes.
-    /// The less, the sooner those who wait for a page have it.
+    /// Bytes a second of postcopy's pages that were not asked for; `None` or 0 for as fast as the channel
+    /// takes. The less, the sooner a vCPU that waits for a page has it. A host page goes whole, and
+    /// what it takes beyond the limit is made up for by a longer pause.
     pub max_postcopy_bandwidth: Option<u64>,
     /// The guest is stopped once what is left is expected to take no longer, the time to find it out
     /// included, and sending some more of it first would not make it much less.

@@ -529,6 +529,10 @@ impl PostcopySave for RamSave {
         Ok(!runs.is_empty())
     }
 
+    fn left(&self) -> u64 {
+        self.dirty_pages() * TARGET_PAGE_SIZE
+    }
+
     fn blocks(&self) -> Vec<(String, u64)> {
         let blocks = self.blocks.iter();
         blocks.map(|block| (block.block.id().to_owned(), block.dirty.nr_pages())).collect()

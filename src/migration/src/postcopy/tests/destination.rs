@@ -148,6 +148,17 @@ pub(super) fn send(
     urgent: Option<UnixStream>,
     progress: &Arc<Progress>,
 ) -> (Outcome, usize) {
+    send_at(None, from, main, urgent, progress)
+}
+
+/// The same, at so many bytes a second of what is not asked for.
+pub(super) fn send_at(
+    max_postcopy_bandwidth: Option<u64>,
+    from: &Side,
+    main: UnixStream,
+    urgent: Option<UnixStream>,
+    progress: &Arc<Progress>,
+) -> (Outcome, usize) {
     let channel = |stream| Channel::new(stream, Arc::clone(progress)).unwrap();
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
     let ram = RamSave::new(&from.blocks, OPTIONS, Arc::clone(progress), tracker).unwrap();
@@ -159,6 +170,7 @@ pub(super) fn send(
     };
     let mut parameters = Parameters::new(Configuration::new("test"));
     parameters.switchover_timeout = Duration::from_secs(60);
+    parameters.max_postcopy_bandwidth = max_postcopy_bandwidth;
     let outgoing = Outgoing {
         parameters,
         guest: &*vmm,

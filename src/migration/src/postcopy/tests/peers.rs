@@ -135,7 +135,7 @@ pub(super) struct RawDestination(pub(super) UnixStream);
 
 impl RawDestination {
     /// Reads up to and with `wanted`.
-    fn read_to(&mut self, wanted: &[u8]) {
+    pub(super) fn read_to(&mut self, wanted: &[u8]) {
         let mut read = Vec::new();
         while !read.ends_with(wanted) {
             let mut byte = [0];
