@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use common::{compare, head, memfd};
 use huge_page_pool::Pool;
+use migration::channel::GatherWrite;
 use migration::channel::{Channel, Sink};
 use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
@@ -24,7 +25,6 @@ use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
 use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::stream::{Configuration, SectionKind};
-use migration::sys::GatherWrite;
 use ram_discard::memory::{HostMapping, RamBlock};
 use rustix::fs::MemfdFlags;
 use vmstate::wire::WireReader;

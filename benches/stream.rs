@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use migration::channel::GatherWrite;
 use migration::channel::{Channel, Sink};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::handler::{LoadHandler, SaveHandler};
@@ -23,7 +24,6 @@ use migration::ram::{
     BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave, ZeroPageDetection,
 };
 use migration::stream::{RAM_VERSION, SectionKind};
-use migration::sys::GatherWrite;
 use ram_discard::memory::{HostMapping, RamBlock};
 use vmstate::wire::WireReader;
 

@@ -12,7 +12,9 @@ use rustix::io::Errno;
 use patience::Patience;
 
 use crate::progress::Progress;
-use crate::sys::{GatherWrite, WritePolicy};
+pub use crate::sys::GatherWrite;
+
+use crate::sys::WritePolicy;
 
 mod patience;
 

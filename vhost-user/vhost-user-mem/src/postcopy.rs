@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use migration::sys::shared_faults::OfferedFaults;
+use migration::lazy::OfferedFaults;
 use parking_lot::Mutex;
 use ram_discard::{ByteRange, ListenerId, RamDiscardListener};
 use virtio_mem::controller::{FreezeHolder, MemController};

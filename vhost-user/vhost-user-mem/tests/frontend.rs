@@ -42,7 +42,7 @@ fn d21_features_offered_are_those_of_the_contract() {
     let negotiated = frontend.negotiate(u64::MAX, u64::MAX).unwrap();
     assert_eq!(negotiated.offered, usual | feature::VIRTIO_MEM_ACPI_PXM);
     // Only when it was asked for, and where it works.
-    let userfaultfd = migration::sys::shared_faults::OfferedFaults::open();
+    let userfaultfd = migration::lazy::OfferedFaults::open();
     let pagefault = if userfaultfd.is_ok() { protocol_feature::PAGEFAULT } else { 0 };
     assert_eq!(negotiated.offered_protocol, protocol | pagefault);
     assert_eq!(frontend.config().unwrap().node_id, 3);

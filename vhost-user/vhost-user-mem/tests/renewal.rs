@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{BLOCK, PATIENCE, connect, gpa, options, ram};
-use migration::sys::shared_faults::{ClientFaults, OfferedFaults};
+use migration::lazy::{ClientFaults, OfferedFaults};
 use rustix::io::Errno;
 use rustix::process::Signal;
 use small_vmm::daemon::{Daemon, DaemonOptions};

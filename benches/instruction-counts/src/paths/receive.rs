@@ -6,12 +6,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
+use migration::channel::GatherWrite;
 use migration::channel::Sink;
 use migration::handler::{LoadHandler, SaveHandler};
 use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, RamLoad};
 use migration::stream::{RAM_VERSION, SectionKind};
-use migration::sys::GatherWrite;
 use vmstate::wire::WireReader;
 
 use super::region::{controller, memfd, migration_block, only};

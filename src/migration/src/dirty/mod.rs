@@ -30,6 +30,7 @@ use ram_discard::ByteRange;
 
 use super::page_bitmap::{PageBitmap, pages_touched};
 
+pub use crate::sys::kvm::KvmSlot;
 pub use kvm::KvmDirtyLog;
 pub use merged::Merged;
 pub use vhost_log::{LoggedRange, VhostLog};

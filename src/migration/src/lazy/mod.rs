@@ -23,6 +23,8 @@ pub use handler::{FaultHandler, HandlerFailed};
 pub use latency::{FaultStatistics, Histogram};
 pub use shared::{SharedFaults, SharedRange};
 
+pub use crate::sys::shared_faults::{ClientFaults, OfferedFaults};
+
 use super::error::MigrationError;
 use super::page_bitmap::PageBitmap;
 use super::ram::MigrationBlock;
