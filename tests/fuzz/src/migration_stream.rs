@@ -42,6 +42,9 @@ pub(crate) const PAGE: u64 = 4096;
 pub(crate) const BLOCK: u64 = 16 * PAGE;
 pub(crate) const BLOCKS: usize = 8;
 
+/// How long a source waits for a hostile destination's verdict.
+const PATIENCE: Duration = Duration::from_millis(30);
+
 /// Counts what is asked of it.
 #[derive(Default)]
 struct Witness {
@@ -91,13 +94,18 @@ pub(crate) fn memfd(name: &str) -> File {
     File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap())
 }
 
-fn outgoing(side: &Side, guest: &Witness, stream: UnixStream) -> Result<(), MigrationError> {
+fn outgoing(
+    side: &Side,
+    guest: &Witness,
+    stream: UnixStream,
+    patience: Duration,
+) -> Result<(), MigrationError> {
     let progress = Arc::new(Progress::new());
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
     let options = side.sharing.options();
     let ram = RamSave::new(&side.blocks, options, Arc::clone(&progress), tracker)?;
     let mut parameters = Parameters::new(side.sharing.configuration());
-    parameters.switchover_timeout = Duration::from_millis(30);
+    parameters.switchover_timeout = patience;
     let outgoing = Outgoing {
         parameters,
         guest,
@@ -166,7 +174,7 @@ fn answered(bytes: Vec<u8>, ending: Ending, sharing: Sharing) -> bool {
     with_source(sharing, |side| {
         let (near, far) = UnixStream::pair().unwrap();
         let _far = converse(far, bytes, ending);
-        let sent = outgoing(side, &guest, near);
+        let sent = outgoing(side, &guest, near, PATIENCE);
         let runs = guest.runs.load(Ordering::Relaxed);
         let stops = guest.stops.load(Ordering::Relaxed);
         assert_eq!(runs + usize::from(sent.is_ok()), stops, "{sent:?}");

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::Duration;
 
 use migration::progress::Progress;
 use migration::snapshot::{Snapshot, save};
@@ -16,6 +17,9 @@ use super::edits::{Good, edit, undo};
 use super::side::{Sharing, with_destination, with_source};
 use super::{PAGE, Witness, incoming, memfd, outgoing};
 use crate::input::Input;
+
+/// More than a good destination takes, however busy the machine is.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A stream as it went from a source to a destination.
 pub(super) fn good_stream(sharing: Sharing) -> &'static Good {
@@ -45,7 +49,8 @@ fn record_stream(sharing: Sharing) -> Vec<u8> {
         let _ = to.shutdown(std::net::Shutdown::Both);
         all
     });
-    with_source(sharing, |side| outgoing(side, &Witness::default(), near)).unwrap();
+    let sent = with_source(sharing, |side| outgoing(side, &Witness::default(), near, PATIENCE));
+    sent.unwrap();
     there.join().unwrap().unwrap();
     let all = recorder.join().unwrap();
     let _ = back.join().unwrap();
