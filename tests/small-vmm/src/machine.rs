@@ -1,26 +1,31 @@
 //! The machine: guest memory, the connection to the daemon, the guest's driver and its vCPUs, and
 //! what it takes to stop all of them for a moment.
 
+mod arriving;
+mod daemon_link;
+
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{bail, ensure};
 use migration::MigrationError;
 use migration::lazy::HandlerFailed;
 use migration::precopy::Guest;
 
 use crate::backend_channel::{BackendChannel, Behaviour};
 use crate::config::MemConfig;
-use crate::driver::MemDriver;
+use crate::driver::{MemDriver, buffers_size};
 use crate::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use crate::guest_driver::{GuestDriver, Turn};
-use crate::memory::{GuestRam, Layout};
-use crate::protocol::{MemoryRegion, feature, protocol_feature};
+use crate::memory::{GuestRam, Layout, PAGE_SIZE};
+use crate::protocol::{feature, protocol_feature};
 use crate::split_ring::SplitRing;
 use crate::vcpu::Vcpus;
+use arriving::Arriving;
 
 /// Size of boot memory, which starts at 0.
 pub const BOOT_SIZE: u64 = 16 << 20;
@@ -68,7 +73,9 @@ pub struct Machine {
     detached: AtomicBool,
     /// Changes only with `guest` locked.
     running: AtomicBool,
-    /// Locked while the driver makes a request, so that whoever has it finds the ring idle.
+    /// The daemon as one that waits for memory that arrives. Locked before `guest`.
+    arriving: Mutex<Option<Arriving>>,
+    /// Locked while the driver makes a request, so that with it the ring is found idle.
     guest: Mutex<GuestState>,
 }
 
@@ -145,6 +152,7 @@ impl Machine {
             shared: AtomicBool::new(shared),
             detached,
             running,
+            arriving: Mutex::default(),
             guest,
         });
         let weak = Arc::downgrade(&machine);
@@ -154,6 +162,12 @@ impl Machine {
             machine.cont()?;
         }
         Ok(machine)
+    }
+
+    /// Where the queue and its buffers are, guest-physical.
+    pub fn queue_memory() -> Range<u64> {
+        let buffers = (RING_BASE + SplitRing::footprint(RING_SIZE)).next_multiple_of(PAGE_SIZE);
+        RING_BASE..buffers + buffers_size(RING_SIZE)
     }
 
     /// What it is made of.
@@ -260,122 +274,6 @@ impl Machine {
         self.guest().place == Place::Awaited
     }
 
-    /// Whether the daemon can wait for the pages that it misses, in postcopy.
-    pub fn waits_for_pages(&self) -> bool {
-        self.pagefault.load(Ordering::SeqCst)
-    }
-
-    /// Sends the daemon the memory table, if it does not have it.
-    pub fn share_memory(&self) -> anyhow::Result<()> {
-        if !self.shared.load(Ordering::SeqCst) {
-            self.frontend.set_mem_table(&self.ram).context("share memory with the daemon")?;
-            self.shared.store(true, Ordering::SeqCst);
-        }
-        Ok(())
-    }
-
-    /// Sends the daemon the memory table in postcopy, and tells where it has mapped what.
-    pub fn map_arriving_memory(&self) -> anyhow::Result<Vec<MemoryRegion>> {
-        self.shared.store(true, Ordering::SeqCst);
-        self.frontend.set_mem_table_postcopy(&self.ram).context("share memory with the daemon")
-    }
-
-    /// Connects anew when the daemon has memory already, which it must not before it listens.
-    pub fn unshare_memory(&self) -> anyhow::Result<()> {
-        if self.shared.load(Ordering::SeqCst) {
-            self.connect_again()?;
-        }
-        Ok(())
-    }
-
-    /// A daemon that is connected to anew has no memory.
-    fn connect_again(&self) -> anyhow::Result<()> {
-        self.channel.close();
-        self.shared.store(false, Ordering::SeqCst);
-        self.frontend.connection().shutdown();
-        self.frontend.reconnect(&self.options.socket)?;
-        let agreed = self.frontend.negotiate(USUAL_FEATURES, PROTOCOL_FEATURES)?;
-        let pagefault = agreed.protocol & protocol_feature::PAGEFAULT != 0;
-        self.pagefault.store(pagefault, Ordering::SeqCst);
-        Ok(self.channel.reopen(&self.frontend)?)
-    }
-
-    /// Whether the guest's memory may still arrive when it runs.
-    pub fn expect_memory(&self, arriving: bool) {
-        self.guest().arriving = arriving;
-    }
-
-    /// All memory has arrived: what waited for that goes on.
-    pub fn memory_arrived(&self) {
-        let mut guest = self.guest();
-        guest.arriving = false;
-        if let Err(error) = guest.driver.driver().ring().check_idle() {
-            lose(&mut guest, &error.to_string());
-        } else if self.is_running() && guest.ring != Ring::Running {
-            self.start_device(&mut guest);
-        }
-    }
-
-    /// Tells the daemon where the ring is, so that it only has to be enabled.
-    pub fn set_up_ring(&self) -> anyhow::Result<()> {
-        let mut guest = self.guest();
-        if guest.ring == Ring::Stopped {
-            self.frontend.setup_ring(0, guest.driver.driver().ring())?;
-            guest.ring = Ring::SetUp;
-        }
-        Ok(())
-    }
-
-    /// Takes back a ring that was only set up.
-    pub fn tear_down_ring(&self) -> anyhow::Result<()> {
-        let mut guest = self.guest();
-        ensure!(!self.is_running(), "the guest runs");
-        if guest.ring == Ring::SetUp {
-            self.frontend.get_vring_base(0)?;
-            guest.ring = Ring::Stopped;
-        }
-        Ok(())
-    }
-
-    /// Has the daemon log what it writes to guest memory (`log_all`), or no more. While it does,
-    /// block state is frozen.
-    pub fn log_writes(&self, log_all: bool) -> anyhow::Result<()> {
-        let guest = self.guest();
-        let features = self.frontend.features() & !feature::LOG_ALL;
-        let features = features | if log_all { feature::LOG_ALL } else { 0 };
-        self.frontend.set_features(features)?;
-        if guest.ring == Ring::Running {
-            // The used ring is logged by an address of its own.
-            let ring = guest.driver.driver().ring();
-            self.frontend.set_vring_addr(0, ring, log_all.then(|| ring.used_addr()))?;
-        }
-        Ok(())
-    }
-
-    /// Says that the daemon may go at any moment, and comes again: see [`reconnect`](Self::reconnect).
-    pub fn detach(&self) {
-        self.detached.store(true, Ordering::SeqCst);
-    }
-
-    /// Connects the guest, which runs here, to a daemon that was started again or has dropped the
-    /// connection. A request that was not answered is there for it; the driver waits meanwhile.
-    pub fn reconnect(&self) -> anyhow::Result<()> {
-        self.detach();
-        self.connect_again()?;
-        self.share_memory()?;
-        self.frontend.setup_ring_from(0, &self.ring, self.ring.used_idx()?)?;
-        self.frontend.enable(0, true)?;
-        self.ring.force_kick()?;
-        // The last daemon may have died between an answer and its interrupt.
-        self.ring.force_call()?;
-        let mut guest = self.guest();
-        ensure!(self.is_running(), "the guest does not run here");
-        guest.ring = Ring::Running;
-        guest.lost = None;
-        self.detached.store(false, Ordering::SeqCst);
-        Ok(())
-    }
-
     /// Resets the guest, which has nothing plugged then; `reset` has the device reset meanwhile.
     pub fn reboot(&self, reset: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
         let mut guest = self.guest();
@@ -406,23 +304,6 @@ impl Machine {
         }
         self.running.store(true, Ordering::SeqCst);
         self.vcpus.resume();
-    }
-
-    fn start_device(&self, guest: &mut GuestState) {
-        if let Err(error) = self.start_ring(guest) {
-            lose(guest, &error.to_string());
-        }
-    }
-
-    fn start_ring(&self, guest: &mut GuestState) -> anyhow::Result<()> {
-        let ring = guest.driver.driver().ring();
-        if guest.ring == Ring::Stopped {
-            self.frontend.setup_ring(0, ring).context("set the ring up")?;
-        }
-        self.frontend.enable(0, true).context("enable the ring")?;
-        ring.force_kick()?;
-        guest.ring = Ring::Running;
-        Ok(())
     }
 }
 

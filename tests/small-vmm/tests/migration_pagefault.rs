@@ -6,12 +6,15 @@ use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use small_vmm::guest::Command;
+use small_vmm::guest::{Command, State};
 use small_vmm::memory::data_ranges;
 use small_vmm::relay::Relay;
 
 use common::postcopy::{assert_completed, relay, wait_on_the_way};
-use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED};
+use common::{BLOCK, Host, MIB, PATIENCE, PLUGGED, REGION, TOUCHED};
+
+/// What a daemon logs that waits for pages.
+const ADVISED: &str = "gets the page faults of this process (postcopy)";
 
 /// Has the guest ask for more than it gets now, and waits until the daemon has said so.
 fn wait_answered(to: &mut Host) {
@@ -51,6 +54,15 @@ fn on_the_way(recovers: bool) -> (Host, Host, Relay) {
 fn a_guest_request_is_answered_before_all_memory_has_arrived() {
     let (mut from, mut to, relay) = on_the_way(false);
     wait_answered(&mut to);
+    // What is plugged does not hang on memory.
+    for (offset, size, expected) in [
+        (0, PLUGGED, State::Plugged),
+        (PLUGGED, REGION - PLUGGED, State::Unplugged),
+        (PLUGGED - BLOCK, 2 * BLOCK, State::Mixed),
+    ] {
+        let answered = to.vmm.tell(Command::AskState { offset, size }).unwrap();
+        assert_eq!(answered.state, Some(expected), "{offset:#x}");
+    }
     assert!(relay.is_holding());
     let report = to.vmm.migration().unwrap();
     assert_eq!(report.status, "postcopy-active", "{report:?}");
@@ -81,6 +93,82 @@ fn a_daemon_whose_memory_never_arrives_ends_when_it_is_told() {
     drop(relay);
     let status = to.daemon.terminate(PATIENCE).unwrap();
     assert!(status.success(), "{status}: {}", to.daemon.stderr());
+}
+
+/// The destination's daemon was killed while memory is held back; before it is started again.
+fn killed_on_the_way() -> (Host, Host, Relay) {
+    let (from, mut to, relay) = on_the_way(false);
+    wait_answered(&mut to);
+    to.vmm.tell(Command::Detach).unwrap();
+    to.daemon.kill().unwrap();
+    (from, to, relay)
+}
+
+#[test]
+fn a_daemon_that_is_started_again_in_postcopy_waits_for_pages_as_the_one_before() {
+    let (mut from, mut to, relay) = killed_on_the_way();
+    to.daemon.restart().unwrap();
+    to.vmm.tell(Command::Reconnect).unwrap();
+    assert!(to.daemon.wait_logged(ADVISED, PATIENCE), "{}", to.daemon.stderr());
+    let before = to.vmm.report().unwrap().busy;
+    // It tries again, and nothing changes yet.
+    let answered = to.vmm.tell(Command::AskState { offset: 0, size: PLUGGED }).unwrap();
+    assert_eq!((answered.state, &answered.lost), (Some(State::Plugged), &None));
+    assert_eq!(answered.plugged, PLUGGED);
+    assert!(answered.busy >= before && relay.is_holding(), "{answered:?}");
+    relay.hold_after(u64::from(u32::MAX));
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    from.assert_no_guest();
+    assert_plugs(&mut to);
+    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
+    to.vmm.quit().unwrap();
+}
+
+#[test]
+fn a_daemon_that_cannot_wait_for_pages_gets_no_memory_before_all_has_arrived() {
+    let (mut from, mut to, relay) = killed_on_the_way();
+    to.daemon.options_mut().more.retain(|arg| arg != "--postcopy");
+    to.daemon.restart().unwrap();
+    let error = to.vmm.tell(Command::Reconnect).unwrap_err().to_string();
+    assert!(error.starts_with("memory still arrives"), "{error}");
+    relay.hold_after(u64::from(u32::MAX));
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    from.assert_no_guest();
+    // The guest has run on without it, and lost nothing.
+    to.assert_guest_runs();
+    to.vmm.tell(Command::Reconnect).unwrap();
+    assert_plugs(&mut to);
+    to.vmm.quit().unwrap();
+}
+
+#[test]
+fn a_daemon_that_is_gone_when_all_memory_has_arrived_is_no_reason_to_fail() {
+    let (mut from, mut to, relay) = killed_on_the_way();
+    relay.hold_after(u64::from(u32::MAX));
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    to.assert_guest_runs();
+    to.daemon.restart().unwrap();
+    to.vmm.tell(Command::Reconnect).unwrap();
+    assert_plugs(&mut to);
+    to.vmm.quit().unwrap();
+}
+
+#[test]
+fn a_guest_restored_lazily_shares_its_memory_with_a_daemon_that_waits_for_it() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting_with_pagefault());
+    let file = from.daemon.socket().with_file_name("snapshot");
+    from.vmm.tell(Command::Snapshot { file: file.clone(), background: true }).unwrap();
+    assert_completed(&mut from);
+    to.vmm.tell(Command::Restore { file, lazy: true }).unwrap();
+    assert!(to.daemon.wait_logged(ADVISED, PATIENCE), "{}", to.daemon.stderr());
+    assert!(assert_completed(&mut to).faults.is_some());
+    to.assert_guest_works();
+    let resident = to.vmm.report().unwrap().resident;
+    assert!((TOUCHED..TOUCHED + MIB).contains(&resident), "{resident:#x}");
+    to.vmm.quit().unwrap();
 }
 
 #[test]
@@ -143,6 +231,28 @@ fn a_daemon_that_waits_for_a_page_gets_it_over_a_channel_that_is_recovered() {
     let _relay = recovering.join().unwrap();
     assert_completed(&mut from);
     assert_eq!(assert_completed(&mut to).recoveries, 1);
+    from.assert_no_guest();
+    to.assert_guest_works();
+    to.vmm.quit().unwrap();
+}
+
+#[test]
+fn a_daemon_that_is_started_again_before_the_guest_runs_waits_for_the_ring() {
+    let (mut from, mut to) = (Host::with_guest(), Host::paused_with_pagefault());
+    let (address, later) = paused_without_its_ring(&mut from, &mut to);
+    to.vmm.tell(Command::Detach).unwrap();
+    to.daemon.restart().unwrap();
+    to.vmm.tell(Command::Reconnect).unwrap();
+    let recovering = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(50));
+        Relay::start(&later, &address).unwrap()
+    });
+    let continued = to.vmm.tell(Command::Cont).unwrap();
+    assert_eq!(continued.lost, None);
+    assert!(has_ring(&mut to), "the daemon did not wait for the ring");
+    let _relay = recovering.join().unwrap();
+    assert_completed(&mut from);
+    assert_completed(&mut to);
     from.assert_no_guest();
     to.assert_guest_works();
     to.vmm.quit().unwrap();

@@ -1,6 +1,7 @@
 //! Two machines compared bit by bit.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, ensure};
@@ -14,10 +15,21 @@ const PIECE: u64 = 1 << 20;
 
 /// Everything in which two machines differ; how many bytes of memory were compared.
 pub(super) fn memory(left: &mut Vmm, right: &mut Vmm) -> anyhow::Result<(u64, Vec<String>)> {
+    memory_beside(left, right, 0..0)
+}
+
+/// As [`memory`], beside a part of boot memory that either has used since.
+pub(super) fn memory_beside(
+    left: &mut Vmm,
+    right: &mut Vmm,
+    used: Range<u64>,
+) -> anyhow::Result<(u64, Vec<String>)> {
     let (mut compared, mut differences) = (0, Vec::new());
-    for (index, name) in ["boot memory", "the region"].into_iter().enumerate() {
+    for (index, (name, beside)) in
+        [("boot memory", used), ("the region", 0..0)].into_iter().enumerate()
+    {
         let (left, right) = (open(left, index)?, open(right, index)?);
-        let (bytes, different) = files(&left, &right)?;
+        let (bytes, different) = files(&left, &right, &beside)?;
         compared += bytes;
         differences.extend(different.map(|at| format!("{name} differs at {at:#x}")));
     }
@@ -31,8 +43,8 @@ fn open(vmm: &mut Vmm, index: usize) -> anyhow::Result<File> {
     File::open(&path).with_context(|| format!("cannot open {path}"))
 }
 
-/// How many bytes either file has data for, and the first page in which they differ.
-fn files(left: &File, right: &File) -> anyhow::Result<(u64, Option<u64>)> {
+/// How many bytes either file has data for, and the first page in which they differ `beside` a range.
+fn files(left: &File, right: &File, beside: &Range<u64>) -> anyhow::Result<(u64, Option<u64>)> {
     let len = left.metadata()?.len();
     ensure!(right.metadata()?.len() == len, "the files have different lengths");
     let mut bytes = 0;
@@ -42,6 +54,10 @@ fn files(left: &File, right: &File) -> anyhow::Result<(u64, Option<u64>)> {
         left.read_exact_at(&mut one[..size], at)?;
         right.read_exact_at(&mut other[..size], at)?;
         bytes += size as u64;
+        let part = beside.start.clamp(at, at + PIECE) - at..beside.end.clamp(at, at + PIECE) - at;
+        let part = part.start as usize..part.end as usize;
+        one[part.clone()].fill(0);
+        other[part].fill(0);
         if let Some(byte) = one.iter().zip(&other).position(|(one, other)| one != other) {
             return Ok((bytes, Some((at + byte as u64) / PAGE_SIZE * PAGE_SIZE)));
         }
@@ -108,11 +124,14 @@ mod tests {
     fn a_hole_equals_zeros_and_one_bit_is_a_difference() {
         let file = || memfd("compare", 8 * PIECE, MemfdFlags::empty()).unwrap();
         let (left, right) = (file(), file());
-        assert_eq!(files(&left, &right).unwrap(), (0, None));
+        let files = |beside| files(&left, &right, &beside).unwrap();
+        assert_eq!(files(0..0), (0, None));
         left.write_all_at(&[0; 4096], 3 * PIECE).unwrap();
         right.write_all_at(&[0; 4096], 5 * PIECE).unwrap();
-        assert_eq!(files(&left, &right).unwrap(), (2 * PIECE, None));
+        assert_eq!(files(0..0), (2 * PIECE, None));
         right.write_all_at(&[1], 5 * PIECE + 0x2001).unwrap();
-        assert_eq!(files(&left, &right).unwrap().1, Some(5 * PIECE + 0x2000));
+        assert_eq!(files(0..0).1, Some(5 * PIECE + 0x2000));
+        assert_eq!(files(5 * PIECE + 0x2001..8 * PIECE), (2 * PIECE, None));
+        assert_eq!(files(0..5 * PIECE + 0x2001).1, Some(5 * PIECE + 0x2000));
     }
 }

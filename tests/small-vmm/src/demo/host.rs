@@ -65,7 +65,8 @@ impl Host {
             paused: false,
             compat_level: None,
         };
-        let mut host = Self::start(daemon, plugged, &options)?;
+        let with = daemon_options(&options).requested_size(plugged);
+        let mut host = Self::start(daemon, with, &options)?;
         host.vmm.tell(Command::Settle { requested: plugged })?;
         for (offset, size) in sizes.written() {
             host.vmm.tell(Command::Touch { offset, size })?;
@@ -76,20 +77,22 @@ impl Host {
 
     /// That waits for a guest, which may have to wait as well.
     pub(super) fn waiting(daemon: &Path, sizes: Sizes, paused: bool) -> anyhow::Result<Self> {
-        let options = VmmOptions {
-            addr: ADDR,
-            region_size: sizes.region,
-            incoming: true,
-            paused,
-            compat_level: None,
-        };
-        Self::start(daemon, 0, &options)
+        let options = incoming(sizes, paused);
+        Self::start(daemon, daemon_options(&options), &options)
     }
 
-    fn start(daemon: &Path, requested: u64, options: &VmmOptions) -> anyhow::Result<Self> {
-        let VmmOptions { addr, region_size, .. } = *options;
-        let daemon_options = DaemonOptions::new(addr, region_size).discard_socket();
-        let daemon = Daemon::start(daemon, daemon_options.requested_size(requested))?;
+    /// That waits for a guest which may come before its memory, with a daemon that waits for that.
+    pub(super) fn waiting_in_postcopy(daemon: &Path, sizes: Sizes) -> anyhow::Result<Self> {
+        let options = incoming(sizes, false);
+        Self::start(daemon, daemon_options(&options).arg("--postcopy"), &options)
+    }
+
+    fn start(
+        daemon: &Path,
+        daemon_options: DaemonOptions,
+        options: &VmmOptions,
+    ) -> anyhow::Result<Self> {
+        let daemon = Daemon::start(daemon, daemon_options)?;
         let vmm = Vmm::start(&env::current_exe()?, &daemon, options)?;
         Ok(Self { vmm, daemon })
     }
@@ -118,4 +121,12 @@ impl Host {
             false => vec![format!("a daemon ended with {status}: {}", self.daemon.stderr())],
         })
     }
+}
+
+fn incoming(sizes: Sizes, paused: bool) -> VmmOptions {
+    VmmOptions { addr: ADDR, region_size: sizes.region, incoming: true, paused, compat_level: None }
+}
+
+fn daemon_options(options: &VmmOptions) -> DaemonOptions {
+    DaemonOptions::new(options.addr, options.region_size).discard_socket()
 }

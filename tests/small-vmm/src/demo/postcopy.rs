@@ -1,18 +1,20 @@
 //! A guest moves to another host before its memory does, also over a channel that breaks.
 //!
 //! Its vCPUs only look at their memory over there until it was compared, which asks for it just
-//! as well. The daemon touches the ring through a mapping of its own, so the device waits until
-//! all memory is there.
+//! as well. The daemon waits for the pages that it misses (vhost-user's PAGEFAULT), so that the
+//! device answers the guest before all memory is there.
 
 use std::path::Path;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
 use super::host::{Host, Sizes, TIMEOUT};
 use super::show::{human, latency, print_rows};
 use super::{compare, progress};
-use crate::guest::Command;
+use crate::guest::{Command, State};
+use crate::machine::Machine;
 use crate::memory::PAGE_SIZE;
 use crate::migration::{MigrateOptions, MigrationReport, PostcopyOptions, When};
 use crate::process::Vmm;
@@ -37,7 +39,7 @@ pub(super) fn run(
         if break_channel { ", and then the channel breaks" } else { "" },
     );
     let mut from = Host::with_guest(daemon, sizes)?;
-    let mut to = Host::waiting(daemon, sizes, false)?;
+    let mut to = Host::waiting_in_postcopy(daemon, sizes)?;
     let before = from.resident()?;
     to.vmm.tell(Command::ReadOnly { on: true })?;
 
@@ -63,7 +65,9 @@ pub(super) fn run(
     ensure!(loaded.status == "completed", "the destination: {:?}", loaded.error_desc);
     to.vmm.verify(2 * sizes.touched / PAGE_SIZE, TIMEOUT).context("the guest over there")?;
 
-    let (compared, mut wrong) = compare::memory(&mut from.vmm, &mut to.vmm)?;
+    // The device has answered over there.
+    let (compared, mut wrong) =
+        compare::memory_beside(&mut from.vmm, &mut to.vmm, Machine::queue_memory())?;
     wrong.extend(compare::devices(&from.daemon.api(), &to.daemon.api())?);
     let resident = [before, from.resident()?, to.resident()?];
     to.go_on(sizes)?;
@@ -109,6 +113,16 @@ impl Story<'_> {
         if !self.looked {
             let (offset, size) = self.sizes.gap();
             self.to.tell(Command::Look { offset, size })?;
+            // The source knows that the guest is taken before it runs.
+            let start = Instant::now();
+            while !self.to.report()?.running {
+                ensure!(start.elapsed() < TIMEOUT, "the guest does not run over there");
+                thread::sleep(Duration::from_millis(1));
+            }
+            let (offset, size) = (0, self.sizes.plugged);
+            let answered = self.to.tell(Command::AskState { offset, size })?.state;
+            ensure!(answered == Some(State::Plugged), "the device says {answered:?} of all of it");
+            println!("the device over there answers with {} left", human(report.ram.remaining));
             self.looked = true;
         }
         if self.relay.as_ref().is_some_and(Relay::is_holding) {

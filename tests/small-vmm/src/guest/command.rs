@@ -83,8 +83,31 @@ pub enum Command {
     },
     /// Let a guest run that was to wait.
     Cont,
+    /// Have the driver ask for the state of a part of the region.
+    AskState {
+        /// First byte, from the start of the region.
+        offset: u64,
+        /// Length in bytes.
+        size: u64,
+    },
+    /// The daemon may go at any moment, and comes again: what fails then is tried again.
+    Detach,
+    /// Connect the guest to a daemon that was started again.
+    Reconnect,
     /// End, after a last look at all that was written.
     Quit,
+}
+
+/// What of a part of the region is plugged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// All of it.
+    Plugged,
+    /// Nothing.
+    Unplugged,
+    /// A part.
+    Mixed,
 }
 
 /// What the VMM answers.
@@ -104,6 +127,8 @@ pub struct Report {
     pub running: bool,
     /// Whether no vCPU has found a wrong page.
     pub healthy: bool,
+    /// What the device answered, for [`Command::AskState`].
+    pub state: Option<State>,
     /// How often the device said that it is busy.
     pub busy: u64,
     /// Why the device is of no use any more.

@@ -14,10 +14,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 
+use crate::driver::{BlockState, ResponseType};
 use crate::machine::{Machine, MachineOptions, TIMEOUT};
 use crate::memory::PAGE_SIZE;
 use crate::migration::{Expected, Migration};
-pub use command::{Command, Report};
+pub use command::{Command, Report, State};
 pub use map::Cell;
 
 fn yes() -> bool {
@@ -74,6 +75,21 @@ fn answer(answers: &mut impl Write, report: &Report) -> anyhow::Result<()> {
     Ok(answers.flush()?)
 }
 
+fn ask_state(machine: &Machine, offset: u64, size: u64) -> anyhow::Result<State> {
+    ensure!(machine.is_running(), "the guest does not run here");
+    let block_size = machine.frontend().config()?.block_size;
+    let blocks = u16::try_from(size / block_size).context("more blocks than a request has")?;
+    let addr = machine.options().addr + offset;
+    let answered =
+        machine.with_driver(|driver| driver.driver_mut().state(addr, blocks)).context("STATE")?;
+    match (answered.kind(), answered.state()) {
+        (ResponseType::Ack, BlockState::Plugged) => Ok(State::Plugged),
+        (ResponseType::Ack, BlockState::Unplugged) => Ok(State::Unplugged),
+        (ResponseType::Ack, BlockState::Mixed) => Ok(State::Mixed),
+        (kind, state) => bail!("the device answered STATE with {kind:?}, {state:?}"),
+    }
+}
+
 struct Session {
     machine: Arc<Machine>,
     migration: Option<Migration>,
@@ -82,7 +98,7 @@ struct Session {
 impl Session {
     fn execute(&mut self, command: &Command) -> anyhow::Result<Report> {
         let machine = &self.machine;
-        let mut cells = 0;
+        let (mut cells, mut state) = (0, None);
         match command {
             Command::Settle { requested } => {
                 machine.settle(*requested)?;
@@ -125,9 +141,12 @@ impl Session {
             }
             Command::Cancel => self.begun()?.cancel(),
             Command::Cont => machine.cont()?,
+            Command::AskState { offset, size } => state = Some(ask_state(machine, *offset, *size)?),
+            Command::Detach => machine.detach(),
+            Command::Reconnect => machine.reconnect()?,
             Command::Quit => bail!("the end comes elsewhere"),
         }
-        self.report(cells)
+        Ok(Report { state, ..self.report(cells)? })
     }
 
     fn incoming(&mut self, from: &str, expected: Expected) -> anyhow::Result<()> {
@@ -165,6 +184,7 @@ impl Session {
             written: work.written,
             running: machine.is_running(),
             healthy: machine.vcpus().is_healthy() && !machine.vcpus().is_halted(),
+            state: None,
             busy: machine.with_driver(|driver| driver.answers().busy),
             lost: machine.lost(),
             memory: Some([fd(0)?, fd(region.start)?]),

@@ -1,64 +1,63 @@
-//! The daemon as a client of memory that arrives: by vhost-user's PAGEFAULT it waits for the pages
-//! that it misses, and serves the guest before all has come.
+//! The daemon while memory arrives: by vhost-user's PAGEFAULT it waits for the pages that it misses,
+//! and serves the guest before all has come.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use migration::MigrationError;
 use migration::lazy::{HandlerFailed, LazyRam, SharedFaults, SharedRange};
 
-use super::blocks;
-use crate::machine::Machine;
+use super::{Machine, Ring, lose};
+use crate::migration::id_at;
 use crate::protocol::Request;
 
 /// The daemon of a destination, from POSTCOPY_ADVISE to POSTCOPY_END.
-pub(super) struct Client {
-    machine: Arc<Machine>,
+#[derive(Default)]
+pub(super) struct Arriving {
     /// The daemon's, until it listens.
     userfaultfd: Option<OwnedFd>,
-    shared: Option<SharedFaults>,
+    /// What arrives, once it listens.
+    memory: Option<Arc<LazyRam>>,
+    /// What answers its faults.
+    faults: Option<SharedFaults>,
 }
 
-impl Client {
-    /// Tells the daemon that memory may arrive after the guest; `None` when it cannot take part.
-    pub(super) fn advise(machine: &Arc<Machine>) -> anyhow::Result<Option<Self>> {
-        if !machine.waits_for_pages() {
-            return Ok(None);
-        }
-        let advised =
-            machine.frontend().postcopy_advise().context("tell the daemon of postcopy")?;
-        let userfaultfd = advised.context("the daemon sends no userfaultfd for postcopy")?;
-        let (machine, userfaultfd) = (Arc::clone(machine), Some(userfaultfd));
-        Ok(Some(Self { machine, userfaultfd, shared: None }))
+impl fmt::Debug for Arriving {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arriving").field("listens", &self.memory.is_some()).finish_non_exhaustive()
     }
+}
 
-    /// Shares memory that is about to arrive with the daemon, whose faults are answered from now on.
-    pub(super) fn listen(&mut self, lazy: &Arc<LazyRam>) -> anyhow::Result<()> {
-        let userfaultfd = self.userfaultfd.take().context("the daemon listens already")?;
-        let frontend = self.machine.frontend();
-        frontend.postcopy_listen().context("have the daemon listen")?;
-        let failed = Arc::new(Report);
-        let shared =
-            self.shared.insert(SharedFaults::start(Arc::clone(lazy), userfaultfd, failed)?);
-        let mut ranges = Vec::new();
-        for mapped in self.machine.map_arriving_memory()? {
-            let id = blocks::id_at(&self.machine, mapped.guest_addr);
-            let block = lazy.find(id).context("the daemon maps memory that does not arrive")?;
-            let (address, len) = (mapped.user_addr, mapped.size);
-            ranges.push(SharedRange { address, len, block, offset: 0 });
-        }
-        shared.set_ranges(ranges).context("the daemon maps what it was not sent")?;
-        frontend.confirm_memory(Request::SetMemTable)?;
-        // The daemon finds no holes there, so that the ring need not wait.
-        self.machine.expect_memory(false);
+impl Arriving {
+    fn advise(&mut self, machine: &Machine) -> anyhow::Result<()> {
+        let advised = machine.frontend.postcopy_advise().context("tell the daemon of postcopy")?;
+        let userfaultfd = advised.context("the daemon sends no userfaultfd for postcopy")?;
+        self.userfaultfd = Some(userfaultfd);
         Ok(())
     }
 
-    /// Nothing is to arrive any more.
-    pub(super) fn end(self) -> anyhow::Result<()> {
-        let frontend = self.machine.frontend();
-        frontend.postcopy_end().context("tell the daemon that postcopy is over")?;
+    fn listen(&mut self, machine: &Machine, memory: &Arc<LazyRam>) -> anyhow::Result<()> {
+        let userfaultfd = self.userfaultfd.take().context("the daemon listens already")?;
+        machine.frontend.postcopy_listen().context("have the daemon listen")?;
+        // What answers a daemon that is gone ends first.
+        self.faults = None;
+        let faults = SharedFaults::start(Arc::clone(memory), userfaultfd, Arc::new(Report))?;
+        machine.shared.store(true, Ordering::SeqCst);
+        let mapped = machine.frontend.set_mem_table_postcopy(&machine.ram);
+        let mut ranges = Vec::new();
+        for mapped in mapped.context("share memory with the daemon")? {
+            let block = memory.find(id_at(machine, mapped.guest_addr));
+            let block = block.context("the daemon maps memory that does not arrive")?;
+            let (address, len) = (mapped.user_addr, mapped.size);
+            ranges.push(SharedRange { address, len, block, offset: 0 });
+        }
+        faults.set_ranges(ranges).context("the daemon maps what it was not sent")?;
+        machine.frontend.confirm_memory(Request::SetMemTable)?;
+        self.memory = Some(Arc::clone(memory));
+        self.faults = Some(faults);
         Ok(())
     }
 }
@@ -69,5 +68,82 @@ struct Report;
 impl HandlerFailed for Report {
     fn handler_failed(&self, error: &MigrationError) {
         eprintln!("small-vmm: the daemon's faults are not answered any more: {error}");
+    }
+}
+
+impl Machine {
+    /// Tells the daemon that memory may arrive after the guest; false when it cannot take part, and has
+    /// the memory table as in any migration. The ring waits for all memory then.
+    pub fn advise_postcopy(&self) -> anyhow::Result<bool> {
+        let mut arriving = self.arriving();
+        *arriving = None;
+        if !self.waits_for_pages() {
+            self.share_memory()?;
+            return Ok(false);
+        }
+        self.unshare_memory()?;
+        arriving.insert(Arriving::default()).advise(self)?;
+        Ok(true)
+    }
+
+    /// Shares memory that is about to arrive with the daemon, whose faults are answered from now on.
+    pub fn listen(&self, memory: &Arc<LazyRam>) -> anyhow::Result<()> {
+        let mut arriving = self.arriving();
+        let arriving = arriving.as_mut().context("the daemon was not told of postcopy")?;
+        arriving.listen(self, memory)?;
+        // The daemon finds no holes there, so that the ring need not wait.
+        self.expect_memory(false);
+        Ok(())
+    }
+
+    /// Shares memory with a daemon that was connected to again: as memory that arrives, if it does.
+    pub(super) fn share_memory_again(&self) -> anyhow::Result<()> {
+        let mut arriving = self.arriving();
+        let Some(arriving) = &mut *arriving else { return self.share_memory() };
+        ensure!(
+            self.waits_for_pages(),
+            "memory still arrives, and the daemon cannot wait for it: start it with --postcopy, \
+             or reconnect when all memory is here"
+        );
+        arriving.advise(self)?;
+        match arriving.memory.clone() {
+            Some(memory) => arriving.listen(self, &memory),
+            None => Ok(()),
+        }
+    }
+
+    /// Nothing is to arrive any more, or the guest has not come.
+    pub fn end_postcopy(&self) -> anyhow::Result<()> {
+        let ends = self.arriving().take();
+        if ends.is_some() {
+            self.frontend.postcopy_end().context("tell the daemon that postcopy is over")?;
+        }
+        Ok(())
+    }
+
+    /// What has not arrived never will: a daemon that waits for it finds no zeros.
+    pub fn abandon_postcopy(&self) {
+        *self.arriving() = None;
+    }
+
+    /// All memory has arrived: what waited for that continues. The guest can do without a daemon
+    /// that is gone by now.
+    pub fn memory_arrived(&self) {
+        let shared = self.end_postcopy().and_then(|()| self.share_memory());
+        let mut guest = self.guest();
+        guest.arriving = false;
+        match shared {
+            Ok(()) if self.is_running() && guest.ring != Ring::Running => {
+                self.start_device(&mut guest);
+            }
+            Ok(()) => {}
+            // Which shares it, too.
+            Err(_) if self.detached.load(Ordering::SeqCst) => {}
+            Err(error) => lose(&mut guest, &format!("{error:#}")),
+        }
+    }
+
+    fn arriving(&self) -> MutexGuard<'_, Option<Arriving>> {
+        self.arriving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

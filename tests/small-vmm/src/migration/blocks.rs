@@ -43,7 +43,7 @@ pub(super) fn blocks(machine: &Machine, discard_aware: bool) -> anyhow::Result<R
 }
 
 /// Id of the block whose memory starts at `gpa`.
-pub(super) fn id_at(machine: &Machine, gpa: u64) -> &'static str {
+pub(crate) fn id_at(machine: &Machine, gpa: u64) -> &'static str {
     if gpa == machine.options().addr { REGION } else { BOOT }
 }
 

@@ -10,10 +10,9 @@ use migration::postcopy::{Channels, OnListen};
 use migration::precopy::{Guest, Incoming};
 use migration::progress::Progress;
 use migration::ram::{ListOptions, RamBlocks, RamLoad};
-use migration::snapshot::{self, Restore};
+use migration::snapshot::{self, LazyRestore, Restore};
 
 use super::blocks::{self, REGION};
-use super::client::Client;
 use super::devices::MachineDevices;
 use super::transport::Listener;
 use super::{Expected, configuration, describe, recovery};
@@ -29,7 +28,7 @@ pub(super) fn receive(
     let Expected { discard_aware, postcopy } = expected;
     let Channels { main, urgent } = recovery::accept(listener, postcopy, progress)?;
     let (blocks, mut devices) = prepare(machine, discard_aware, postcopy)?;
-    let mut client = share_memory(machine, postcopy)?;
+    let waits = share_memory(machine, postcopy)?;
     let list = ListOptions { postcopy, ..ListOptions::default() };
     let ram = RamLoad::new(Arc::clone(&blocks), list, Arc::clone(progress));
     let incoming = Incoming {
@@ -38,36 +37,43 @@ pub(super) fn receive(
         handlers: vec![Box::new(ram)],
         devices: &mut devices,
         postcopy: postcopy.then(|| {
-            let listening = client.as_mut().map(on_listen);
+            let listening = waits.then(|| on_listen(machine));
             recovery::incoming(listener, urgent, blocks, machine, progress, listening)
         }),
         progress: Arc::clone(progress),
     };
     let received = incoming.run(main);
-    // A guest that has come, and whose memory has not, finds no zeros there: the daemon waits.
-    let ends = received.is_ok() || machine.awaits_guest();
-    let ended = client.filter(|_| ends).map_or(Ok(()), Client::end);
-    received?;
-    ended?;
+    if let Err(error) = received {
+        give_up(machine);
+        return Err(error.into());
+    }
     if postcopy {
-        machine.share_memory()?;
         machine.memory_arrived();
     }
     Ok(())
 }
 
-/// Shares memory with the daemon, unless it takes part in postcopy and gets it later.
-fn share_memory(machine: &Arc<Machine>, postcopy: bool) -> anyhow::Result<Option<Client>> {
-    if postcopy && machine.waits_for_pages() {
-        machine.unshare_memory()?;
-        return Client::advise(machine);
+/// Shares memory with the daemon, or has it get ready for memory that arrives; whether it waits for that.
+fn share_memory(machine: &Machine, arriving: bool) -> anyhow::Result<bool> {
+    if arriving {
+        return machine.advise_postcopy();
     }
     machine.share_memory()?;
-    Ok(None)
+    Ok(false)
 }
 
-fn on_listen(client: &mut Client) -> OnListen<'_> {
-    Box::new(|lazy| client.listen(lazy).map_err(|error| describe(&error)))
+fn on_listen(machine: &Machine) -> OnListen<'_> {
+    Box::new(|memory| machine.listen(memory).map_err(|error| describe(&error)))
+}
+
+/// No guest has come, or one whose memory never will.
+fn give_up(machine: &Machine) {
+    if !machine.awaits_guest() {
+        return machine.abandon_postcopy();
+    }
+    if let Err(error) = machine.end_postcopy() {
+        eprintln!("small-vmm: {error:#}");
+    }
 }
 
 /// Reads the guest from a file, and lets it run.
@@ -97,7 +103,7 @@ pub(super) fn restore_lazily(
     progress: Arc<Progress>,
 ) -> anyhow::Result<()> {
     let (blocks, mut devices) = prepare(machine, true, true)?;
-    machine.share_memory()?;
+    let waits = share_memory(machine, true)?;
     let restore = Restore {
         configuration: configuration(true),
         blocks,
@@ -105,12 +111,26 @@ pub(super) fn restore_lazily(
         threads: 1,
         progress,
     };
-    let from = Arc::new(open(file)?);
-    let restored = snapshot::restore_lazily(restore, from, Arc::clone(machine) as Arc<_>)?;
-    machine.run().map_err(anyhow::Error::msg)?;
-    restored.wait()?;
+    let begun = begin_restore(machine, restore, file, waits).inspect_err(|_| give_up(machine));
+    begun?.wait()?;
     machine.memory_arrived();
     Ok(())
+}
+
+/// Lets the guest run, whose memory is still being read.
+fn begin_restore(
+    machine: &Arc<Machine>,
+    restore: Restore<'_>,
+    file: &Path,
+    waits: bool,
+) -> anyhow::Result<LazyRestore> {
+    let from = Arc::new(open(file)?);
+    let restored = snapshot::restore_lazily(restore, from, Arc::clone(machine) as Arc<_>)?;
+    if waits {
+        machine.listen(restored.memory())?;
+    }
+    machine.run().map_err(anyhow::Error::msg)?;
+    Ok(restored)
 }
 
 fn open(file: &Path) -> anyhow::Result<File> {

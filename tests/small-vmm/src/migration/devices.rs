@@ -67,7 +67,8 @@ impl MachineDevices {
     /// Devices that are to be loaded.
     ///
     /// When memory is still `arriving` then, the ring is not looked at, and the daemon not told of
-    /// it: [`Machine::memory_arrived`] does both.
+    /// it: the start of the device does both, with the guest or when memory [has
+    /// arrived](Machine::memory_arrived).
     pub(super) fn of_destination(machine: &Arc<Machine>, arriving: bool) -> anyhow::Result<Self> {
         let config = machine.frontend().config()?;
         config.check().map_err(anyhow::Error::msg).context("the daemon's configuration")?;

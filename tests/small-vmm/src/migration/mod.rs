@@ -9,7 +9,6 @@
 //! - [`Migration`]: one of them in a thread, and what is to be seen of it.
 
 mod blocks;
-mod client;
 mod destination;
 mod devices;
 mod recovery;
@@ -26,6 +25,7 @@ use migration::stream::Configuration;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
+pub(crate) use blocks::id_at;
 pub use report::{FaultReport, MigrationReport, RamReport};
 
 /// Differs when one side knows of discarded memory and the other does not.

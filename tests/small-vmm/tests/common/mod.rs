@@ -119,7 +119,7 @@ impl Host {
         let (addr, region_size) = (ADDR, REGION);
         let (incoming, compat_level) = (true, None);
         let options = VmmOptions { addr, region_size, incoming, paused, compat_level };
-        Self::start_daemon(Self::daemon(&options).arg("--postcopy"), &options)
+        Self::start_daemon(Self::daemon(&options).state_file().arg("--postcopy"), &options)
     }
 
     fn daemon(options: &VmmOptions) -> DaemonOptions {
