@@ -8,7 +8,7 @@ use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::Arc;
 
-use memchr::memrchr_iter;
+use memchr::{memchr, memrchr_iter};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::Number;
@@ -84,33 +84,37 @@ impl Description {
         let most = len.min(DESCRIPTION_MAX + (HEAD + TAIL_MAX) as u64);
         let mut reach = most.min(REACH);
         loop {
-            let found = Self::find_in(file, len - reach, reach)?;
-            if found.is_some() || reach == most {
+            let start = file.seek(SeekFrom::Start(len - reach))?;
+            let mut tail = Vec::new();
+            file.take(reach).read_to_end(&mut tail)?;
+            let found = Self::find_in(&tail, start);
+            if found.is_some() || reach == most || ends_without(&tail) {
                 return Ok(found);
             }
             reach = most.min(reach * REACH_FACTOR);
         }
     }
 
-    /// Looks for the description in the last `reach` bytes of a file, which start at `start`.
-    fn find_in(file: &mut (impl Read + Seek), start: u64, reach: u64) -> io::Result<Option<Self>> {
-        file.seek(SeekFrom::Start(start))?;
-        let mut tail = Vec::new();
-        file.take(reach).read_to_end(&mut tail)?;
-        let found = candidates(&tail).take(TRIES).find_map(|(at, text)| {
+    /// Looks for the description in the `tail` of a file, which begins at `start`.
+    fn find_in(tail: &[u8], start: u64) -> Option<Self> {
+        candidates(tail).take(TRIES).find_map(|(at, text)| {
             let document = parse(text)?;
             let (offset, len) = (start + at as u64, text.len() as u64);
             let key = |shape: &Shape| (shape.name.clone(), shape.instance_id);
             let devices = document.devices.into_iter().map(|shape| (key(&shape), shape));
             Some(Self { offset, len, devices: devices.collect() })
-        });
-        Ok(found)
+        })
     }
 
     /// What is in the section of a device.
     pub fn device(&self, name: &str, instance_id: u32) -> Option<&Shape> {
         self.devices.get(&(name.into(), instance_id.into()))
     }
+}
+
+/// Whether no description ends near the end of `tail`, however long it may be.
+fn ends_without(tail: &[u8]) -> bool {
+    memchr(b'}', &tail[tail.len().saturating_sub(TAIL_MAX + 1)..]).is_none()
 }
 
 /// Places that look like the record, the last first, each with what would be its text.
@@ -235,11 +239,20 @@ mod tests {
     }
 
     #[test]
+    fn no_more_is_read_of_a_file_that_cannot_end_with_a_description() {
+        let mut cut = file(r#"{"devices":[{"name":"a"}]}"#, b"");
+        cut.resize(8 << 20, 0);
+        let mut counting = Counting(Cursor::new(&cut), 0);
+        assert!(Description::find(&mut counting, cut.len() as u64).unwrap().is_none());
+        assert_eq!(counting.1, REACH);
+    }
+
+    #[test]
     fn a_description_of_any_length_is_found() {
         for len in [REACH, 2 * REACH, REACH * REACH_FACTOR, 4 << 20] {
             let text =
                 format!(r#"{{"devices":[{{"name":"a","x":"{}"}}]}}"#, "y".repeat(len as usize));
-            let found = find(&file(&text, b"tail")).unwrap();
+            let found = find(&file(&text, &[0; TAIL_MAX])).unwrap();
             assert_eq!((found.len, found.offset), (text.len() as u64, 39));
             assert!(found.device("a", 0).is_some());
         }
