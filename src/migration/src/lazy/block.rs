@@ -221,6 +221,9 @@ impl LazyBlock {
             let bytes = &bytes[first..first + part.len() as usize];
             let (done, result) = match faults.place(self.mapping, part.start(), bytes) {
                 Ok(Placed::Done) => (part.len(), Ok(())),
+                Ok(Placed::Exists(done)) if self.lacks(part.start() + done) => {
+                    (done, Err(self.failed("place a page")(no_memory())))
+                }
                 Ok(Placed::Exists(done)) => {
                     let at = io::Error::other(format!("at {:#x}", part.start() + done));
                     (done, Err(self.failed("place a page where there is one")(at)))
@@ -279,6 +282,7 @@ impl LazyBlock {
         };
         match placed {
             Ok(Placed::Done) => Ok(Resolution::Zero),
+            Ok(Placed::Exists(_)) if self.lacks(offset) => Ok(Resolution::NoMemory),
             Ok(Placed::Exists(_)) => {
                 let woken = faults.wake(self.mapping, page);
                 woken.map_err(self.failed("wake who waits for a page"))?;
@@ -306,6 +310,13 @@ impl LazyBlock {
         let per_page = self.page_size / TARGET_PAGE_SIZE;
         let state = self.state.lock();
         state.requested.keys().map(|&page| bytes_of(page..page + per_page)).collect()
+    }
+
+    /// Whether there is no page at `offset`, though the kernel says that there is one, since the pool
+    /// of huge pages is empty. The kernel's word holds where this cannot be found out.
+    pub(super) fn lacks(&self, offset: u64) -> bool {
+        let page = self.page_of(offset).filter(|_| !self.block.tells_holes());
+        page.is_some_and(|page| matches!(self.block.has_huge_page(page), Ok(false)))
     }
 
     fn check(&self, range: ByteRange) -> Result<(), MigrationError> {
@@ -357,6 +368,11 @@ impl State {
 /// Whether a page could be placed later.
 pub(super) fn is_no_memory(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOSPC))
+}
+
+/// What the kernel should say of an empty pool of huge pages.
+pub(super) fn no_memory() -> io::Error {
+    io::Error::from_raw_os_error(libc::ENOMEM)
 }
 
 /// The ranges to register so that every outstanding page is in one: as few as the largest gaps

@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::LazyRam;
-use super::block::Resolution;
+use super::block::{self, Resolution};
 use super::handler::{HandlerFailed, MEMORY_POLL, Stop};
 use crate::error::MigrationError;
 use crate::sys::page_faults::Placed;
@@ -257,7 +257,7 @@ impl Client {
             None => {
                 self.state.lock().waiting.remove(&(block, page.start()));
                 for address in addresses {
-                    self.fill(lazy, address, page.len(), since)?;
+                    self.fill(lazy, address, (block, page), since)?;
                 }
             }
         }
@@ -265,12 +265,21 @@ impl Client {
     }
 
     /// Nothing comes for a page: zeros, unless there is something.
-    fn fill(&self, lazy: &LazyRam, address: u64, len: u64, since: Instant) -> io::Result<()> {
-        match self.faults.place_zeros(address, len) {
+    fn fill(
+        &self,
+        lazy: &LazyRam,
+        address: u64,
+        (block, page): (usize, ByteRange),
+        since: Instant,
+    ) -> io::Result<()> {
+        match self.faults.place_zeros(address, page.len()) {
+            Ok(Placed::Exists(_)) if lazy.blocks[block].lacks(page.start()) => {
+                return Err(block::no_memory());
+            }
             Ok(Placed::Done) => lazy.statistics.lock().zero.add(since.elapsed()),
             Ok(Placed::Exists(_)) => {
                 lazy.statistics.lock().arrived += 1;
-                self.faults.wake(address, len)?;
+                self.faults.wake(address, page.len())?;
             }
             // No longer registered, so nobody waits there.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}

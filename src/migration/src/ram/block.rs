@@ -12,6 +12,7 @@ use ram_discard::{ByteRange, RamDiscardManager, Unavailable};
 
 use super::BlockError;
 use crate::stream::TARGET_PAGE_SIZE;
+use crate::sys::huge_page_cache;
 
 /// Whether a block takes part in migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -459,6 +460,15 @@ impl MigrationBlock {
     /// Where in the file the block starts, bytes.
     pub fn file_base(&self) -> u64 {
         self.ram.file_range(self.ram.range()).map_or(0, ByteRange::start)
+    }
+
+    /// Whether the file has the page of `range`, of a block on hugetlbfs.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be found out.
+    pub(crate) fn has_huge_page(&self, range: ByteRange) -> io::Result<bool> {
+        huge_page_cache::has_page(self.backing().file(), self.in_file(range)?)
     }
 
     fn in_file(&self, range: ByteRange) -> io::Result<ByteRange> {

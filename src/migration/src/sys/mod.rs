@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "system calls and mappings; each block says why it is sound")]
 
 pub mod gather;
+pub(crate) mod huge_page_cache;
 pub mod huge_pages;
 pub mod kvm;
 pub mod page_faults;
