@@ -225,6 +225,44 @@ impl HandlerFailed for Tell {
 }
 
 #[test]
+fn a_back_end_that_touches_a_hole_with_an_empty_pool_waits_until_there_are_huge_pages() {
+    let _alone = alone();
+    let pool = match Pool::with_free(BLOCK, 2) {
+        Ok(pool) => pool,
+        Err(error) => return say(&format!("skipped: hugetlb: {error}")),
+    };
+    let side = Side::new(Kind::Hugetlb, &Pattern::None.plugged(4)).unwrap();
+    let mut outstanding = PageBitmap::new(4 * BLOCK / PAGE);
+    outstanding.set_range(0..BLOCK / PAGE);
+    let lazy = Arc::new(LazyRam::new(vec![(Arc::clone(&side.block), outstanding)]).unwrap());
+    let (tell, failed) = mpsc::channel();
+    let _handler = FaultHandler::start(Arc::clone(&lazy), Arc::new(Tell(tell.clone()))).unwrap();
+    // The kernel may need a second one while it places a page.
+    lazy.place(0, 0, &[7; BLOCK as usize]).unwrap();
+    pool.make_free(0).unwrap();
+    let file = side.block.ram().backing().file();
+    let client = Arc::new(HostMapping::map(file, 0, 4 * BLOCK).unwrap());
+    let offered = OfferedFaults::open().unwrap();
+    let (address, len) = (client.addr() as u64, 4 * BLOCK);
+    offered.register(address, len).unwrap();
+    let copy = offered.copy().unwrap();
+    let shared = SharedFaults::start(Arc::clone(&lazy), copy, Arc::new(Tell(tell))).unwrap();
+    shared.set_ranges(vec![SharedRange { address, len, block: 0, offset: 0 }]).unwrap();
+    let reader = thread::spawn(move || {
+        let mut byte = [1];
+        client.read(2 * BLOCK, &mut byte);
+        byte[0]
+    });
+    assert_eq!(failed.recv_timeout(Duration::from_millis(200)).ok(), None);
+    assert!(!reader.is_finished());
+    // It was not woken for nothing again and again, as if there were a page.
+    assert_eq!(lazy.statistics().arrived, 0);
+    pool.make_free(2).unwrap();
+    assert_eq!(reader.join().unwrap(), 0);
+    lazy.finish().unwrap();
+}
+
+#[test]
 fn who_touches_a_hole_with_no_room_left_waits_until_there_is_some() {
     let _alone = alone();
     let plugged = Pattern::None.plugged(1);
