@@ -54,7 +54,7 @@ pub(super) struct Arrived {
 pub(super) enum Resolution {
     /// Nothing comes from elsewhere for it: it was filled with zeros here.
     Zero,
-    /// It has arrived meanwhile, and whoever waits was woken.
+    /// It has arrived meanwhile, and the threads that wait for it were woken.
     Arrived,
     /// It must be asked for: this range, whole host pages.
     Request(ByteRange),
@@ -250,7 +250,7 @@ impl LazyBlock {
             if !arrived.waited.is_empty() {
                 // They fault again, and then nothing is outstanding there.
                 let woken = faults.wake(self.mapping, bytes_of(run));
-                woken.map_err(self.failed("wake who waits for a page"))?;
+                woken.map_err(self.failed("wake the threads that wait for a page"))?;
             }
         }
         Ok(arrived)
@@ -271,7 +271,7 @@ impl LazyBlock {
             return Ok(asked);
         }
         if state.ended {
-            // Whoever waited was woken with the end.
+            // The threads that waited were woken with the end.
             return Ok(Resolution::Arrived);
         }
         // The lock is held meanwhile, so that nothing arrives in between; and nothing will.
@@ -285,7 +285,7 @@ impl LazyBlock {
             Ok(Placed::Exists(_)) if self.lacks(offset) => Ok(Resolution::NoMemory),
             Ok(Placed::Exists(_)) => {
                 let woken = faults.wake(self.mapping, page);
-                woken.map_err(self.failed("wake who waits for a page"))?;
+                woken.map_err(self.failed("wake the threads that wait for a page"))?;
                 Ok(Resolution::Arrived)
             }
             Err(NotPlaced { error, .. }) if is_no_memory(&error) => Ok(Resolution::NoMemory),
@@ -299,7 +299,7 @@ impl LazyBlock {
         ByteRange::from_bounds(start, (start + self.page_size).min(self.block.mapping().len()))
     }
 
-    /// What is to be asked about a [page](Self::page_of) that somebody waits for; `None` when
+    /// What is to be asked about a [page](Self::page_of) that a thread waits for; `None` when
     /// nothing comes for it any more.
     pub(super) fn ask(&self, page: ByteRange, thread: u32) -> Option<Resolution> {
         self.state.lock().ask(page, thread)

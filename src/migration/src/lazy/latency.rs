@@ -46,7 +46,7 @@ pub struct FaultStatistics {
     pub zero: Histogram,
     /// Asked for, and arrived.
     pub remote: Histogram,
-    /// Pages that had arrived by the time that somebody looked.
+    /// Faults on pages that had arrived by the time that the fault was looked at.
     pub arrived: u64,
     /// Discarded ranges whose memory could not be discarded again at the end.
     pub unswept: u64,

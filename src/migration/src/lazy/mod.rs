@@ -4,7 +4,7 @@
 //! Of each block a bitmap says which pages are *outstanding*: they exist where they come from and
 //! have not arrived. Nothing else is waited for. Memory that is discarded, or that was never
 //! touched where it comes from, is not even registered for faults where that can be avoided, so
-//! the kernel fills it with zeros without anybody's help; what is registered all the same is
+//! the kernel fills it with zeros by itself; what is registered all the same is
 //! answered with zeros on the spot, and never asked for.
 
 mod block;
@@ -32,15 +32,15 @@ use crate::sys::page_faults::{FaultKind, PageFaults};
 use block::LazyBlock;
 use shared::Client;
 
-/// Where pages come from when somebody waits for them.
+/// Where pages come from that a vCPU, or another thread, waits for.
 pub trait PageSource: Send + Sync {
-    /// Somebody waits for the pages of `range`, whole host pages of a block. They are to be
+    /// A thread waits for the pages of `range`, whole host pages of a block. They are to be
     /// [placed](LazyRam::place) soon, by whatever thread.
     ///
     /// # Errors
     ///
-    /// When they cannot be had now. They stay outstanding; whoever waits goes on waiting until
-    /// somebody calls [`LazyRam::request_again`].
+    /// When they cannot be had now. They stay outstanding; the thread continues to wait, and they are
+    /// requested anew by [`LazyRam::request_again`].
     fn request(&self, lazy: &LazyRam, block: usize, range: ByteRange) -> io::Result<()>;
 
     /// Whether a request that failed is made again by itself, several times a second, because what
@@ -164,7 +164,7 @@ impl LazyRam {
         self.blocks.iter().try_for_each(LazyBlock::refuse_present)
     }
 
-    /// Has pages asked of `source` from now on; without one, whoever needs a page waits.
+    /// Has pages asked of `source` from now on; without one, a thread that needs a page waits.
     pub fn set_source(&self, source: Option<Arc<dyn PageSource>>) {
         *self.source.write() = source;
     }
@@ -195,24 +195,24 @@ impl LazyRam {
     ///
     /// # Errors
     ///
-    /// When there is no memory for them, or somebody else put something there. What was placed
+    /// When there is no memory for them, or there is a page that was not placed here. What was placed
     /// before is not outstanding any more, so the same pages may come again.
     pub fn place(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), MigrationError> {
         let mut arrived = block::Arrived::default();
         let placed = self.blocks[block].place(&self.faults, offset, bytes, &mut arrived);
         self.arrived(arrived);
-        // Whoever waits for a page that was not placed faults again.
+        // A thread that waits for a page which was not placed faults again.
         if let Some(range) = ByteRange::new(offset, bytes.len() as u64) {
             self.wake_clients(block, range);
         }
         placed
     }
 
-    /// Pages of zeros arrived. They take no memory before somebody touches them.
+    /// Pages of zeros arrived. They take no memory before they are touched.
     ///
     /// # Errors
     ///
-    /// When those who wait cannot be woken.
+    /// When the threads that wait cannot be woken.
     pub fn place_zeros(&self, block: usize, range: ByteRange) -> Result<(), MigrationError> {
         let placed = self.blocks[block].place_zeros(&self.faults, range)?;
         self.arrived(placed);
@@ -220,7 +220,7 @@ impl LazyRam {
         Ok(())
     }
 
-    /// Asks again for the pages that somebody waits for, after the source was gone.
+    /// Asks again for the pages that threads wait for, after the source was gone.
     ///
     /// # Errors
     ///
@@ -254,7 +254,7 @@ impl LazyRam {
         self.statistics.lock().clone()
     }
 
-    /// The same for whoever looks at it later, also when all has arrived and this is gone.
+    /// The same, to be looked at also when all has arrived and this is gone.
     pub(super) fn shared_statistics(&self) -> Arc<Mutex<FaultStatistics>> {
         Arc::clone(&self.statistics)
     }

@@ -281,7 +281,7 @@ impl Client {
                 lazy.statistics.lock().arrived += 1;
                 self.faults.wake(address, page.len())?;
             }
-            // No longer registered, so nobody waits there.
+            // No longer registered, so no thread waits there.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) => return Err(error),
         }

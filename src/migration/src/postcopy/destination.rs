@@ -21,7 +21,7 @@ use crate::stream::{AdvisedSizes, Command, TARGET_PAGE_SIZE};
 pub struct PostcopyIncoming<'a> {
     /// The blocks, mapped where the guest uses them.
     pub blocks: Arc<RamBlocks>,
-    /// The channel for pages that somebody waits for.
+    /// The channel for pages that a vCPU waits for.
     pub urgent: Option<Channel>,
     /// Where new channels come from when they break.
     pub reconnect: Box<dyn Reconnect + 'a>,

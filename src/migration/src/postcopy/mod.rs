@@ -50,7 +50,7 @@ pub(super) fn package_len(len: usize) -> Result<u32, MigrationError> {
 pub struct Channels {
     /// The stream, and back the return path.
     pub main: Channel,
-    /// Pages that somebody waits for (QEMU's postcopy-preempt). Without it they go on the main
+    /// Pages that a vCPU waits for (QEMU's postcopy-preempt). Without it they go on the main
     /// channel, behind what is already under way there.
     pub urgent: Option<Channel>,
 }
@@ -103,7 +103,7 @@ pub enum SwitchWhen {
 pub struct PostcopyOutgoing<'a> {
     /// When to switch.
     pub when: SwitchWhen,
-    /// The channel for pages that somebody waits for.
+    /// The channel for pages that a vCPU waits for.
     pub urgent: Option<Channel>,
     /// Where new channels come from when they break.
     pub reconnect: Box<dyn Reconnect + 'a>,

@@ -329,7 +329,7 @@ impl Session<'_> {
                     self.pong(value)?;
                 }
                 Record::Section(header) => self.loader.section(&header, &mut package.reader)?,
-                // RAM above all, which is not written past those who wait for it.
+                // RAM above all, which is not written past the threads that wait for it.
                 other => {
                     let what = "in a package behind LISTEN";
                     return Err(out_of_place(&format!("{other:?}"), package.at, what));

@@ -29,7 +29,7 @@ use crate::stream::{Configuration, MappedRamHeader, TARGET_PAGE_SIZE};
 use crate::sys::GatherWrite;
 use crate::sys::page_faults::{Fault, FaultKind, PageFaults};
 
-/// What is written between two looks at who waits, bytes.
+/// What is written between two looks at which vCPUs wait, bytes.
 const STEP: u64 = 256 << 10;
 
 /// A running guest that is to be saved as it is now.
@@ -170,7 +170,7 @@ fn protect_all(
     Ok((saved, framing, rest))
 }
 
-/// The two threads that write pages: one in the background, one for those who wait.
+/// The two threads that write pages: one in the background, one for the vCPUs that wait.
 struct Serving<'a> {
     faults: &'a PageFaults,
     saved: &'a [Saved],
@@ -289,7 +289,7 @@ impl<'a> Serving<'a> {
         lifted.map_err(MigrationError::memory(saved.block.id(), "lift the protection"))
     }
 
-    /// Answers those who wait, until told to stop.
+    /// Answers the faults of vCPUs, until told to stop.
     fn answer(&self) -> Result<(), MigrationError> {
         let result = self.serve();
         if result.is_err() {

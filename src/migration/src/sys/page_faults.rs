@@ -2,7 +2,7 @@
 //!
 //! Two kinds: a page is *missing* (postcopy, lazy restore), or it is *protected* and about to be
 //! written (background snapshot). The thread that faults waits until it is resolved. All protection ends,
-//! and all who wait go on as if nothing had been asked for, when the last descriptor is closed:
+//! and all threads that wait continue as if nothing had been asked for, when the last descriptor is closed:
 //! missing pages are zeros then. So the value must live as long as the memory is not complete.
 
 use std::io;
@@ -88,7 +88,7 @@ pub struct Fault {
 /// How a page could not be placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placed {
-    /// All of it was, and those who waited for it go on.
+    /// All of it was, and the threads that waited for it continue.
     Done,
     /// So many bytes were; then there was a page already. No thread was woken for that one.
     Exists(u64),
@@ -97,7 +97,7 @@ pub enum Placed {
 /// Pages could not be placed, or not all of them.
 #[derive(Debug)]
 pub struct NotPlaced {
-    /// So many bytes were, and those who waited for them go on.
+    /// So many bytes were, and the threads that waited for them continue.
     pub done: u64,
     /// Why the rest was not.
     pub error: io::Error,
@@ -160,7 +160,7 @@ impl PageFaults {
         Ok(())
     }
 
-    /// Lets faults in `range` be the kernel's again. Those who wait go on.
+    /// Lets faults in `range` be the kernel's again. Threads that wait continue.
     ///
     /// # Errors
     ///
@@ -190,8 +190,8 @@ impl PageFaults {
         })
     }
 
-    /// Places `bytes`, whole pages, at `offset` of the mapping, and lets those go on who wait for
-    /// them.
+    /// Places `bytes`, whole pages, at `offset` of the mapping, and lets threads continue that wait
+    /// for them.
     ///
     /// # Errors
     ///
@@ -229,7 +229,7 @@ impl PageFaults {
         })
     }
 
-    /// Lets those go on who wait for pages of `range`; they fault again where nothing is there.
+    /// Lets threads continue that wait for pages of `range`; they fault again where nothing is there.
     ///
     /// # Errors
     ///
@@ -245,8 +245,8 @@ impl PageFaults {
         Ok(())
     }
 
-    /// Protects `range` from being written, or lets it be written again and those go on who wait
-    /// for that.
+    /// Protects `range` from being written, or lets it be written again and threads continue that
+    /// wait for that.
     ///
     /// # Errors
     ///

@@ -62,7 +62,7 @@ impl OfferedFaults {
         Ok(())
     }
 
-    /// Lets faults in the range be the kernel's again. Those who wait go on, and get a page of
+    /// Lets faults in the range be the kernel's again. Threads that wait continue, and get a page of
     /// zeros where there still is none. Parts that were not registered are left alone.
     ///
     /// # Errors
@@ -75,7 +75,7 @@ impl OfferedFaults {
         Ok(())
     }
 
-    /// Lets those go on who wait in the range, whatever is mapped there by now.
+    /// Lets threads continue that wait in the range, whatever is mapped there by now.
     ///
     /// # Errors
     ///
@@ -130,7 +130,7 @@ impl ClientFaults {
         })
     }
 
-    /// Lets those go on who wait in `len` bytes from `address` (whole pages). They fault again if
+    /// Lets threads continue that wait in `len` bytes from `address` (whole pages). They fault again if
     /// nothing is there.
     ///
     /// # Errors
@@ -140,8 +140,8 @@ impl ClientFaults {
         wake(self.0.as_fd(), address, len)
     }
 
-    /// Places a page of zeros, `len` bytes, where the other process misses one, and lets those go
-    /// on who wait for it. It is then in the file that is mapped there, for everybody.
+    /// Places a page of zeros, `len` bytes, where the other process misses one, and lets its threads
+    /// continue that wait for it. It is then in the file, for all processes that map it.
     ///
     /// # Errors
     ///

@@ -92,7 +92,7 @@ fn a_page_that_a_client_misses_is_asked_for_by_block_and_offset() {
     assert_eq!(readers.map(|reader| reader.join().unwrap()), [7, 7]);
     assert_eq!(*rig.asked.0.lock(), [(0, 64 + 3)], "once");
     assert_eq!(rig.side.page(64 + 3)[0], 7);
-    // What arrived before is there without anybody's help.
+    // What arrived before is there without a request.
     rig.lazy.place(0, (64 + 4) * PAGE, &[8; PAGE as usize]).unwrap();
     assert_eq!(read(&rig.client, 4).join().unwrap(), 8);
     assert_eq!(rig.asked.0.lock().len(), 1);
@@ -105,7 +105,7 @@ fn what_never_comes_is_zeros_on_the_spot() {
     for page in [10, 64 + 1, 5 * 64, 15 * 64 - 1] {
         assert_eq!(read(&rig.client, page).join().unwrap(), 0);
     }
-    // Zeros that arrive while somebody waits.
+    // Zeros that arrive while the client waits.
     let reader = read(&rig.client, 5);
     wait_until(|| !rig.asked.0.lock().is_empty());
     rig.lazy.place_zeros(0, ByteRange::new((64 + 5) * PAGE, PAGE).unwrap()).unwrap();
