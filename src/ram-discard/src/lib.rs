@@ -43,6 +43,7 @@
 #[path = "../../../tests/common/huge_page_pool.rs"]
 mod huge_page_pool;
 
+mod all_or_none;
 mod byte_range;
 mod freeze;
 mod listener;
@@ -56,6 +57,7 @@ use std::ops::ControlFlow;
 
 use thiserror::Error;
 
+pub use all_or_none::try_all;
 pub use byte_range::ByteRange;
 pub use freeze::{Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState};
 pub use listener::{PopulateRefused, RamDiscardListener};

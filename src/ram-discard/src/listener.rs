@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::ByteRange;
+use crate::{ByteRange, try_all};
 
 /// A listener's refusal to have memory populated; the guest is told BUSY.
 #[derive(Debug, Error)]
@@ -52,13 +52,14 @@ pub trait RamDiscardListener: Send {
     /// The section that is refused, and the reason. What was accepted before it has been discarded
     /// again, in reverse.
     fn notify_populate_all(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
-        for (told, &section) in sections.iter().enumerate() {
-            if let Err(reason) = self.notify_populate(section) {
-                sections[..told].iter().rev().for_each(|&section| self.notify_discard(section));
-                return Err((section, reason));
-            }
-        }
-        Ok(())
+        try_all(
+            self,
+            sections,
+            |listener, &section| {
+                listener.notify_populate(section).map_err(|reason| (section, reason))
+            },
+            |listener, &section| listener.notify_discard(section),
+        )
     }
 
     /// As [`notify_discard`](Self::notify_discard) of several sections of one change, in this order.

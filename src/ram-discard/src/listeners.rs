@@ -1,7 +1,7 @@
 //! The listeners of a manager, in the order in which they registered.
 
 use super::{ListenerId, PopulateRefused, RamDiscardListener};
-use crate::ByteRange;
+use crate::{ByteRange, try_all};
 
 /// Listeners, each with the section it registered for: what every manager is made of, whether it has the
 /// device or is told of it by another process.
@@ -32,13 +32,17 @@ impl Listeners {
         mut listener: Box<dyn RamDiscardListener>,
         populated: &[ByteRange],
     ) -> Result<ListenerId, PopulateRefused> {
-        for (told, &range) in populated.iter().enumerate() {
-            if let Err(reason) = listener.notify_populate(range) {
-                populated[..told].iter().rev().for_each(|&range| listener.notify_discard(range));
-                let listener = listener.name().to_owned();
-                return Err(PopulateRefused { listener, section: range, reason });
-            }
-        }
+        try_all(
+            &mut *listener,
+            populated,
+            |listener, &section| {
+                listener.notify_populate(section).map_err(|reason| {
+                    let listener = listener.name().to_owned();
+                    PopulateRefused { listener, section, reason }
+                })
+            },
+            |listener, &section| listener.notify_discard(section),
+        )?;
         self.last_id += 1;
         let id = ListenerId(self.last_id);
         self.registered.push(Registered { id, section, listener });
@@ -57,18 +61,27 @@ impl Listeners {
     ///
     /// When one refuses; those told before it are then told to discard, in reverse.
     pub fn populate(&mut self, section: ByteRange) -> Result<(), PopulateRefused> {
-        for index in 0..self.registered.len() {
-            let registered = &mut self.registered[index];
-            let Some(range) = registered.section.intersection(section) else { continue };
-            if let Err(reason) = registered.listener.notify_populate(range) {
-                let listener = registered.listener.name().to_owned();
-                for told in self.registered[..index].iter_mut().rev() {
-                    told.discard(section);
-                }
-                return Err(PopulateRefused { listener, section: range, reason });
-            }
-        }
-        Ok(())
+        let all = 0..self.registered.len();
+        try_all(
+            &mut *self.registered,
+            all,
+            |registered, index| registered[index].populate(section),
+            |registered, index| registered[index].discard(section),
+        )
+    }
+
+    /// As [`populate`](Self::populate) of each of several sections, one after the other.
+    ///
+    /// # Errors
+    ///
+    /// As [`populate`](Self::populate); the sections before have then been discarded again, in reverse.
+    pub fn populate_each(&mut self, sections: &[ByteRange]) -> Result<(), PopulateRefused> {
+        try_all(
+            self,
+            sections,
+            |listeners, &section| listeners.populate(section),
+            |listeners, &section| listeners.discard(section),
+        )
     }
 
     /// Tells the listeners in reverse.
@@ -84,19 +97,16 @@ impl Listeners {
     ///
     /// As [`populate`](Self::populate).
     pub fn populate_all(&mut self, sections: &[ByteRange]) -> Result<(), PopulateRefused> {
-        for index in 0..self.registered.len() {
-            let registered = &mut self.registered[index];
-            let ranges = registered.parts(sections);
-            if let Err((section, reason)) = registered.listener.notify_populate_all(&ranges) {
-                let listener = registered.listener.name().to_owned();
+        let all = 0..self.registered.len();
+        try_all(
+            &mut *self.registered,
+            all,
+            |registered, index| registered[index].populate_all(sections),
+            |registered, index| {
                 let reversed: Vec<_> = sections.iter().rev().copied().collect();
-                for told in self.registered[..index].iter_mut().rev() {
-                    told.discard_all(&reversed);
-                }
-                return Err(PopulateRefused { listener, section, reason });
-            }
-        }
-        Ok(())
+                registered[index].discard_all(&reversed);
+            },
+        )
     }
 
     /// As [`discard`](Self::discard) of several sections of one change, in this order: each listener
@@ -126,6 +136,21 @@ impl Registered {
     /// What of the sections the listener registered for.
     fn parts(&self, sections: &[ByteRange]) -> Vec<ByteRange> {
         sections.iter().filter_map(|&section| self.section.intersection(section)).collect()
+    }
+
+    fn populate(&mut self, section: ByteRange) -> Result<(), PopulateRefused> {
+        let Some(section) = self.section.intersection(section) else { return Ok(()) };
+        let told = self.listener.notify_populate(section);
+        told.map_err(|reason| self.refused(section, reason))
+    }
+
+    fn populate_all(&mut self, sections: &[ByteRange]) -> Result<(), PopulateRefused> {
+        let told = self.listener.notify_populate_all(&self.parts(sections));
+        told.map_err(|(section, reason)| self.refused(section, reason))
+    }
+
+    fn refused(&self, section: ByteRange, reason: String) -> PopulateRefused {
+        PopulateRefused { listener: self.listener.name().to_owned(), section, reason }
     }
 
     fn discard_all(&mut self, sections: &[ByteRange]) {

@@ -19,7 +19,7 @@ use super::{
     RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError, SourceId, Unavailable,
     Visit,
 };
-use crate::ByteRange;
+use crate::{ByteRange, try_all};
 
 /// Holds the sources and listeners of one region, in the process that has the device.
 pub struct LocalRamDiscardManager {
@@ -218,12 +218,7 @@ impl LocalRamDiscardManager {
         }
         let source = Arc::clone(&inner.sources[index].1);
         let ranges = inner.discarded_by_only(&*source, Some(id));
-        for (done, &range) in ranges.iter().enumerate() {
-            if let Err(refused) = inner.listeners.populate(range) {
-                ranges[..done].iter().rev().for_each(|&range| inner.listeners.discard(range));
-                return Err(refused.into());
-            }
-        }
+        inner.listeners.populate_each(&ranges)?;
         inner.sources.remove(index);
         Ok(())
     }
@@ -338,13 +333,7 @@ impl Transaction<'_> {
         self.check_thawed(section)?;
         self.told = true;
         let ranges = self.inner.populated_by_others(Some(source), section);
-        for (done, &range) in ranges.iter().enumerate() {
-            if let Err(refused) = self.inner.listeners.populate(range) {
-                ranges[..done].iter().rev().for_each(|&range| self.inner.listeners.discard(range));
-                return Err(refused);
-            }
-        }
-        Ok(())
+        self.inner.listeners.populate_each(&ranges)
     }
 
     /// Tells the listeners, last registered first, that `source` has discarded `section` (or that
@@ -372,15 +361,12 @@ impl Transaction<'_> {
         if let Some(&first) = sections.first() {
             self.check_thawed(first)?;
         }
-        for (batch, part) in sections.chunks(BATCH).enumerate() {
-            if let Err(refused) = self.populate_batch(source, part) {
-                for part in sections[..batch * BATCH].chunks(BATCH).rev() {
-                    self.discard_batch(source, part.iter().rev());
-                }
-                return Err(refused);
-            }
-        }
-        Ok(())
+        try_all(
+            self,
+            sections.chunks(BATCH),
+            |transaction, part| transaction.populate_batch(source, part),
+            |transaction, part| transaction.discard_batch(source, part.iter().rev()),
+        )
     }
 
     /// As [`notify_discard`](Self::notify_discard) of several sections, last one first. A listener is

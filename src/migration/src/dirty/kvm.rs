@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
-use ram_discard::ByteRange;
+use ram_discard::{ByteRange, try_all};
 
 use super::{DirtyTracker, pages_within};
 use crate::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE};
@@ -65,16 +65,14 @@ impl DirtyTracker for KvmDirtyLog {
     fn start(&mut self, _: &[ByteRange]) -> io::Result<()> {
         self.stop()?;
         self.manual = enable_manual_protect(&self.vm)?;
-        for at in 0..self.slots.len() {
-            if let Err(error) = self.slots[at].slot.set_logging(&self.vm, true) {
-                for started in &self.slots[..at] {
-                    // What cannot be stopped only costs.
-                    let _ = started.slot.set_logging(&self.vm, false);
-                }
-                return Err(error);
-            }
-            self.slots[at].reported.fill(0);
-        }
+        try_all(
+            &mut self.vm,
+            &self.slots,
+            |vm, started| started.slot.set_logging(&*vm, true),
+            // What cannot be stopped only costs.
+            |vm, started| drop(started.slot.set_logging(&*vm, false)),
+        )?;
+        self.slots.iter_mut().for_each(|slot| slot.reported.fill(0));
         self.logging = true;
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use ram_discard::ByteRange;
+use ram_discard::{ByteRange, try_all};
 
 use super::DirtyTracker;
 use crate::page_bitmap::PageBitmap;
@@ -20,16 +20,14 @@ impl Merged {
 
 impl DirtyTracker for Merged {
     fn start(&mut self, populated: &[ByteRange]) -> io::Result<()> {
-        for at in 0..self.0.len() {
-            if let Err(error) = self.0[at].start(populated) {
-                for started in self.0[..at].iter_mut().rev() {
-                    // What cannot be stopped only costs.
-                    let _ = started.stop();
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
+        let all = 0..self.0.len();
+        try_all(
+            &mut *self.0,
+            all,
+            |trackers, index| trackers[index].start(populated),
+            // What cannot be stopped only costs.
+            |trackers, index| drop(trackers[index].stop()),
+        )
     }
 
     fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {

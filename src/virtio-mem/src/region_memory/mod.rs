@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use ram_discard::memory::{BackingError, BackingKind, RamBlock, RamBlockError};
-use ram_discard::{ByteRange, RamDiscardListener};
+use ram_discard::{ByteRange, RamDiscardListener, try_all};
 use smallvec::SmallVec;
 use thiserror::Error;
 
@@ -342,14 +342,18 @@ impl RamDiscardListener for MemoryListener {
     /// have dies of SIGBUS. Other memory is taken when it is touched: cost follows use.
     fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
         let pieces = if self.0.is_loading() { Pieces::new() } else { self.0.pieces(section).0 };
-        for (done, (block, _)) in pieces.iter().enumerate() {
-            if let Err(error) = self.0.reserve(block, &[section]) {
-                for (block, file_range) in pieces[..=done].iter().rev() {
-                    let _ = block.backing().discard(*file_range);
-                }
-                return Err(error.to_string());
-            }
-        }
+        // Memory that cannot be discarded again only costs.
+        let discard = |(block, range): &Piece| drop(block.backing().discard(*range));
+        try_all(
+            &mut self.0,
+            &pieces,
+            |memory, piece| {
+                // What was had before it failed is not wanted.
+                memory.reserve(&piece.0, &[section]).inspect_err(|_| discard(piece))
+            },
+            |_, piece| discard(piece),
+        )
+        .map_err(|error| error.to_string())?;
         // What is plugged again need not be discarded any more.
         let mut table = self.0.table.lock();
         if !table.owed.is_empty() {
