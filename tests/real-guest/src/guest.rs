@@ -96,7 +96,7 @@ impl Guest {
         self.run(&command).map(drop)
     }
 
-    /// The same, but one MiB of noise again and again: where nobody looks for pages that are alike,
+    /// The same, but one MiB of noise again and again: where nothing looks for pages that are alike,
     /// it costs the host the same, and the guest much less time.
     pub fn dirty_fast(&mut self, mib: u64) -> Result<()> {
         let command = format!(

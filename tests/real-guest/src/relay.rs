@@ -67,7 +67,7 @@ impl Relay {
             poll(&mut fds, None)?;
             let [from_front, from_back] = fds.map(|fd| !fd.revents().is_empty());
             if from_back {
-                // Nobody asked anything, so this can only be the end of the daemon.
+                // No question is open, so this can only be the end of the daemon.
                 relay.reconnect()?;
             }
             if from_front {

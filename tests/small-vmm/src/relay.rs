@@ -1,4 +1,4 @@
-//! A network between two VMMs that can be broken when somebody wants to.
+//! A network between two VMMs that a test can break.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -52,7 +52,7 @@ impl Relay {
         });
         let (passing, to) = (Arc::clone(&shared), to.to_owned());
         thread::Builder::new().name("relay".to_owned()).spawn(move || {
-            // Ends when the relay is broken; its address is nobody's then.
+            // Ends when the relay is broken; its address is free then.
             while let Ok(near) = listener.accept(|| passing.is_broken()) {
                 if let Err(error) = passing.link(near, &to) {
                     eprintln!("relay: {error:#}");

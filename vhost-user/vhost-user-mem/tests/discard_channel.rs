@@ -416,7 +416,7 @@ fn a_silent_client_is_dropped_and_the_guest_answered() {
     send(&stream, &ClientMessage::Freeze { id: 1 }).unwrap();
     let frozen = frames.next::<ServerMessage>(&stream).unwrap();
     assert!(matches!(frozen, ServerMessage::Frozen { id: 1, freeze: 1, .. }), "{frozen:?}");
-    assert_eq!(rig.plug(0, 1), ResponseType::Busy, "frozen, so nobody is asked");
+    assert_eq!(rig.plug(0, 1), ResponseType::Busy, "frozen, so no client is asked");
     send(&stream, &ClientMessage::Thaw { id: 2, freeze: 1 }).unwrap();
     assert_eq!(frames.next::<ServerMessage>(&stream).unwrap(), ServerMessage::Done { id: 2 });
     assert_eq!(rig.plug(0, 1), ResponseType::Ack);

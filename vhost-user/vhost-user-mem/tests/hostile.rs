@@ -20,7 +20,7 @@ use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use small_vmm::protocol::{self, Request, VERSION};
 use small_vmm::split_ring::{DESC_F_WRITE, DESC_SIZE, Next, Segment};
 
-/// Descriptors and threads of the daemon; waits until it serves nobody.
+/// Descriptors and threads of the daemon; waits until it serves no front-end.
 fn resources(daemon: &Daemon) -> (usize, usize) {
     let deadline = Instant::now() + common::PATIENCE;
     while daemon.api().device().unwrap()["connected"] == true {
@@ -66,7 +66,7 @@ fn set_blocking(frontend: &Frontend, request: Request, event: &OwnedFd) {
     fcntl_setfl(event, OFlags::empty()).unwrap();
 }
 
-/// Nothing tells when somebody has begun to wait.
+/// Nothing tells when a thread has begun to wait.
 fn let_it_wait() {
     std::thread::sleep(Duration::from_millis(50));
 }

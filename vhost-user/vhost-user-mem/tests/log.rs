@@ -152,7 +152,7 @@ fn a_log_on_a_full_file_system_ends_nothing() {
 #[test]
 fn lines_that_were_lost_are_told_of() {
     let (mut reader, writer) = full_pipe();
-    // Whoever wants to see everything gets no counts instead.
+    // An operator who wants to see everything gets no counts instead.
     let mut daemon = Daemon::start_logging("trace", writer);
     let lost = |daemon: &Daemon| -> u64 {
         let metrics = daemon.api().get("/metrics").unwrap().text;

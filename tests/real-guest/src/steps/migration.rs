@@ -9,7 +9,7 @@ use crate::report::Report;
 use crate::sizes::GIB;
 use crate::wait;
 
-/// Linux tries again by itself after 50 s; whoever is done by then was told.
+/// Linux tries again by itself after 50 s; a guest that is done by then was told.
 const TOLD: Duration = Duration::from_secs(30);
 
 /// A grow and a shrink, each held up by a migration.

@@ -113,7 +113,7 @@ pub enum State {
 /// What the VMM answers.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Bytes plugged, as the device's configuration says; 0 when nobody can say.
+    /// Bytes plugged, as the device's configuration says; 0 when it cannot be had.
     pub plugged: u64,
     /// Bytes that the host holds for the region's memory, by `st_blocks`.
     pub resident: u64,

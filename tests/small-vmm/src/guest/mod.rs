@@ -34,8 +34,7 @@ pub struct GuestOptions {
     pub incoming: Option<String>,
 }
 
-/// Makes a machine, and does what it is told until it is told to quit, or nobody is left to tell
-/// it anything.
+/// Makes a machine, and does what it is told until it is told to quit, or its commands end.
 ///
 /// # Errors
 ///

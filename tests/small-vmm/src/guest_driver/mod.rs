@@ -219,7 +219,7 @@ impl GuestDriver {
         self.seen_changes = self.channel.config_changes();
         let config = self.config()?;
         if !self.probed {
-            // Whoever had these blocks is gone, and nobody knows what they were used for.
+            // The driver that had these blocks is gone, and with it what they were used for.
             if config.plugged_size == 0 || self.unplug_all(config)? {
                 self.probed = true;
                 return Ok(Turn::GoOn);

@@ -69,7 +69,7 @@ pub struct PostcopyOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum When {
-    /// When somebody says so.
+    /// When it is told to.
     #[default]
     Told,
     /// Before any of it.

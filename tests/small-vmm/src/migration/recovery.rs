@@ -1,6 +1,6 @@
 //! The channels of a migration in postcopy: the stream, and one for the pages that the guest waits
 //! for. When they break, the source connects again and the destination waits for it, until
-//! somebody cancels the migration.
+//! the migration is cancelled.
 //!
 //! Both channels are connections to the same address, told apart by their order.
 

@@ -46,7 +46,7 @@ pub struct FaultReport {
     pub asked: u64,
     /// Pages that nothing comes for, filled with zeros on the spot.
     pub zero: u64,
-    /// Pages that had arrived by the time that somebody looked.
+    /// Faults on pages that had arrived by the time that the fault was looked at.
     pub arrived: u64,
     /// How long half of those who asked waited at most.
     pub p50: Option<u64>,

@@ -27,7 +27,7 @@ fn parse(address: &str) -> anyhow::Result<Address<'_>> {
 ///
 /// # Errors
 ///
-/// When nobody listens there.
+/// When no process listens there.
 pub fn connect(address: &str) -> anyhow::Result<OwnedFd> {
     let refused = || format!("cannot connect to {address}");
     Ok(match parse(address)? {
@@ -80,11 +80,11 @@ impl Listener {
         &self.address
     }
 
-    /// Waits for the other side until somebody `gives_up`.
+    /// Waits for the other side until `gives_up` says so.
     ///
     /// # Errors
     ///
-    /// When nobody came.
+    /// When no source came.
     pub fn accept(&self, gives_up: impl Fn() -> bool) -> anyhow::Result<OwnedFd> {
         let step = Timespec { tv_sec: 0, tv_nsec: Duration::from_millis(20).subsec_nanos().into() };
         while poll(&mut [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)], Some(&step))
@@ -116,7 +116,7 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Socket::Unix(_, path) = &self.socket {
-            // Fails only when somebody else was faster.
+            // Fails only when another process was faster.
             let _ = std::fs::remove_file(path);
         }
     }

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use super::Result;
 
-/// One that nobody has signalled.
+/// One that was not signalled.
 pub(super) fn event() -> Result<OwnedFd> {
     Ok(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?)
 }

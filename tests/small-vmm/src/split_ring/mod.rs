@@ -202,7 +202,7 @@ impl SplitRing {
         Ok(Segment::indirect(addr, chain.len()))
     }
 
-    /// Writes one descriptor of the table, whoever owns it; the link is written as [`Next::Entry`]
+    /// Writes one descriptor of the table, in use or not; the link is written as [`Next::Entry`]
     /// says.
     pub fn write_descriptor(&self, entry: u16, segment: Segment) -> Result<()> {
         let addr = self.desc_addr() + DESC_SIZE * u64::from(entry);

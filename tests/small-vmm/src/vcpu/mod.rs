@@ -62,7 +62,7 @@ struct Written {
     generation: u64,
 }
 
-/// Locked for reading while pages are touched: whoever can write it knows that none is.
+/// Locked for reading while pages are touched: a thread that has it for writing knows that none is.
 #[derive(Debug, Default)]
 struct Usage {
     given: BTreeMap<u64, Given>,

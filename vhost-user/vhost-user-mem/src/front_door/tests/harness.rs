@@ -276,7 +276,7 @@ pub(super) fn witness() -> (File, OwnedFd) {
     (File::from(OwnedFd::from(read)), write.into())
 }
 
-/// Waits until nobody holds the writing end any more.
+/// Waits until no process holds the writing end any more.
 pub(super) fn assert_closed(mut witness: File) {
     let mut polled = [PollFd::new(&witness, PollFlags::IN)];
     let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };

@@ -206,7 +206,7 @@ proptest! {
         }
         bench.front.stream.shutdown(std::net::Shutdown::Both).unwrap();
         let _ = bench.outcome();
-        // With the handle goes the last duplicate of the socket, and what nobody read from it.
+        // With the handle goes the last duplicate of the socket, and what was not read from it.
         drop((bench, pipe));
         super::harness::assert_closed(kept);
     }
