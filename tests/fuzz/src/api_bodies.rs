@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use tempfile::TempDir;
 use serde_json::{Map, Value};
+use tempfile::TempDir;
 use vhost_user_mem::front_door::Notifier;
 use vhost_user_mem::management::{Management, Server};
 use vhost_user_mem::service::Service;

@@ -8,7 +8,6 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use vmm_sys_util::epoll::EventSet;
 use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use vhost_user_mem::backend::MemBackend;
@@ -19,6 +18,7 @@ use vhost_user_mem::vring::Vring;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, VirtioMem};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::epoll::EventSet;
 
 use crate::input::Input;
 

@@ -12,7 +12,10 @@ use parking_lot::Mutex;
 use ram_discard::memory::RamBlock;
 use ram_discard::{ByteRange, RamDiscardListener};
 use rustix::fs::{MemfdFlags, memfd_create};
-use virtio_mem::controller::{BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord, StateStore};
+use virtio_mem::controller::{
+    BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord,
+    StateStore,
+};
 use virtio_mem::device::{BlockSpan, Change, Geometry, REQUEST_LEN, Request, Response, VirtioMem};
 
 use crate::input::Input;

@@ -20,7 +20,11 @@ use migration::postcopy::{Channels, PostcopyIncoming, Reconnect};
 use migration::precopy::{Guest, Incoming};
 use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad};
-use migration::stream::{AdvisedSizes, Command, Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, ReturnMessage, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command, put_continued, put_end_of_section, put_eof, put_footer, put_header, put_list, put_section};
+use migration::stream::{
+    AdvisedSizes, Command, Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION,
+    ReturnMessage, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command, put_continued,
+    put_end_of_section, put_eof, put_footer, put_header, put_list, put_section,
+};
 use ram_discard::memory::RamBlock;
 use ram_discard::{ByteRange, LocalRamDiscardManager};
 use vmstate::wire::WireWrite;

@@ -7,10 +7,12 @@
 use std::alloc::System;
 use std::path::{Path, PathBuf};
 
-use tempfile::TempDir;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
-use vhost_user_mem::state_file::{BootId, Commit, Delta, Geometry, JournalUpdate, Saved, StateFile, StateFileError};
-use virtio_mem::device::{DeviceState, VirtioMem, self};
+use tempfile::TempDir;
+use vhost_user_mem::state_file::{
+    BootId, Commit, Delta, Geometry, JournalUpdate, Saved, StateFile, StateFileError,
+};
+use virtio_mem::device::{self, DeviceState, VirtioMem};
 
 use crate::input::Input;
 

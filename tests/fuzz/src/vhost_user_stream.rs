@@ -18,7 +18,7 @@ use small_vmm::connection::Connection;
 use small_vmm::driver::{MemDriver, ResponseType};
 use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use small_vmm::memory::{GuestRam, Layout, memfd};
-use small_vmm::protocol::{MemoryRegion, VERSION, self, words64};
+use small_vmm::protocol::{self, MemoryRegion, VERSION, words64};
 use vhost_user_mem::connection::Connections;
 use vhost_user_mem::front_door::Notifier;
 use vhost_user_mem::service::Service;

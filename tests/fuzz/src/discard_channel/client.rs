@@ -9,17 +9,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::fs::MemfdFlags;
-use tempfile::TempDir;
 use ram_discard::memory::RamBlock;
 use ram_discard::{ByteRange, FreezeFor, RamDiscardListener, RamDiscardManager};
+use rustix::fs::MemfdFlags;
 use small_vmm::memory::memfd;
+use tempfile::TempDir;
 use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
 use vhost_user_mem::metrics::Metrics;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Request, Response, VirtioMem};
 use virtio_mem::discard_channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
-use virtio_mem::discard_channel::{AttachError, FrameReader, ReceiveError, RemoteRamDiscardManager};
+use virtio_mem::discard_channel::{
+    AttachError, FrameReader, ReceiveError, RemoteRamDiscardManager,
+};
 
 use super::{ADDR, BLOCK, MOMENT, NR, PATIENCE, STEPS, blocks, frame, geometry};
 use crate::input::Input;

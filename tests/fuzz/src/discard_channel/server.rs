@@ -15,8 +15,12 @@ use ram_discard::{ByteRange, FreezeFor, RamDiscardListener, RamDiscardManager, U
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use virtio_mem::device::Geometry;
 use virtio_mem::discard_channel::bitmap::{BitmapWriter, LAYOUT_VERSION, MAGIC, file_size};
-use virtio_mem::discard_channel::wire::{ClientMessage, Farewell, Lengths, Message, Sections, ServerMessage, VERSION, Welcome, WireError};
-use virtio_mem::discard_channel::{FrameReader, ReceiveError, RemoteRamDiscardManager, send, send_with_fd};
+use virtio_mem::discard_channel::wire::{
+    ClientMessage, Farewell, Lengths, Message, Sections, ServerMessage, VERSION, Welcome, WireError,
+};
+use virtio_mem::discard_channel::{
+    FrameReader, ReceiveError, RemoteRamDiscardManager, send, send_with_fd,
+};
 
 use super::{BLOCK, MOMENT, NR, PATIENCE, STEPS, blocks, frame, geometry};
 use crate::input::Input;

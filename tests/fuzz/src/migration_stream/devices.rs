@@ -8,7 +8,9 @@ use migration::devices::DeviceRegistry;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
 use virtio_mem::sections::{EARLY, NORMAL, VirtioMemState, properties};
-use vmstate::{Access, Count, Described, Field, Reason, SliceAccess, StructArray, VmState, VmStateDevice};
+use vmstate::{
+    Access, Count, Described, Field, Reason, SliceAccess, StructArray, VmState, VmStateDevice,
+};
 
 use super::{BLOCK, BLOCKS, plugged};
 

@@ -38,59 +38,66 @@ impl Ending {
 /// More than a page and the longest string: what waits for less fails by it, and not by silence.
 const GARBAGE: [u8; 8 << 10] = [0xff; 8 << 10];
 
-/// Has the other end of `stream` send `bytes`, and read what comes. Returns the end, to be held for
-/// as long as it can be written to.
-///
-/// What fits the socket is there before anything is read of it, and takes no thread.
-pub(super) fn converse(
-    mut stream: UnixStream,
-    mut bytes: Vec<u8>,
-    ending: Ending,
-) -> Option<UnixStream> {
-    if ending != Ending::Closed {
-        bytes.extend_from_slice(&GARBAGE);
-    }
-    stream.set_nonblocking(true).unwrap();
-    let mut sent = 0;
-    while sent < bytes.len() {
-        match stream.write(&bytes[sent..]) {
-            Ok(len) => sent += len,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-            Err(error) => panic!("the channel is closed already: {error}"),
-        }
-    }
-    if sent == bytes.len() && ending != Ending::Open {
-        stream.shutdown(Shutdown::Write).unwrap();
-        return Some(stream);
-    }
-    stream.set_nonblocking(false).unwrap();
-    bytes.drain(..sent);
-    hand_over(stream, bytes, ending);
-    None
+/// What the other end of a channel says.
+pub(super) struct Said {
+    pub(super) stream: UnixStream,
+    pub(super) bytes: Vec<u8>,
+    pub(super) ending: Ending,
 }
 
-/// Leaves the rest to a thread. One serves all inputs: to start one takes longer than most do.
-fn hand_over(stream: UnixStream, rest: Vec<u8>, ending: Ending) {
-    type Job = (UnixStream, Vec<u8>, Ending);
+impl Said {
+    /// Sends it, and reads what comes. Returns the end, to be held for as long as it can be written to.
+    ///
+    /// What fits the socket is there when this returns, and takes no thread.
+    pub(super) fn say(self) -> Option<UnixStream> {
+        let Self { mut stream, mut bytes, ending } = self;
+        if ending != Ending::Closed {
+            bytes.extend_from_slice(&GARBAGE);
+        }
+        stream.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        while sent < bytes.len() {
+            match stream.write(&bytes[sent..]) {
+                Ok(len) => sent += len,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                // The other side has seen enough.
+                Err(_) => return None,
+            }
+        }
+        if sent == bytes.len() && ending != Ending::Open {
+            // Fails when the other side has gone.
+            let _ = stream.shutdown(Shutdown::Write);
+            return Some(stream);
+        }
+        stream.set_nonblocking(false).unwrap();
+        bytes.drain(..sent);
+        hand_over(Self { stream, bytes, ending });
+        None
+    }
+
+    /// Sends the rest, and reads until the channel is closed.
+    fn finish(mut self) {
+        // Each fails when the other side has seen enough.
+        let _ = self.stream.write_all(&self.bytes);
+        let mut heard = Vec::new();
+        if self.ending == Ending::Open {
+            self.stream.set_read_timeout(Some(SILENCE)).unwrap();
+            let _ = self.stream.read_to_end(&mut heard);
+            self.stream.set_read_timeout(None).unwrap();
+        }
+        let _ = self.stream.shutdown(Shutdown::Write);
+        let _ = self.stream.read_to_end(&mut heard);
+    }
+}
+
+/// Leaves it to a thread. One serves all inputs: to start one takes longer than most do.
+fn hand_over(said: Said) {
     thread_local! {
-        static PEER: mpsc::Sender<Job> = {
-            let (jobs, next) = mpsc::channel::<Job>();
-            thread::spawn(move || next.iter().for_each(|(stream, rest, ending)| finish(stream, &rest, ending)));
+        static PEER: mpsc::Sender<Said> = {
+            let (jobs, next) = mpsc::channel::<Said>();
+            thread::spawn(move || next.iter().for_each(Said::finish));
             jobs
         };
     }
-    PEER.with(|peer| peer.send((stream, rest, ending)).unwrap());
-}
-
-fn finish(mut stream: UnixStream, rest: &[u8], ending: Ending) {
-    // Each fails when the other side has seen enough.
-    let _ = stream.write_all(rest);
-    let mut heard = Vec::new();
-    if ending == Ending::Open {
-        stream.set_read_timeout(Some(SILENCE)).unwrap();
-        let _ = stream.read_to_end(&mut heard);
-        stream.set_read_timeout(None).unwrap();
-    }
-    let _ = stream.shutdown(Shutdown::Write);
-    let _ = stream.read_to_end(&mut heard);
+    PEER.with(|peer| peer.send(said).unwrap());
 }

@@ -1,6 +1,9 @@
 //! Inputs to start from.
 
-use migration::stream::{PageHeader, PageKind, RAM_SECTION, RAM_VERSION, SectionHeader, SectionKind, put_end_of_section, put_footer, put_header, put_list, put_section};
+use migration::stream::{
+    PageHeader, PageKind, RAM_SECTION, RAM_VERSION, SectionHeader, SectionKind, put_end_of_section,
+    put_footer, put_header, put_list, put_section,
+};
 use vmstate::wire::WireWrite;
 
 use super::PAGE;
@@ -21,10 +24,14 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     }
     seeds.push([&[0, CLOSED][..], &[0, 40, 0, 7], &[5, 9, 3, 0x80]].concat());
     seeds.push([&[2][..], &[0, 60, 0, 7], &[7, 30, 0, 0]].concat());
-    // A hostile destination, which stays or leaves: PONGs of all values that matter, then that it has the guest.
+    // A hostile destination, which stays or leaves: PONGs of all values that matter, then that it has the
+    // guest. As many bytes as the third says are there before the guest is stopped.
     let pong = |value: u8| vec![0, 2, 0, 4, 0, 0, 0, value];
-    for (ending, code) in [(CLOSED, 0), (OPEN, 0), (CLOSED, 22)] {
-        seeds.push([vec![5, ending], pong(1), pong(5), vec![0, 1, 0, 4, 0, 0, 0, code]].concat());
+    for (ending, early, code) in
+        [(CLOSED, 0, 0), (OPEN, 8, 0), (CLOSED, 16, 22), (CLOSED, 24, 0), (OPEN, 4, 22)]
+    {
+        let shut = vec![0, 1, 0, 4, 0, 0, 0, code];
+        seeds.push([vec![5, ending, early], pong(1), pong(5), shut].concat());
     }
     let shared = seeds.iter().map(|seed| [&[seed[0] | 0x80], &seed[1..]].concat());
     seeds = shared.collect::<Vec<_>>().into_iter().chain(seeds).collect();

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks};
 use migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
-use ram_discard::{ByteRange, LocalRamDiscardManager};
 use ram_discard::memory::RamBlock;
+use ram_discard::{ByteRange, LocalRamDiscardManager};
 
 use super::{BLOCK, BLOCKS, PAGE, memfd, plugged};
 
