@@ -22,7 +22,7 @@ use crate::image::pages::Pages;
 use crate::image::writer::{ImageWriter, NewFile, Start, WholeImage};
 
 /// State of devices, bytes. QEMU's is some tens of KiB, more with graphics.
-const STATE_MAX: u64 = 1 << 30;
+const STATE_MAX: u64 = 256 << 20;
 /// virtio-mem devices.
 const DEVICES_MAX: usize = 256;
 /// PING of QEMU's that is answered when the state of devices has been taken over: the source gives the
@@ -378,14 +378,23 @@ fn plain_command(command: &Command, at: u64, peer: &mut dyn Peer) -> Result<(), 
     }
 }
 
+fn kind_name(kind: SectionKind) -> &'static str {
+    match kind {
+        SectionKind::Start => "a START",
+        SectionKind::Part => "a PART",
+        SectionKind::End => "an END",
+        SectionKind::Full => "a FULL",
+    }
+}
+
 /// An error about a record that stands where it cannot.
 fn unexpected(record: &Record, at: u64, place: &str) -> PagerError {
     let what = match record {
         Record::Section(SectionHeader { kind, idstr, .. }) => {
-            format!("a {kind:?} section of {:?}", printable(idstr))
+            format!("{} section of {:?}", kind_name(*kind), printable(idstr))
         }
         Record::Continued { kind, section_id } => {
-            format!("a {kind:?} section with the number {section_id}")
+            format!("{} section with the number {section_id}", kind_name(*kind))
         }
         Record::Command(command) => match command {
             Command::Packaged { .. } => "a package, of which there is one at most,".to_owned(),

@@ -13,6 +13,7 @@ mod multifd;
 mod package;
 mod records;
 mod session;
+mod stream;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +26,7 @@ use serde_json::json;
 use vmstate::wire::WireReader;
 
 pub use metrics::SaveMetrics;
+pub use stream::receive_stream;
 
 use crate::cli::args::SaveArgs;
 use crate::cli::report::{Figures, Report};

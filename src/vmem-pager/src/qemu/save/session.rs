@@ -53,6 +53,10 @@ impl Read for Timed {
         loop {
             match self.channel.read(bytes) {
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    // One that is silent for good is not waited for once all is done.
+                    if self.session.has_ended() {
+                        return Err(rustix::io::Errno::CANCELED.into());
+                    }
                     if self.bounded && self.session.silent_for() >= self.session.run.silence() {
                         return Err(error);
                     }
@@ -216,11 +220,20 @@ impl Session {
         let magic = reader
             .peek(4, "the start of a connection")
             .map(|bytes| u32::from_be_bytes(*bytes.first_chunk().expect("four bytes were peeked")));
+        if matches!(magic, Ok(multifd::MAGIC)) {
+            reader.get_mut().bounded = true;
+            let served = self.multifd(number, &mut reader);
+            self.is_known(&mut self.state.lock(), number);
+            if let Err(error) = served {
+                self.fail(explain(error, self.run.silence()));
+            }
+            return None;
+        }
         let mut state = self.state.lock();
         let before = state.has_main;
-        state.unknown.retain(|(other, _)| *other != number);
+        self.is_known(&mut state, number);
         let served = match magic {
-            // A program that only looked whether this listens.
+            // A program that only looked whether this listens, or the end of all.
             Err(_) => Ok(()),
             Ok(MAIN_MAGIC) if !state.has_main => {
                 state.has_main = true;
@@ -231,11 +244,6 @@ impl Session {
                 return None;
             }
             Ok(MAIN_MAGIC) => Err(PagerError::Protocol("a second migration stream".to_owned())),
-            Ok(multifd::MAGIC) => {
-                drop(state);
-                reader.get_mut().bounded = true;
-                self.multifd(&mut reader)
-            }
             Ok(_) if state.advised && !state.has_preempt => {
                 state.has_preempt = true;
                 drop(state);
@@ -258,7 +266,13 @@ impl Session {
         None
     }
 
-    fn multifd(&self, reader: &mut WireReader<Timed>) -> Result<(), PagerError> {
+    /// A connection has said what it is.
+    fn is_known(&self, state: &mut State, number: usize) {
+        state.unknown.retain(|(other, _)| *other != number);
+        self.changed.notify_all();
+    }
+
+    fn multifd(&self, number: usize, reader: &mut WireReader<Timed>) -> Result<(), PagerError> {
         let greeting = Greeting::read(reader)?;
         {
             let mut state = self.state.lock();
@@ -270,8 +284,9 @@ impl Session {
                 return Err(PagerError::Protocol("multifd channels of two VMs".to_owned()));
             }
             state.multifd.push(greeting);
+            // In one step: it is waited for as one or as the other.
+            self.is_known(&mut state, number);
         }
-        self.changed.notify_all();
         let mut packets = Packets::default();
         loop {
             if reader.is_at_end().map_err(io_error)? {
