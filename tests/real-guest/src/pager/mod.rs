@@ -5,6 +5,7 @@
 
 pub mod pages;
 pub mod program;
+pub mod restore;
 pub mod save;
 pub mod verifier;
 pub mod vm;

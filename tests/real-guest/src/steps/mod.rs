@@ -36,7 +36,7 @@ pub enum Proof {
 const COMMON: Setup = Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false };
 
 /// All steps.
-pub const ALL: [Step; 9] = [
+pub const ALL: [Step; 10] = [
     Step { name: "grow-shrink", proof: Proof::Machine(COMMON, grow_shrink::run) },
     Step { name: "migration", proof: Proof::Machine(COMMON, migration::run) },
     Step { name: "reboot", proof: Proof::Machine(COMMON, reboot::run) },
@@ -52,4 +52,5 @@ pub const ALL: [Step; 9] = [
     Step { name: "numa", proof: Proof::Machine(Setup { node: Some(1), ..COMMON }, geometry::numa) },
     Step { name: "inspect", proof: Proof::Own(inspect::run) },
     Step { name: "pager-save", proof: Proof::Own(pager::save::run) },
+    Step { name: "pager-restore", proof: Proof::Own(pager::restore::run) },
 ];
