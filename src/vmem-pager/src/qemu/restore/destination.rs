@@ -194,8 +194,10 @@ impl Guest for Destination {
         Ok(ran)
     }
 
-    fn cont(&self) -> Result<(), PagerError> {
-        self.wait_completed()?;
+    fn cont(&self, is_complete: bool) -> Result<(), PagerError> {
+        if is_complete {
+            self.wait_completed()?;
+        }
         self.qmp.lock().execute("cont", &json!({})).map(drop)
     }
 }

@@ -152,9 +152,14 @@ impl Figures {
 
     /// The guest can run.
     pub fn running(&self) {
-        if self.running.get() == 0.0 {
+        if !self.is_running() {
             self.running.set(self.elapsed());
         }
+    }
+
+    /// Whether the guest can run.
+    pub fn is_running(&self) -> bool {
+        self.running.get() != 0.0
     }
 
     /// All memory is with the VMM.

@@ -1,6 +1,7 @@
 //! A guest that runs at once, while its memory follows.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,12 +46,12 @@ pub(super) trait Guest: Sync {
     /// When QEMU refuses.
     fn stop(&self) -> Result<bool, PagerError>;
 
-    /// Has it continue.
+    /// Has it continue; once the restore is complete, if it `is_complete`.
     ///
     /// # Errors
     ///
     /// When QEMU refuses.
-    fn cont(&self) -> Result<(), PagerError>;
+    fn cont(&self, is_complete: bool) -> Result<(), PagerError>;
 }
 
 /// A restore in postcopy.
@@ -77,7 +78,7 @@ impl Lazy<'_> {
         self.supply.image()
     }
 
-    fn lost(&self, stage: Stage) -> Lost<'_> {
+    fn lost<'s>(&'s self, stage: Stage<'s>) -> Lost<'s> {
         Lost { run: self.run, stage }
     }
 
@@ -99,10 +100,7 @@ impl Lazy<'_> {
         preamble::put_advise(&mut bytes);
         preamble::put_setup(&mut bytes, self.image());
         preamble::put_discard(&mut bytes, self.image());
-        main.write(&bytes).map_err(|error| {
-            let error = lost.io(what, error);
-            unless_postcopy(error)
-        })?;
+        main.write(&bytes).map_err(|error| lost.io(what, error))?;
         let mut package = Vec::new();
         preamble::put_package(&mut package, self.image());
         self.send_all(Channels { main, back, urgent }, &package)
@@ -114,8 +112,9 @@ impl Lazy<'_> {
     ///
     /// When QEMU fails, breaks off, or breaks the protocol.
     pub fn recover(&self) -> Result<(), PagerError> {
-        let lost = self.lost(Stage::Postcopy);
+        let lost = self.lost(Stage::Postcopy(self.figures));
         let (mut main, mut back) = self.connect()?;
+        self.figures.running();
         back.get_mut().set_read_patience(Some(self.run.silence()));
         let what = "it was being asked for what it has";
         let mut received = 0;
@@ -155,7 +154,6 @@ impl Lazy<'_> {
                 )));
             }
         }
-        self.figures.running();
         self.send_all(Channels { main, back, urgent }, &[])
     }
 
@@ -194,12 +192,13 @@ impl Lazy<'_> {
         self.report.event("connected", &json!({ "second_connection": urgent.is_some() }));
         let connected = Instant::now();
         let ended = Mutex::new(None);
+        let stopped = AtomicBool::new(false);
         let writer = |channel| PageWriter::new(self.image(), channel);
         let urgent = Urgent::new(urgent.map(writer));
         let urgent = &urgent;
         let mut main = writer(main);
         let broken = main.channel().clone_handle();
-        thread::scope(|scope| {
+        let done = thread::scope(|scope| {
             let ear = Ear {
                 run: self.run,
                 supply: self.supply,
@@ -218,7 +217,7 @@ impl Lazy<'_> {
             let hearing = hearing.map_err(PagerError::system("start a thread"))?;
             main.put(first);
             preamble_pages(&mut main, self.image());
-            let sent = self.background(&mut main, urgent, connected, &ended);
+            let sent = self.background(&mut main, urgent, connected, &ended, &stopped);
             if sent.is_err() {
                 main.channel().shutdown();
             }
@@ -232,7 +231,12 @@ impl Lazy<'_> {
                 }
                 (_, Err(error)) => Err(error),
             }
-        })?;
+        });
+        let continued = match self.guest.filter(|_| stopped.into_inner()) {
+            Some(guest) => guest.cont(done.is_ok()),
+            None => Ok(()),
+        };
+        done.and(continued)?;
         self.figures.complete();
         Ok(())
     }
@@ -248,6 +252,7 @@ impl Lazy<'_> {
         urgent: &Urgent<'_>,
         connected: Instant,
         ended: &Mutex<Option<Instant>>,
+        stopped: &AtomicBool,
     ) -> Result<(), PagerError> {
         self.send_pages(main, urgent, &|| urgent.is_there() && connected.elapsed() < UNEXPECTED)?;
         if urgent.is_there() {
@@ -258,10 +263,12 @@ impl Lazy<'_> {
             self.send_pages(main, urgent, &|| false)?;
             return self.end(main, ended);
         };
-        let stopped = Mutex::new(None);
-        thread::scope(|scope| {
+        let answer = Mutex::new(None);
+        let sent = thread::scope(|scope| {
             let stop = || {
-                *stopped.lock() = Some(guest.stop());
+                let ran = guest.stop();
+                stopped.store(matches!(ran, Ok(true)), Ordering::Release);
+                *answer.lock() = Some(ran);
                 self.supply.nudge();
             };
             thread::Builder::new()
@@ -269,12 +276,11 @@ impl Lazy<'_> {
                 .spawn_scoped(scope, stop)
                 .map_err(PagerError::system("start a thread"))?;
             // The guest may need pages to come to a stop.
-            self.send_pages(main, urgent, &|| stopped.lock().is_none())
-        })?;
-        let ran = stopped.into_inner().unwrap_or(Ok(false))?;
-        self.end(main, ended)?;
-        while self.supply.wait(POLL) {}
-        if ran { guest.cont() } else { Ok(()) }
+            self.send_pages(main, urgent, &|| answer.lock().is_none())
+        });
+        answer.into_inner().transpose()?;
+        sent?;
+        self.end(main, ended)
     }
 
     /// Sends until nothing is left and nothing is waited for.
@@ -284,7 +290,7 @@ impl Lazy<'_> {
         urgent: &Urgent<'_>,
         waits: &dyn Fn() -> bool,
     ) -> Result<(), PagerError> {
-        let lost = self.lost(Stage::Postcopy);
+        let lost = self.lost(Stage::Postcopy(self.figures));
         let image = self.image();
         let mut reader = PageReader::new(image);
         let mut bandwidth = Bandwidth::new(self.bandwidth, main.written());
@@ -344,7 +350,7 @@ impl Lazy<'_> {
         preamble::put_end(&mut bytes);
         main.put(&bytes);
         *ended.lock() = Some(Instant::now());
-        main.send(&self.lost(Stage::Postcopy), "the stream was being ended").map(drop)
+        main.send(&self.lost(Stage::Postcopy(self.figures)), "the stream was being ended").map(drop)
     }
 }
 
@@ -352,14 +358,4 @@ fn preamble_pages(main: &mut PageWriter<'_>, image: &GuestImage) {
     let mut bytes = Vec::new();
     preamble::put_pages_start(&mut bytes, image);
     main.put(&bytes);
-}
-
-/// Names the usual reason of a QEMU that goes when it hears of postcopy.
-fn unless_postcopy(error: PagerError) -> PagerError {
-    match error {
-        PagerError::Peer(what) => {
-            PagerError::Peer(format!("{what}; is its capability postcopy-ram set?"))
-        }
-        other => other,
-    }
 }

@@ -7,23 +7,24 @@ use migration::stream::FormatError;
 use rustix::io::Errno;
 use vmstate::wire::WireError;
 
+use super::figures::Figures;
 use crate::error::PagerError;
 use crate::run::Run;
 
 /// Where a restore is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Stage<'a> {
     /// The guest is not at the destination yet.
     Loading,
-    /// The guest is at the destination, and needs the rest of its memory.
-    Postcopy,
+    /// The guest is at the destination once this has heard so, and needs the rest of its memory.
+    Postcopy(&'a Figures),
 }
 
 /// Makes errors of a connection's, which say what became of the guest.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lost<'a> {
     pub run: &'a Run,
-    pub stage: Stage,
+    pub stage: Stage<'a>,
 }
 
 impl Lost<'_> {
@@ -82,7 +83,12 @@ impl Lost<'_> {
             Stage::Loading => {
                 "no guest was started; QEMU's own report says why (query-migrate, its log)"
             }
-            Stage::Postcopy => {
+            Stage::Postcopy(figures) if !figures.is_running() => {
+                "it has not said that the guest can run: if query-migrate says postcopy-paused, run this \
+                 again with --recover; otherwise no guest was started, and its own report says why (is its \
+                 capability postcopy-ram set?)"
+            }
+            Stage::Postcopy(_) => {
                 "the guest is at the destination without all of its memory, and goes on once the rest \
                  is sent: run this again with --recover"
             }

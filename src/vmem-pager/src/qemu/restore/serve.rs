@@ -81,7 +81,7 @@ impl Ear<'_> {
     ///
     /// When QEMU fails, breaks off, or breaks the protocol.
     pub fn hear(self, mut back: WireReader<Channel>) -> Result<(), PagerError> {
-        let lost = Lost { run: self.run, stage: Stage::Postcopy };
+        let lost = Lost { run: self.run, stage: Stage::Postcopy(self.figures) };
         let mut asked = asked_of(self.supply.image());
         let mut reader = PageReader::new(self.supply.image());
         back.get_mut().set_read_patience(Some(self.run.silence()));

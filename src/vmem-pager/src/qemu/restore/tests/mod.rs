@@ -50,7 +50,7 @@ impl Guest for MockGuest {
         Ok(!self.was_paused)
     }
 
-    fn cont(&self) -> Result<(), PagerError> {
+    fn cont(&self, _is_complete: bool) -> Result<(), PagerError> {
         self.conts.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
@@ -92,6 +92,14 @@ fn expected(sample: &Sample) -> HashMap<(String, u64), Vec<u8>> {
         .collect()
 }
 
+/// With a block of which much is left when something happens.
+fn large() -> Sample {
+    let mut sample = Sample::new(true);
+    sample.blocks.push(SampleBlock { id: "big".to_owned(), pages: 600 });
+    sample.records.extend((0..600).map(|page| Record { block: 2, page, seed: Some(page + 1) }));
+    sample
+}
+
 #[test]
 fn all_of_an_image_arrives_once_and_nothing_else() {
     for mapped in [false, true] {
@@ -114,15 +122,16 @@ fn all_of_an_image_arrives_once_and_nothing_else() {
 
 #[test]
 fn requests_are_answered_before_the_guest_runs_and_after_the_stream_has_ended() {
-    let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
+    let (sample, dir) = (large(), tempfile::tempdir().unwrap());
     let fake = Fake::listen(dir.path());
     let restored = restore(&sample, &dir, How::default());
     let (mut main, _urgent) = fake.load(&sample);
-    // Nothing is read of the main channel yet: loading its devices needs these.
-    main.ask(Some("ram"), 1);
-    main.ask(None, 30);
-    main.ask(None, 1);
-    fake.wait_for("ram", 1);
+    // Nothing is read of the main channel yet, which holds less than up to there: loading its devices
+    // needs these.
+    main.ask(Some("ram"), 30);
+    main.ask(Some("big"), 500);
+    main.ask(None, 500);
+    fake.wait_for("big", 500);
     fake.wait_for("ram", 30);
     let placing = main.place();
     main.say(&ReturnMessage::Pong(0x42));
@@ -217,6 +226,25 @@ fn without_a_second_channel_a_guest_that_can_be_stopped_is_stopped_for_the_end()
         expected.insert(("ram".to_owned(), 20), vec![0; PAGE]);
         assert_eq!(placed.pages, expected);
     }
+}
+
+#[test]
+fn a_guest_that_was_stopped_for_an_end_that_failed_continues() {
+    let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
+    let fake = Fake::listen(dir.path());
+    let guest = Arc::new(MockGuest::default());
+    let how = How { guest: Some(Arc::clone(&guest)), ..How::default() };
+    let restored = restore(&sample, &dir, how);
+    let mut main = fake.accept_main();
+    main.greet();
+    drop(fake.accept());
+    main.setup(&sample);
+    let placing = main.place();
+    fake.wait_ended();
+    main.say(&ReturnMessage::Shut(5));
+    assert!(restored.join().unwrap().0.is_err());
+    placing.join().unwrap();
+    assert_eq!(guest.conts.load(Ordering::SeqCst), 1);
 }
 
 #[test]

@@ -2,13 +2,6 @@
 
 use super::*;
 
-fn large() -> Sample {
-    let mut sample = Sample::new(true);
-    sample.blocks.push(SampleBlock { id: "big".to_owned(), pages: 600 });
-    sample.records.extend((0..600).map(|page| Record { block: 2, page, seed: Some(page + 1) }));
-    sample
-}
-
 #[test]
 fn pagers_that_die_again_and_again_lose_nothing() {
     for preempt in [true, false] {

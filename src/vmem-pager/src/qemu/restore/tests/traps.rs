@@ -178,10 +178,7 @@ fn an_end_that_comes_too_early_or_with_an_error_is_none() {
 
 #[test]
 fn an_image_that_can_no_longer_be_read_ends_it_and_is_named() {
-    let mut sample = Sample::new(true);
-    sample.blocks.push(SampleBlock { id: "big".to_owned(), pages: 500 });
-    sample.records.extend((0..500).map(|page| Record { block: 2, page, seed: Some(page + 1) }));
-    let dir = tempfile::tempdir().unwrap();
+    let (sample, dir) = (large(), tempfile::tempdir().unwrap());
     let fake = Fake::listen(dir.path());
     let restored = restore(&sample, &dir, slow());
     let (mut main, _urgent) = fake.load(&sample);
@@ -192,8 +189,8 @@ fn an_image_that_can_no_longer_be_read_ends_it_and_is_named() {
         .unwrap()
         .set_len(5000)
         .unwrap();
-    main.ask(Some("big"), 499);
+    main.ask(Some("big"), 599);
     let error = restored.join().unwrap().0.unwrap_err();
     assert!(matches!(error, PagerError::File { .. }), "{error}");
-    assert!(!fake.has("big", 499), "what cannot be read became zeros");
+    assert!(!fake.has("big", 599), "what cannot be read became zeros");
 }
