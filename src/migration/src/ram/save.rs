@@ -5,6 +5,8 @@
 //! backing file has no data for never gets into the bitmap, and the mask is applied after every
 //! sync.
 
+mod postcopy;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -462,92 +464,6 @@ impl SaveHandler for RamSave {
                 tracing::warn!(block = block.block.id(), %error, "cannot stop tracking writes");
             }
         }
-    }
-}
-
-impl PostcopySave for RamSave {
-    fn page_sizes(&self) -> u64 {
-        self.blocks.iter().fold(0, |all, block| all | block.block.page_size())
-    }
-
-    fn outstanding(&mut self) -> Result<Vec<(String, Vec<ByteRange>)>, MigrationError> {
-        self.sync()?;
-        self.check_frozen()?;
-        let outstanding = self.blocks.iter_mut().map(|block| {
-            block.make_whole();
-            let runs = block.dirty.runs(0..block.dirty.nr_pages());
-            (block.block.id().to_owned(), runs.map(bytes_of).collect())
-        });
-        let outstanding = outstanding.collect();
-        // Precopy may have ended within a host page.
-        self.cursor = (0, 0);
-        self.note_remaining();
-        Ok(outstanding)
-    }
-
-    fn next(&mut self, bytes: u64, out: &mut GatherWrite) -> Result<bool, MigrationError> {
-        self.continued = None;
-        let mut spent = 0;
-        while spent < bytes {
-            let affordable = (bytes - spent).div_ceil(TARGET_PAGE_SIZE);
-            let room = room_in(out).min(affordable);
-            let Some((index, pages)) = self.next_run(room, HostPages::Whole) else { break };
-            spent += self.gather_stopped(out, index, pages);
-        }
-        self.note_remaining();
-        Ok(spent != 0)
-    }
-
-    fn requested(
-        &mut self,
-        block: &str,
-        range: ByteRange,
-        out: &mut GatherWrite,
-    ) -> Result<bool, MigrationError> {
-        let found = self.blocks.iter().position(|other| other.block.id() == block);
-        let fits = |index: &usize| {
-            let block = &self.blocks[*index].block;
-            let page_size = block.page_size();
-            range.end() <= block.used_length()
-                && range.len() <= page_size.max(REQUEST_MAX)
-                && range.start().is_multiple_of(page_size)
-                && range.len().is_multiple_of(page_size)
-        };
-        let Some(index) = found.filter(fits) else {
-            let what = format!("a request for {range} of block {block:?}");
-            return Err(MigrationError::Unexpected(what));
-        };
-        Counters::add(&self.progress.counters.postcopy_requests, 1);
-        self.continued = None;
-        let runs: Vec<_> = self.blocks[index].dirty.runs(pages_touched(range)).collect();
-        for pages in &runs {
-            self.gather_stopped(out, index, pages.clone());
-            // What is near is wanted next.
-            self.cursor = (index, pages.end);
-        }
-        self.continued = None;
-        Ok(!runs.is_empty())
-    }
-
-    fn left(&self) -> u64 {
-        self.dirty_pages() * TARGET_PAGE_SIZE
-    }
-
-    fn blocks(&self) -> Vec<(String, u64)> {
-        let blocks = self.blocks.iter();
-        blocks.map(|block| (block.block.id().to_owned(), block.dirty.nr_pages())).collect()
-    }
-
-    fn not_received(&mut self, block: &str, pages: PageBitmap) -> Result<(), MigrationError> {
-        let found = self.blocks.iter_mut().find(|other| other.block.id() == block);
-        let Some(found) = found.filter(|found| found.dirty.nr_pages() == pages.nr_pages()) else {
-            return Err(MigrationError::Unexpected(format!("a bitmap of block {block:?}")));
-        };
-        found.dirty = pages;
-        found.discarded.apply(&mut found.dirty);
-        self.cursor = (0, 0);
-        self.note_remaining();
-        Ok(())
     }
 }
 

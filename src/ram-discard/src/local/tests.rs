@@ -1,3 +1,4 @@
+use super::transaction::BATCH;
 use super::*;
 use proptest::prelude::*;
 

@@ -1,5 +1,6 @@
 //! Memory that the file does not have, since both sides share it (x-ignore-shared).
 
+use super::lazy::NoFailure;
 use super::*;
 use crate::inspect::inspect;
 use crate::ram::{BlockOptions, RamBlocks};
