@@ -3,6 +3,7 @@
 //! - [`cli`]: the command line, and what is told while it runs.
 //! - [`qemu`]: the two ends of QEMU's migration: [`save`](qemu::save) is the destination of
 //!   `migrate`, [`restore`](qemu::restore) a source of postcopy.
+//! - [`cloud_hypervisor`]: Cloud Hypervisor's local migration, in both roles.
 //! - [`qmp`]: QEMU's control socket.
 //! - [`image`]: the file that a guest is saved to and restored from.
 //! - [`working_set`]: the order in which a guest touches its memory.
@@ -12,6 +13,7 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod cli;
+pub mod cloud_hypervisor;
 pub mod error;
 pub mod image;
 pub mod metrics;

@@ -56,6 +56,8 @@ impl Command {
 pub enum Vmm {
     /// QEMU 11 or newer.
     Qemu,
+    /// Cloud Hypervisor 53 or newer.
+    CloudHypervisor,
 }
 
 /// Whether this process confines itself.
@@ -114,6 +116,11 @@ pub struct SaveArgs {
     /// What both commands have.
     #[command(flatten)]
     pub common: Common,
+
+    /// Have Cloud Hypervisor end before the image is written: shorter, but a pager that fails before the
+    /// image is whole loses the guest
+    #[arg(long)]
+    pub ack_early: bool,
 }
 
 /// The command line of `restore`.

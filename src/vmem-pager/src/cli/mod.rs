@@ -13,7 +13,7 @@ use program::signals::Signals;
 use crate::error::PagerError;
 use crate::metrics::MetricsServer;
 use crate::run::Run;
-use args::{Args, Command, Common, Sandbox};
+use args::{Args, Command, Common, Sandbox, Vmm};
 use report::Report;
 
 /// Exit status of a wrong use.
@@ -65,12 +65,22 @@ pub fn execute(
         Command::Save(options) => {
             let metrics = crate::qemu::save::SaveMetrics::new();
             let _server = serve_metrics(common, || metrics.registry())?;
-            crate::qemu::save::run(options, run, report, &metrics)
+            match common.vmm {
+                Vmm::Qemu => crate::qemu::save::run(options, run, report, &metrics),
+                Vmm::CloudHypervisor => {
+                    crate::cloud_hypervisor::save::run(options, run, report, &metrics)
+                }
+            }
         }
         Command::Restore(options) => {
             let metrics = crate::qemu::restore::RestoreMetrics::new();
             let _server = serve_metrics(common, || metrics.registry())?;
-            crate::qemu::restore::run(options, run, report, &metrics)
+            match common.vmm {
+                Vmm::Qemu => crate::qemu::restore::run(options, run, report, &metrics),
+                Vmm::CloudHypervisor => Err(PagerError::Usage(
+                    "restore --vmm cloud-hypervisor: not in this version".to_owned(),
+                )),
+            }
         }
     }
 }
