@@ -59,6 +59,32 @@ fn a_break_after_precopy_is_recovered_though_nothing_is_to_come_of_some_memory()
 }
 
 #[test]
+fn a_daemon_that_is_started_again_and_cannot_wait_for_pages_gets_the_ring_when_all_are_there() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    let address = to.listen_in_postcopy();
+    let relay = relay(&to, &address);
+    relay.hold_after(512);
+    from.go_first(relay.address(), None);
+    // The devices go first, less than a page at a time.
+    while to.vmm.migration().unwrap().status != "postcopy-active" {
+        if relay.is_holding() {
+            relay.hold_after(512);
+        }
+        thread::sleep(Duration::from_millis(4));
+    }
+    to.vmm.tell(Command::Detach).unwrap();
+    to.daemon.restart().unwrap();
+    to.vmm.tell(Command::Reconnect).unwrap();
+    relay.hold_after(u64::from(u32::MAX));
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    from.assert_no_guest();
+    to.assert_guest_works();
+    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
+    to.vmm.quit().unwrap();
+}
+
+#[test]
 fn a_destination_that_is_killed_in_postcopy_takes_the_guest_with_it() {
     let (mut from, mut to) = (Host::with_guest(), Host::waiting());
     let address = to.listen_in_postcopy();

@@ -91,14 +91,15 @@ impl Machine {
 
     /// Connects the guest to a daemon that was started again or has dropped the connection, also
     /// while memory arrives. A request that was not answered is there for it; the driver waits
-    /// meanwhile. The ring of a guest that does not run starts with it.
+    /// meanwhile. The ring of a guest that does not run starts with it, and one that waits for memory
+    /// when that has arrived.
     pub fn reconnect(&self) -> anyhow::Result<()> {
         self.detach();
         self.connect_again()?;
         self.share_memory_again()?;
-        if !self.is_running() {
+        if !self.driver_works() {
             let mut guest = self.guest();
-            if !self.is_running() {
+            if !self.is_running() || guest.arriving {
                 guest.ring = Ring::Stopped;
                 self.attached(&mut guest);
                 return Ok(());
@@ -113,6 +114,13 @@ impl Machine {
         guest.ring = Ring::Running;
         self.attached(&mut guest);
         Ok(())
+    }
+
+    /// Whether the guest runs and its ring does not wait for memory. A driver that holds the lock makes a
+    /// request.
+    fn driver_works(&self) -> bool {
+        let arriving = self.guest.try_lock().is_ok_and(|guest| guest.arriving);
+        self.is_running() && !arriving
     }
 
     fn attached(&self, guest: &mut GuestState) {

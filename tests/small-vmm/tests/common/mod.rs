@@ -119,11 +119,14 @@ impl Host {
         let (addr, region_size) = (ADDR, REGION);
         let (incoming, compat_level) = (true, None);
         let options = VmmOptions { addr, region_size, incoming, paused, compat_level };
-        Self::start_daemon(Self::daemon(&options).state_file().arg("--postcopy"), &options)
+        Self::start_daemon(Self::daemon(&options).arg("--postcopy"), &options)
     }
 
     fn daemon(options: &VmmOptions) -> DaemonOptions {
-        DaemonOptions::new(options.addr, options.region_size).block_size(BLOCK).discard_socket()
+        DaemonOptions::new(options.addr, options.region_size)
+            .block_size(BLOCK)
+            .discard_socket()
+            .state_file()
     }
 
     fn start(requested_size: u64, options: &VmmOptions) -> Self {
