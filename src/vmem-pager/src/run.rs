@@ -3,6 +3,7 @@
 //! Everything that waits polls [`Run::check`], or a [`Progress`] that is cancelled with the run.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,8 @@ pub struct Run {
     /// How long a peer may be silent.
     silence: Duration,
     why: Mutex<Option<Why>>,
+    /// Neither signals nor time end it any more.
+    held: AtomicBool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +48,8 @@ impl Run {
     /// As [`Run::new`], with another bound for the silence of a peer.
     pub fn with_silence(timeout: Option<Duration>, silence: Duration) -> Arc<Self> {
         let progress = Arc::new(Progress::new());
-        let (begun, why) = (Instant::now(), Mutex::new(None));
-        Arc::new(Self { progress, begun, timeout, silence, why })
+        let (begun, why, held) = (Instant::now(), Mutex::new(None), AtomicBool::new(false));
+        Arc::new(Self { progress, begun, timeout, silence, why, held })
     }
 
     /// How long a peer may be silent before it is taken for gone.
@@ -89,12 +92,21 @@ impl Run {
         self.end(Why::Signal);
     }
 
+    /// From here on neither a signal nor the time ends the run: ending it would lose a guest. What a peer is
+    /// silent for still does.
+    pub fn hold(&self) {
+        self.held.store(true, Ordering::Release);
+    }
+
     fn end(&self, why: Why) {
+        if self.held.load(Ordering::Acquire) {
+            return;
+        }
         self.why.lock().get_or_insert(why);
         self.progress.cancel();
     }
 
-    /// Whether the run goes on; `what` is what is waited for, as "QEMU has not connected".
+    /// Whether the run continues; `what` is what is waited for, as "QEMU has not connected".
     ///
     /// # Errors
     ///
@@ -128,6 +140,12 @@ mod tests {
         run.interrupt();
         assert_eq!(run.check("").unwrap_err().exit_status(), 3);
         assert!(run.progress.is_cancelled());
+
+        let held = Run::new(Some(Duration::ZERO));
+        held.hold();
+        held.interrupt();
+        held.check("").unwrap();
+        assert!(!held.progress.is_cancelled());
 
         let run = Run::new(None);
         run.check("").unwrap();

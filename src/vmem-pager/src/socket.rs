@@ -276,8 +276,8 @@ mod tests {
         assert!(matches!(listener.accept(&run, None), Err(PagerError::Interrupted)));
         drop(listener);
         assert!(!path.exists());
-        let nobody = connect(&Address::Unix(path), &Run::new(None), Some(Duration::ZERO));
-        assert_eq!(nobody.unwrap_err().exit_status(), 3);
+        let connected = connect(&Address::Unix(path), &Run::new(None), Some(Duration::ZERO));
+        assert_eq!(connected.unwrap_err().exit_status(), 3);
     }
 
     #[test]

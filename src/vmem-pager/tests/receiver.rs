@@ -26,7 +26,8 @@ fn receive(bytes: &[u8]) -> Result<WholeImage, PagerError> {
 
 fn receive_from(stream: impl Read) -> (Result<WholeImage, PagerError>, Vec<ReturnMessage>) {
     let dir = tempfile::tempdir().unwrap();
-    let received = receive_stream(stream, &dir.path().join("image"), &Arc::new(Progress::new()));
+    let received =
+        receive_stream(stream, Vec::new(), &dir.path().join("image"), &Arc::new(Progress::new()));
     assert!(common::process::names(dir.path()).is_empty(), "an image has its name too early");
     received
 }

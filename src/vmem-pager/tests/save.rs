@@ -374,6 +374,9 @@ fn a_guest_that_is_given_away_is_taken_and_a_failure_after_that_is_not_told_as_i
     assert_eq!([1, 3, 0x42].map(|_| hear(&mut source)), [1, 3, 0x42].map(pong));
     // The channel of postcopy-preempt, for pages that are asked for: none are.
     let _preempt = saving.connect();
+    // To end now would lose the guest.
+    saving.signal(Signal::TERM);
+    thread::sleep(Duration::from_millis(200));
     send(&mut source, &rest.bytes);
     assert_eq!(hear(&mut source), SAVED);
     assert_eq!(saving.wait(), (Some(0), String::new(), String::new()));

@@ -11,6 +11,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "migration_stream" => crate::migration_stream::seeds(),
         "postcopy_stream" => postcopy_stream(),
         "discard_channel" => discard_channel(),
+        "pager_save" => crate::pager_save::seeds(),
         _ => Vec::new(),
     }
 }

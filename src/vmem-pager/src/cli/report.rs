@@ -74,7 +74,7 @@ impl Report {
         }
     }
 
-    /// Something is odd, and the run goes on.
+    /// Something is odd, and the run continues.
     pub fn warn(&self, text: &str) {
         self.complain("warning", text);
     }

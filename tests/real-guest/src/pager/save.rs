@@ -186,7 +186,7 @@ impl Saves<'_> {
         Ok(())
     }
 
-    /// A guest that runs: QEMU loads the image without the pager, and the guest goes on there. It goes on here,
+    /// A guest that runs: QEMU loads the image without the pager, and the guest continues there. It continues here,
     /// too, after that, for the next.
     fn running(&mut self, stage: &str, way: Way) -> Result<()> {
         for attempt in 1..=ATTEMPTS {
@@ -197,7 +197,7 @@ impl Saves<'_> {
             fs::remove_file(&image)?;
             self.vm.wait_migration("completed")?;
             self.vm.qmp.execute("cont", &json!({}))?;
-            self.vm.check().context("the source, let go on after the save")?;
+            self.vm.check().context("the source, which continues after the save")?;
             match loaded {
                 Ok(guest) => {
                     let said = format!("loaded by QEMU, attempt {attempt}");

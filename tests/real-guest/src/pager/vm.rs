@@ -203,7 +203,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Looks at the guest: its verifier goes on for two passes and finds nothing wrong, what is plugged is there,
+    /// Looks at the guest: its verifier takes two more passes and finds nothing wrong, what is plugged is there,
     /// and the kernel does not complain. What it saw, in words.
     pub fn check(&mut self) -> Result<String> {
         ensure!(self.qmp.status()? == "running", "the guest is {}", self.qmp.status()?);

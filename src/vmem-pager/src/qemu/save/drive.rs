@@ -56,7 +56,7 @@ impl Drive {
     }
 
     /// Looks at QEMU's migration while it lasts; tells the session if it fails there, and has one that was told to
-    /// pause before the end go on.
+    /// pause before the end continue.
     pub fn watch(&mut self, session: &Session, is_over: &dyn Fn() -> bool) {
         while !is_over() {
             match Migration::query(&mut self.qmp) {

@@ -286,7 +286,7 @@ impl<R: Read> Incoming<'_, R> {
             Command::Packaged { len } if self.package.is_none() => {
                 let bytes = self.reader.bytes(u64::from(len), PACKAGE_MAX, "package")?;
                 let package = Package::parse(bytes)?;
-                // Once the guest is here, there must be room for all that is still to come.
+                // Once the guest is here, there must be room for all that is outstanding.
                 self.image.pages().reserve()?;
                 self.peer.open_return_path();
                 for ping in package.pings() {

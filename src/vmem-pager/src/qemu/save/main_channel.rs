@@ -35,7 +35,7 @@ impl<'a> MainChannel<'a> {
         Self { channel, session, listener, has_return_path: false, guest_taken: false }
     }
 
-    /// Whether the source has given the guest away while its memory was still to come.
+    /// Whether the source has given the guest away while some of its memory was outstanding.
     pub fn is_guest_taken(&self) -> bool {
         self.guest_taken
     }
@@ -119,6 +119,7 @@ impl Peer for MainChannel<'_> {
     }
 
     fn guest_taken(&mut self) {
+        self.session.guest_taken();
         self.guest_taken = true;
     }
 

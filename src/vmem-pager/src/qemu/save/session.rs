@@ -27,7 +27,7 @@ use crate::socket::Listener;
 const BUFFER: usize = 1 << 20;
 /// How QEMU's stream begins.
 const MAIN_MAGIC: u32 = 0x5145_564d;
-/// Connections of one save: all multifd channels that QEMU can have, and two more.
+/// Connections at a time: all multifd channels that QEMU can have, and two more.
 const CONNECTIONS_MAX: usize = 257;
 /// For a connection to say which it is; that of postcopy-preempt says nothing until it is needed.
 const INTRODUCTION: Duration = Duration::from_secs(5);
@@ -92,8 +92,9 @@ struct State {
     advised: bool,
     has_main: bool,
     has_preempt: bool,
-    /// Connections so far.
+    /// Connections so far, and those that are served.
     accepted: usize,
+    served: usize,
     /// When those came that have not said which they are.
     unknown: Vec<(usize, Instant)>,
     /// multifd channels, by their numbers, which have introduced themselves.
@@ -117,6 +118,7 @@ impl Session {
                 has_main: false,
                 has_preempt: false,
                 accepted: 0,
+                served: 0,
                 unknown: Vec::new(),
                 multifd: Vec::new(),
                 waiting: 0,
@@ -175,7 +177,7 @@ impl Session {
         explain(error, self.run.silence())
     }
 
-    /// Whether it goes on.
+    /// Whether the save continues.
     fn check(&self, what: &str) -> Result<(), PagerError> {
         self.run.check(what)?;
         if self.state.lock().failure.is_some() || self.has_ended() {
@@ -192,11 +194,12 @@ impl Session {
         // Under the lock, so that none is between waiting and being known to wait.
         let mut state = self.state.lock();
         let Some(fd) = listener.try_accept()? else { return Ok(None) };
-        if state.accepted == CONNECTIONS_MAX {
+        if state.served == CONNECTIONS_MAX {
             return Ok(None);
         }
         let number = state.accepted;
         state.accepted += 1;
+        state.served += 1;
         state.unknown.push((number, Instant::now()));
         drop(state);
         let channel = Channel::new(fd, Arc::clone(&self.run.progress));
@@ -209,6 +212,17 @@ impl Session {
     /// Serves a connection until it ends; hands it over when it is the main one. What is wrong with a
     /// connection that says nothing of a migration is returned.
     pub fn serve(
+        &self,
+        number: usize,
+        channel: Timed,
+        main: &Sender<WireReader<Timed>>,
+    ) -> Option<PagerError> {
+        let wrong = self.serve_one(number, channel, main);
+        self.state.lock().served -= 1;
+        wrong
+    }
+
+    fn serve_one(
         &self,
         number: usize,
         mut channel: Timed,
@@ -344,6 +358,11 @@ impl Session {
         self.changed.notify_all();
     }
 
+    /// The guest is given away: it is lost to a run that ends now.
+    pub fn guest_taken(&self) {
+        self.run.hold();
+    }
+
     pub fn postcopy_advised(&self) {
         self.state.lock().advised = true;
     }
@@ -362,7 +381,7 @@ impl Session {
         }
     }
 
-    /// Waits until all multifd channels have come to their next mark, and has them go on from there.
+    /// Waits until all multifd channels have come to their next mark, and has them continue from there.
     pub fn sync(&self, listener: &Listener) -> Result<(), PagerError> {
         let channels = self.channels(listener)?;
         let mut state = self.state.lock();

@@ -1,4 +1,4 @@
-//! A whole stream from one reader, as a file has it.
+//! A whole stream from readers, as files have it.
 
 use std::io::Read;
 use std::path::Path;
@@ -9,22 +9,25 @@ use migration::stream::ReturnMessage;
 use vmstate::wire::WireReader;
 
 use super::incoming::{self, Peer};
+use super::multifd::{Greeting, Packet, Packets};
 use crate::error::PagerError;
 use crate::image::pages::Pages;
 use crate::image::writer::{NewFile, WholeImage};
 
-/// Takes a whole stream, from one channel and to its end, into an image that is to be at `path`; it lacks
-/// only its name then. Also what would be said back to the source.
+/// Takes a whole stream, with its multifd channels if it has any, into an image that is to be at `path`; it
+/// lacks only its name then. Also what would be said back to the source.
 ///
 /// # Errors
 ///
 /// Why there is no image: the stream, or the file.
-pub fn receive_stream(
-    stream: impl Read,
+pub fn receive_stream<R: Read>(
+    stream: R,
+    channels: Vec<R>,
     path: &Path,
     progress: &Arc<Progress>,
 ) -> (Result<WholeImage, PagerError>, Vec<ReturnMessage>) {
-    let mut peer = OneWay::default();
+    let channels = channels.into_iter().map(|channel| (WireReader::new(channel), false)).collect();
+    let mut peer = Streams { channels, pages: None, has_return_path: false, replies: Vec::new() };
     let mut reader = WireReader::new(stream);
     let image = NewFile::create(path)
         .and_then(|file| incoming::receive(&mut reader, &mut peer, file, progress));
@@ -32,13 +35,15 @@ pub fn receive_stream(
 }
 
 /// No source that could be asked anything.
-#[derive(Default)]
-struct OneWay {
+struct Streams<R> {
+    /// And whether it has introduced itself.
+    channels: Vec<(WireReader<R>, bool)>,
+    pages: Option<Arc<Pages>>,
     has_return_path: bool,
     replies: Vec<ReturnMessage>,
 }
 
-impl Peer for OneWay {
+impl<R: Read> Peer for Streams<R> {
     fn open_return_path(&mut self) {
         self.has_return_path = true;
     }
@@ -52,17 +57,32 @@ impl Peer for OneWay {
         Ok(())
     }
 
-    fn blocks_known(&mut self, _pages: &Arc<Pages>) {}
+    fn blocks_known(&mut self, pages: &Arc<Pages>) {
+        self.pages = Some(Arc::clone(pages));
+    }
 
     fn postcopy_advised(&mut self) {}
 
     fn guest_taken(&mut self) {}
 
     fn channels(&mut self) -> Result<usize, PagerError> {
-        Ok(0)
+        Ok(self.channels.len())
     }
 
+    /// One after the other, each up to its next mark.
     fn sync(&mut self) -> Result<(), PagerError> {
+        let pages = &self.pages;
+        let mut give = || {
+            pages.clone().ok_or_else(|| PagerError::Protocol("no list of RAM blocks".to_owned()))
+        };
+        for (reader, greeted) in &mut self.channels {
+            if !*greeted {
+                Greeting::read(reader)?;
+                *greeted = true;
+            }
+            let mut packets = Packets::default();
+            while packets.next(reader, &mut give)? != Packet::Sync {}
+        }
         Ok(())
     }
 
