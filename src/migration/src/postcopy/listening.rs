@@ -12,8 +12,8 @@ use crate::channel::Channel;
 use crate::error::MigrationError;
 use crate::lazy::{FaultHandler, LazyRam, PageSource};
 use crate::loader::out_of_place;
+use crate::postcopy::page_records::PageRecords;
 use crate::progress::{Counters, Progress, Status};
-use crate::ram::RamRecords;
 use crate::stream::{Command, Record, ReturnMessage, read_footer, read_record};
 
 /// Memory that arrives, and on which accesses wait.
@@ -200,7 +200,7 @@ impl Session<'_> {
     /// Reads the stream to its end.
     fn take_main(&self, reader: &mut WireReader<Channel>) -> Result<(), MigrationError> {
         let waits = || self.handover.may_wait(self.progress);
-        let mut records = RamRecords::new(&waits);
+        let mut records = PageRecords::new(&waits);
         loop {
             let at = reader.offset();
             if reader.is_at_end().map_err(MigrationError::io("read memory that arrives"))? {
@@ -244,7 +244,7 @@ impl Session<'_> {
     fn take_urgent(&self, channel: Channel) -> Result<(), MigrationError> {
         let mut reader = WireReader::new(channel);
         let waits = || self.handover.may_wait(self.progress);
-        let mut records = RamRecords::new(&waits);
+        let mut records = PageRecords::new(&waits);
         while !reader.is_at_end().map_err(MigrationError::io("read pages"))? {
             if records.place_page(self.lazy, &mut reader)? {
                 return Ok(());

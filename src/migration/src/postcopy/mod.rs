@@ -8,6 +8,7 @@
 mod destination;
 mod handover;
 mod listening;
+pub(crate) mod page_records;
 mod received;
 mod requests;
 mod return_channel;

@@ -4,7 +4,6 @@ mod block;
 mod frozen;
 mod load;
 mod prepare;
-mod records;
 mod registry;
 mod save;
 mod zero_runs;
@@ -14,7 +13,6 @@ pub use block::{BlockOptions, Migratable, MigrationBlock, ZeroPageDetection};
 pub(crate) use frozen::FrozenBlocks;
 pub use load::RamLoad;
 pub(crate) use prepare::prepare;
-pub(crate) use records::RamRecords;
 pub use registry::{BlockError, ListOptions, RamBlocks};
 pub use save::{RamSave, SaveBlock};
 

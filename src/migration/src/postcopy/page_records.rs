@@ -1,13 +1,13 @@
-//! Page records of a stream, placed where the guest already waits for them.
+//! Page records of a stream, placed where the guest waits for them.
 
 use std::time::Duration;
 
 use ram_discard::ByteRange;
 use vmstate::wire::WireRead;
 
-use super::MigrationBlock;
 use crate::error::MigrationError;
 use crate::lazy::LazyRam;
+use crate::ram::MigrationBlock;
 use crate::stream::{PageHeader, PageKind, TARGET_PAGE_SIZE};
 
 /// Pages are placed in runs of at most so many bytes, or of one host page.
@@ -17,7 +17,7 @@ const RUN_MAX: usize = 256 << 10;
 const MEMORY_POLL: Duration = Duration::from_millis(50);
 
 /// Reads the records of one channel.
-pub(crate) struct RamRecords<'a> {
+pub(crate) struct PageRecords<'a> {
     /// Whether to wait for memory when there is none.
     waits: &'a dyn Fn() -> bool,
     /// The block of the record before.
@@ -30,7 +30,7 @@ pub(crate) struct RamRecords<'a> {
     any: bool,
 }
 
-impl<'a> RamRecords<'a> {
+impl<'a> PageRecords<'a> {
     /// Of a channel on which nothing was read. While there is no memory for a page and `waits` says
     /// so, nothing more is read, and it is tried again several times a second.
     pub(crate) fn new(waits: &'a dyn Fn() -> bool) -> Self {
