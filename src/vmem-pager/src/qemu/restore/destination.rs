@@ -49,12 +49,13 @@ impl Destination {
         Ok(Self { qmp: Mutex::new(Qmp::connect(path, run)?), run: Arc::clone(run) })
     }
 
-    /// Has QEMU, which was started with `-incoming defer`, wait for the guest at `address`.
+    /// Has QEMU, which was started with `-incoming defer`, wait for the guest at `address`; whether for two
+    /// connections (postcopy-preempt).
     ///
     /// # Errors
     ///
     /// What QEMU refuses.
-    pub fn prepare(&self, address: &Address, lazy: bool, paused: bool) -> Result<(), PagerError> {
+    pub fn prepare(&self, address: &Address, lazy: bool, paused: bool) -> Result<bool, PagerError> {
         let mut qmp = self.qmp.lock();
         let off = ["mapped-ram", "multifd", "x-ignore-shared", "xbzrle", "dirty-bitmaps"];
         let mut wanted: Vec<(&str, bool)> = off.map(|name| (name, false)).into();
@@ -63,10 +64,12 @@ impl Destination {
             wanted.push(("postcopy-preempt", false));
         }
         Capabilities::set(&mut qmp, &wanted)?;
+        let mut preempt = lazy;
         if lazy {
             // One that does not have it is served by one channel.
             match Capabilities::set(&mut qmp, &[("postcopy-preempt", true)]) {
-                Ok(_) | Err(PagerError::Qmp { .. }) => {}
+                Ok(_) => {}
+                Err(PagerError::Qmp { .. }) => preempt = false,
                 Err(error) => return Err(error),
             }
         }
@@ -75,7 +78,7 @@ impl Destination {
             qmp.execute("stop", &json!({}))?;
         }
         let arguments = json!({ "uri": absolute(address).to_string(), "exit-on-error": false });
-        qmp.execute("migrate-incoming", &arguments).map(drop)
+        qmp.execute("migrate-incoming", &arguments).map(|_| preempt)
     }
 
     /// Has a QEMU whose pager died wait for another at `address`.

@@ -17,8 +17,8 @@ use vmstate::wire::WireReader;
 use super::figures::Figures;
 use super::lost::{Lost, Stage};
 use super::page_writer::PageWriter;
-use super::preamble::{self, PING_FIRST};
-use super::serve::{Ear, Urgent, wait_for_pong};
+use super::preamble::{self, PING_BEFORE, PING_FIRST, PING_LISTENING};
+use super::serve::{Ear, Listening, Urgent, wait_for_pong};
 use super::supply::{Next, Supply, Work};
 use crate::cli::report::Report;
 use crate::error::PagerError;
@@ -64,6 +64,8 @@ pub(super) struct Lazy<'a> {
     /// Bytes a second of what was not asked for.
     pub bandwidth: Option<u64>,
     pub guest: Option<&'a dyn Guest>,
+    /// Whether QEMU has postcopy-preempt, where that is known.
+    pub preempt: Option<bool>,
 }
 
 /// The channels of a restore.
@@ -71,6 +73,14 @@ struct Channels {
     main: Channel,
     back: WireReader<Channel>,
     urgent: Option<Channel>,
+    /// What was read already.
+    heard: Vec<ReturnMessage>,
+}
+
+/// How long a QEMU that does not wait for a second connection may take to say so, where the answer to a
+/// first question took `round_trip`.
+fn patience_for(round_trip: Duration) -> Duration {
+    (50 * round_trip).clamp(Duration::from_millis(20), Duration::from_millis(200))
 }
 
 impl Lazy<'_> {
@@ -94,16 +104,31 @@ impl Lazy<'_> {
         preamble::put_start(&mut bytes, self.image());
         let what = "it was being told what follows";
         main.write(&bytes).map_err(|error| lost.io(what, error))?;
+        let asked = Instant::now();
         wait_for_pong(&mut back, PING_FIRST, &lost, self.run.silence())?;
-        let urgent = self.connect_urgent()?;
+        let round_trip = asked.elapsed();
+        let mut urgent = None;
+        if self.preempt == Some(true) {
+            urgent = self.connect_urgent()?;
+        }
         bytes.clear();
         preamble::put_advise(&mut bytes);
         preamble::put_setup(&mut bytes, self.image());
         preamble::put_discard(&mut bytes, self.image());
         main.write(&bytes).map_err(|error| lost.io(what, error))?;
-        let mut package = Vec::new();
-        preamble::put_package(&mut package, self.image());
-        self.send_all(Channels { main, back, urgent }, &package)
+        bytes.clear();
+        preamble::put_package(&mut bytes, self.image());
+        let mut listening = Listening::first();
+        if self.preempt.is_some() {
+            // Requests may come before all of it is read.
+            return self.send_all(Channels { main, back, urgent, heard: Vec::new() }, &bytes);
+        }
+        let lost = self.lost(Stage::Postcopy(self.figures));
+        main.write(&bytes).map_err(|error| lost.io(what, error))?;
+        if !listening.wait(&mut back, patience_for(round_trip), &lost)? {
+            urgent = self.connect_urgent()?;
+        }
+        self.send_all(Channels { main, back, urgent, heard: listening.heard }, &[])
     }
 
     /// Goes on in a QEMU that is in postcopy-paused.
@@ -117,15 +142,17 @@ impl Lazy<'_> {
         self.figures.running();
         back.get_mut().set_read_patience(Some(self.run.silence()));
         let what = "it was being asked for what it has";
-        let mut received = 0;
+        let (mut received, mut round_trip) = (0, Duration::ZERO);
         for (index, block) in self.image().blocks().iter().enumerate() {
             let mut bytes = Vec::new();
             put_command(&mut bytes, &Command::RecvBitmap { block: block.id().to_owned() });
+            let asked = Instant::now();
             main.write(&bytes).map_err(|error| lost.io(what, error))?;
             match ReturnMessage::read(&mut back).map_err(|error| lost.format(what, error))? {
                 ReturnMessage::RecvBitmap { block: told } if told == block.id() => {
                     let outstanding = read_received(&mut back, block.id(), block.nr_pages())
                         .map_err(|error| lost.engine(what, error))?;
+                    round_trip = round_trip.max(asked.elapsed());
                     let before = self.supply.left();
                     self.supply.not_received(index, &outstanding);
                     received += before - self.supply.left();
@@ -141,20 +168,20 @@ impl Lazy<'_> {
         self.figures.skip(received * TARGET_PAGE_SIZE);
         let details = json!({ "received_bytes": received * TARGET_PAGE_SIZE });
         self.report.event("recovering", &details);
-        let urgent = self.connect_urgent()?;
         let mut bytes = Vec::new();
+        put_command(&mut bytes, &Command::Ping(PING_BEFORE));
         put_command(&mut bytes, &Command::PostcopyResume);
+        put_command(&mut bytes, &Command::Ping(PING_LISTENING));
         main.write(&bytes).map_err(|error| lost.io(what, error))?;
-        match ReturnMessage::read(&mut back).map_err(|error| lost.format(what, error))? {
-            ReturnMessage::ResumeAck => {}
-            other => {
-                return Err(PagerError::Protocol(format!(
-                    "QEMU sent {other:?} where the answer to RESUME was expected; {}",
-                    lost.guest()
-                )));
+        let mut listening = Listening::default();
+        let mut urgent = None;
+        if !listening.wait(&mut back, patience_for(round_trip), &lost)? {
+            urgent = self.connect_urgent()?;
+            if !listening.wait(&mut back, self.run.silence(), &lost)? {
+                return Err(lost.io("it was being resumed", io::ErrorKind::TimedOut.into()));
             }
         }
-        self.send_all(Channels { main, back, urgent }, &[])
+        self.send_all(Channels { main, back, urgent, heard: listening.heard }, &[])
     }
 
     fn connect(&self) -> Result<(Channel, WireReader<Channel>), PagerError> {
@@ -188,7 +215,7 @@ impl Lazy<'_> {
 
     /// Sends `first` and all pages, and answers requests, until QEMU has everything.
     fn send_all(&self, channels: Channels, first: &[u8]) -> Result<(), PagerError> {
-        let Channels { main, back, urgent } = channels;
+        let Channels { main, back, urgent, heard } = channels;
         self.report.event("connected", &json!({ "second_connection": urgent.is_some() }));
         let connected = Instant::now();
         let ended = Mutex::new(None);
@@ -208,7 +235,7 @@ impl Lazy<'_> {
             };
             let hearing = thread::Builder::new().name("return-path".to_owned());
             let hearing = hearing.spawn_scoped(scope, move || {
-                let heard = ear.hear(back);
+                let heard = ear.hear(back, heard);
                 self.supply.close();
                 // A write must not wait for a reader that is gone.
                 broken.shutdown();
@@ -254,7 +281,9 @@ impl Lazy<'_> {
         ended: &Mutex<Option<Instant>>,
         stopped: &AtomicBool,
     ) -> Result<(), PagerError> {
-        self.send_pages(main, urgent, &|| urgent.is_there() && connected.elapsed() < UNEXPECTED)?;
+        // Where peers are to answer sooner, this is sooner, too.
+        let unexpected = UNEXPECTED.min(self.run.silence() / 4);
+        self.send_pages(main, urgent, &|| urgent.is_there() && connected.elapsed() < unexpected)?;
         if urgent.is_there() {
             return self.end(main, ended);
         }

@@ -103,11 +103,15 @@ pub fn run(
     let bandwidth = args.bandwidth;
     let eager = Eager { run, report, address, supply: &supply, figures, bandwidth };
     let guest = destination.as_ref().map(|destination| destination as &dyn Guest);
-    let lazy = Lazy { run, report, address, supply: &supply, figures, bandwidth, guest };
+    let mut lazy =
+        Lazy { run, report, address, supply: &supply, figures, bandwidth, guest, preempt: None };
     if let Some(destination) = &destination {
         match args.recover {
             true => destination.recover(address)?,
-            false => destination.prepare(address, !args.eager, image.is_paused())?,
+            false => {
+                let preempt = destination.prepare(address, !args.eager, image.is_paused())?;
+                lazy.preempt = Some(preempt);
+            }
         }
     }
     let restored = match (args.eager, args.recover) {

@@ -13,6 +13,10 @@ use crate::image::GuestImage;
 pub(super) const PING_LOADED: u32 = 0x42;
 /// The first PING: QEMU has accepted the connection once it answers.
 pub(super) const PING_FIRST: u32 = 1;
+/// QEMU listens for faults: without postcopy-preempt at once, with it only when the second connection is there.
+pub(super) const PING_LISTENING: u32 = 4;
+/// QEMU is about to; it has read all before.
+pub(super) const PING_BEFORE: u32 = 5;
 const PING_PACKAGE: u32 = 3;
 
 /// Magic, version, configuration, and the return path.
@@ -68,10 +72,13 @@ pub(super) fn put_discard(out: &mut Vec<u8>, image: &GuestImage) {
 pub(super) fn put_package(out: &mut Vec<u8>, image: &GuestImage) {
     let mut package = Vec::new();
     put_command(&mut package, &Command::PostcopyListen);
+    put_command(&mut package, &Command::Ping(PING_LISTENING));
     package.put(image.device_state());
     put_command(&mut package, &Command::Ping(PING_PACKAGE));
     put_command(&mut package, &Command::Ping(PING_LOADED));
     put_command(&mut package, &Command::PostcopyRun);
+    // Not in it: with postcopy-preempt QEMU waits before the whole of it.
+    put_command(out, &Command::Ping(PING_BEFORE));
     let len = u32::try_from(package.len()).expect("device state in an image is limited");
     put_command(out, &Command::Packaged { len });
     out.put(&package);

@@ -13,12 +13,14 @@ use vmstate::wire::{WireRead, WireReader};
 use super::figures::Figures;
 use super::lost::{Lost, Stage};
 use super::page_writer::PageWriter;
-use super::preamble::PING_LOADED;
+use super::preamble::{PING_BEFORE, PING_LISTENING, PING_LOADED};
 use super::supply::{Answer, Source, Supply};
 use crate::error::PagerError;
 use crate::image::{GuestImage, PageReader};
 use crate::run::{POLL, Run};
 
+/// Requests that are kept until they are answered: those that were outstanding when QEMU paused.
+const HEARD_MAX: usize = 64 << 10;
 /// Pages sent on the channel of pages that are waited for that are remembered, until it is certain that
 /// QEMU reads it.
 const UNPROVEN_MAX: usize = 4 << 10;
@@ -75,23 +77,34 @@ impl<'a> Urgent<'a> {
 }
 
 impl Ear<'_> {
-    /// Hears and answers until QEMU has everything.
+    /// Hears and answers until QEMU has everything; first what was `heard` already.
     ///
     /// # Errors
     ///
     /// When QEMU fails, breaks off, or breaks the protocol.
-    pub fn hear(self, mut back: WireReader<Channel>) -> Result<(), PagerError> {
+    pub fn hear(
+        self,
+        mut back: WireReader<Channel>,
+        heard: Vec<ReturnMessage>,
+    ) -> Result<(), PagerError> {
         let lost = Lost { run: self.run, stage: Stage::Postcopy(self.figures) };
         let mut asked = asked_of(self.supply.image());
         let mut reader = PageReader::new(self.supply.image());
         back.get_mut().set_read_patience(Some(self.run.silence()));
         let what = "memory was being sent";
+        let mut heard = heard.into_iter();
         loop {
-            self.wait(&mut back, &lost)?;
-            if back.is_at_end().map_err(|error| lost.io(what, error))? {
-                return Err(lost.closed(what));
-            }
-            match ReturnMessage::read(&mut back).map_err(|error| lost.format(what, error))? {
+            let message = match heard.next() {
+                Some(message) => message,
+                None => {
+                    self.wait(&mut back, &lost)?;
+                    if back.is_at_end().map_err(|error| lost.io(what, error))? {
+                        return Err(lost.closed(what));
+                    }
+                    ReturnMessage::read(&mut back).map_err(|error| lost.format(what, error))?
+                }
+            };
+            match message {
                 ReturnMessage::RequestPages { block, start, len } => {
                     let since = Instant::now();
                     let (block, range) = asked
@@ -202,6 +215,71 @@ impl Ear<'_> {
                 if closed { self.urgent.check(self.supply, lost) } else { Err(error) }
             }
         }
+    }
+}
+
+/// What QEMU says when it is to listen for faults, for the first time or again.
+#[derive(Debug, Default)]
+pub(super) struct Listening {
+    /// When it has read all that comes before.
+    before: Option<Instant>,
+    /// Whether it says so.
+    listens: bool,
+    /// Whether it was resumed, and has acknowledged that.
+    acknowledged: bool,
+    /// What it said besides.
+    pub heard: Vec<ReturnMessage>,
+}
+
+impl Listening {
+    /// For the first time.
+    pub fn first() -> Self {
+        Self { acknowledged: true, ..Self::default() }
+    }
+
+    /// Waits until QEMU listens; false when it does not within `patience` from when it is about to.
+    pub fn wait(
+        &mut self,
+        back: &mut WireReader<Channel>,
+        patience: Duration,
+        lost: &Lost<'_>,
+    ) -> Result<bool, PagerError> {
+        let what = "it was being told of postcopy";
+        let begun = Instant::now();
+        while !(self.listens && self.acknowledged) {
+            if back.buffered().is_empty() {
+                let left = match self.before {
+                    Some(before) => patience.saturating_sub(before.elapsed()),
+                    None => lost.run.silence().saturating_sub(begun.elapsed()),
+                };
+                match (left.is_zero(), self.before) {
+                    (true, Some(_)) => return Ok(false),
+                    (true, None) => return Err(lost.io(what, Errno::TIMEDOUT.into())),
+                    (false, _) => {}
+                }
+                lost.run.check(what)?;
+                let wait = Timespec { tv_sec: 0, tv_nsec: left.min(POLL).subsec_nanos().into() };
+                match poll(&mut [PollFd::new(back.get_ref(), PollFlags::IN)], Some(&wait)) {
+                    Ok(0) | Err(Errno::INTR) => continue,
+                    Ok(_) => {}
+                    Err(errno) => return Err(lost.io(what, errno.into())),
+                }
+            }
+            match ReturnMessage::read(back).map_err(|error| lost.format(what, error))? {
+                ReturnMessage::ResumeAck if !self.acknowledged => self.acknowledged = true,
+                ReturnMessage::Pong(PING_BEFORE) => self.before = Some(Instant::now()),
+                ReturnMessage::Pong(PING_LISTENING) => self.listens = true,
+                // Whatever it is, it is judged where pages are served.
+                other if self.heard.len() < HEARD_MAX => self.heard.push(other),
+                _ => {
+                    return Err(PagerError::Protocol(format!(
+                        "QEMU sent more than {HEARD_MAX} messages before it listens for faults; {}",
+                        lost.guest()
+                    )));
+                }
+            }
+        }
+        Ok(true)
     }
 }
 

@@ -117,12 +117,12 @@ impl<'a> Supply<'a> {
     pub fn new(image: &'a GuestImage) -> Self {
         let blocks = image.blocks().iter().map(|block| {
             let none = || PageBitmap::new(block.nr_pages());
-            Block {
-                outstanding: block.present().clone(),
-                settled: none(),
-                ahead: none(),
-                holes: PageBitmap::new(0),
+            // Run by run: what is absent is not even touched in a bitmap.
+            let mut outstanding = none();
+            for run in block.present().runs(0..block.nr_pages()) {
+                outstanding.set_range(run);
             }
+            Block { outstanding, settled: none(), ahead: none(), holes: PageBitmap::new(0) }
         });
         let blocks: Vec<Block> = blocks.collect();
         let mut order: Vec<usize> = (0..blocks.len()).collect();

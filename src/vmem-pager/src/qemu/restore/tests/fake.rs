@@ -87,8 +87,10 @@ impl Fake {
     pub fn load(&self, sample: &Sample) -> (Main, JoinHandle<()>) {
         let mut main = self.accept_main();
         main.greet();
-        let urgent = self.accept_urgent();
         main.setup(sample);
+        // It listens once this is there.
+        let urgent = self.accept_urgent();
+        main.say(&ReturnMessage::Pong(4));
         (main, urgent)
     }
 
@@ -155,13 +157,15 @@ impl Main {
         discard.put_be64(0);
         discard.put_be64(PAGE);
         self.expect(&discard, "RAM_DISCARD");
-        let mut package = b"\x08\0\x04\0\0".to_vec();
+        let mut package = b"\x08\0\x04\0\0\x08\0\x02\0\x04\0\0\0\x04".to_vec();
         package.extend(sample.device_state());
         package.extend(b"\x08\0\x02\0\x04\0\0\0\x03\x08\0\x02\0\x04\0\0\0\x42\x08\0\x05\0\0");
         let mut command = b"\x08\0\x07\0\x04".to_vec();
         command.put_be32(package.len() as u32);
         command.extend(package);
+        self.expect(b"\x08\0\x02\0\x04\0\0\0\x05", "PING 5");
         self.expect(&command, "PACKAGED");
+        self.say(&ReturnMessage::Pong(5));
     }
 
     pub fn blocks(&mut self, sample: &Sample) {
@@ -226,7 +230,9 @@ impl Main {
     }
 
     pub fn resumed(&mut self) {
-        self.expect(b"\x08\0\x09\0\0", "RESUME");
+        self.expect(b"\x08\0\x02\0\x04\0\0\0\x05", "PING 5");
+        self.expect(b"\x08\0\x09\0\0\x08\0\x02\0\x04\0\0\0\x04", "RESUME, PING 4");
+        self.say(&ReturnMessage::Pong(5));
         self.say(&ReturnMessage::ResumeAck);
     }
 }

@@ -34,6 +34,7 @@ struct How {
     bandwidth: Option<u64>,
     replay: Option<WorkingSet>,
     guest: Option<Arc<MockGuest>>,
+    preempt: Option<bool>,
 }
 
 /// Counts what is asked of it.
@@ -75,7 +76,16 @@ fn restore_file(path: &Path, socket: &Path, how: &How) -> (Result<(), PagerError
     let (run, address) = (&run, &Address::Unix(socket.to_owned()));
     let (figures, bandwidth) = (&metrics.figures, how.bandwidth);
     let guest = how.guest.as_deref().map(|guest| guest as &dyn Guest);
-    let lazy = Lazy { run, report, address, supply: &supply, figures, bandwidth, guest };
+    let lazy = Lazy {
+        run,
+        report,
+        address,
+        supply: &supply,
+        figures,
+        bandwidth,
+        guest,
+        preempt: how.preempt,
+    };
     let done = match (how.eager, how.recover) {
         (true, _) => Eager { run, report, address, supply: &supply, figures, bandwidth }.start(),
         (_, true) => lazy.recover(),
@@ -182,8 +192,8 @@ fn without_a_second_channel_holes_of_populated_memory_are_sent_so_that_no_fault_
     let restored = restore(&sample, &dir, How::default());
     let mut main = fake.accept_main();
     main.greet();
-    drop(fake.accept());
     main.setup(&sample);
+    main.say(&ReturnMessage::Pong(4));
     let placing = main.place();
     fake.wait_ended();
     main.say(&ReturnMessage::Shut(0));
@@ -210,8 +220,8 @@ fn without_a_second_channel_a_guest_that_can_be_stopped_is_stopped_for_the_end()
         let restored = restore(&sample, &dir, how);
         let mut main = fake.accept_main();
         main.greet();
-        drop(fake.accept());
         main.setup(&sample);
+        main.say(&ReturnMessage::Pong(4));
         let placing = main.place();
         main.ask(Some("ram"), 20);
         fake.wait_ended();
@@ -229,6 +239,27 @@ fn without_a_second_channel_a_guest_that_can_be_stopped_is_stopped_for_the_end()
 }
 
 #[test]
+fn what_is_known_of_the_channels_is_not_waited_for() {
+    for preempt in [true, false] {
+        let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
+        let fake = Fake::listen(dir.path());
+        let restored = restore(&sample, &dir, How { preempt: Some(preempt), ..How::default() });
+        let mut main = fake.accept_main();
+        main.greet();
+        // It connects before it sends anything that would have to be answered.
+        let urgent = preempt.then(|| fake.accept_urgent());
+        main.setup(&sample);
+        let placing = main.place();
+        fake.wait_ended();
+        main.say(&ReturnMessage::Shut(0));
+        restored.join().unwrap().0.unwrap();
+        placing.join().unwrap();
+        urgent.map(JoinHandle::join).transpose().unwrap();
+        assert_eq!(fake.placed.lock().twice, []);
+    }
+}
+
+#[test]
 fn a_guest_that_was_stopped_for_an_end_that_failed_continues() {
     let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
     let fake = Fake::listen(dir.path());
@@ -237,8 +268,8 @@ fn a_guest_that_was_stopped_for_an_end_that_failed_continues() {
     let restored = restore(&sample, &dir, how);
     let mut main = fake.accept_main();
     main.greet();
-    drop(fake.accept());
     main.setup(&sample);
+    main.say(&ReturnMessage::Pong(4));
     let placing = main.place();
     fake.wait_ended();
     main.say(&ReturnMessage::Shut(5));

@@ -13,23 +13,15 @@ fn pagers_that_die_again_and_again_lose_nothing() {
             let how = How { recover: life != 0, bandwidth, ..How::default() };
             let restored = restore(&sample, &dir, how);
             let mut main = fake.accept_main();
-            let second = || match preempt {
-                true => Some(fake.accept_urgent()),
-                false => {
-                    drop(fake.accept());
-                    None
-                }
-            };
-            let urgent;
             if life == 0 {
                 main.greet();
-                urgent = second();
                 main.setup(&sample);
             } else {
                 main.resume(&sample);
-                urgent = second();
                 main.resumed();
             }
+            let urgent = preempt.then(|| fake.accept_urgent());
+            main.say(&ReturnMessage::Pong(4));
             let placing = main.place();
             let page = 100 * (life + 1);
             main.ask(Some("big"), page);

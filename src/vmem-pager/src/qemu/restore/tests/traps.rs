@@ -95,8 +95,8 @@ fn a_flood_of_requests_whose_answers_are_not_read_is_bounded() {
     let restored = restore(&sample, &dir, How::default());
     let mut main = fake.accept_main();
     main.greet();
-    drop(fake.accept());
     main.setup(&sample);
+    main.say(&ReturnMessage::Pong(4));
     ask_for_all(&mut main);
     let error = restored.join().unwrap().0.unwrap_err().to_string();
     assert!(error.contains("more than 65536 page requests"), "{error}");
@@ -108,8 +108,8 @@ fn a_flood_of_requests_whose_answers_are_not_read_is_bounded() {
     let restored = restore(&sample, &dir, how);
     let mut main = fake.accept_main();
     main.greet();
-    let _urgent = fake.accept();
     main.setup(&sample);
+    let _urgent = fake.accept();
     let _placing = main.place();
     ask_for_all(&mut main);
     let error = restored.join().unwrap().0.unwrap_err();
