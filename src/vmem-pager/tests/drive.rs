@@ -3,19 +3,21 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use clap::Parser;
 use common::process::{hear, names, send};
 use common::source::{Source, content, state};
 use migration::stream::{ReturnMessage, SectionKind};
 use serde_json::{Value, json};
 use vmem_pager::PagerError;
-use vmem_pager::cli::args::{Common, Sandbox, SaveArgs, Vmm};
+use vmem_pager::cli::args::{Args, Command, SaveArgs};
 use vmem_pager::cli::report::Report;
 use vmem_pager::qemu::save::{SaveMetrics, run};
 use vmem_pager::run::Run;
@@ -24,17 +26,13 @@ use vmem_pager::socket::Address;
 const SILENCE: Duration = Duration::from_millis(300);
 
 fn args(dir: &Path, qmp: Option<PathBuf>) -> SaveArgs {
-    SaveArgs {
-        common: Common {
-            vmm: Vmm::Qemu,
-            socket: Address::Unix(dir.join("vm.sock")),
-            image: dir.join("image"),
-            qmp,
-            metrics_socket: None,
-            json: false,
-            timeout: None,
-            sandbox: Sandbox::Off,
-        },
+    let path = |name| dir.join(name).display().to_string();
+    let mut words = ["vmem-pager", "save", "--vmm", "qemu", "--socket"].map(str::to_owned).to_vec();
+    words.extend([path("vm.sock"), "--image".to_owned(), path("image")]);
+    words.extend(qmp.into_iter().flat_map(|qmp| ["--qmp".to_owned(), qmp.display().to_string()]));
+    match Args::parse_from(words).command {
+        Command::Save(args) => args,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -46,6 +44,49 @@ fn save(dir: &Path, qmp: Option<PathBuf>) -> Result<(), PagerError> {
 
 fn stream() -> Source {
     Source::new().return_path().ram(&[("ram", 1 << 20)]).section(SectionKind::Part)
+}
+
+/// Gives each line that is written to it to a test.
+struct Lines(mpsc::Sender<String>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = self.0.send(String::from_utf8_lossy(bytes).into_owned());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_source_may_come_by_tcp() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut args = args(dir.path(), None);
+    args.common.socket = Address::Tcp("127.0.0.1:0".to_owned());
+    let (lines, told) = mpsc::channel();
+    let report = Report::to(Box::new(Lines(lines)), Box::new(std::io::sink()), true);
+    let saving = thread::spawn(move || {
+        let metrics = SaveMetrics::new();
+        run(&args, &Run::new(None), &report, &metrics).map_err(|error| error.to_string())
+    });
+    let address = told.iter().find_map(|text| {
+        let rest = text.split_once("tcp:")?.1;
+        Some(rest.split_once('"').map_or(rest, |(address, _)| address).to_owned())
+    });
+    let mut source = TcpStream::connect(address.unwrap()).unwrap();
+    source
+        .write_all(&stream().page("ram", 0, Some(&content(1))).end_section().end(&state()).bytes)
+        .unwrap();
+    let mut heard = Vec::new();
+    source.read_to_end(&mut heard).unwrap();
+    let mut wanted = Vec::new();
+    ReturnMessage::Pong(1).put(&mut wanted);
+    ReturnMessage::Shut(0).put(&mut wanted);
+    assert_eq!(heard, wanted);
+    saving.join().unwrap().unwrap();
+    assert_eq!(names(dir.path()), ["image"]);
 }
 
 /// A QEMU: it answers commands, and does `migrate` when it is asked to.
