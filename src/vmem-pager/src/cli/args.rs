@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use program::duration::parse_duration;
 use program::size::{SizeError, parse_size};
 
+use crate::cloud_hypervisor::edit::Edit;
 use crate::socket::Address;
 
 /// Saves a guest of a stock VMM to an image, and restores it within milliseconds.
@@ -39,14 +40,39 @@ pub enum Command {
     /// with the capabilities postcopy-ram and postcopy-preempt. The guest runs at once, and its memory
     /// arrives as it is touched.
     Restore(RestoreArgs),
+
+    /// Hand a guest over from one Cloud Hypervisor to another on this host, without a copy
+    ///
+    /// Start the new one with `receive-migration receiver_url=unix:TO`, then this, and then have the old one
+    /// `send-migration destination_url=unix:PATH,local=on`. If the new one fails, the old one continues.
+    Handover(HandoverArgs),
 }
 
 impl Command {
-    /// What both have.
-    pub fn common(&self) -> &Common {
+    /// What happens is told as lines of JSON.
+    pub fn json(&self) -> bool {
         match self {
-            Self::Save(args) => &args.common,
-            Self::Restore(args) => &args.common,
+            Self::Save(args) => args.common.json,
+            Self::Restore(args) => args.common.json,
+            Self::Handover(args) => args.json,
+        }
+    }
+
+    /// How long it may take.
+    pub fn timeout(&self) -> Option<Duration> {
+        match self {
+            Self::Save(args) => args.common.timeout,
+            Self::Restore(args) => args.common.timeout,
+            Self::Handover(args) => args.timeout,
+        }
+    }
+
+    /// Whether this process confines itself.
+    pub fn sandbox(&self) -> Sandbox {
+        match self {
+            Self::Save(args) => args.common.sandbox,
+            Self::Restore(args) => args.common.sandbox,
+            Self::Handover(args) => args.sandbox,
         }
     }
 }
@@ -150,9 +176,41 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "RATE", value_parser = parse_rate, allow_negative_numbers = true)]
     pub bandwidth: Option<u64>,
 
+    /// Give the guest another path or other text, as disks[0].path=/new/disk; of Cloud Hypervisor
+    #[arg(long, value_name = "PATH=VALUE")]
+    pub set: Vec<Edit>,
+
     /// Go on with a restore whose pager died, in a QEMU that is in postcopy-paused
     #[arg(long, conflicts_with = "eager")]
     pub recover: bool,
+}
+
+/// The command line of `handover`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct HandoverArgs {
+    /// Where it listens for the Cloud Hypervisor that has the guest
+    #[arg(long, value_name = "SOCKET")]
+    pub socket: Address,
+
+    /// Where the Cloud Hypervisor listens that is to have it
+    #[arg(long, value_name = "SOCKET")]
+    pub to: Address,
+
+    /// Give the guest another path or other text, as disks[0].path=/new/disk
+    #[arg(long, value_name = "PATH=VALUE")]
+    pub set: Vec<Edit>,
+
+    /// Print a JSON object a line of what happens, errors included
+    #[arg(long)]
+    pub json: bool,
+
+    /// Give up after this long: 30s, 2m, 1h, or seconds
+    #[arg(long, value_name = "T", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+
+    /// Confine this process; not in this version, which says so
+    #[arg(long, value_name = "WHETHER", default_value = "off")]
+    pub sandbox: Sandbox,
 }
 
 /// Bytes a second, of which there must be some.
@@ -201,6 +259,8 @@ mod tests {
             "vmem-pager save --vmm qemu --socket s --image i --eager",
             "vmem-pager restore --vmm qemu --socket s --image i --bandwidth 0",
             "vmem-pager restore --vmm qemu --socket s --image i --recover --eager",
+            "vmem-pager restore --vmm cloud-hypervisor --socket s --image i --set memory.size=1",
+            "vmem-pager handover --socket s",
         ] {
             assert!(parse(words).is_err(), "{words}");
         }

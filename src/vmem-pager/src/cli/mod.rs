@@ -33,10 +33,9 @@ pub fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    let common = args.command.common();
-    let report = Report::of_process(common.json);
+    let report = Report::of_process(args.command.json());
     let done = signals.map_err(PagerError::system("watch signals")).and_then(|signals| {
-        let run = Run::new(common.timeout);
+        let run = Run::new(args.command.timeout());
         run.watch(signals)?;
         execute(&args.command, &run, &report)
     });
@@ -59,29 +58,29 @@ pub fn execute(
     run: &std::sync::Arc<Run>,
     report: &Report,
 ) -> Result<(), PagerError> {
-    let common = command.common();
-    confine(common, report);
+    confine(command.sandbox(), report);
     match command {
         Command::Save(options) => {
             let metrics = crate::qemu::save::SaveMetrics::new();
-            let _server = serve_metrics(common, || metrics.registry())?;
-            match common.vmm {
+            let _server = serve_metrics(&options.common, || metrics.registry())?;
+            match options.common.vmm {
                 Vmm::Qemu => crate::qemu::save::run(options, run, report, &metrics),
                 Vmm::CloudHypervisor => {
                     crate::cloud_hypervisor::save::run(options, run, report, &metrics)
                 }
             }
         }
+        Command::Restore(options) if options.common.vmm == Vmm::CloudHypervisor => {
+            let metrics = crate::cloud_hypervisor::metrics::RestoreMetrics::new();
+            let _server = serve_metrics(&options.common, || metrics.registry())?;
+            crate::cloud_hypervisor::restore::run(options, run, report, &metrics)
+        }
         Command::Restore(options) => {
             let metrics = crate::qemu::restore::RestoreMetrics::new();
-            let _server = serve_metrics(common, || metrics.registry())?;
-            match common.vmm {
-                Vmm::Qemu => crate::qemu::restore::run(options, run, report, &metrics),
-                Vmm::CloudHypervisor => Err(PagerError::Usage(
-                    "restore --vmm cloud-hypervisor: not in this version".to_owned(),
-                )),
-            }
+            let _server = serve_metrics(&options.common, || metrics.registry())?;
+            crate::qemu::restore::run(options, run, report, &metrics)
         }
+        Command::Handover(options) => crate::cloud_hypervisor::handover::run(options, run, report),
     }
 }
 
@@ -94,8 +93,8 @@ fn serve_metrics(
 }
 
 /// Confining this process is a matter of its own; until it is there, what was asked for is said to be missing.
-fn confine(common: &Common, report: &Report) {
-    if common.sandbox != Sandbox::Off {
+fn confine(sandbox: Sandbox, report: &Report) {
+    if sandbox != Sandbox::Off {
         report.warn("--sandbox: this version does not confine itself; continuing without");
     }
 }

@@ -23,8 +23,10 @@ const PIECE: usize = 64 << 10;
 /// What a peer did where something was waited for.
 #[derive(Debug)]
 pub enum Lost {
-    /// It has closed the connection.
+    /// It has closed the connection, between two messages.
     Closed,
+    /// It has closed the connection amid a message.
+    Cut,
     /// It neither sent nor read what it had to within the bound.
     Silent(Duration),
     /// The run has ended.
@@ -37,7 +39,7 @@ impl Lost {
     /// As an error; `who` is the peer, as "the source", `what` what was waited for, as "its State".
     pub fn explain(self, who: &str, what: &str) -> PagerError {
         match self {
-            Self::Closed => {
+            Self::Closed | Self::Cut => {
                 PagerError::Peer(format!("{who} closed the connection; {what} was waited for"))
             }
             Self::Silent(after) => PagerError::TimedOut {
@@ -114,7 +116,9 @@ impl Peer {
         let mut at = 0;
         while at < bytes.len() {
             match recv(&self.fd, &mut bytes[at..], RecvFlags::DONTWAIT) {
-                Ok((0, _)) | Err(Errno::CONNRESET | Errno::PIPE) => return Err(Lost::Closed),
+                Ok((0, _)) | Err(Errno::CONNRESET | Errno::PIPE) => {
+                    return Err(if at == 0 { Lost::Closed } else { Lost::Cut });
+                }
                 Ok((count, _)) => at += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => self.wait(PollFlags::IN, run, wait)?,

@@ -7,9 +7,16 @@
 
 pub mod channel;
 mod copy;
+pub mod edit;
+pub mod giving;
+pub mod handover;
 pub mod image;
 pub mod layout;
+mod lazy;
+mod memory;
+pub mod metrics;
 pub mod protocol;
+pub mod restore;
 pub mod save;
 pub mod state;
 pub mod taking;

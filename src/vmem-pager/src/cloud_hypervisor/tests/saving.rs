@@ -22,7 +22,7 @@ use crate::image::writer::NewFile;
 use crate::run::Run;
 
 /// Has `guest` saved to `path`.
-fn saved(
+pub fn saved(
     guest: &Guest,
     trap: Trap,
     path: &Path,

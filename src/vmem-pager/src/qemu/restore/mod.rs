@@ -74,6 +74,15 @@ pub fn run(
         return Err(PagerError::Usage(what.to_owned()));
     }
     let image = GuestImage::open(&args.common.image)?;
+    if crate::cloud_hypervisor::image::is_ours(&image) {
+        let path = image.path().to_owned();
+        let what = "an image of Cloud Hypervisor's; restore it with --vmm cloud-hypervisor";
+        return Err(PagerError::Image { path, what: what.to_owned() });
+    }
+    if !args.set.is_empty() {
+        let what = "--set: QEMU is given its paths on its own command line; leave the option out";
+        return Err(PagerError::Usage(what.to_owned()));
+    }
     for warning in image.warnings() {
         report.warn(&format!("{}: {warning}", image.path().display()));
     }
