@@ -217,6 +217,25 @@ fn what_is_not_a_migration_is_closed_and_the_migration_is_taken() {
 }
 
 #[test]
+fn connections_beside_a_save_are_closed_and_it_continues() {
+    let mut saving = Saving::start(&[]);
+    let mut source = saving.connect();
+    send(&mut source, &begun().bytes);
+    assert_eq!(hear(&mut source), pong(1));
+    for stranger in [&begun().bytes[..], b"GET / HTTP/1.1\r\n\r\n"] {
+        let mut other = saving.connect();
+        send(&mut other, stranger);
+        assert_eq!(hear(&mut other), None);
+    }
+    send(&mut source, &Source::default().end(&state()).bytes);
+    assert_eq!(hear(&mut source), SAVED);
+    let (status, _, err) = saving.wait();
+    assert_eq!((status, err.lines().count()), (Some(0), 2), "{err}");
+    assert!(err.contains("a migration beside the one that is saved"), "{err}");
+    assert_eq!(saved_pages(&saving), two_pages());
+}
+
+#[test]
 fn an_image_that_cannot_be_is_refused_before_there_is_a_socket() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("image")).unwrap();

@@ -244,40 +244,36 @@ impl Session {
             return None;
         }
         let mut state = self.state.lock();
-        let before = state.has_main;
         self.is_known(&mut state, number);
-        let served = match magic {
+        match magic {
             // A program that only looked whether this listens, or the end of all.
-            Err(_) => Ok(()),
+            Err(_) => None,
             Ok(MAIN_MAGIC) if !state.has_main => {
                 state.has_main = true;
                 drop(state);
                 reader.get_mut().bounded = true;
                 // It is gone only when the save has ended.
                 let _ = main.send(reader);
-                return None;
+                None
             }
-            Ok(MAIN_MAGIC) => Err(PagerError::Protocol("a second migration stream".to_owned())),
+            Ok(MAIN_MAGIC) => {
+                Some(PagerError::Protocol("a migration beside the one that is saved".to_owned()))
+            }
             Ok(_) if state.advised && !state.has_preempt => {
                 state.has_preempt = true;
+                // Not while the pages are taken, which may fail and say so.
                 drop(state);
-                self.preempt(&mut reader)
+                if let Err(error) = self.preempt(&mut reader) {
+                    self.fail(explain(error, self.run.silence()));
+                }
+                None
             }
             Ok(found) => {
-                drop(state);
                 let what =
                     format!("a connection that is not a migration: it starts with {found:#010x}");
-                let error = PagerError::Protocol(what);
-                if !before {
-                    return Some(error);
-                }
-                Err(error)
+                Some(PagerError::Protocol(what))
             }
-        };
-        if let Err(error) = served {
-            self.fail(explain(error, self.run.silence()));
         }
-        None
     }
 
     /// A connection has said what it is.
