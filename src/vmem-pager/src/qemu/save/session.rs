@@ -158,8 +158,11 @@ impl Session {
         self.ended.load(Ordering::Relaxed)
     }
 
-    /// Something went wrong: all ends.
+    /// Something went wrong: all ends. Once all has ended, reads that are cut off do not count.
     pub fn fail(&self, error: PagerError) {
+        if self.has_ended() {
+            return;
+        }
         self.state.lock().failure.get_or_insert(error);
         self.run.progress.cancel();
         self.changed.notify_all();
