@@ -62,6 +62,14 @@ pub enum PagerError {
     /// The VMM's side ended or failed.
     #[error("{0}")]
     Peer(String),
+    /// The VMM's guest cannot have its memory.
+    #[error("{source}; {outcome}")]
+    Unserved {
+        /// What became of the VMM, as "Firecracker was ended".
+        outcome: String,
+        /// Why.
+        source: Box<PagerError>,
+    },
     /// What QEMU answered on its control socket, word for word.
     #[error("QEMU refused {command}: {}: {}", printable(class), printable(desc))]
     Qmp {
@@ -97,6 +105,7 @@ impl PagerError {
         match self {
             Self::Usage(_) => 2,
             Self::TimedOut { .. } => 3,
+            Self::Unserved { source, .. } => source.exit_status(),
             _ => 1,
         }
     }

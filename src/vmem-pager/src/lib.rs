@@ -4,6 +4,7 @@
 //! - [`qemu`]: the two ends of QEMU's migration: [`save`](qemu::save) is the destination of
 //!   `migrate`, [`restore`](qemu::restore) a source of postcopy.
 //! - [`cloud_hypervisor`]: Cloud Hypervisor's local migration, in both roles.
+//! - [`firecracker`]: the page-fault handler of Firecracker's snapshots.
 //! - [`qmp`]: QEMU's control socket.
 //! - [`image`]: the file that a guest is saved to and restored from.
 //! - [`working_set`]: the order in which a guest touches its memory.
@@ -12,9 +13,14 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+#[cfg(test)]
+#[path = "../../../tests/common/huge_page_pool.rs"]
+mod huge_page_pool;
+
 pub mod cli;
 pub mod cloud_hypervisor;
 pub mod error;
+pub mod firecracker;
 pub mod image;
 pub mod metrics;
 pub mod qemu;

@@ -57,8 +57,17 @@ impl WorkingSet {
     ///
     /// When the file cannot be written.
     pub fn save(&self, path: &Path, image: &GuestImage) -> Result<(), PagerError> {
+        self.save_of(path, &blocks_of(image))
+    }
+
+    /// As [`save`](Self::save), with ids and pages of the RAM blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be written.
+    pub fn save_of(&self, path: &Path, blocks: &[(String, u64)]) -> Result<(), PagerError> {
         let written = NewImage::create(path).and_then(|new| {
-            new.file().write_all(&self.encode(&blocks_of(image)))?;
+            new.file().write_all(&self.encode(blocks))?;
             new.commit()
         });
         written.map_err(PagerError::file("write the working set to", path))
@@ -70,12 +79,21 @@ impl WorkingSet {
     ///
     /// When the file cannot be read, is not one of a working set, or is damaged.
     pub fn load(path: &Path, image: &GuestImage) -> Result<Option<Self>, PagerError> {
+        Self::load_of(path, &blocks_of(image))
+    }
+
+    /// As [`load`](Self::load), with ids and pages of the RAM blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read, is not one of a working set, or is damaged.
+    pub fn load_of(path: &Path, blocks: &[(String, u64)]) -> Result<Option<Self>, PagerError> {
         let failed = PagerError::file("read the working set from", path);
         let mut bytes = Vec::new();
         let read =
             File::open(path).and_then(|file| file.take(FILE_MAX + 1).read_to_end(&mut bytes));
         read.map_err(failed)?;
-        Self::decode(&bytes, &blocks_of(image))
+        Self::decode(&bytes, blocks)
             .map_err(|what| PagerError::Image { path: path.to_owned(), what })
     }
 

@@ -9,6 +9,7 @@ pub mod guest_chains;
 pub mod guest_requests;
 mod input;
 pub mod migration_stream;
+pub mod pager_firecracker;
 pub mod pager_save;
 pub mod postcopy_stream;
 pub mod seeds;
@@ -19,7 +20,7 @@ pub mod vhost_user_stream;
 pub type Body = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Body); 9] = [
+pub const TARGETS: [(&str, Body); 10] = [
     ("guest_requests", guest_requests::run),
     ("guest_chains", guest_chains::run),
     ("vhost_user_stream", vhost_user_stream::run),
@@ -28,5 +29,6 @@ pub const TARGETS: [(&str, Body); 9] = [
     ("migration_stream", migration_stream::run),
     ("postcopy_stream", postcopy_stream::run),
     ("discard_channel", discard_channel::run),
+    ("pager_firecracker", pager_firecracker::run),
     ("pager_save", pager_save::run),
 ];

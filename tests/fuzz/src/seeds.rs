@@ -12,6 +12,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "postcopy_stream" => postcopy_stream(),
         "discard_channel" => discard_channel(),
         "pager_save" => crate::pager_save::seeds(),
+        "pager_firecracker" => pager_firecracker(),
         _ => Vec::new(),
     }
 }
@@ -204,4 +205,20 @@ fn discard_channel() -> Vec<Vec<u8>> {
         NUMBER_WITHOUT_BITS.to_vec(),
         daemon(&[0], &[&populate, &populate, &[3, 3, 3]]),
     ]
+}
+
+fn pager_firecracker() -> Vec<Vec<u8>> {
+    let good = crate::pager_firecracker::GOOD.as_bytes();
+    let fault = [&[0x12][..], &[0; 15], &[0, 0, 0x10], &[0; 13]].concat();
+    let remove = [&[0x15][..], &[0; 7], &[0, 0x10], &[0; 6], &[0, 0x20], &[0; 14]].concat();
+    // States as they are kept: magic, length of the text and of the memory file, messages, text.
+    let mut left = b"VMEMFCJ1".to_vec();
+    left.extend((good.len() as u64).to_le_bytes());
+    left.extend(65536u64.to_le_bytes());
+    left.resize(1024, 0);
+    left.extend(&remove);
+    left.resize(4096, 0);
+    left.extend(good);
+    left.resize(4 * 4096, 0);
+    vec![[&[0, 15], good].concat(), [&[1, 15], &fault[..], &remove].concat(), [&[2, 15], &left[..]].concat()]
 }

@@ -11,10 +11,12 @@ pub mod huge_pages;
 pub mod kvm;
 pub mod page_faults;
 pub mod pagemap;
+pub mod private_memory;
 pub mod shared_faults;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod userfaultfd;
+pub mod vmm_faults;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};

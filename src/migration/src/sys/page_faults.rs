@@ -20,8 +20,8 @@ use super::userfaultfd::{
 };
 
 pub(super) const REGISTER_MODE_MISSING: u64 = 1 << 0;
-const EVENT_PAGEFAULT: u8 = 0x12;
-const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
+pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
+pub(super) const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 
 const FEATURE_WP: (u64, &str) = (1 << 0, "PAGEFAULT_FLAG_WP (Linux 5.7)");
 pub(super) const FEATURE_MISSING_HUGETLBFS: (u64, &str) =

@@ -37,6 +37,17 @@ impl OfferedFaults {
         handshake(&[FEATURE_MISSING_HUGETLBFS, FEATURE_MISSING_SHMEM], || open(false)).map(Self)
     }
 
+    /// As [`open`](Self::open), and each removal of memory waits until its event was read.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open).
+    pub fn open_with_removals() -> io::Result<Self> {
+        let removals = (1 << 3, "EVENT_REMOVE (Linux 4.11)");
+        let needed = [FEATURE_MISSING_HUGETLBFS, FEATURE_MISSING_SHMEM, removals];
+        handshake(&needed, || open(false)).map(Self)
+    }
+
     /// A copy for the process that resolves the faults.
     ///
     /// # Errors
@@ -176,6 +187,12 @@ impl ClientFaults {
     }
 }
 
+impl From<ClientFaults> for OwnedFd {
+    fn from(faults: ClientFaults) -> Self {
+        faults.0
+    }
+}
+
 impl AsFd for ClientFaults {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -192,17 +209,7 @@ fn wake(fd: BorrowedFd<'_>, address: u64, len: u64) -> io::Result<()> {
 /// A client that is told of what it removes, for tests.
 #[cfg(test)]
 pub(crate) mod removals {
-    use super::*;
     use ram_discard::memory::HostMapping;
-
-    impl OfferedFaults {
-        /// As [`open`](Self::open), and each removal waits until its event is read.
-        pub(crate) fn open_with_removals() -> io::Result<Self> {
-            let removals = (1 << 3, "EVENT_REMOVE (Linux 4.11)");
-            let needed = [FEATURE_MISSING_HUGETLBFS, FEATURE_MISSING_SHMEM, removals];
-            handshake(&needed, || open(false)).map(Self)
-        }
-    }
 
     /// Removes the first `len` bytes of a mapping from the page tables. The file keeps them.
     pub(crate) fn forget(mapping: &HostMapping, len: u64) {

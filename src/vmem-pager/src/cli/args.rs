@@ -39,6 +39,9 @@ pub enum Command {
     /// Is the source of the VMM's migration: `-incoming defer` and `migrate-incoming unix:PATH` of QEMU
     /// with the capabilities postcopy-ram and postcopy-preempt. The guest runs at once, and its memory
     /// arrives as it is touched.
+    ///
+    /// Of Firecracker it is the page-fault handler: it listens on --socket, which is the backend_path of
+    /// `PUT /snapshot/load` with the backend_type Uffd. --image is the snapshot's state file.
     Restore(RestoreArgs),
 
     /// Hand a guest over from one Cloud Hypervisor to another on this host, without a copy
@@ -84,6 +87,8 @@ pub enum Vmm {
     Qemu,
     /// Cloud Hypervisor 53 or newer.
     CloudHypervisor,
+    /// Firecracker, of which guests are restored.
+    Firecracker,
 }
 
 /// Whether this process confines itself.
@@ -106,7 +111,7 @@ pub struct Common {
     pub vmm: Vmm,
 
     /// Where VMM and pager meet: a path, unix:PATH, or tcp:HOST:PORT. `save` listens there, `restore`
-    /// connects
+    /// connects; of Firecracker, `restore` listens
     #[arg(long, value_name = "SOCKET")]
     pub socket: Address,
 
@@ -160,9 +165,11 @@ pub struct RestoreArgs {
     #[arg(long)]
     pub eager: bool,
 
-    /// Memory of the guest, where the VMM has it in a file of its own
+    /// Memory of the guest, where the VMM has it in a file of its own (Firecracker). Given more than once:
+    /// the full snapshot first, then the diff snapshots after it, in the order in which they were made.
+    /// None of them is written
     #[arg(long, value_name = "FILE")]
-    pub memory_file: Option<PathBuf>,
+    pub memory_file: Vec<PathBuf>,
 
     /// Write the order in which the guest touches its memory to this file
     #[arg(long, value_name = "FILE")]

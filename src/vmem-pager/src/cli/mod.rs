@@ -60,6 +60,16 @@ pub fn execute(
 ) -> Result<(), PagerError> {
     confine(command.sandbox(), report);
     match command {
+        Command::Save(_) if common.vmm == Vmm::Firecracker => {
+            let what = "--vmm firecracker: Firecracker writes its snapshots itself (PUT /snapshot/create); only \
+                        restore takes it";
+            Err(PagerError::Usage(what.to_owned()))
+        }
+        Command::Restore(options) if common.vmm == Vmm::Firecracker => {
+            let metrics = crate::firecracker::RestoreMetrics::new();
+            let _server = serve_metrics(common, || metrics.registry())?;
+            crate::firecracker::run(options, run, report, &metrics)
+        }
         Command::Save(options) => {
             let metrics = crate::qemu::save::SaveMetrics::new();
             let _server = serve_metrics(&options.common, || metrics.registry())?;

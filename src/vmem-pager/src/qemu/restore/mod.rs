@@ -69,7 +69,7 @@ pub fn run(
     report: &Report,
     metrics: &RestoreMetrics,
 ) -> Result<(), PagerError> {
-    if args.memory_file.is_some() {
+    if !args.memory_file.is_empty() {
         let what = "--memory-file: an image of QEMU's has the memory in it; leave the option out";
         return Err(PagerError::Usage(what.to_owned()));
     }

@@ -1,0 +1,291 @@
+//! Firecracker: the page-fault handler of a snapshot that is loaded with the backend `Uffd`.
+//!
+//! Firecracker maps its guest's memory, connects to us, and sends its regions with the userfaultfd
+//! ([`message`]); nothing is answered. From then on its vCPUs wait for the pages that they touch, which come from the
+//! snapshot's memory file and its diffs ([`memory_files`]), until each page is with Firecracker or zeros
+//! ([`guest`], [`fill`]). Then it needs no pager any more. States, deadlines and failures:
+//! `spec-notes/pager-firecracker.md`.
+
+mod background;
+mod figures;
+pub mod fill;
+pub mod guest;
+pub mod memory_files;
+pub mod message;
+#[cfg(test)]
+mod tests;
+mod vmm;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use migration::sys::vmm_faults::VmmFaults;
+use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
+use serde_json::json;
+
+use crate::cli::args::RestoreArgs;
+use crate::cli::report::Report;
+use crate::error::PagerError;
+use crate::metrics::SharedRegistry;
+use crate::run::Run;
+use crate::socket::{Address, Listener};
+use crate::working_set::WorkingSet;
+use background::Background;
+use figures::Figures;
+use fill::{Filling, TARGET_PAGE, Unplaced};
+use guest::Guest;
+use memory_files::MemoryFiles;
+use message::Received;
+use vmm::Vmm;
+
+/// Bytes of a state file that Firecracker reads at most.
+const STATE_MAX: u64 = 10 << 20;
+
+/// What is measured of a restore.
+pub struct RestoreMetrics {
+    registry: SharedRegistry,
+    figures: Arc<Figures>,
+}
+
+impl Default for RestoreMetrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl RestoreMetrics {
+    /// All zero.
+    pub fn new() -> Self {
+        let registry = Registry::with_prefix("vmem_pager_firecracker");
+        let registry = Arc::new(Mutex::new(registry));
+        let figures = Figures::new(&registry);
+        Self { registry, figures }
+    }
+
+    /// What scrapers are told.
+    pub fn registry(&self) -> SharedRegistry {
+        Arc::clone(&self.registry)
+    }
+}
+
+/// A Firecracker whose guest is to be filled.
+struct Loaded {
+    vmm: Vmm,
+    uffd: VmmFaults,
+    guest: Guest,
+}
+
+/// Restores a guest.
+///
+/// # Errors
+///
+/// See [`PagerError`].
+pub fn run(
+    args: &RestoreArgs,
+    run: &Arc<Run>,
+    report: &Report,
+    metrics: &RestoreMetrics,
+) -> Result<(), PagerError> {
+    check(args)?;
+    check_state_file(&args.common.image, report)?;
+    let files = MemoryFiles::open(&args.memory_file)?;
+    for warning in files.warnings() {
+        report.warn(&warning);
+    }
+    let replay = args.replay.as_deref().map(|path| replay(path, &files, report)).transpose()?;
+    let replay = replay.flatten();
+    let listener = Listener::bind(&args.common.socket)?;
+    let details = json!({ "memory_bytes": files.len(), "data_bytes": files.data_bytes() });
+    report.event("listening", &details);
+    let loaded = accept(&listener, run, report, &files)?;
+    // One guest a pager: what connects next is told so.
+    drop(listener);
+    fill(args, run, report, metrics, files, loaded, replay.as_ref())
+}
+
+fn check(args: &RestoreArgs) -> Result<(), PagerError> {
+    let wrong = |what: &str| Err(PagerError::Usage(what.to_owned()));
+    if args.common.qmp.is_some() {
+        return wrong("--qmp is QEMU's; leave the option out");
+    }
+    if args.recover {
+        return wrong("--recover is QEMU's; leave the option out");
+    }
+    match args.common.socket {
+        Address::Unix(_) => Ok(()),
+        Address::Tcp(_) => {
+            wrong("--socket: Firecracker connects to a Unix socket; expected a path")
+        }
+    }
+}
+
+/// Firecracker reads its state file itself, and refuses it. Here it is only looked at, so that a wrong one is told
+/// before.
+fn check_state_file(path: &Path, report: &Report) -> Result<(), PagerError> {
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(STATE_MAX + 1).read_to_end(&mut bytes));
+    read.map_err(PagerError::file("read the snapshot's state from", path))?;
+    if bytes.len() <= size_of::<u64>() || bytes.len() as u64 > STATE_MAX {
+        let what =
+            "not a state file of Firecracker, which --image names; its memory is --memory-file";
+        return Err(PagerError::Image { path: path.to_owned(), what: what.to_owned() });
+    }
+    if crc64(&bytes) != 0 {
+        let path = path.display();
+        report.warn(&format!(
+            "{path}: not a whole state file of Firecracker, as far as its checksum tells; Firecracker may refuse it"
+        ));
+    }
+    Ok(())
+}
+
+/// CRC-64 (Jones). 0 for what ends with its own.
+fn crc64(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |crc, byte| {
+        (0..8).fold(crc ^ u64::from(*byte), |crc, _| {
+            (crc >> 1) ^ if crc & 1 == 1 { 0x95ac_9329_ac4b_c9b5 } else { 0 }
+        })
+    })
+}
+
+/// Ids and pages by which working sets know a guest.
+fn blocks(files: &MemoryFiles) -> [(String, u64); 1] {
+    [("firecracker".to_owned(), files.len() / TARGET_PAGE)]
+}
+
+fn replay(
+    path: &Path,
+    files: &MemoryFiles,
+    report: &Report,
+) -> Result<Option<WorkingSet>, PagerError> {
+    let set = WorkingSet::load_of(path, &blocks(files))?;
+    if set.is_none() {
+        let name = path.display();
+        report.warn(&format!("{name}: the working set of another guest is not used"));
+    }
+    Ok(set)
+}
+
+/// Waits for Firecracker and takes its message.
+fn accept(
+    listener: &Listener,
+    run: &Run,
+    report: &Report,
+    files: &MemoryFiles,
+) -> Result<Loaded, PagerError> {
+    loop {
+        let socket = listener.accept(run, None)?;
+        let vmm = Vmm::of(socket);
+        // What only looks whether somebody listens leaves without a word.
+        let Some(received) = message::receive(vmm.socket(), run, files.len())? else { continue };
+        let (pid, kilobytes) = (vmm.pid(), received.text.len() >> 10);
+        let loaded = load(&vmm, received, files);
+        return match loaded {
+            Ok((uffd, guest)) => {
+                let regions = guest.regions().count();
+                report.event(
+                    "connected",
+                    &json!({ "pid": pid, "regions": regions, "message_kib": kilobytes }),
+                );
+                Ok(Loaded { vmm, uffd, guest })
+            }
+            Err((error, true)) => Err(end(&vmm, error)),
+            Err((error, false)) => Err(error),
+        };
+    }
+}
+
+/// Checks a message; with an error, whether it came with a userfaultfd, so that vCPUs will wait.
+fn load(
+    vmm: &Vmm,
+    received: Received,
+    files: &MemoryFiles,
+) -> Result<(VmmFaults, Guest), (PagerError, bool)> {
+    let Received { text, regions, fds } = received;
+    let count = fds.len();
+    // Of the two, in whatever order; a memfd that comes along is not needed, since pages are copied.
+    let uffd = fds.into_iter().find_map(|fd| VmmFaults::new(fd).ok());
+    let waits = uffd.is_some();
+    let refused = |what: String| {
+        let pid = vmm.pid().map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+        (PagerError::Protocol(format!("the message of process {pid} is refused: {what}")), waits)
+    };
+    let regions = regions.map_err(refused)?;
+    let uffd = uffd
+        .ok_or_else(|| refused(format!("{count} descriptors came, and none is a userfaultfd")))?;
+    let guest = Guest::new(&text, &regions, files).map_err(|error| (error, waits))?;
+    Ok((uffd, guest))
+}
+
+/// Ends a VMM whose vCPUs would wait for ever.
+fn end(vmm: &Vmm, error: PagerError) -> PagerError {
+    if vmm.has_ended() {
+        return error;
+    }
+    let outcome = match (vmm.kill(), vmm.pid()) {
+        (true, Some(pid)) => {
+            format!("Firecracker (process {pid}) was ended, since it cannot have its memory")
+        }
+        _ => "Firecracker waits for its memory for ever: end it".to_owned(),
+    };
+    PagerError::Unserved { outcome, source: Box::new(error) }
+}
+
+fn fill(
+    args: &RestoreArgs,
+    run: &Arc<Run>,
+    report: &Report,
+    metrics: &RestoreMetrics,
+    files: MemoryFiles,
+    loaded: Loaded,
+    replay: Option<&WorkingSet>,
+) -> Result<(), PagerError> {
+    let Loaded { vmm, uffd, guest } = loaded;
+    let figures = &metrics.figures;
+    figures.begin(guest.outstanding_bytes());
+    let shown = Arc::clone(figures);
+    let following = report.follow(move || shown.progress());
+    let touched = args.record.is_some().then(|| replay.cloned().unwrap_or_default());
+    let order = Mutex::new(fill::Order::new(&guest, replay));
+    let filling = Filling::new(uffd, files, guest, Arc::clone(figures), touched);
+    let background = Background {
+        filling: &filling,
+        order: &order,
+        figures,
+        rate: args.bandwidth,
+        eager: args.eager,
+        recording: args.record.is_some(),
+    };
+    let filled = background.fill(&vmm, run);
+    drop(following);
+    // Also of a restore that broke off: the guest may have run for long.
+    let set = filling.touched().filter(|set| set.runs().next().is_some());
+    if let Some((path, set)) = args.record.as_deref().zip(set)
+        && let Err(error) = set.save_of(path, &blocks(filling.files()))
+    {
+        report.warn(&error.to_string());
+    }
+    for path in filling.files().changed() {
+        report.warn(&format!(
+            "{}: was written to while it was served; the guest may have a mixture of old and new memory",
+            path.display()
+        ));
+    }
+    match filled {
+        Err(Unplaced::Failed(error)) => Err(end(&vmm, error)),
+        // One that ends when it has all of it has needed no more.
+        Err(Unplaced::Ended) if filling.guest().outstanding_bytes() != 0 => {
+            let left = filling.guest().outstanding_bytes();
+            Err(PagerError::Peer(format!(
+                "Firecracker ended before it had all of its memory: {left} bytes were outstanding"
+            )))
+        }
+        Ok(()) | Err(Unplaced::Ended) => {
+            report.event("completed", &figures.summary());
+            Ok(())
+        }
+    }
+}
