@@ -70,6 +70,9 @@ pub enum PagerError {
         /// Why.
         source: Box<PagerError>,
     },
+    /// The process that served the guest ended with a failure, which it has told.
+    #[error("the process that served the guest ended with status {0}")]
+    Worker(u8),
     /// What QEMU answered on its control socket, word for word.
     #[error("QEMU refused {command}: {}: {}", printable(class), printable(desc))]
     Qmp {
@@ -105,6 +108,7 @@ impl PagerError {
         match self {
             Self::Usage(_) => 2,
             Self::TimedOut { .. } => 3,
+            Self::Worker(status) => *status,
             Self::Unserved { source, .. } => source.exit_status(),
             _ => 1,
         }

@@ -190,6 +190,15 @@ pub struct RestoreArgs {
     /// Go on with a restore whose pager died, in a QEMU that is in postcopy-paused
     #[arg(long, conflicts_with = "eager")]
     pub recover: bool,
+
+    /// Serve the guest from a second process, and from another one when that dies (Firecracker). What is needed
+    /// to continue is kept by this one
+    #[arg(long)]
+    pub supervise: bool,
+
+    /// Be that second process
+    #[arg(long, hide = true)]
+    pub worker: bool,
 }
 
 /// The command line of `handover`.

@@ -60,16 +60,6 @@ pub fn execute(
 ) -> Result<(), PagerError> {
     confine(command.sandbox(), report);
     match command {
-        Command::Save(_) if common.vmm == Vmm::Firecracker => {
-            let what = "--vmm firecracker: Firecracker writes its snapshots itself (PUT /snapshot/create); only \
-                        restore takes it";
-            Err(PagerError::Usage(what.to_owned()))
-        }
-        Command::Restore(options) if common.vmm == Vmm::Firecracker => {
-            let metrics = crate::firecracker::RestoreMetrics::new();
-            let _server = serve_metrics(common, || metrics.registry())?;
-            crate::firecracker::run(options, run, report, &metrics)
-        }
         Command::Save(options) => {
             let metrics = crate::qemu::save::SaveMetrics::new();
             let _server = serve_metrics(&options.common, || metrics.registry())?;
@@ -78,7 +68,19 @@ pub fn execute(
                 Vmm::CloudHypervisor => {
                     crate::cloud_hypervisor::save::run(options, run, report, &metrics)
                 }
+                Vmm::Firecracker => Err(PagerError::Usage(
+                    "save --vmm firecracker: Firecracker writes its snapshots itself, by PUT /snapshot/create"
+                        .to_owned(),
+                )),
             }
+        }
+        Command::Restore(options) if options.common.vmm == Vmm::Firecracker => {
+            let metrics = crate::firecracker::RestoreMetrics::new();
+            // Of two processes, the one that serves the guest has the figures.
+            let served = !crate::firecracker::is_supervisor(options);
+            let server = served.then(|| serve_metrics(&options.common, || metrics.registry()));
+            let _server = server.transpose()?;
+            crate::firecracker::run(options, run, report, &metrics)
         }
         Command::Restore(options) if options.common.vmm == Vmm::CloudHypervisor => {
             let metrics = crate::cloud_hypervisor::metrics::RestoreMetrics::new();

@@ -87,7 +87,7 @@ fn check(args: &RestoreArgs) -> Result<(), PagerError> {
             "--qmp is a control socket of QEMU's; leave it out with --vmm cloud-hypervisor",
         );
     }
-    if args.memory_file.is_some() {
+    if !args.memory_file.is_empty() {
         return usage(
             "--memory-file: an image of Cloud Hypervisor's has the memory in it; leave it out",
         );

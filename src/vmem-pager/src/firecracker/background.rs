@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, OwnedFd};
 
 use super::figures::{Figures, Source};
-use super::fill::{Filling, Order, Step, Uffd, Unplaced, Waiting};
+use super::fill::{CHUNK, Filling, Order, Step, Uffd, Unplaced, Waiting};
 use super::vmm::Vmm;
 use crate::error::PagerError;
 use crate::run::{POLL, Run};
@@ -118,6 +118,8 @@ impl<U: Uffd + AsFd> Background<'_, U> {
     /// Places what comes next until nothing is left.
     fn place(&self, pace: &Mutex<Pace>, ends: &Ends) -> Result<(), Unplaced> {
         let (mut buffer, begun) = (Vec::new(), Instant::now());
+        // What is placed at once is not more than may be in a tenth of a second.
+        let most = self.rate.map_or(CHUNK, |rate| rate / 10);
         let (mut seen, mut quiet_since) = (self.figures.faults.get(), begun);
         while !ends.over.load(Ordering::Relaxed) {
             let now = Instant::now();
@@ -143,7 +145,7 @@ impl<U: Uffd + AsFd> Background<'_, U> {
             if self.filling.is_urgent() {
                 thread::yield_now();
             }
-            match self.filling.step(self.order, &mut buffer)? {
+            match self.filling.step(self.order, &mut buffer, most)? {
                 Step::Placed => {}
                 Step::Nothing if self.filling.guest().outstanding_bytes() == 0 => return Ok(()),
                 // What is left is being placed elsewhere.

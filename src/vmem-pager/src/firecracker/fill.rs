@@ -28,7 +28,7 @@ pub const TARGET_PAGE: u64 = 4096;
 /// Reads of messages before faults are served: a VMM that discards without end does not keep vCPUs waiting.
 const READS_AT_ONCE: usize = 8;
 /// Bytes that the background places at once: a fault waits for no more.
-const CHUNK: u64 = 128 << 10;
+pub const CHUNK: u64 = 128 << 10;
 /// Holes of at least so many bytes are left to the kernel, in which a transparent huge page fits.
 const LARGE_HOLE: u64 = 2 << 20;
 /// As many of them, at most: each is a mapping more in the VMM, which has some ten thousand.
@@ -411,15 +411,20 @@ impl<U: Uffd> Filling<U> {
         }
     }
 
-    /// Places the next pages of `order`.
+    /// Places the next pages of `order`, at most so many bytes, but a page.
     ///
     /// # Errors
     ///
     /// See [`Unplaced`].
-    pub fn step(&self, order: &Mutex<Order>, buffer: &mut Vec<u8>) -> Result<Step, Unplaced> {
+    pub fn step(
+        &self,
+        order: &Mutex<Order>,
+        buffer: &mut Vec<u8>,
+        most: u64,
+    ) -> Result<Step, Unplaced> {
         let next = {
             let guest = self.guest();
-            order.lock().next(&guest)
+            order.lock().next(&guest, most)
         };
         let Some(Piece { index, pages, source }) = next else { return Ok(Step::Nothing) };
         let region = self.guest().region(index);
@@ -494,13 +499,13 @@ impl Order {
         Self { runs }
     }
 
-    fn next(&mut self, guest: &Guest) -> Option<Piece> {
+    fn next(&mut self, guest: &Guest, most: u64) -> Option<Piece> {
         while let Some(Piece { index, pages, source }) = self.runs.front().cloned() {
             let Some(missing) = guest.missing(index, pages.clone()) else {
                 self.runs.pop_front();
                 continue;
             };
-            let most = (CHUNK / guest.region(index).page_size).max(1);
+            let most = (most.min(CHUNK) / guest.region(index).page_size).max(1);
             let chunk = missing.start..missing.end.min(missing.start + most);
             self.runs[0].pages.start = chunk.end;
             return Some(Piece { index, pages: chunk, source });

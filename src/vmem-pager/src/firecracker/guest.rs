@@ -165,6 +165,18 @@ impl Guest {
     ///
     /// When it is of other memory files, or not whole.
     pub fn take_over(fd: OwnedFd, files: &MemoryFiles) -> Result<Self, PagerError> {
+        let mut guest = Self::look(fd, files)?;
+        // The threads that wait are woken, and fault again.
+        guest.take_messages();
+        Ok(guest)
+    }
+
+    /// As [`take_over`](Self::take_over), and nothing is done.
+    ///
+    /// # Errors
+    ///
+    /// As for [`take_over`](Self::take_over).
+    pub fn look(fd: OwnedFd, files: &MemoryFiles) -> Result<Self, PagerError> {
         let (journal, text, memory_len) = Journal::open(fd)?;
         if memory_len != files.len() {
             return Err(PagerError::Usage(format!(
@@ -190,10 +202,7 @@ impl Guest {
             });
             pages.outstanding = pages.count - known.sum::<u64>();
         }
-        let mut guest = Self { journal, regions: pages };
-        // The threads that wait are woken, and fault again.
-        guest.take_messages();
-        Ok(guest)
+        Ok(Self { journal, regions: pages })
     }
 
     /// The journal, for who keeps it.

@@ -12,6 +12,7 @@ pub mod fill;
 pub mod guest;
 pub mod memory_files;
 pub mod message;
+mod supervisor;
 #[cfg(test)]
 mod tests;
 mod vmm;
@@ -90,6 +91,12 @@ pub fn run(
     metrics: &RestoreMetrics,
 ) -> Result<(), PagerError> {
     check(args)?;
+    if args.worker {
+        let files = MemoryFiles::open(&args.memory_file)?;
+        let replay = args.replay.as_deref().map(|path| replay(path, &files, report)).transpose()?;
+        let loaded = supervisor::take_over(std::io::stdin(), &files)?;
+        return fill(args, run, report, metrics, files, loaded, replay.flatten().as_ref());
+    }
     check_state_file(&args.common.image, report)?;
     let files = MemoryFiles::open(&args.memory_file)?;
     for warning in files.warnings() {
@@ -103,7 +110,15 @@ pub fn run(
     let loaded = accept(&listener, run, report, &files)?;
     // One guest a pager: what connects next is told so.
     drop(listener);
+    if args.supervise {
+        return supervisor::supervise(&loaded, &files, run, report);
+    }
     fill(args, run, report, metrics, files, loaded, replay.as_ref())
+}
+
+/// Whether another process serves the guest.
+pub fn is_supervisor(args: &RestoreArgs) -> bool {
+    args.supervise && !args.worker
 }
 
 fn check(args: &RestoreArgs) -> Result<(), PagerError> {

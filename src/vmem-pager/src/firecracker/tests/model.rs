@@ -244,11 +244,11 @@ proptest! {
                     filling.take_events(&mut waiting).unwrap();
                     filling.serve(&mut waiting, &mut buffer).unwrap();
                 }
-                Op::Background => drop(filling.step(&order, &mut ahead).unwrap()),
+                Op::Background => drop(filling.step(&order, &mut ahead, 3 * PAGE).unwrap()),
                 Op::Restart => {
                     let journal = filling.guest().journal().try_clone_to_owned().unwrap();
                     // As one that is killed after it has read and before it has done anything.
-                    let (map, at) = { let guest = filling.guest(); let (_, at) = guest.messages(); (journal.try_clone().unwrap(), at) };
+                    let (map, at) = (journal.try_clone().unwrap(), filling.guest().messages().1);
                     let map = HostMapping::map(&std::fs::File::from(map), 0, 4096).unwrap();
                     filling.uffd.read(&map, at, 8).unwrap();
                     let guest = Guest::take_over(journal, &files()).unwrap();
@@ -262,7 +262,7 @@ proptest! {
             filling.take_events(&mut waiting).unwrap();
             kernel.lock().discard();
             filling.serve(&mut waiting, &mut buffer).unwrap();
-            let step = filling.step(&order, &mut ahead).unwrap();
+            let step = filling.step(&order, &mut ahead, 3 * PAGE).unwrap();
             if step == Step::Nothing && waiting.is_empty() && filling.is_complete().unwrap() {
                 break;
             }

@@ -73,6 +73,10 @@ pub fn run(
         let what = "--memory-file: an image of QEMU's has the memory in it; leave the option out";
         return Err(PagerError::Usage(what.to_owned()));
     }
+    if args.supervise || args.worker {
+        let what = "--supervise: QEMU waits by itself when a pager dies, for one with --recover; leave the option out";
+        return Err(PagerError::Usage(what.to_owned()));
+    }
     let image = GuestImage::open(&args.common.image)?;
     if crate::cloud_hypervisor::image::is_ours(&image) {
         let path = image.path().to_owned();
