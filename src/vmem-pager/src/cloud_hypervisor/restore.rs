@@ -87,6 +87,11 @@ fn check(args: &RestoreArgs) -> Result<(), PagerError> {
             "--qmp is a control socket of QEMU's; leave it out with --vmm cloud-hypervisor",
         );
     }
+    if args.supervise || args.worker {
+        return usage(
+            "--supervise is for Firecracker; Cloud Hypervisor's protocol cannot be continued; leave it out",
+        );
+    }
     if !args.memory_file.is_empty() {
         return usage(
             "--memory-file: an image of Cloud Hypervisor's has the memory in it; leave it out",
