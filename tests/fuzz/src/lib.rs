@@ -10,6 +10,7 @@ pub mod guest_requests;
 mod input;
 pub mod migration_stream;
 pub mod pager_firecracker;
+pub mod pager_restore;
 pub mod pager_save;
 pub mod postcopy_stream;
 pub mod seeds;
@@ -20,7 +21,7 @@ pub mod vhost_user_stream;
 pub type Body = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Body); 10] = [
+pub const TARGETS: [(&str, Body); 11] = [
     ("guest_requests", guest_requests::run),
     ("guest_chains", guest_chains::run),
     ("vhost_user_stream", vhost_user_stream::run),
@@ -31,4 +32,5 @@ pub const TARGETS: [(&str, Body); 10] = [
     ("discard_channel", discard_channel::run),
     ("pager_firecracker", pager_firecracker::run),
     ("pager_save", pager_save::run),
+    ("pager_restore", pager_restore::run),
 ];

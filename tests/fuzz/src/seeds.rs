@@ -13,6 +13,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "discard_channel" => discard_channel(),
         "pager_save" => crate::pager_save::seeds(),
         "pager_firecracker" => pager_firecracker(),
+        "pager_restore" => crate::pager_restore::seeds(),
         _ => Vec::new(),
     }
 }
