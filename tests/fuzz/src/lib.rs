@@ -9,6 +9,7 @@ pub mod guest_chains;
 pub mod guest_requests;
 mod input;
 pub mod migration_stream;
+pub mod pager_cloud_hypervisor;
 pub mod pager_firecracker;
 pub mod pager_restore;
 pub mod pager_save;
@@ -21,7 +22,7 @@ pub mod vhost_user_stream;
 pub type Body = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Body); 11] = [
+pub const TARGETS: [(&str, Body); 12] = [
     ("guest_requests", guest_requests::run),
     ("guest_chains", guest_chains::run),
     ("vhost_user_stream", vhost_user_stream::run),
@@ -33,4 +34,5 @@ pub const TARGETS: [(&str, Body); 11] = [
     ("pager_firecracker", pager_firecracker::run),
     ("pager_save", pager_save::run),
     ("pager_restore", pager_restore::run),
+    ("pager_cloud_hypervisor", pager_cloud_hypervisor::run),
 ];

@@ -14,6 +14,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "pager_save" => crate::pager_save::seeds(),
         "pager_firecracker" => pager_firecracker(),
         "pager_restore" => crate::pager_restore::seeds(),
+        "pager_cloud_hypervisor" => crate::pager_cloud_hypervisor::seeds(),
         _ => Vec::new(),
     }
 }
