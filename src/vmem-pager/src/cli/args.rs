@@ -30,14 +30,15 @@ pub enum Command {
     /// Save a running guest to an image
     ///
     /// Is the destination of the VMM's migration: `migrate unix:PATH` of QEMU, plain, multifd or
-    /// postcopy. Until the image is whole and on the disk, a failure of any kind leaves the guest
+    /// postcopy, and `send-migration destination_url=unix:PATH,local=on` of Cloud Hypervisor. Until the image is whole and on the disk, a failure of any kind leaves the guest
     /// running at its source, and nothing under the image's name.
     Save(SaveArgs),
 
     /// Restore a guest from an image
     ///
     /// Is the source of the VMM's migration: `-incoming defer` and `migrate-incoming unix:PATH` of QEMU
-    /// with the capabilities postcopy-ram and postcopy-preempt. The guest runs at once, and its memory
+    /// with the capabilities postcopy-ram and postcopy-preempt, and `receive-migration
+    /// receiver_url=unix:PATH,memory_mode=postcopy` of Cloud Hypervisor. The guest runs at once, and its memory
     /// arrives as it is touched.
     ///
     /// Of Firecracker it is the page-fault handler: it listens on --socket, which is the backend_path of

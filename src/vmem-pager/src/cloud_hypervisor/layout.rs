@@ -233,8 +233,11 @@ impl Layout {
 fn check(found: GuestRamMapping, zones: &BTreeMap<String, Pages>) -> Result<Mapping, String> {
     let GuestRamMapping { slot, gpa, size, zone_id, virtio_mem, file_offset } = found;
     let zone = printable(&zone_id);
-    if zone_id.is_empty() || zone_id.len() > ZONE_MAX {
-        return Err(format!("the zone {zone:?}: its name has to have 1 to {ZONE_MAX} bytes"));
+    // A slash would make ids of RAM blocks ambiguous.
+    if zone_id.is_empty() || zone_id.len() > ZONE_MAX || zone_id.contains('/') {
+        return Err(format!(
+            "the zone {zone:?}: its name has to have 1 to {ZONE_MAX} bytes, and no slash"
+        ));
     }
     let pages = zones.get(&zone_id).copied();
     let Some(pages) = pages else {

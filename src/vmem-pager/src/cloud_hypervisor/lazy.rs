@@ -260,10 +260,14 @@ pub(super) fn restore(
         }))
     })?;
     if let Served::Failed(error) = served {
-        return Err(PagerError::Peer(format!(
-            "{error}; the guest was running, and has not got all of its memory: it ends when it touches what is \
-             missing, and cannot be saved. Restore it again from the image"
-        )));
+        let lost = "the guest was running, and has not got all of its memory: it ends when it touches what is \
+                    missing, and cannot be saved. Restore it again from the image";
+        return Err(match error {
+            PagerError::TimedOut { what, after } => {
+                PagerError::TimedOut { what: format!("{what}; {lost}"), after }
+            }
+            error => PagerError::Peer(format!("{error}; {lost}")),
+        });
     }
     if guest.is_paused() {
         faults.punch()?;

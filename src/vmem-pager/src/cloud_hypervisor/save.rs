@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use migration::inspect::inspect;
 use migration::progress::Status;
 use serde_json::json;
 
@@ -150,6 +151,10 @@ fn write(
     let writer = GuestWriter::begin(file, &guest, Arc::clone(&run.progress))?;
     copy::save(taken, writer.pages(), keep_on)?;
     let image = writer.finish()?;
+    // The guest ends with the answer: what cannot be read back is not an image.
+    if let Some(error) = inspect(image.file()).error {
+        return Err(PagerError::Peer(format!("what was written is not a whole image: {error}")));
+    }
     keep_on()?;
     image.commit()
 }

@@ -159,6 +159,7 @@ fn what_a_sender_may_not_send_is_refused() {
         (Trap::OtherVersion, "version 1"),
         (Trap::BadConfig, "the Config is not what"),
         (Trap::Overlap, "overlaps"),
+        (Trap::SlashInZone, "no slash"),
         (Trap::BadState, "the State is not what"),
         (Trap::NoDevice, "the State has nothing of its virtio-mem device"),
         (Trap::OtherPluggedSize, "bytes of plugged blocks, and says 0x1000"),

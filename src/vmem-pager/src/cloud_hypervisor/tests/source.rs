@@ -44,6 +44,7 @@ pub enum Trap {
     /// The Config says nothing of the layout.
     BadConfig,
     Overlap,
+    SlashInZone,
     BadState,
     /// The State has nothing of the virtio-mem device.
     NoDevice,
@@ -88,6 +89,10 @@ impl Source<'_> {
         let mut config = self.guest.config();
         match self.trap {
             Trap::BadConfig => drop(config["memory_manager_data"].take()),
+            Trap::SlashInZone => {
+                config["memory_manager_data"]["guest_ram_mappings"][1]["zone_id"] =
+                    "hot/vmem".into();
+            }
             Trap::Overlap => {
                 config["memory_manager_data"]["guest_ram_mappings"][1]["gpa"] =
                     config["memory_manager_data"]["guest_ram_mappings"][2]["gpa"].clone();
