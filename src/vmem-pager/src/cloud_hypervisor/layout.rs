@@ -262,3 +262,111 @@ fn check(found: GuestRamMapping, zones: &BTreeMap<String, Pages>) -> Result<Mapp
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    /// Excerpts of Configs that Cloud Hypervisor sent (54.0-dev at ae44c2971): a zone of a file that crosses the
+    /// PCI hole, and a guest with virtio-mem that was restored, whose slots are numbered anew.
+    const FILE_ZONE: &str = r#"{"vm_config":{"memory":{"size":0,"mergeable":false,"hotplug_method":"Acpi","shared":false,
+        "hugepages":false,"prefault":false,"reserve":false,"zones":[{"id":"z0","size":4294967296,"file":"/guest/ram-file",
+        "shared":true,"hugepages":false,"prefault":false,"reserve":false,"mergeable":false}],"thp":true}},
+        "memory_manager_data":{"memory_ranges":{"data":[]},"guest_ram_mappings":[
+        {"slot":0,"gpa":0,"size":3221225472,"zone_id":"z0","virtio_mem":false,"file_offset":0},
+        {"slot":1,"gpa":4294967296,"size":1073741824,"zone_id":"z0","virtio_mem":false,"file_offset":3221225472}],
+        "arch_mem_regions":[{"base":4294967296,"size":18446744073709551615,"r_type":"Ram"}]}}"#;
+    const RENUMBERED: &str = r#"{"vm_config":{"memory":{"size":268435456,"hotplug_method":"VirtioMem",
+        "hotplug_size":1073741824,"shared":true,"hugepages":false,"prefault":false,"thp":true}},
+        "memory_manager_data":{"guest_ram_mappings":[
+        {"slot":2,"gpa":0,"size":268435456,"zone_id":"mem0","virtio_mem":false,"file_offset":0},
+        {"slot":3,"gpa":4294967296,"size":1073741824,"zone_id":"mem0","virtio_mem":true,"file_offset":0}]}}"#;
+
+    fn parse(config: &Value) -> Result<Layout, String> {
+        Layout::parse(config.to_string().as_bytes())
+    }
+
+    fn edited(pointer: &str, value: Value) -> Result<Layout, String> {
+        let mut config: Value = serde_json::from_str(RENUMBERED).unwrap();
+        *config.pointer_mut(pointer).unwrap() = value;
+        parse(&config)
+    }
+
+    #[test]
+    fn layouts_that_cloud_hypervisor_sent_are_read() {
+        let layout = Layout::parse(FILE_ZONE.as_bytes()).unwrap();
+        let ids: Vec<String> = layout.mappings.iter().map(Mapping::id).collect();
+        assert_eq!(ids, ["z0/0x0", "z0/0x100000000"]);
+        assert_eq!(layout.mappings[1].file_range(), ByteRange::new(3 << 30, 1 << 30).unwrap());
+        let layout = Layout::parse(RENUMBERED.as_bytes()).unwrap();
+        let ids: Vec<String> = layout.mappings.iter().map(Mapping::id).collect();
+        assert_eq!(ids, ["mem0/0x0", "mem0/vmem/0x100000000"]);
+        assert_eq!(layout.size(), 1280 << 20);
+        assert_eq!(layout.find(ByteRange::new(4 << 30, 4096).unwrap()), Some(1));
+        assert_eq!(layout.find(ByteRange::new(256 << 20, 4096).unwrap()), None);
+        assert_eq!(layout.find(ByteRange::new((256 << 20) - 4096, 8192).unwrap()), None);
+    }
+
+    #[test]
+    fn zones_say_of_which_pages_their_memory_is() {
+        let memory = "/vm_config/memory";
+        let layout = edited(
+            memory,
+            json!({ "size": 0, "hugepages": true, "hugepage_size": 1u64 << 28, "prefault": true }),
+        );
+        let layout = layout.unwrap();
+        assert!(layout.prefault && layout.mappings[0].huge_page == Some(1 << 28));
+        let zone = json!({ "id": "mem0", "size": 1, "hugepages": true });
+        let layout = edited(memory, json!({ "size": 0, "zones": [zone] })).unwrap();
+        assert_eq!((layout.prefault, layout.mappings[0].huge_page), (false, Some(0)));
+        let layout =
+            edited(memory, json!({ "size": 0, "hugepages": true, "hugepage_size": 1u64 << 30 }));
+        assert!(layout.unwrap_err().contains("is impossible"), "256 MiB are no page of 1 GiB");
+    }
+
+    #[test]
+    fn impossible_layouts_are_refused() {
+        let first = |field: &str| format!("/memory_manager_data/guest_ram_mappings/0/{field}");
+        for (pointer, value, what) in [
+            (first("gpa"), json!(4096u64 << 20), "overlaps"),
+            (first("gpa"), json!(u64::MAX - 4095), "is impossible"),
+            (first("gpa"), json!(1), "is impossible"),
+            (first("size"), json!(0), "is impossible"),
+            (first("size"), json!(4097), "is impossible"),
+            (first("file_offset"), json!(u64::MAX - 4095), "is impossible"),
+            (first("file_offset"), json!(1), "is impossible"),
+            (first("slot"), json!(3), "the same slot"),
+            (first("slot"), json!(1u64 << 32), "the Config is not what"),
+            (first("zone_id"), json!("other"), "which the Config does not have"),
+            (first("virtio_mem"), json!(true), "two regions of virtio-mem"),
+            (first("zone_id"), json!("a/b"), "no slash"),
+            ("/memory_manager_data/guest_ram_mappings".to_owned(), json!([]), "0 mappings"),
+        ] {
+            let error = edited(&pointer, value).unwrap_err();
+            assert!(error.contains(what), "{pointer}: {error}");
+        }
+        let second = "/memory_manager_data/guest_ram_mappings/1/size";
+        assert!(edited(second, json!(1u64 << 45)).unwrap_err().contains("at most 16 TiB"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_mappings_are_refused_or_do_not_overlap(
+            mappings in proptest::collection::vec((0..4u32, 0..6u64, 0..4u64, 0..3u64, any::<bool>()), 0..5)
+        ) {
+            let mapping = |(slot, gpa, size, file_offset, virtio_mem)| json!({
+                "slot": slot, "gpa": gpa * 4096, "size": size * 4096, "zone_id": "mem0",
+                "virtio_mem": virtio_mem, "file_offset": file_offset * 4096,
+            });
+            let mappings: Vec<Value> = mappings.into_iter().map(mapping).collect();
+            if let Ok(layout) = edited("/memory_manager_data/guest_ram_mappings", json!(mappings)) {
+                prop_assert_eq!(layout.mappings.len(), mappings.len());
+                for pair in layout.mappings.windows(2) {
+                    prop_assert!(pair[0].range.end() <= pair[1].range.start());
+                }
+            }
+        }
+    }
+}

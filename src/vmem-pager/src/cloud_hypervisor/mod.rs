@@ -2,7 +2,8 @@
 //! side an "offload daemon".
 //!
 //! [`protocol`] has the frames and their order, [`channel`] a connection, [`layout`] and [`state`] what Config and
-//! State say of memory, [`taking`] the receiving end, [`image`] a guest in an image, [`save`] its command. States,
+//! State say of memory, [`image`] a guest in an image; [`taking`] and [`giving`] are the two ends, [`save`],
+//! [`restore`] and [`handover`] the commands, [`edit`] is what `--set` changes. States,
 //! deadlines, and who has the guest when something fails, are in `spec-notes/pager-cloud-hypervisor.md`.
 
 pub mod channel;
