@@ -2,7 +2,7 @@
 //! block. Write-protection is held against bare calls of the same mechanism (UFFDIO_WRITEPROTECT and
 //! PAGEMAP_SCAN) on just the memory that has data, which they are told, and against protecting all of
 //! the block, which is what a tracker has to do that is not told; the guest's first write against a
-//! write that nobody tracks; the log of vhost-user back-ends against a word-wise OR of the same bytes.
+//! write that is not tracked; the log of vhost-user back-ends against a word-wise OR of the same bytes.
 //!
 //! Times are the CPU's: nothing here waits. Clearing is no row of its own: these trackers protect, or
 //! take out, what they report as they report it. KVM's log is not here, since a slot can only be
@@ -187,7 +187,7 @@ fn write_protection(block: &Block) {
             report(&format!("each write, written pages: {name}"), rounds);
         }
     }
-    head("    and if nobody told where the data is", "all of it");
+    head("    and if it is not told where the data is", "all of it");
     let start = || ours(block, &[]).start;
     compare("start", 3, start, || busy(|| drop(block.bare(&[block.whole]))));
 }

@@ -184,8 +184,12 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "RATE", value_parser = parse_rate, allow_negative_numbers = true)]
     pub bandwidth: Option<u64>,
 
-    /// Give the guest another path or other text, as disks[0].path=/new/disk; of Cloud Hypervisor
-    #[arg(long, value_name = "PATH=VALUE")]
+    /// Texts of the configuration that the guest gets.
+    #[arg(
+        long,
+        value_name = "PATH=VALUE",
+        help = "Give the guest another path or other text, as disks[0].path=/new/disk; of Cloud Hypervisor"
+    )]
     pub set: Vec<Edit>,
 
     /// Go on with a restore whose pager died, in a QEMU that is in postcopy-paused
@@ -213,8 +217,12 @@ pub struct HandoverArgs {
     #[arg(long, value_name = "SOCKET")]
     pub to: Address,
 
-    /// Give the guest another path or other text, as disks[0].path=/new/disk
-    #[arg(long, value_name = "PATH=VALUE")]
+    /// Texts of the configuration that the guest gets.
+    #[arg(
+        long,
+        value_name = "PATH=VALUE",
+        help = "Give the guest another path or other text, as disks[0].path=/new/disk"
+    )]
     pub set: Vec<Edit>,
 
     /// Print a JSON object a line of what happens, errors included

@@ -1,7 +1,7 @@
 //! The destination of a migration: what QEMU sends becomes an image.
 //!
-//! [`session`] has the connections, [`incoming`] the main stream, [`records`] and [`multifd`] the pages,
-//! [`description`] and [`package`] the state of devices, [`drive`] QEMU's side. The protocol, and who has the guest
+//! `session` has the connections, `incoming` the main stream, `records` and `multifd` the pages,
+//! `description` and `package` the state of devices, `drive` QEMU's side. The protocol, and who has the guest
 //! when something fails, are in `spec-notes/pager-qemu-save.md`.
 
 mod description;
