@@ -284,7 +284,7 @@ fn merged(block: &Block) {
 
 /// An idle sync of a region of which every other block of 2 MiB is plugged, and holds a page.
 fn tatters() {
-    const REGION: u64 = 128 * GIB;
+    const REGION: u64 = 1024 * GIB;
     let file = memfd(REGION);
     let mapping = Arc::new(HostMapping::map(&file, 0, REGION).unwrap());
     let ram = Arc::new(RamBlock::new("vmem0".into(), 0, REGION, file, 0).unwrap());
@@ -294,7 +294,7 @@ fn tatters() {
         .collect();
     plugged.iter().for_each(|range| mapping.write(range.start(), &[1]));
     let mut dirty = PageBitmap::new(REGION / PAGE);
-    head("A sync of 128 GiB in tatters, nothing written", "bare calls");
+    head("A sync of 1 TiB in tatters, nothing written", "bare calls");
     compare(
         "every other block plugged",
         RUNS,
