@@ -14,58 +14,69 @@ pub struct ByteRange {
 
 impl ByteRange {
     /// The range `[start, start + len)`; `None` when it would be empty or wrap.
+    #[inline]
     pub fn new(start: u64, len: u64) -> Option<Self> {
         (len != 0 && start.checked_add(len).is_some()).then_some(Self { start, len })
     }
 
     /// The range `[start, end)`; `None` when it would be empty.
+    #[inline]
     pub fn from_bounds(start: u64, end: u64) -> Option<Self> {
         (start < end).then(|| Self { start, len: end - start })
     }
 
     /// First byte.
+    #[inline]
     pub fn start(self) -> u64 {
         self.start
     }
 
     /// Length in bytes, never 0.
     #[expect(clippy::len_without_is_empty, reason = "a range is never empty")]
+    #[inline]
     pub fn len(self) -> u64 {
         self.len
     }
 
     /// One past the last byte.
+    #[inline]
     pub fn end(self) -> u64 {
         self.start + self.len
     }
 
     /// What both ranges cover.
+    #[inline]
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::from_bounds(self.start.max(other.start), self.end().min(other.end()))
     }
 
     /// Whether the ranges share a byte.
+    #[inline]
     pub fn overlaps(self, other: Self) -> bool {
         self.intersection(other).is_some()
     }
 
     /// Whether every byte of `other` is in this range.
+    #[inline]
     pub fn contains(self, other: Self) -> bool {
         self.start <= other.start && other.end() <= self.end()
     }
 
     /// The same bytes counted from an origin that lies `by` bytes lower; `None` on overflow.
+    #[inline]
     pub fn shifted_up(self, by: u64) -> Option<Self> {
         Self::new(self.start.checked_add(by)?, self.len)
     }
 
     /// The same bytes counted from an origin that lies `by` bytes higher; `None` when the range
     /// starts below it.
+    #[inline]
     pub fn shifted_down(self, by: u64) -> Option<Self> {
         Self::new(self.start.checked_sub(by)?, self.len)
     }
 
     /// The parts of this range before and after `hole`.
+    #[inline]
     pub fn subtract(self, hole: Self) -> [Option<Self>; 2] {
         [
             Self::from_bounds(self.start, self.end().min(hole.start)),
@@ -78,6 +89,7 @@ impl ByteRange {
     /// # Panics
     ///
     /// When `size` is 0.
+    #[inline]
     pub fn chunks(self, size: u64) -> impl Iterator<Item = Self> {
         assert_ne!(size, 0, "chunks of no bytes would never end");
         let mut at = self.start;

@@ -253,6 +253,19 @@ impl<R: Read> WireReader<R> {
         WireReader { inner: other(inner), buffer, capacity, start, end, offset }
     }
 
+    /// Moves what was read and not taken to the front of a buffer that was full, or of a longer one.
+    fn make_room(&mut self) {
+        let unread = self.start..self.end;
+        (self.start, self.end) = (0, unread.len());
+        if self.buffer.len() == self.capacity {
+            return self.buffer.copy_within(unread, 0);
+        }
+        // Memory that is new is zeros already; what a buffer is resized by would be written first.
+        let mut longer = vec![0; self.capacity.min(2 * self.buffer.len())];
+        longer[..unread.len()].copy_from_slice(&self.buffer[unread]);
+        self.buffer = longer;
+    }
+
     /// Whether the stream has ended here.
     ///
     /// # Errors
@@ -298,23 +311,18 @@ impl<R: Read> WireRead for WireReader<R> {
     }
 
     fn read_ahead(&mut self) -> io::Result<bool> {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-        } else if self.end == self.buffer.len() {
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
+        if self.end == self.buffer.len() {
+            self.make_room();
             if self.end == self.buffer.len() {
                 return Ok(true);
             }
+        } else if self.start == self.end {
+            (self.start, self.end) = (0, 0);
         }
         loop {
             match self.inner.read(&mut self.buffer[self.end..]) {
                 Ok(read) => {
                     self.end += read;
-                    let len = self.buffer.len();
-                    if self.end == len && len < self.capacity {
-                        self.buffer.resize(self.capacity.min(2 * len), 0);
-                    }
                     return Ok(read != 0);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
