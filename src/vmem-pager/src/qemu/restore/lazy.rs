@@ -34,7 +34,7 @@ const BATCH: u64 = 16;
 
 /// How long after connecting a second time QEMU must have closed that connection if it does not expect
 /// it. Only the end of the stream waits for that.
-const UNEXPECTED: Duration = Duration::from_millis(200);
+const UNEXPECTED: Duration = Duration::from_secs(1);
 
 /// How the guest is kept from faulting while the stream ends, where there is no channel that is served
 /// beyond its end.
