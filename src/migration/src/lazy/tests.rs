@@ -43,7 +43,7 @@ fn read(side: &Side, page: u64) -> u8 {
 }
 
 #[test]
-fn whoever_waits_with_nobody_to_ask_goes_on_when_there_is_somebody() {
+fn a_vcpu_that_waits_without_a_source_continues_with_the_recovery() {
     let side = Arc::new(Side::new(&[0, 1]));
     let (lazy, _handler) = lazy(&side, 0..100);
     let reading = Arc::clone(&side);

@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use migration::progress::MigrationInfo;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
@@ -38,6 +39,22 @@ pub struct Figures {
     pub message: String,
     /// What else a line of JSON has: an object.
     pub details: Value,
+}
+
+impl Figures {
+    /// Of a save, which does not know how much there is.
+    pub fn of_save(info: &MigrationInfo) -> Self {
+        Self {
+            done: info.transferred,
+            total: None,
+            message: format!("{} pages, {} of zeros", info.normal, info.duplicate),
+            details: json!({
+                "status": info.status.name(),
+                "pages": info.normal,
+                "zero_pages": info.duplicate,
+            }),
+        }
+    }
 }
 
 impl Report {

@@ -43,7 +43,7 @@ pub fn run(
     report.event("listening", &json!({ "socket": listener.address()?.to_string() }));
     run.progress.set_status(Status::Setup);
     let progress = Arc::clone(&run.progress);
-    let following = report.follow(move || figures(&progress.snapshot()));
+    let following = report.follow(move || Figures::of_save(&progress.snapshot()));
     let peer = Peer::new(listener.accept(run, None)?)?;
     report.event("connected", &json!({}));
     run.progress.set_status(Status::Active);
@@ -54,19 +54,6 @@ pub fn run(
         Err(error) => run.progress.fail(error),
     }
     saved
-}
-
-fn figures(info: &migration::progress::MigrationInfo) -> Figures {
-    Figures {
-        done: info.transferred,
-        total: None,
-        message: format!("{} pages, {} of zeros", info.normal, info.duplicate),
-        details: json!({
-            "status": info.status.name(),
-            "pages": info.normal,
-            "zero_pages": info.duplicate,
-        }),
-    }
 }
 
 /// Takes a guest, writes its image, and tells its sender.

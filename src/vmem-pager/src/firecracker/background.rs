@@ -10,7 +10,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, OwnedFd};
 
 use super::figures::{Figures, Source};
-use super::fill::{CHUNK, Filling, Order, Step, Uffd, Unplaced, Waiting};
+use super::fill::{CHUNK, Filling, Step, Uffd, Unplaced, Waiting};
+use super::order::Order;
 use super::vmm::Vmm;
 use crate::error::PagerError;
 use crate::run::{POLL, Run};

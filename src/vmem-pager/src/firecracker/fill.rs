@@ -20,6 +20,7 @@ use super::figures::{Figures, Source};
 use super::guest::{Guest, MESSAGES, State};
 use super::memory_files::MemoryFiles;
 use super::message::Region;
+use super::order::{Order, Piece};
 use crate::error::PagerError;
 use crate::working_set::WorkingSet;
 
@@ -440,7 +441,7 @@ impl<U: Uffd> Filling<U> {
                 Run::Done => at = run.end,
                 Run::Busy(page) => {
                     self.figures.busy.inc();
-                    order.lock().runs.push_front(Piece { index, pages: page..pages.end, source });
+                    order.lock().put_back(Piece { index, pages: page..pages.end, source });
                     return Ok(Step::Busy);
                 }
             }
@@ -461,57 +462,6 @@ pub enum Step {
     Busy,
     /// Nothing is left to be begun.
     Nothing,
-}
-
-#[derive(Clone, Debug)]
-struct Piece {
-    index: usize,
-    pages: Range<u64>,
-    source: Source,
-}
-
-/// The order in which the background places pages: what was touched first last time, then ascending.
-#[derive(Debug)]
-pub struct Order {
-    runs: VecDeque<Piece>,
-}
-
-impl Order {
-    /// Of a guest, with its working set, if there is one.
-    pub fn new(guest: &Guest, replay: Option<&WorkingSet>) -> Self {
-        let mut runs = VecDeque::new();
-        for (_, pages) in replay.into_iter().flat_map(WorkingSet::runs) {
-            let bytes = pages.start * TARGET_PAGE..pages.end * TARGET_PAGE;
-            for (index, region) in guest.regions().enumerate() {
-                let start = bytes.start.max(region.offset);
-                let end = bytes.end.min(region.offset + region.size);
-                if start < end {
-                    let first = (start - region.offset) / region.page_size;
-                    let pages = first..(end - region.offset).div_ceil(region.page_size);
-                    runs.push_back(Piece { index, pages, source: Source::Replay });
-                }
-            }
-        }
-        for (index, region) in guest.regions().enumerate() {
-            let pages = 0..region.size / region.page_size;
-            runs.push_back(Piece { index, pages, source: Source::Background });
-        }
-        Self { runs }
-    }
-
-    fn next(&mut self, guest: &Guest, most: u64) -> Option<Piece> {
-        while let Some(Piece { index, pages, source }) = self.runs.front().cloned() {
-            let Some(missing) = guest.missing(index, pages.clone()) else {
-                self.runs.pop_front();
-                continue;
-            };
-            let most = (most.min(CHUNK) / guest.region(index).page_size).max(1);
-            let chunk = missing.start..missing.end.min(missing.start + most);
-            self.runs[0].pages.start = chunk.end;
-            return Some(Piece { index, pages: chunk, source });
-        }
-        None
-    }
 }
 
 /// What a range that is not registered means: the VMM has taken it from us, and waits for nothing there.

@@ -12,6 +12,7 @@ pub mod fill;
 pub mod guest;
 pub mod memory_files;
 pub mod message;
+pub mod order;
 mod supervisor;
 #[cfg(test)]
 mod tests;
@@ -194,7 +195,7 @@ fn accept(
     loop {
         let socket = listener.accept(run, None)?;
         let vmm = Vmm::of(socket);
-        // What only looks whether somebody listens leaves without a word.
+        // A client that only probes the socket leaves without a word.
         let Some(received) = message::receive(vmm.socket(), run, files.len())? else { continue };
         let (pid, kilobytes) = (vmm.pid(), received.text.len() >> 10);
         let loaded = load(&vmm, received, files);
@@ -264,7 +265,7 @@ fn fill(
     let shown = Arc::clone(figures);
     let following = report.follow(move || shown.progress());
     let touched = args.record.is_some().then(|| replay.cloned().unwrap_or_default());
-    let order = Mutex::new(fill::Order::new(&guest, replay));
+    let order = Mutex::new(order::Order::new(&guest, replay));
     let filling = Filling::new(uffd, files, guest, Arc::clone(figures), touched);
     let background = Background {
         filling: &filling,

@@ -12,10 +12,11 @@ use proptest::prelude::*;
 use ram_discard::memory::HostMapping;
 
 use super::super::figures::Figures;
-use super::super::fill::{Filling, Order, Step, Uffd, Waiting};
+use super::super::fill::{Filling, Step, Uffd, Waiting};
 use super::super::guest::Guest;
 use super::super::memory_files::MemoryFiles;
 use super::super::message::parse;
+use super::super::order::Order;
 use super::{PAGE, Snapshot, content};
 
 const BASE: u64 = 0x10_0000;

@@ -59,26 +59,13 @@ pub fn run(
     report.event("listening", &json!({ "socket": listener.address()?.to_string() }));
     let progress = Arc::clone(&run.progress);
     progress.set_status(Status::Setup);
-    let _following = report.follow(move || figures(&progress.snapshot()));
+    let _following = report.follow(move || Figures::of_save(&progress.snapshot()));
     let saved = save(file, &listener, drive, run, report);
     match &saved {
         Ok(()) => run.progress.set_status(Status::Completed),
         Err(error) => run.progress.fail(error),
     }
     saved
-}
-
-fn figures(info: &migration::progress::MigrationInfo) -> Figures {
-    Figures {
-        done: info.transferred,
-        total: None,
-        message: format!("{} pages, {} of zeros", info.normal, info.duplicate),
-        details: json!({
-            "status": info.status.name(),
-            "pages": info.normal,
-            "zero_pages": info.duplicate,
-        }),
-    }
 }
 
 fn save(
