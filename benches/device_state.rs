@@ -10,19 +10,21 @@ use std::sync::Arc;
 
 use migration::devices::{DeviceRegistry, DeviceSection};
 use migration::stream::{SectionHeader, SectionKind};
+use ram_discard::memory::RamBlock;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
 use virtio_mem::sections;
 use vmstate::wire::WireReader;
 
-use common::{busy, compare, head};
+use common::{busy, compare, head, memfd};
 
 const REGION: u64 = 1 << 40;
 const BLOCK: u64 = 2 << 20;
 const RUNS: usize = 11;
 const WORDS: usize = (REGION / BLOCK / 64) as usize;
 
-fn registry(plugged: u64) -> DeviceRegistry {
+/// A device, whose region has memory behind it (nothing of it touched) when `mapped`.
+fn registry(plugged: u64, mapped: bool) -> DeviceRegistry {
     let geometry = Geometry::new(1 << 40, REGION, BLOCK, None).unwrap();
     let state = DeviceState {
         requested_size: REGION,
@@ -31,6 +33,10 @@ fn registry(plugged: u64) -> DeviceRegistry {
     };
     let device = VirtioMem::restore(geometry, state).unwrap();
     let controller = Arc::new(MemController::new(InitialState::volatile(device)));
+    if mapped {
+        let ram = RamBlock::new("vmem0".into(), 1 << 40, REGION, memfd(REGION), 0).unwrap();
+        controller.set_memory(vec![Arc::new(ram)]).unwrap();
+    }
     let mut registry = DeviceRegistry::new(sections::properties());
     for (idstr, section) in sections::of("0000:00:01.0", &controller) {
         registry.register(&idstr, 0, section).unwrap();
@@ -52,7 +58,7 @@ fn main() {
     head("State of a device of 1 TiB in blocks of 2 MiB", "memcpy");
     for (name, plugged) in [("all plugged", u64::MAX), ("every other block", 0x5555_5555_5555_5555)]
     {
-        let mut source = registry(plugged);
+        let mut source = registry(plugged, false);
         let mut save = || [true, false].map(|early| source.save_phase(early).unwrap());
         let phases = save();
         let sent: Vec<u8> =
@@ -61,8 +67,8 @@ fn main() {
         let copy = || times(&mut || drop(black_box(black_box(&sent).clone())));
         let what = format!("{} bytes", sent.len());
         compare(&format!("{name}, saved, {what}"), RUNS, || times(&mut || _ = save()), copy);
-        let load = || {
-            let mut to = registry(0);
+        let load = |mapped| {
+            let mut to = registry(0, mapped);
             busy(|| {
                 for (sections, early) in phases.iter().zip([true, false]) {
                     for section in sections {
@@ -73,6 +79,7 @@ fn main() {
                 to.finish_load().unwrap();
             })
         };
-        compare(&format!("{name}, loaded"), RUNS, load, copy);
+        compare(&format!("{name}, loaded"), RUNS, || load(false), copy);
+        compare(&format!("{name}, loaded, with memory"), RUNS, || load(true), copy);
     }
 }

@@ -158,6 +158,10 @@ impl<'a> Transaction<'a> {
         source: SourceId,
         sections: impl Iterator<Item = &'b ByteRange>,
     ) -> Vec<ByteRange> {
+        // Without another source, the usual case, nothing need be asked for each of many.
+        if self.inner.sources.iter().all(|(id, _)| *id == source) {
+            return sections.copied().collect();
+        }
         sections
             .flat_map(|&section| self.inner.populated_by_others(Some(source), section))
             .collect()

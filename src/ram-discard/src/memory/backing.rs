@@ -290,18 +290,44 @@ impl Backing {
     ///
     /// When the file cannot be searched or the kernel refuses.
     pub fn sweep(&self, range: ByteRange) -> io::Result<()> {
+        self.sweep_all([range])
+    }
+
+    /// As [`sweep`](Self::sweep) of each of several ranges, ascending and apart. One search passes over all
+    /// that lie before the data it finds, so that ranges of an empty file cost nothing each.
+    ///
+    /// # Errors
+    ///
+    /// The first failure; the other ranges were still tried.
+    pub fn sweep_all(&self, ranges: impl IntoIterator<Item = ByteRange>) -> io::Result<()> {
+        let mut swept = Ok(());
+        let mut data = Some(0);
+        for range in ranges {
+            swept = swept.and(self.sweep_from(range, &mut data));
+        }
+        swept
+    }
+
+    /// Sweeps `range`. `data` is where the last search ended (`None`: there is no data from there on), which
+    /// began no later than `range` does; it becomes where this one ends.
+    fn sweep_from(&self, range: ByteRange, data: &mut Option<u64>) -> io::Result<()> {
         if self.kind == BackingKind::Hugetlb {
             return self.discard(range);
         }
-        // Where the data ends is not searched: to punch what is empty costs less.
         let mut rest = Some(range);
-        while let Some(range) = rest
-            && let Some(data) = self.next_data(range.start())?
+        // Where the data ends is not searched: to punch what is empty costs less.
+        while let (Some(range), Some(known)) = (rest, *data)
+            && known < range.end()
         {
-            let start = data / self.page_size * self.page_size;
+            if known <= range.start() {
+                *data = self.next_data(range.start())?;
+            }
+            let Some(found) = data.filter(|data| *data < range.end()) else { break };
+            let start = found / self.page_size * self.page_size;
             let from = ByteRange::from_bounds(start.max(range.start()), range.end());
             let Some(part) = from.and_then(|from| from.chunks(self.chunk()).next()) else { break };
             self.discard(part)?;
+            *data = Some(part.end());
             rest = ByteRange::from_bounds(part.end(), range.end());
         }
         Ok(())

@@ -397,10 +397,10 @@ impl MemController {
 
     /// Gives back what discarded ranges hold, of what is not mapped `later`.
     fn sweep_or(&self, later: Sweep) {
-        for section in self.served.ranges(false) {
-            if let Err(error) = self.memory.sweep(section) {
-                tracing::error!(%section, %error, "cannot give back memory of unplugged blocks");
-            }
+        if self.memory.may_be_resident()
+            && let Err(error) = self.memory.sweep(&self.served.ranges(false))
+        {
+            tracing::error!(%error, "cannot discard what unplugged blocks were left with");
         }
         let complete = self.memory.is_complete();
         self.state().sweep = if complete { Sweep::Done } else { later };

@@ -102,7 +102,7 @@ impl MemController {
                 let offset = span.addr - self.geometry.addr();
                 let len = u64::from(span.nb_blocks) * self.geometry.block_size();
                 ByteRange::new(offset, len).is_none_or(|section| {
-                    self.memory.ready(section).is_ok() && self.memory.sweep(section).is_ok()
+                    self.memory.ready(section).is_ok() && self.memory.sweep(&[section]).is_ok()
                 })
             }
             _ => true,

@@ -154,6 +154,17 @@ impl RegionMemory {
         self.geometry.section().is_none_or(|section| self.pieces(section).1.is_none())
     }
 
+    /// Whether the host may hold something of the region. One search a RAM block, of files that tell.
+    pub(crate) fn may_be_resident(&self) -> bool {
+        let Some(region) = self.geometry.region() else { return false };
+        self.blocks().iter().any(|block| {
+            let Some(range) = block.file_range(region) else { return false };
+            let backing = block.backing();
+            backing.kind() == BackingKind::Hugetlb
+                || !matches!(backing.next_data(range.start()), Ok(None))
+        })
+    }
+
     /// How often memory could not be discarded.
     pub fn discard_failures(&self) -> u64 {
         self.table.lock().failures
@@ -249,17 +260,22 @@ impl RegionMemory {
         table.blocks.iter().any(|block| block.backing().kind() == BackingKind::Hugetlb)
     }
 
-    /// Gives back what `section` holds, where it is mapped. Cheap where it holds nothing.
+    /// Discards what `sections` (ascending and apart) hold, where they are mapped. Cheap where they hold
+    /// nothing: what no data lies in costs no search.
     ///
     /// # Errors
     ///
-    /// The first failure; the rest of the section was still tried.
-    pub fn sweep(&self, section: ByteRange) -> io::Result<()> {
-        let (pieces, _) = self.pieces(section);
-        let sweeps = pieces.iter().map(|(block, range)| block.backing().sweep(*range));
-        // Collected first, so that one failure does not keep the others.
-        let results: Vec<_> = sweeps.collect();
-        results.into_iter().collect()
+    /// The first failure of one RAM block; the rest of the sections was still tried.
+    pub fn sweep(&self, sections: &[ByteRange]) -> io::Result<()> {
+        let mut swept = Ok(());
+        for block in self.blocks() {
+            let sections = sections.iter();
+            let ranges = sections
+                .filter_map(|section| section.shifted_up(self.geometry.addr()))
+                .filter_map(|section| block.file_range(section));
+            swept = swept.and(block.backing().sweep_all(ranges));
+        }
+        swept
     }
 
     /// Gives `section` back; what fails is owed, and tried again later.
@@ -280,6 +296,18 @@ impl RegionMemory {
     fn settle(&self) {
         let owed = std::mem::take(&mut self.table.lock().owed);
         owed.into_iter().for_each(|section| self.discard(section));
+    }
+
+    /// Sections that are plugged again need not be discarded any more.
+    fn no_longer_owed(&self, plugged: &[ByteRange]) {
+        let mut table = self.table.lock();
+        for &section in plugged {
+            if table.owed.is_empty() {
+                return;
+            }
+            let rest = |owed: ByteRange| owed.subtract(section).into_iter().flatten();
+            table.owed = std::mem::take(&mut table.owed).into_iter().flat_map(rest).collect();
+        }
     }
 
     /// What lies behind `section`, and the first part of it with nothing behind, if any.
@@ -333,6 +361,13 @@ impl Units {
 /// [`RamDiscardManager`]: ram_discard::RamDiscardManager
 pub(crate) struct MemoryListener(pub(crate) Arc<RegionMemory>);
 
+impl MemoryListener {
+    /// Whether memory is taken when it becomes populated, not when it is touched.
+    fn takes_memory(&self) -> bool {
+        !self.0.is_loading() && self.0.has_hugetlb()
+    }
+}
+
 impl RamDiscardListener for MemoryListener {
     fn name(&self) -> &str {
         "guest memory"
@@ -341,7 +376,11 @@ impl RamDiscardListener for MemoryListener {
     /// hugetlb pages are taken now, since a guest that touches a page which the pool does not
     /// have dies of SIGBUS. Other memory is taken when it is touched: cost follows use.
     fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        let pieces = if self.0.is_loading() { Pieces::new() } else { self.0.pieces(section).0 };
+        if !self.takes_memory() {
+            self.0.no_longer_owed(&[section]);
+            return Ok(());
+        }
+        let pieces = self.0.pieces(section).0;
         // Memory that cannot be discarded again only costs.
         let discard = |(block, range): &Piece| drop(block.backing().discard(*range));
         try_all(
@@ -354,13 +393,24 @@ impl RamDiscardListener for MemoryListener {
             |_, piece| discard(piece),
         )
         .map_err(|error| error.to_string())?;
-        // What is plugged again need not be discarded any more.
-        let mut table = self.0.table.lock();
-        if !table.owed.is_empty() {
-            let rest = |owed: ByteRange| owed.subtract(section).into_iter().flatten();
-            table.owed = std::mem::take(&mut table.owed).into_iter().flat_map(rest).collect();
-        }
+        self.0.no_longer_owed(&[section]);
         Ok(())
+    }
+
+    /// Of memory that is taken when it is touched, nothing is done for each of many sections.
+    fn notify_populate_all(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
+        if !self.takes_memory() {
+            self.0.no_longer_owed(sections);
+            return Ok(());
+        }
+        try_all(
+            self,
+            sections,
+            |listener, &section| {
+                listener.notify_populate(section).map_err(|reason| (section, reason))
+            },
+            |listener, &section| listener.notify_discard(section),
+        )
     }
 
     fn notify_discard(&mut self, section: ByteRange) {

@@ -56,6 +56,30 @@ fn sweep_finds_strays() {
 }
 
 #[test]
+fn a_sweep_of_many_ranges_searches_only_where_data_is() {
+    let file = memfd(4096 * PAGE);
+    // In a range that is swept, in one that is not, and on either side of a border.
+    let pages: [u64; 6] = [6, 100, 103, 2000, 2001, 4095];
+    for page in pages {
+        file.write_all_at(&[1], page * PAGE).unwrap();
+    }
+    let backing = Backing::new(file.try_clone().unwrap()).unwrap();
+    let every_other = |skip: u64| (0..2048).map(move |nr| range((2 * nr + skip) * PAGE, PAGE));
+    SEARCHES.take();
+    backing.sweep_all(every_other(0)).unwrap();
+    // Each page that is there ends a search at most twice: one before it, one past it.
+    let searches = SEARCHES.take().data;
+    assert!(searches <= 2 * pages.len() + 1, "{searches} searches");
+    let mut left = Vec::new();
+    backing.for_each_resident(range(0, 4096 * PAGE), |part| left.push(part)).unwrap();
+    assert_eq!(left, [103, 2001, 4095].map(|page: u64| range(page * PAGE, PAGE)));
+    backing.sweep_all(every_other(1)).unwrap();
+    SEARCHES.take();
+    backing.sweep_all(every_other(1)).unwrap();
+    assert_eq!((SEARCHES.take().data, file.metadata().unwrap().blocks()), (1, 0));
+}
+
+#[test]
 fn a_sweep_and_a_look_at_what_is_resident_search_no_end_of_the_data() {
     let file = memfd(4096 * PAGE);
     file.write_all_at(&vec![1; 4096 * 4096], 0).unwrap();
