@@ -17,7 +17,7 @@ pub enum InspectError {
     Io(#[from] io::Error),
     /// It is no migration stream, or a damaged one.
     #[error(transparent)]
-    Format(#[from] FormatError),
+    Format(FormatError),
     /// Sections of devices have no length, and nothing says what is in this one.
     #[error(
         "section {idstr:?} (instance {instance_id}) at byte {offset:#x}: {}, so nothing tells \
@@ -80,6 +80,15 @@ pub enum InspectError {
         /// The limit.
         limit: u64,
     },
+}
+
+impl From<FormatError> for InspectError {
+    fn from(error: FormatError) -> Self {
+        match error {
+            FormatError::Unsupported { offset, what } => Self::Unsupported { offset, what },
+            error => Self::Format(error),
+        }
+    }
 }
 
 impl From<WireError> for InspectError {

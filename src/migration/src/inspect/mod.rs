@@ -119,8 +119,7 @@ fn read<P: PageIndex>(
     let mut walk = Walk { reader, description, decoder, ram, package: None, out };
     let read = walk.records();
     let Walk { ram, out, .. } = walk;
-    out.blocks = ram.blocks;
-    *pages = ram.pages;
+    (out.blocks, *pages) = ram.into_parts();
     let mut taken = vec![false; out.blocks.len()];
     for device in &mut out.virtio_mem {
         device.check(&mut out.warnings);

@@ -10,7 +10,8 @@ use super::pages::PageIndex;
 use crate::file_reader::FileReader;
 use crate::stream::{
     BlockEntry, BlockList, CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration,
-    FormatError, ListLimits, MappedRamHeader, PageHeader, PageKind, TARGET_PAGE_SIZE,
+    FormatError, ListLimits, MappedRamHeader, PageBlocks, PageKind, PageRecord, PageRecords,
+    TARGET_PAGE_SIZE,
 };
 
 /// No processor addresses more: a longer block is a lie.
@@ -19,10 +20,6 @@ const BLOCK_MAX: u64 = 1 << 52;
 const WORDS_MAX: u64 = 1 << 25;
 /// Bytes of a bitmap that are read at once.
 const BITMAP_STEP: u64 = 64 << 10;
-
-/// Flags of pages that this does not read.
-const XBZRLE: u64 = 0x40;
-const HOOK: u64 = 0x80;
 
 /// A RAM block and its pages. Every page is of [`TARGET_PAGE_SIZE`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,21 +47,49 @@ pub struct Block {
 /// The RAM of a stream while it is read.
 #[derive(Debug)]
 pub(super) struct Ram<P> {
-    /// In the order of the stream.
-    pub blocks: Vec<Block>,
+    blocks: Blocks,
     /// Of each block, its pages.
-    pub pages: Vec<P>,
-    by_id: HashMap<String, usize>,
-    current: Option<usize>,
+    pages: Vec<P>,
+    records: PageRecords,
     /// What all `pages` hold.
     held: u64,
+}
+
+/// The blocks of the list.
+#[derive(Debug, Default)]
+struct Blocks {
+    /// In the order of the stream.
+    list: Vec<Block>,
+    by_id: HashMap<String, usize>,
+}
+
+impl PageBlocks for Blocks {
+    type Error = InspectError;
+
+    fn find(&self, id: &str, offset: u64) -> Result<usize, InspectError> {
+        let found = self.by_id.get(id).copied();
+        found.ok_or_else(|| InspectError::UnknownBlock { offset, id: id.to_owned() })
+    }
+
+    fn id(&self, block: usize) -> &str {
+        &self.list[block].id
+    }
+
+    fn used_length(&self, block: usize) -> u64 {
+        self.list[block].used_length
+    }
 }
 
 impl<P: PageIndex> Ram<P> {
     /// Without blocks.
     pub fn new() -> Self {
-        let (blocks, pages, by_id) = (Vec::new(), Vec::new(), HashMap::new());
-        Self { blocks, pages, by_id, current: None, held: 0 }
+        let (blocks, pages) = (Blocks::default(), Vec::new());
+        Self { blocks, pages, records: PageRecords::new(), held: 0 }
+    }
+
+    /// The blocks in the order of the stream, and of each its pages.
+    pub fn into_parts(self) -> (Vec<Block>, Vec<P>) {
+        (self.blocks.list, self.pages)
     }
 
     /// Reads what a section of RAM holds, up to its footer.
@@ -74,7 +99,7 @@ impl<P: PageIndex> Ram<P> {
         configuration: &Configuration,
     ) -> Result<(), InspectError> {
         let read = self.read_section(reader, configuration);
-        for (block, pages) in self.blocks.iter_mut().zip(&self.pages) {
+        for (block, pages) in self.blocks.list.iter_mut().zip(&self.pages) {
             (block.normal, block.zero) = pages.map().counts();
             block.absent = block.used_length / TARGET_PAGE_SIZE - block.normal - block.zero;
         }
@@ -88,56 +113,30 @@ impl<P: PageIndex> Ram<P> {
     ) -> Result<(), InspectError> {
         loop {
             let offset = reader.offset();
-            let word = reader.be64("the header of a page")?;
-            match word & (TARGET_PAGE_SIZE - 1) {
-                flags if flags & XBZRLE != 0 => {
-                    return Err(InspectError::Unsupported { offset, what: "XBZRLE pages" });
-                }
-                flags if flags & HOOK != 0 => {
-                    return Err(InspectError::Unsupported { offset, what: "RDMA pages" });
-                }
-                _ => {}
-            }
-            match PageHeader::parse(word, offset)? {
-                PageHeader::EndOfSection => return Ok(()),
-                PageHeader::Flush => {}
-                PageHeader::List { total } => self.read_list(reader, total, configuration)?,
-                PageHeader::Page { kind, offset: start, continued } => {
-                    if !continued {
-                        let id = reader.name("the id of a RAM block")?;
-                        let index = self.by_id.get(&id).copied();
-                        self.current =
-                            Some(index.ok_or(InspectError::UnknownBlock { offset, id })?);
-                    }
-                    self.note(offset, start, kind, reader.offset())?;
-                    match kind {
-                        PageKind::Normal => reader.skip(TARGET_PAGE_SIZE, "a page")?,
-                        PageKind::Zero => match reader.u8("a page of zeros")? {
-                            0 => {}
-                            found => return Err(value(offset, "byte of a page of zeros", found)),
-                        },
+            match self.records.read(reader, &self.blocks)? {
+                PageRecord::EndOfSection => return Ok(()),
+                PageRecord::Flush => {}
+                PageRecord::List { total } => self.read_list(reader, total, configuration)?,
+                PageRecord::Page { block, kind, page } => {
+                    self.note(offset, block, page.start(), kind, reader.offset())?;
+                    if kind == PageKind::Normal {
+                        reader.skip(TARGET_PAGE_SIZE, "a page")?;
                     }
                 }
             }
         }
     }
 
-    /// Notes the page at `start` of the current block, whose header is at `offset` and its bytes at
-    /// `bytes`.
+    /// Notes the page at `start` of a block, whose header is at `offset` and its bytes at `bytes`.
     fn note(
         &mut self,
         offset: u64,
+        block: usize,
         start: u64,
         kind: PageKind,
         bytes: u64,
     ) -> Result<(), InspectError> {
-        let Some(index) = self.current else {
-            return Err(value(offset, "page that continues no block", start));
-        };
-        let (block, pages) = (&mut self.blocks[index], &mut self.pages[index]);
-        if start >= block.used_length {
-            return Err(value(offset, "offset of a page", start));
-        }
+        let (block, pages) = (&mut self.blocks.list[block], &mut self.pages[block]);
         let before = pages.entries() as u64;
         pages.note(start / TARGET_PAGE_SIZE, kind, bytes);
         block.sent += 1;
@@ -162,7 +161,7 @@ impl<P: PageIndex> Ram<P> {
         configuration: &Configuration,
     ) -> Result<(), InspectError> {
         let at = reader.offset();
-        if !self.blocks.is_empty() {
+        if !self.blocks.list.is_empty() {
             return Err(value(at, "second list of RAM blocks", total));
         }
         let limits = ListLimits {
@@ -189,13 +188,14 @@ impl<P: PageIndex> Ram<P> {
         if used_length > BLOCK_MAX {
             return Err(impossible("length of a RAM block", used_length));
         }
-        let index = self.blocks.len();
-        if self.by_id.insert(id.clone(), index).is_some() {
+        let index = self.blocks.list.len();
+        if self.blocks.by_id.insert(id.clone(), index).is_some() {
             return Err(impossible("RAM block with the id of another, number", index as u64));
         }
         let absent = used_length / TARGET_PAGE_SIZE;
         let (normal, zero, sent) = (0, 0, 0);
-        self.blocks.push(Block { id, used_length, addr, mapped, normal, zero, absent, sent });
+        let block = Block { id, used_length, addr, mapped, normal, zero, absent, sent };
+        self.blocks.list.push(block);
         self.pages.push(P::default());
         Ok(())
     }

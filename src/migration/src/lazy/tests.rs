@@ -156,7 +156,7 @@ proptest::proptest! {
         ),
         zeros in proptest::bits::u32::ANY,
     ) {
-        use crate::postcopy::page_records::PageRecords;
+        use crate::postcopy::page_placer::PagePlacer;
         use crate::stream::{PageHeader, PageKind, put_end_of_section};
         use vmstate::wire::{WireReader, WireWrite};
         let side = Side::new(&[0, 1]);
@@ -170,7 +170,7 @@ proptest::proptest! {
             bytes.put(if zero { &[0][..] } else { &[7; PAGE as usize][..] });
         }
         put_end_of_section(&mut bytes);
-        let placed = PageRecords::new(&|| false).place_section(&lazy, &mut WireReader::new(&bytes[..]));
+        let placed = PagePlacer::new(&|| false).place_section(&lazy, &mut WireReader::new(&bytes[..]));
         let fit = pages.iter().take_while(|page| **page < 1024).copied();
         let arrived: std::collections::BTreeSet<u64> = fit.clone().filter(|page| *page < 100).collect();
         proptest::prop_assert_eq!(placed.is_ok(), fit.count() == pages.len(), "{:?}", placed);

@@ -12,7 +12,7 @@ use crate::channel::Channel;
 use crate::error::MigrationError;
 use crate::lazy::{FaultHandler, LazyRam, PageSource};
 use crate::loader::out_of_place;
-use crate::postcopy::page_records::PageRecords;
+use crate::postcopy::page_placer::PagePlacer;
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{Command, Record, ReturnMessage, read_footer, read_record};
 
@@ -200,7 +200,7 @@ impl Session<'_> {
     /// Reads the stream to its end.
     fn take_main(&self, reader: &mut WireReader<Channel>) -> Result<(), MigrationError> {
         let waits = || self.handover.may_wait(self.progress);
-        let mut records = PageRecords::new(&waits);
+        let mut placer = PagePlacer::new(&waits);
         loop {
             let at = reader.offset();
             if reader.is_at_end().map_err(MigrationError::io("read memory that arrives"))? {
@@ -208,7 +208,7 @@ impl Session<'_> {
             }
             match read_record(reader)? {
                 Record::Continued { section_id, .. } if section_id == self.section_id => {
-                    records.place_section(self.lazy, reader)?;
+                    placer.place_section(self.lazy, reader)?;
                     read_footer(reader, section_id)?;
                 }
                 Record::Command(Command::PostcopyRun) if self.handover.run_came() => {}
@@ -244,9 +244,9 @@ impl Session<'_> {
     fn take_urgent(&self, channel: Channel) -> Result<(), MigrationError> {
         let mut reader = WireReader::new(channel);
         let waits = || self.handover.may_wait(self.progress);
-        let mut records = PageRecords::new(&waits);
+        let mut placer = PagePlacer::new(&waits);
         while !reader.is_at_end().map_err(MigrationError::io("read pages"))? {
-            if records.place_page(self.lazy, &mut reader)? {
+            if placer.place_page(self.lazy, &mut reader)? {
                 return Ok(());
             }
         }

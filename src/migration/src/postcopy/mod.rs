@@ -8,7 +8,7 @@
 mod destination;
 mod handover;
 mod listening;
-pub(crate) mod page_records;
+pub(crate) mod page_placer;
 mod received;
 mod requests;
 mod return_channel;

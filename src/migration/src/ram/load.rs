@@ -18,8 +18,8 @@ use crate::handler::LoadHandler;
 use crate::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::progress::{Counters, Progress};
 use crate::stream::{
-    BlockList, Configuration, ListLimits, PageHeader, PageKind, RAM_SECTION, RAM_VERSION,
-    SectionKind, TARGET_PAGE_SIZE,
+    BlockList, Configuration, ListLimits, PageBlocks, PageKind, PageRecord, PageRecords,
+    RAM_SECTION, RAM_VERSION, SectionKind, TARGET_PAGE_SIZE,
 };
 
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
@@ -45,8 +45,8 @@ pub struct RamLoad {
     progress: Arc<Progress>,
     /// In the order of the stream's list; empty until it came.
     blocks: Vec<LoadBlock>,
-    /// The block of the page before.
-    current: Option<usize>,
+    /// The block that pages are collected of.
+    current: usize,
 }
 
 /// A block that is loaded, and which of its pages came.
@@ -81,113 +81,58 @@ enum Stop {
 impl RamLoad {
     /// A handler that loads into the blocks of `registry`.
     pub fn new(registry: Arc<RamBlocks>, options: ListOptions, progress: Arc<Progress>) -> Self {
-        Self { registry, frozen: None, options, progress, blocks: Vec::new(), current: None }
+        Self { registry, frozen: None, options, progress, blocks: Vec::new(), current: 0 }
     }
 
     /// Handles the records that are wholly in `buffer`, which starts at byte `at` of the stream;
     /// how many bytes they are, and why it went no further.
-    fn scan(&mut self, buffer: &[u8], at: u64) -> Result<(usize, Stop), MigrationError> {
+    fn scan(
+        &mut self,
+        records: &mut PageRecords,
+        buffer: &[u8],
+        at: u64,
+    ) -> Result<(usize, Stop), MigrationError> {
         // Block state may have changed since the buffer before.
         self.blocks.iter_mut().for_each(|block| block.populated = None);
         let mut batch = Batch::default();
         let mut zeros = ZeroRun::default();
         let mut done = 0;
         let stop = loop {
-            let rest = &buffer[done..];
-            let Some(word) = rest.first_chunk::<{ PageHeader::LEN }>() else {
+            let here = at + done as u64;
+            let Some((record, len)) = records.parse(&buffer[done..], here, &*self)? else {
                 break Stop::Incomplete;
             };
-            let here = at + done as u64;
-            let mut next = PageHeader::LEN;
-            let header = PageHeader::parse(u64::from_be_bytes(*word), here)?;
-            let (kind, offset, continued) = match header {
-                PageHeader::Page { kind, offset, continued } => (kind, offset, continued),
-                PageHeader::List { total } => {
-                    done += next;
-                    break Stop::List { total };
-                }
-                PageHeader::EndOfSection => {
-                    done += next;
-                    break Stop::EndOfSection;
-                }
-                PageHeader::Flush => {
-                    done += next;
-                    continue;
-                }
+            done += len;
+            let (block, kind, page) = match record {
+                PageRecord::Page { block, kind, page } => (block, kind, page),
+                PageRecord::List { total } => break Stop::List { total },
+                PageRecord::EndOfSection => break Stop::EndOfSection,
+                PageRecord::Flush => continue,
             };
-            let name = if continued {
-                None
-            } else {
-                let Some(&len) = rest.get(next) else { break Stop::Incomplete };
-                let Some(name) = rest.get(next + 1..next + 1 + usize::from(len)) else {
-                    break Stop::Incomplete;
-                };
-                next += 1 + usize::from(len);
-                Some(name)
-            };
-            let payload = if kind == PageKind::Zero { 1 } else { PAGE };
-            let Some(bytes) = rest.get(next..next + payload) else { break Stop::Incomplete };
-            // Now that the record is whole, it takes effect.
-            if let Some(name) = name {
+            if block != self.current {
                 self.flush(&mut batch, &mut zeros, buffer, here)?;
-                self.select(name, here)?;
+                self.current = block;
             }
-            let Some(index) = self.current else {
-                return Err(bad_page(here, "a page continues a block that was never named"));
-            };
-            let range = self.check(index, offset, here)?;
             match kind {
-                PageKind::Zero if bytes != [0] => {
-                    return Err(bad_page(here, "a page is filled with another byte than 0"));
-                }
                 PageKind::Zero => {
                     // A flush zeroes before it writes, so a page that came must be out by now.
-                    let came = batch.range().is_some_and(|pages| pages.overlaps(range));
-                    if came || !zeros.push(range) {
+                    let came = batch.range().is_some_and(|pages| pages.overlaps(page));
+                    if came || !zeros.push(page) {
                         self.flush(&mut batch, &mut zeros, buffer, here)?;
-                        zeros.push(range);
+                        zeros.push(page);
                     }
                 }
                 PageKind::Normal => {
-                    if !batch.push(offset, done + next) {
+                    if !batch.push(page.start(), done) {
                         self.flush(&mut batch, &mut zeros, buffer, here)?;
-                        batch.push(offset, done + next);
+                        batch.push(page.start(), done);
                     }
+                    done += PAGE;
                 }
             }
-            done += next + payload;
         };
         self.flush(&mut batch, &mut zeros, buffer, at + done as u64)?;
         Ok((done, stop))
-    }
-
-    fn select(&mut self, name: &[u8], at: u64) -> Result<(), MigrationError> {
-        let found = self.blocks.iter().position(|block| block.block.id().as_bytes() == name);
-        let Some(index) = found else {
-            let what = format!("a page of block {:?}, which is not in the list", lossy(name));
-            return Err(MigrationError::Page { at, what });
-        };
-        let block = &self.blocks[index].block;
-        if self.options.leaves_out(block) {
-            let what = format!("a page of block {:?}, which both sides share", block.id());
-            return Err(MigrationError::Page { at, what });
-        }
-        self.current = Some(index);
-        Ok(())
-    }
-
-    fn check(&self, index: usize, offset: u64, at: u64) -> Result<ByteRange, MigrationError> {
-        let block = &self.blocks[index].block;
-        ByteRange::new(offset, TARGET_PAGE_SIZE)
-            .filter(|range| range.end() <= block.used_length())
-            .ok_or_else(|| {
-                let what = format!(
-                    "a page at {offset:#x} of block {:?}, which has {:#x} bytes",
-                    block.id(),
-                    block.used_length()
-                );
-                MigrationError::Page { at, what }
-            })
     }
 
     /// Zeroes and writes the pages that were collected, of the current block.
@@ -198,9 +143,7 @@ impl RamLoad {
         buffer: &[u8],
         at: u64,
     ) -> Result<(), MigrationError> {
-        let Some(block) = self.current.map(|index| &mut self.blocks[index]) else {
-            return Ok(());
-        };
+        let Some(block) = self.blocks.get_mut(self.current) else { return Ok(()) };
         if let Some(range) = zeros.take() {
             block.refuse_discarded(range, at)?;
             block.zero(range)?;
@@ -358,8 +301,31 @@ fn bad_page(at: u64, what: &str) -> MigrationError {
     MigrationError::Page { at, what: what.to_owned() }
 }
 
-fn lossy(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).into_owned()
+impl PageBlocks for RamLoad {
+    type Error = MigrationError;
+
+    fn find(&self, id: &str, at: u64) -> Result<usize, MigrationError> {
+        let found = self.blocks.iter().position(|block| block.block.id() == id);
+        let Some(index) = found else {
+            let what = format!("a page of block {id:?}, which is not in the list");
+            return Err(MigrationError::Page { at, what });
+        };
+        if self.options.leaves_out(&self.blocks[index].block) {
+            let what = format!("a page of block {id:?}, which both sides share");
+            return Err(MigrationError::Page { at, what });
+        }
+        Ok(index)
+    }
+
+    #[inline]
+    fn id(&self, block: usize) -> &str {
+        self.blocks[block].block.id()
+    }
+
+    #[inline]
+    fn used_length(&self, block: usize) -> u64 {
+        self.blocks[block].block.used_length()
+    }
 }
 
 impl LoadHandler for RamLoad {
@@ -393,10 +359,10 @@ impl LoadHandler for RamLoad {
             return Err(bad_page(reader.offset(), "pages before the list of RAM blocks"));
         }
         // A section may continue nothing that came before it.
-        self.current = None;
+        let mut records = PageRecords::new();
         loop {
             let at = reader.offset();
-            let (done, stop) = self.scan(reader.buffered(), at)?;
+            let (done, stop) = self.scan(&mut records, reader.buffered(), at)?;
             reader.take(done);
             match stop {
                 Stop::EndOfSection => return Ok(()),

@@ -200,7 +200,7 @@ impl LoadHandler for MappedLoad<'_> {
     ) -> Result<(), MigrationError> {
         loop {
             let at = reader.offset();
-            match PageHeader::parse(reader.be64("the list of RAM blocks")?, at)? {
+            match PageHeader::read(reader)? {
                 PageHeader::List { total } if kind == SectionKind::Start => {
                     self.take_list(reader, total)?;
                 }

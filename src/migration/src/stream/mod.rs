@@ -8,6 +8,7 @@ mod block_list;
 mod command;
 mod configuration;
 mod page;
+mod page_records;
 mod record;
 mod return_path;
 
@@ -18,6 +19,7 @@ pub use block_list::{
 pub use command::{AdvisedSizes, Command, DISCARD_RANGES_MAX};
 pub use configuration::{CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration};
 pub use page::{PageHeader, PageKind, put_end_of_section};
+pub use page_records::{PageBlocks, PageRecord, PageRecords};
 pub use record::{
     Record, SectionHeader, SectionKind, put_command, put_continued, put_description, put_eof,
     put_footer, put_header, put_section, read_footer, read_header, read_record,
@@ -35,7 +37,7 @@ pub const TARGET_PAGE_BITS: u32 = TARGET_PAGE_SIZE.trailing_zeros();
 /// The longest JSON description that is read, bytes.
 pub const DESCRIPTION_MAX: u64 = 16 << 20;
 
-/// Why bytes are no migration stream.
+/// Why bytes are not a migration stream.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FormatError {
@@ -79,6 +81,43 @@ pub enum FormatError {
         offset: u64,
         /// Its name.
         name: String,
+    },
+    /// Something that QEMU can write, and this does not read.
+    #[error("byte {offset:#x}: {what} are not supported")]
+    Unsupported {
+        /// Bytes from the start of the stream.
+        offset: u64,
+        /// What, in the plural.
+        what: &'static str,
+    },
+    /// A page without the id of its block, and no page of a block before it.
+    #[error("byte {offset:#x} of the stream: a page that continues no block")]
+    NoBlock {
+        /// Bytes from the start of the stream.
+        offset: u64,
+    },
+    /// A page that its block does not have.
+    #[error(
+        "byte {offset:#x} of the stream: a page at {page:#x} of block {id:?}, which has \
+         {used_length:#x} bytes"
+    )]
+    PagePastEnd {
+        /// Bytes from the start of the stream.
+        offset: u64,
+        /// Id of the block.
+        id: String,
+        /// Bytes from the start of the block.
+        page: u64,
+        /// Bytes of the block that are used.
+        used_length: u64,
+    },
+    /// A page that is filled with another byte than 0.
+    #[error("byte {offset:#x} of the stream: a page that is filled with {fill:#x}: only zeros are")]
+    Fill {
+        /// Bytes from the start of the stream.
+        offset: u64,
+        /// The byte.
+        fill: u8,
     },
 }
 

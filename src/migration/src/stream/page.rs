@@ -1,13 +1,15 @@
 //! The "ram" section: the header of each page, and the end of the section.
 
 use super::{FormatError, TARGET_PAGE_SIZE};
-use vmstate::wire::WireWrite;
+use vmstate::wire::{WireRead, WireWrite};
 
 const ZERO: u64 = 0x02;
 pub(super) const MEM_SIZE: u64 = 0x04;
 const PAGE: u64 = 0x08;
 const EOS: u64 = 0x10;
 const CONTINUE: u64 = 0x20;
+const XBZRLE: u64 = 0x40;
+const HOOK: u64 = 0x80;
 const MULTIFD_FLUSH: u64 = 0x200;
 const FLAGS: u64 = TARGET_PAGE_SIZE - 1;
 
@@ -54,11 +56,24 @@ impl PageHeader {
         offset | kind | if continued { CONTINUE } else { 0 }
     }
 
+    /// Reads a header where none but that of a list, a flush or an end is expected. Pages are read by
+    /// [`PageRecords`](super::PageRecords).
+    ///
+    /// # Errors
+    ///
+    /// When its flags are impossible, or the stream ends or fails.
+    pub fn read(reader: &mut dyn WireRead) -> Result<Self, FormatError> {
+        let at = reader.offset();
+        Self::parse(reader.be64("the list of RAM blocks")?, at)
+    }
+
     /// What a header says.
     ///
     /// # Errors
     ///
-    /// When its flags are impossible; `at` is where it stands on the stream.
+    /// When its flags are impossible, or are of an encoding that is not read; `at` is where it stands on
+    /// the stream.
+    #[inline]
     pub fn parse(word: u64, at: u64) -> Result<Self, FormatError> {
         let (offset, flags) = (word & !FLAGS, word & FLAGS);
         let page = |kind| Self::Page { kind, offset, continued: flags & CONTINUE != 0 };
@@ -68,8 +83,17 @@ impl PageHeader {
             MEM_SIZE if flags == MEM_SIZE => Self::List { total: offset },
             EOS if word == EOS => Self::EndOfSection,
             MULTIFD_FLUSH if word == MULTIFD_FLUSH => Self::Flush,
-            _ => return Err(FormatError::value(at, "flags of a page", flags)),
+            _ => return Err(refused(flags, at)),
         })
+    }
+}
+
+#[cold]
+fn refused(flags: u64, offset: u64) -> FormatError {
+    match flags {
+        flags if flags & XBZRLE != 0 => FormatError::Unsupported { offset, what: "XBZRLE pages" },
+        flags if flags & HOOK != 0 => FormatError::Unsupported { offset, what: "RDMA pages" },
+        _ => FormatError::value(offset, "flags of a page", flags),
     }
 }
 

@@ -109,7 +109,7 @@ fn impossible_pages_are_refused_where_they_stand() {
     for (rest, what) in [
         (page(PageKind::Zero, 0, None), "page that continues no block"),
         (page(PageKind::Zero, 0, Some("other")), "page of RAM block \"other\""),
-        (page(PageKind::Zero, MIB, Some("block0")), "offset of a page"),
+        (page(PageKind::Zero, MIB, Some("block0")), "a page at 0x100000 of block \"block0\""),
         (flagged(0x40), "XBZRLE pages are not supported"),
         (flagged(0x60), "XBZRLE pages are not supported"),
         (flagged(0x80), "RDMA pages are not supported"),
@@ -122,7 +122,7 @@ fn impossible_pages_are_refused_where_they_stand() {
     }
     let mut filled = first;
     *filled.last_mut().unwrap() = 7;
-    assert!(message(&with_blocks(&[MIB], None, &filled)).contains("byte of a page of zeros"));
+    assert!(message(&with_blocks(&[MIB], None, &filled)).contains("filled with 0x7"));
 }
 
 #[test]

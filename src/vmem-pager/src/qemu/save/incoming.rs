@@ -192,9 +192,7 @@ impl Early<'_> {
             );
             return Err(PagerError::Protocol(what));
         }
-        let PageHeader::List { total } =
-            PageHeader::parse(reader.be64("the list of RAM blocks")?, at)?
-        else {
+        let PageHeader::List { total } = PageHeader::read(reader)? else {
             let what = format!("byte {at:#x} of the stream: the list of RAM blocks is missing");
             return Err(PagerError::Protocol(what));
         };

@@ -1,6 +1,6 @@
 //! Page records, as the main channel and that of postcopy-preempt have them.
 
-use migration::stream::{PageHeader, PageKind, TARGET_PAGE_SIZE};
+use migration::stream::{PageBlocks, PageKind, PageRecord, PageRecords, TARGET_PAGE_SIZE};
 use vmstate::wire::{WireRead, WireReader};
 
 use crate::error::PagerError;
@@ -24,7 +24,7 @@ pub(super) enum Mark {
 /// the borders of sections.
 #[derive(Debug, Default)]
 pub(super) struct Records {
-    current: Option<usize>,
+    records: PageRecords,
     run: Run,
 }
 
@@ -82,58 +82,45 @@ impl Records {
     ) -> Result<Mark, PagerError> {
         loop {
             let at = reader.offset();
-            let word = reader.be64("the header of a page")?;
-            match PageHeader::parse(word, at)? {
-                PageHeader::Page { kind, offset, continued } => {
-                    self.page(reader, pages, kind, offset, continued)
-                        .map_err(|error| located(error, at))?;
+            match self.records.read(reader, pages)? {
+                PageRecord::Page { block, kind: PageKind::Normal, page } => {
+                    self.run.push(pages, block, page.start(), reader)?;
                 }
-                PageHeader::EndOfSection => {
+                PageRecord::Page { block, kind: PageKind::Zero, page } => {
+                    // What came before it is written before it, and does not come back after it.
+                    self.run.write(pages)?;
+                    pages.zero(block, page.start(), TARGET_PAGE_SIZE)?;
+                }
+                PageRecord::EndOfSection => {
                     self.run.write(pages)?;
                     return Ok(Mark::End);
                 }
-                PageHeader::Flush => {
+                PageRecord::Flush => {
                     self.run.write(pages)?;
                     return Ok(Mark::Flush);
                 }
-                PageHeader::List { .. } => {
+                PageRecord::List { .. } => {
                     let what = format!("byte {at:#x} of the stream: a second list of RAM blocks");
                     return Err(PagerError::Protocol(what));
                 }
             }
         }
     }
+}
 
-    fn page<R: Read>(
-        &mut self,
-        reader: &mut WireReader<R>,
-        pages: &Pages,
-        kind: PageKind,
-        offset: u64,
-        continued: bool,
-    ) -> Result<(), PagerError> {
-        if !continued {
-            let id = reader.name("the id of a RAM block")?;
-            self.current = Some(pages.find(&id)?);
-        }
-        let Some(block) = self.current else {
-            let what = "a page continues the block of the one before, and there is none";
-            return Err(PagerError::Protocol(what.to_owned()));
-        };
-        pages.check(block, offset, TARGET_PAGE_SIZE)?;
-        match kind {
-            PageKind::Normal => self.run.push(pages, block, offset, reader),
-            PageKind::Zero => {
-                let byte = reader.u8("the byte of a page of zeros")?;
-                if byte != 0 {
-                    let what = format!("a page that is filled with {byte:#x}: only zeros are");
-                    return Err(PagerError::Protocol(what));
-                }
-                // What came before it is written before it, and does not come back after it.
-                self.run.write(pages)?;
-                pages.zero(block, offset, TARGET_PAGE_SIZE)
-            }
-        }
+impl PageBlocks for Pages {
+    type Error = PagerError;
+
+    fn find(&self, id: &str, at: u64) -> Result<usize, PagerError> {
+        Self::find(self, id).map_err(|error| located(error, at))
+    }
+
+    fn id(&self, block: usize) -> &str {
+        self.blocks()[block].id()
+    }
+
+    fn used_length(&self, block: usize) -> u64 {
+        self.blocks()[block].used_length()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Page records of a stream, placed where the guest waits for them.
+//! Pages of a stream, placed where the guest waits for them.
 
 use std::time::Duration;
 
@@ -7,8 +7,7 @@ use vmstate::wire::WireRead;
 
 use crate::error::MigrationError;
 use crate::lazy::LazyRam;
-use crate::ram::MigrationBlock;
-use crate::stream::{PageHeader, PageKind, TARGET_PAGE_SIZE};
+use crate::stream::{PageBlocks, PageKind, PageRecord, PageRecords, TARGET_PAGE_SIZE};
 
 /// Pages are placed in runs of at most so many bytes, or of one host page.
 const RUN_MAX: usize = 256 << 10;
@@ -16,13 +15,14 @@ const RUN_MAX: usize = 256 << 10;
 /// Between two attempts to place pages for which there is no memory.
 const MEMORY_POLL: Duration = Duration::from_millis(50);
 
-/// Reads the records of one channel.
-pub(crate) struct PageRecords<'a> {
+/// Places the pages of one channel.
+pub(crate) struct PagePlacer<'a> {
     /// Whether to wait for memory when there is none.
     waits: &'a dyn Fn() -> bool,
-    /// The block of the record before.
-    current: Option<usize>,
-    /// Where what is collected belongs: bytes from the start of the current block.
+    records: PageRecords,
+    /// The block of what is collected.
+    block: usize,
+    /// Where it belongs: bytes from the start of the block.
     start: u64,
     /// Pages that follow each other and are not placed yet.
     bytes: Vec<u8>,
@@ -30,11 +30,12 @@ pub(crate) struct PageRecords<'a> {
     any: bool,
 }
 
-impl<'a> PageRecords<'a> {
+impl<'a> PagePlacer<'a> {
     /// Of a channel on which nothing was read. While there is no memory for a page and `waits` says
     /// so, nothing more is read, and it is tried again several times a second.
     pub(crate) fn new(waits: &'a dyn Fn() -> bool) -> Self {
-        Self { waits, current: None, start: 0, bytes: Vec::new(), any: false }
+        let records = PageRecords::new();
+        Self { waits, records, block: 0, start: 0, bytes: Vec::new(), any: false }
     }
 
     /// Places the pages of a section, up to its end.
@@ -43,7 +44,7 @@ impl<'a> PageRecords<'a> {
         lazy: &LazyRam,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
-        self.current = None;
+        self.records = PageRecords::new();
         while !self.record(lazy, reader)? {}
         self.flush(lazy)
     }
@@ -55,8 +56,7 @@ impl<'a> PageRecords<'a> {
         reader: &mut dyn WireRead,
     ) -> Result<bool, MigrationError> {
         let ended = self.record(lazy, reader)?;
-        let page_size = self.current.map_or(0, |index| host_page(lazy.block(index)));
-        if ended || self.bytes.len() as u64 == page_size {
+        if ended || self.bytes.len() as u64 == host_page(lazy, self.block) {
             self.flush(lazy)?;
         }
         Ok(ended)
@@ -69,46 +69,19 @@ impl<'a> PageRecords<'a> {
         reader: &mut dyn WireRead,
     ) -> Result<bool, MigrationError> {
         let at = reader.offset();
-        let header = PageHeader::parse(reader.be64("a page")?, at)?;
-        let (kind, offset, continued) = match header {
-            PageHeader::Page { kind, offset, continued } => (kind, offset, continued),
-            PageHeader::EndOfSection => return Ok(true),
-            PageHeader::Flush => return Ok(false),
-            PageHeader::List { .. } => return Err(bad(at, "a list of RAM blocks in postcopy")),
+        let (block, kind, page) = match self.records.read(reader, lazy)? {
+            PageRecord::Page { block, kind, page } => (block, kind, page),
+            PageRecord::EndOfSection => return Ok(true),
+            PageRecord::Flush => return Ok(false),
+            PageRecord::List { .. } => return Err(bad(at, "a list of RAM blocks in postcopy")),
         };
-        if !continued {
-            let name = reader.name("the id of a block")?;
-            let found = lazy.find(&name);
-            if found.is_none() {
-                return Err(bad(
-                    at,
-                    &format!("a page of block {name:?}, of which none is outstanding"),
-                ));
-            }
-            if found != self.current {
-                self.flush(lazy)?;
-            }
-            self.current = found;
-        }
-        let Some(index) = self.current else {
-            return Err(bad(at, "a page continues a block that was never named"));
-        };
-        let block = lazy.block(index);
-        // Before anything is computed with it: an offset may be any multiple of the page size.
-        let within = ByteRange::new(offset, TARGET_PAGE_SIZE)
-            .filter(|page| page.end() <= block.used_length());
-        if within.is_none() {
-            let (id, len) = (block.id(), block.used_length());
-            let what = format!("a page at {offset:#x} of block {id:?}, which has {len:#x} bytes");
-            return Err(bad(at, &what));
-        }
-        let page_size = host_page(block);
-        self.make_room(lazy, page_size, offset)?;
+        let page_size = host_page(lazy, block);
+        self.make_room(lazy, block, page_size, page.start())?;
         if self.bytes.is_empty() {
-            if !offset.is_multiple_of(page_size) {
+            if !page.start().is_multiple_of(page_size) {
                 return Err(bad(at, "a page starts within a host page"));
             }
-            self.start = offset;
+            (self.block, self.start) = (block, page.start());
         }
         let len = self.bytes.len();
         self.bytes.resize(len + TARGET_PAGE_SIZE as usize, 0);
@@ -117,27 +90,22 @@ impl<'a> PageRecords<'a> {
                 reader.read_exact(&mut self.bytes[len..], "a page")?;
                 self.any = true;
             }
-            PageKind::Zero => {
-                if reader.u8("the fill of a page")? != 0 {
-                    return Err(bad(at, "a page is filled with another byte than 0"));
-                }
-                if page_size == TARGET_PAGE_SIZE {
-                    // By itself, since it needs no memory.
-                    self.bytes.truncate(len);
-                    self.flush(lazy)?;
-                    if let Some(range) = ByteRange::new(offset, TARGET_PAGE_SIZE) {
-                        lazy.place_zeros(index, range)?;
-                    }
-                }
+            // By itself, since it needs no memory.
+            PageKind::Zero if page_size == TARGET_PAGE_SIZE => {
+                self.bytes.truncate(len);
+                self.flush(lazy)?;
+                lazy.place_zeros(block, page)?;
             }
+            PageKind::Zero => {}
         }
         Ok(false)
     }
 
-    /// Places what is collected when the page at `offset` does not follow it, or it is enough.
+    /// Places what is collected when the page at `offset` of `block` does not follow it, or it is enough.
     fn make_room(
         &mut self,
         lazy: &LazyRam,
+        block: usize,
         page_size: u64,
         offset: u64,
     ) -> Result<(), MigrationError> {
@@ -147,19 +115,19 @@ impl<'a> PageRecords<'a> {
         }
         let whole = len.is_multiple_of(page_size);
         let full = whole && len >= page_size.max(RUN_MAX as u64);
-        if full || offset != self.start + len {
+        if full || (block, offset) != (self.block, self.start + len) {
             self.flush(lazy)?;
         }
         Ok(())
     }
 
     fn flush(&mut self, lazy: &LazyRam) -> Result<(), MigrationError> {
-        let Some(index) = self.current.filter(|_| !self.bytes.is_empty()) else { return Ok(()) };
         let range = ByteRange::new(self.start, self.bytes.len() as u64);
+        let Some(range) = range.filter(|_| !self.bytes.is_empty()) else { return Ok(()) };
         if self.any {
             let mut waited = false;
             loop {
-                match lazy.place(index, self.start, &self.bytes) {
+                match lazy.place(self.block, self.start, &self.bytes) {
                     Ok(()) => break,
                     Err(error) if error.is_no_memory() && (self.waits)() => {
                         if !waited {
@@ -171,8 +139,8 @@ impl<'a> PageRecords<'a> {
                     Err(error) => return Err(error),
                 }
             }
-        } else if let Some(range) = range {
-            lazy.place_zeros(index, range)?;
+        } else {
+            lazy.place_zeros(self.block, range)?;
         }
         self.bytes.clear();
         self.any = false;
@@ -180,8 +148,27 @@ impl<'a> PageRecords<'a> {
     }
 }
 
-fn host_page(block: &MigrationBlock) -> u64 {
-    block.page_size().max(TARGET_PAGE_SIZE)
+impl PageBlocks for LazyRam {
+    type Error = MigrationError;
+
+    fn find(&self, id: &str, at: u64) -> Result<usize, MigrationError> {
+        let found = Self::find(self, id);
+        found.ok_or_else(|| {
+            bad(at, &format!("a page of block {id:?}, of which none is outstanding"))
+        })
+    }
+
+    fn id(&self, block: usize) -> &str {
+        self.block(block).id()
+    }
+
+    fn used_length(&self, block: usize) -> u64 {
+        self.block(block).used_length()
+    }
+}
+
+fn host_page(lazy: &LazyRam, block: usize) -> u64 {
+    lazy.block(block).page_size().max(TARGET_PAGE_SIZE)
 }
 
 fn bad(at: u64, what: &str) -> MigrationError {
