@@ -7,4 +7,4 @@ pub mod service_manager;
 pub mod size;
 mod sys;
 
-pub use sys::{peer, signals};
+pub use sys::{inherited, peer, signals};

@@ -19,7 +19,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
 
 use crate::log;
-use crate::sys::inherited;
+use program::inherited;
 
 /// Names what is handed over, in the environment.
 const VARIABLE: &str = "VHOST_USER_MEM_CONTINUES";

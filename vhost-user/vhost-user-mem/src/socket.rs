@@ -17,7 +17,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use crate::connection::Connections;
 use crate::reserve::{PAUSE, RESERVE};
-use crate::sys::inherited;
+use program::inherited;
 
 /// A signal ends the daemon within 2 s; what has not ended by itself until then is left.
 const GRACE: Duration = Duration::from_millis(1500);

@@ -1,27 +1,38 @@
-//! Descriptors that this process was started with.
+//! Descriptors that were there when the process started, known by number.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 
-static TAKEN: AtomicBool = AtomicBool::new(false);
+use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_getfd, fcntl_setfd};
 
-/// Owns what the service manager has passed (sd_listen_fds(3)), with the names; the first call alone, which
-/// comes before this process has opened anything itself that could have one of these numbers. They are closed
-/// on exec from then on.
+fn borrow(fd: i32) -> io::Result<BorrowedFd<'static>> {
+    if fd < 0 {
+        return Err(Errno::BADF.into());
+    }
+    // SAFETY: it is not -1. Whether it is open is for the kernel to say, in the calls below, which
+    // do nothing with it that another owner could notice.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
+/// A duplicate of an inherited descriptor, which itself stays open.
 ///
 /// # Errors
 ///
-/// When LISTEN_FDS, LISTEN_FDNAMES or LISTEN_PID are not what they should be, or a descriptor is not open.
-pub(crate) fn take() -> io::Result<Vec<(String, OwnedFd)>> {
-    if TAKEN.swap(true, Ordering::SeqCst) {
-        return Ok(Vec::new());
-    }
-    let passed = sd_notify::listen_fds_with_names()?;
-    let own = |(fd, name): (RawFd, String)| {
-        // SAFETY: the descriptor is open, which the call has checked, and by LISTEN_PID it was passed to this
-        // process. Nothing else has taken it: this code runs once.
-        (name, unsafe { OwnedFd::from_raw_fd(fd) })
-    };
-    Ok(passed.map(own).collect())
+/// When there is none of this number.
+pub fn duplicate(fd: i32) -> io::Result<OwnedFd> {
+    Ok(fcntl_dupfd_cloexec(borrow(fd)?, 3)?)
+}
+
+/// Takes a descriptor that the process before this one has left open for it, so that no later one
+/// inherits it by accident. To be called once for each, before others are opened.
+///
+/// # Errors
+///
+/// When there is none of this number.
+pub fn take(fd: i32) -> io::Result<OwnedFd> {
+    let borrowed = borrow(fd)?;
+    fcntl_setfd(borrowed, fcntl_getfd(borrowed)? | FdFlags::CLOEXEC)?;
+    // SAFETY: it is open, as the calls above have found, and was left for the caller alone: the
+    // process before named it in the hand-over, and no other part of this one knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -2,12 +2,11 @@
 
 #![allow(
     unsafe_code,
-    reason = "mappings that are replaced, one of them by a signal handler; descriptors that are \
-              known by number; calls of libc that no crate here wraps; each block says why"
+    reason = "mappings that are replaced, one of them by a signal handler; calls of libc that no \
+              crate here wraps; each block says why"
 )]
 
 pub(crate) mod group;
 pub(crate) mod guest_memory;
-pub(crate) mod inherited;
 pub(crate) mod lost_memory;
 pub(crate) mod peer_cred;
