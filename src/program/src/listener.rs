@@ -5,22 +5,28 @@
 //! has bound. A file that was left by a killed daemon is replaced; it is removed by identity, since
 //! another program may have put something else there.
 //!
-//! A process has one table of what it has bound, for an end that cannot wait and for a start anew.
+//! A process has one table of what it has bound, for an end that cannot wait and for a start anew. A
+//! socket that came with the start ([`adopt`]) is found there instead of being bound: one that the
+//! service manager listens on for this program is not this program's to remove, and has no lock.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, chmodat, fchmod, flock};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, getsockname, socket_with,
+};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -40,18 +46,27 @@ const OWNER_ONLY: Access = Access { mode: 0o600, group: None };
 static ACCESS: OnceLock<Access> = OnceLock::new();
 static NEXT: AtomicU64 = AtomicU64::new(0);
 static BOUND: Mutex<Vec<(u64, Bound)>> = Mutex::new(Vec::new());
-/// What the process before this one had bound, until it is bound here.
+/// What came with the start, until it is bound here.
 static LEFT: Mutex<Vec<Bound>> = Mutex::new(Vec::new());
+/// Whether the files stay when the process ends.
+static KEPT: AtomicBool = AtomicBool::new(false);
 
 /// A socket of this process.
 #[derive(Debug)]
 pub struct Bound {
-    /// The socket's file.
+    /// Where clients connect.
     pub path: PathBuf,
-    /// Device and inode of the socket's file.
-    pub identity: (u64, u64),
     /// What is listened on.
     pub listener: UnixListener,
+    /// What is removed at the end; `None` for a socket that another process has bound.
+    pub file: Option<BoundFile>,
+}
+
+/// The file of a socket that this process has bound, or one before it that it continues.
+#[derive(Debug)]
+pub struct BoundFile {
+    /// Device and inode of the socket's file.
+    pub identity: (u64, u64),
     /// The file beside the socket, locked.
     pub lock: File,
 }
@@ -90,7 +105,63 @@ pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
 
 /// Takes over what the process before this one had bound, to be found by [`bind`].
 pub fn continue_with(left: Vec<Bound>) {
-    *LEFT.lock() = left;
+    LEFT.lock().extend(left);
+}
+
+/// Takes over a listening socket that came with the start, to be found by [`bind`] under `path`, or
+/// under its own address where that is `None`; that path is the answer. With its `lock`, it is one
+/// that an earlier process of this service had bound; without, the service manager's own.
+///
+/// # Errors
+///
+/// When it is not a listening Unix stream socket, is at another path, or is not to be found there
+/// any more.
+pub fn adopt(socket: OwnedFd, lock: Option<OwnedFd>, path: Option<&Path>) -> io::Result<PathBuf> {
+    let refuse = |reason: String| Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+    let is_unix = socket_domain(&socket) == Ok(AddressFamily::UNIX);
+    if !is_unix || socket_type(&socket) != Ok(SocketType::STREAM) || !socket_acceptconn(&socket)? {
+        return refuse("not a Unix stream socket that is listened on".to_owned());
+    }
+    let address = address_of(&socket)?;
+    let path = match path {
+        Some(path) if path == address || is_same(path, &address) => path.to_owned(),
+        Some(_) => return refuse(format!("it is bound to {}", address.display())),
+        None => address,
+    };
+    let file = match lock {
+        None => None,
+        Some(lock) => {
+            let metadata = fs::symlink_metadata(&path)?;
+            if !metadata.file_type().is_socket() {
+                return refuse(format!("{} is not a socket any more", path.display()));
+            }
+            Some(BoundFile { identity: (metadata.dev(), metadata.ino()), lock: lock.into() })
+        }
+    };
+    let listener = UnixListener::from(socket);
+    listener.set_nonblocking(true)?;
+    LEFT.lock().push(Bound { path: path.clone(), listener, file });
+    Ok(path)
+}
+
+/// The path that a socket is bound to; with `@` for one without a file, as service managers write it.
+fn address_of(socket: &impl AsFd) -> io::Result<PathBuf> {
+    let address = SocketAddrUnix::try_from(getsockname(socket)?)?;
+    let bytes = match address.path_bytes() {
+        Some(path) => path.to_vec(),
+        None => [b"@", address.abstract_name().unwrap_or_default()].concat(),
+    };
+    Ok(OsString::from_vec(bytes).into())
+}
+
+fn is_same(one: &Path, other: &Path) -> bool {
+    matches!((identity_of(one), identity_of(other)), (Ok(one), Ok(other)) if one == other)
+}
+
+/// Leaves the files of all sockets when the process ends, since what listens on them is kept for the
+/// next one.
+pub fn keep_files() {
+    KEPT.store(true, Ordering::Relaxed);
 }
 
 /// Calls `look` with everything that is bound.
@@ -125,7 +196,11 @@ fn take<T>(table: &Mutex<Vec<T>>, is: impl Fn(&T) -> bool) -> Option<T> {
 }
 
 fn remove(bound: Bound) {
-    let Bound { path, identity, listener, lock } = bound;
+    let Bound { path, listener, file } = bound;
+    let Some(BoundFile { identity, lock }) = file else { return };
+    if KEPT.load(Ordering::Relaxed) {
+        return;
+    }
     remove_same(&path, identity);
     drop(listener);
     // Before the lock is released: who waits for it looks whether the file is still there.
@@ -225,9 +300,8 @@ fn create(path: &Path, lock: File) -> io::Result<Bound> {
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     let bound = Bound {
         path: path.to_owned(),
-        identity: identity_of(path)?,
         listener: socket.into(),
-        lock,
+        file: Some(BoundFile { identity: identity_of(path)?, lock }),
     };
     let opened = || -> io::Result<()> {
         if group.is_some() {
@@ -298,15 +372,70 @@ mod tests {
         let (listener, file) = bind(&path).unwrap();
         // As between the two steps of a start: the file is there, and does not answer.
         drop(listener);
-        let (number, Bound { listener, lock, .. }) =
+        let (number, Bound { listener, file: bound, .. }) =
             take(&BOUND, |(_, bound)| bound.path == path).unwrap();
         drop(listener);
         let error = bind(&path).err().unwrap();
         assert!(error.to_string().contains("another process holds"), "{error}");
         assert!(error.to_string().contains("api.lock"), "{error}");
         assert!(path.exists() && number == file.number);
-        drop(lock);
+        drop(bound);
         bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_socket_that_came_with_the_start_is_served_and_left() {
+        let (dir, path) = place();
+        let came = UnixListener::bind(&path).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        let by_another_name = link.join("api");
+        assert_eq!(adopt(came.into(), None, Some(&by_another_name)).unwrap(), by_another_name);
+        let _waiting = UnixStream::connect(&path).unwrap();
+        let (listener, file) = bind(&by_another_name).unwrap();
+        listener.accept().unwrap();
+        drop((listener, file));
+        assert!(path.exists() && !lock_path(&path).exists());
+    }
+
+    #[test]
+    fn a_socket_that_was_stored_is_locked_still_and_removed_at_the_end() {
+        let (dir, path) = place();
+        let (listener, file) = bind(&path).unwrap();
+        let stored = with_bound(|mut bound| {
+            let bound = Iterator::find(&mut bound, |bound| bound.path == path).unwrap();
+            let lock = bound.file.as_ref().unwrap().lock.try_clone().unwrap();
+            (bound.listener.try_clone().unwrap(), lock)
+        });
+        // As at an end that leaves the files.
+        drop(take(&BOUND, |(number, _)| *number == file.number).unwrap());
+        drop((listener, file));
+        let _waiting = UnixStream::connect(&path).unwrap();
+        assert!(bind(&path).err().unwrap().to_string().contains("another process holds"));
+        let (socket, lock) = stored;
+        assert_eq!(adopt(socket.into(), Some(lock.into()), None).unwrap(), path);
+        let (listener, file) = bind(&path).unwrap();
+        listener.accept().unwrap();
+        drop((listener, file));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_not_listened_on_or_elsewhere_is_refused() {
+        let (dir, path) = place();
+        let refused = |socket: OwnedFd, path: Option<&Path>| {
+            adopt(socket, None, path).unwrap_err().to_string()
+        };
+        let (connected, _other) = UnixStream::pair().unwrap();
+        assert!(refused(connected.into(), None).contains("listened on"));
+        assert!(refused(File::open("/dev/null").unwrap().into(), None).contains("listened on"));
+        let listener = UnixListener::bind(&path).unwrap();
+        let elsewhere = dir.path().join("elsewhere");
+        assert!(refused(listener.into(), Some(&elsewhere)).contains(path.to_str().unwrap()));
+        let left = UnixListener::bind(&elsewhere).unwrap();
+        fs::remove_file(&elsewhere).unwrap();
+        let lock = File::open("/dev/null").unwrap();
+        adopt(left.into(), Some(lock.into()), None).unwrap_err();
     }
 
     #[test]

@@ -14,7 +14,8 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Context;
-use program::listener::{self, Bound};
+use program::listener::{self, Bound, BoundFile};
+use program::service_manager;
 use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
 
@@ -34,9 +35,14 @@ struct HandOver {
 #[derive(Serialize, Deserialize)]
 struct Socket {
     path: Vec<u8>,
+    listener: RawFd,
+    file: Option<SocketFile>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SocketFile {
     dev: u64,
     ino: u64,
-    listener: RawFd,
     lock: RawFd,
 }
 
@@ -60,17 +66,25 @@ pub(crate) fn left() -> anyhow::Result<Option<File>> {
 
 impl Socket {
     fn of(bound: &Bound) -> Self {
-        let (dev, ino) = bound.identity;
-        let (listener, lock) = (bound.listener.as_raw_fd(), bound.lock.as_raw_fd());
-        Self { path: bound.path.as_os_str().as_bytes().to_vec(), dev, ino, listener, lock }
+        let file = bound.file.as_ref().map(|file| {
+            let (dev, ino) = file.identity;
+            SocketFile { dev, ino, lock: file.lock.as_raw_fd() }
+        });
+        let path = bound.path.as_os_str().as_bytes().to_vec();
+        Self { path, listener: bound.listener.as_raw_fd(), file }
     }
 
     fn take(self) -> io::Result<Bound> {
         let listener: OwnedFd = inherited::take(self.listener)?;
-        let lock = inherited::take(self.lock)?;
         let path = PathBuf::from(OsString::from_vec(self.path));
-        let identity = (self.dev, self.ino);
-        Ok(Bound { path, identity, listener: listener.into(), lock: lock.into() })
+        let file = match self.file {
+            None => None,
+            Some(SocketFile { dev, ino, lock }) => {
+                let lock = inherited::take(lock)?.into();
+                Some(BoundFile { identity: (dev, ino), lock })
+            }
+        };
+        Ok(Bound { path, listener: listener.into(), file })
     }
 }
 
@@ -82,7 +96,9 @@ pub(crate) fn renew(state: &File) -> anyhow::Error {
         bound
             .map(|bound| {
                 kept(&bound.listener)?;
-                kept(&bound.lock)?;
+                if let Some(file) = &bound.file {
+                    kept(&file.lock)?;
+                }
                 Ok(Socket::of(bound))
             })
             .collect()
@@ -96,6 +112,10 @@ pub(crate) fn renew(state: &File) -> anyhow::Error {
         let mut command = Command::new("/proc/self/exe");
         if let Some(name) = args.next() {
             command.arg0(name);
+        }
+        // What came with the first start is taken, and its numbers mean something else by now.
+        for variable in service_manager::PASSED_VARIABLES {
+            command.env_remove(variable);
         }
         Err(command.args(args).env(VARIABLE, serde_json::to_string(&hand_over)?).exec())
     };

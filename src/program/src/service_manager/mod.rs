@@ -37,8 +37,8 @@ const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 /// does (`Environment=FDSTORE=8` beside `FileDescriptorStoreMax=8`).
 const FDSTORE: &str = "FDSTORE";
 
-/// Variables that are meant for this process and not for its children.
-pub const VARIABLES: [&str; 4] = ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID", FDSTORE];
+/// Variables that tell what was [`Passed`], for a process that has taken it and replaces itself.
+pub const PASSED_VARIABLES: [&str; 3] = ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"];
 
 /// How long a message that must not be lost waits for the manager to read those before it.
 const PATIENCE: Duration = Duration::from_secs(5);
