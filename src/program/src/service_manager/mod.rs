@@ -6,18 +6,22 @@
 //! - [`Passed`] are the descriptors that came with the start: sockets that are listened on already
 //!   (socket activation), and what an earlier process had [stored](ServiceManager::store).
 //!
+//! - [`ready`], [`keep`], [`forget`] and [`take_kept`] are the same for a program that tells little: they
+//!   connect for each message.
+//!
 //! The messages and the environment are those of the `sd-notify` crate. The socket is kept here: it is
 //! opened once, at the start, so that neither a changed root nor a filter of system calls is in its way
 //! later, and no message blocks the thread that sends it for longer than the thread allows.
 
 #[cfg(any(test, feature = "test-utils"))]
 pub mod fake;
+mod kept;
 mod passed;
 
 use std::ffi::OsStr;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -26,19 +30,20 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::pipe::{PipeFlags, pipe_with};
 
+pub use kept::{forget, is_there, keep, ready, room, take_kept};
 pub use passed::Passed;
 pub use sd_notify::NotifyState;
 
 /// Where messages go.
 const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// How many descriptors are kept, at most. systemd sets it since version 254; before that, the unit
-/// does (`Environment=FDSTORE=8` beside `FileDescriptorStoreMax=8`).
-const FDSTORE: &str = "FDSTORE";
-
 /// Variables that tell what was [`Passed`], for a process that has taken it and replaces itself.
 pub const PASSED_VARIABLES: [&str; 3] = ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"];
+
+/// Descriptors in one message, at most (SCM_MAX_FD).
+const FDS_MAX: usize = 253;
 
 /// How long a message that must not be lost waits for the manager to read those before it.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -66,8 +71,7 @@ impl ServiceManager {
             let reason = format!("{NOTIFY_SOCKET}={}: {error}", address.display());
             io::Error::new(error.kind(), reason)
         };
-        let stores =
-            std::env::var(FDSTORE).is_ok_and(|max| max.parse().is_ok_and(|max: u32| max > 0));
+        let stores = room().is_some_and(|room| room > 0);
         Self::at(&address, stores).map_err(failed).map(Some)
     }
 
@@ -118,32 +122,53 @@ impl ServiceManager {
         Ok(())
     }
 
-    /// Has the manager keep a descriptor and pass it, as `name`, to the next process of this service:
-    /// after a restart, an upgrade or a crash, but not after a stop. One that is kept already is
-    /// kept once. Names are ASCII without control characters and `:`, up to 255.
+    /// Has the manager keep copies of descriptors, all or none, and pass them, as `name`, to the next
+    /// process of this service: after a restart, an upgrade or a crash, but not after a stop. What is
+    /// kept already is kept once. Names are ASCII without control characters and `:`, up to 255.
     ///
     /// # Errors
     ///
-    /// As [`Self::tell`]. Whether there is room for it is not told.
-    pub fn store(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+    /// When it cannot be told, or has not read this within some seconds. Whether there is room is not
+    /// told.
+    pub fn store(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         // Without FDPOLL=0, the manager lets go of what it finds hung up.
         let text = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
-        self.send(text.as_bytes(), &[fd], PATIENCE)
+        self.send(text.as_bytes(), fds, PATIENCE)?;
+        self.barrier(PATIENCE)
     }
 
     /// Has the manager forget the descriptors that are stored as `name`.
     ///
     /// # Errors
     ///
-    /// As [`Self::tell`].
+    /// As [`Self::store`].
     pub fn forget(&self, name: &str) -> io::Result<()> {
         let text = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
-        self.send(text.as_bytes(), &[], PATIENCE)
+        self.send(text.as_bytes(), &[], PATIENCE)?;
+        self.barrier(PATIENCE)
+    }
+
+    /// Waits until the manager has read what it was told: a message of a process that has ended by
+    /// then may be lost.
+    fn barrier(&self, patience: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + patience;
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        // By itself in its message, as the manager demands. It answers by closing what it got.
+        self.send(b"BARRIER=1", &[writer.as_fd()], patience)?;
+        drop(writer);
+        loop {
+            let left = left_until(deadline)?;
+            match poll(&mut [PollFd::new(&reader, PollFlags::empty())], Some(&left)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     fn send(&self, text: &[u8], fds: &[BorrowedFd<'_>], patience: Duration) -> io::Result<()> {
         let deadline = Instant::now() + patience;
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         loop {
             let mut control = SendAncillaryBuffer::new(&mut space);
             if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
@@ -155,18 +180,23 @@ impl ServiceManager {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        let reason = "the service manager does not read what it is told";
-                        return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
-                    }
-                    let timeout = Timespec::try_from(left).unwrap_or_default();
-                    let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&timeout));
+                    let left = left_until(deadline)?;
+                    let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&left));
                 }
                 Err(error) => return Err(error.into()),
             }
         }
     }
+}
+
+/// What is left for waiting; an error when that is nothing.
+fn left_until(deadline: Instant) -> io::Result<Timespec> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        let reason = "the service manager does not read what it is told";
+        return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
+    }
+    Ok(Timespec::try_from(left).unwrap_or_default())
 }
 
 fn text_of(states: &[NotifyState<'_>]) -> String {
@@ -213,12 +243,13 @@ mod tests {
     }
 
     #[test]
-    fn a_stored_descriptor_is_the_same_file() {
+    fn stored_descriptors_are_the_same_files() {
         let manager = FakeManager::new();
         let told = ServiceManager::at(manager.address(), true).unwrap();
         let mut file: File = tempfile::tempfile().unwrap();
         file.write_all(b"kept").unwrap();
-        told.store("state", file.as_fd()).unwrap();
+        let other = File::open("/dev/null").unwrap();
+        told.store("state", &[file.as_fd(), other.as_fd()]).unwrap();
         told.forget("other").unwrap();
         let mut stored = manager.next();
         assert_eq!(stored.text, "FDSTORE=1\nFDNAME=state\nFDPOLL=0\n");
@@ -226,14 +257,18 @@ mod tests {
         kept.rewind().unwrap();
         let mut text = String::new();
         kept.read_to_string(&mut text).unwrap();
-        assert_eq!((text.as_str(), stored.fds.len()), ("kept", 0));
+        assert_eq!((text.as_str(), stored.fds.len()), ("kept", 1));
         assert_eq!(manager.next().text, "FDSTOREREMOVE=1\nFDNAME=other\n");
     }
 
     #[test]
     fn a_manager_that_reads_nothing_or_has_gone_blocks_no_thread() {
-        let manager = FakeManager::new();
-        let told = ServiceManager::at(manager.address(), false).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let address = dir.path().join("notify");
+        let manager = UnixDatagram::bind(&address).unwrap();
+        let told = ServiceManager::at(address.as_os_str(), false).unwrap();
+        let short = Duration::from_millis(20);
+        assert_eq!(told.barrier(short).unwrap_err().kind(), io::ErrorKind::TimedOut);
         let mut sent = 0;
         let error = loop {
             match told.tell_now(&[NotifyState::Watchdog]) {
@@ -243,9 +278,9 @@ mod tests {
             assert!(sent < 1_000_000, "all of it is taken");
         };
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-        let error = told.send(b"READY=1\n", &[], Duration::from_millis(20)).unwrap_err();
+        let error = told.send(b"READY=1\n", &[], short).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        assert_eq!(manager.next().text, "WATCHDOG=1\n");
+        manager.recv(&mut [0; 64]).unwrap();
         told.tell(&[NotifyState::Ready]).unwrap();
         drop(manager);
         assert!(told.tell(&[NotifyState::Ready]).is_err());
