@@ -9,9 +9,13 @@
 //! [`machine`] puts these together; [`migration`] moves a machine's guest to another one, and
 //! [`guest`] is the process that does what it is told. [`soak`] does all of it at once, at random.
 //! [`dma`] is a user of the guest's memory beside the guest.
+//!
+//! [`cloud_hypervisor`] is another VMM, as a pager meets it: both ends of its local migration, with switches for what
+//! goes wrong.
 
 pub mod api;
 pub mod backend_channel;
+pub mod cloud_hypervisor;
 pub mod config;
 pub mod connection;
 pub mod daemon;

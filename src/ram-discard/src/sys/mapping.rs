@@ -59,9 +59,24 @@ impl HostMapping {
     /// When the kernel refuses: `len` is 0, `offset` is not a multiple of the page size of the
     /// file, the file is not open for reading and writing, or a seal forbids it.
     pub fn map(file: &File, offset: u64, len: u64) -> io::Result<Self> {
+        Self::map_with(file, offset, len, MapFlags::NORESERVE)
+    }
+
+    /// Has the kernel set memory of the pool of huge pages aside for a range of `file`, a file of huge pages:
+    /// what is allocated there until the file is truncated or goes cannot find the pool empty.
+    ///
+    /// # Errors
+    ///
+    /// When the pool does not have as much, or as [`map`](Self::map).
+    pub fn reserve(file: &File, offset: u64, len: u64) -> io::Result<()> {
+        // What is reserved for a shared mapping is the file's, and stays when the mapping goes.
+        Self::map_with(file, offset, len, MapFlags::empty()).map(drop)
+    }
+
+    fn map_with(file: &File, offset: u64, len: u64, more: MapFlags) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        let flags = MapFlags::SHARED | more;
         // SAFETY: without a wanted address the kernel takes a free one, so no existing mapping
         // is replaced.
         let start = unsafe { mm::mmap(std::ptr::null_mut(), len, prot, flags, file, offset) }?;

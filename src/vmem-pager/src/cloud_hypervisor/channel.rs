@@ -129,10 +129,14 @@ impl Peer {
     }
 
     fn write_all(&self, bytes: &[u8], run: &Run, wait: Wait) -> Result<(), Lost> {
-        let mut at = 0;
-        while at < bytes.len() {
-            match send(&self.fd, &bytes[at..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-                Ok(count) => at += count,
+        self.write_from(bytes, &mut 0, run, wait)
+    }
+
+    /// Writes bytes from `at` on, which is where it came to, also when it fails.
+    fn write_from(&self, bytes: &[u8], at: &mut usize, run: &Run, wait: Wait) -> Result<(), Lost> {
+        while *at < bytes.len() {
+            match send(&self.fd, &bytes[*at..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(count) => *at += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => self.wait(PollFlags::OUT, run, wait)?,
                 Err(Errno::CONNRESET | Errno::PIPE) => return Err(Lost::Closed),
@@ -218,7 +222,8 @@ impl Peer {
         self.write_all(&answer.encode(), run, wait)
     }
 
-    /// Sends a request with its payload.
+    /// Sends a request with its payload, or what a send that broke off has left of them: `at` is how many bytes have
+    /// gone.
     ///
     /// # Errors
     ///
@@ -227,11 +232,24 @@ impl Peer {
         &self,
         request: Request,
         payload: &[u8],
+        at: &mut usize,
         run: &Run,
         wait: Wait,
     ) -> Result<(), Lost> {
-        self.write_all(&request.encode(), run, wait)?;
-        self.write_all(payload, run, wait)
+        if *at < FRAME_LEN {
+            self.write_from(&request.encode(), at, run, wait)?;
+        }
+        let mut within = *at - FRAME_LEN;
+        let sent = self.write_from(payload, &mut within, run, wait);
+        *at = FRAME_LEN + within;
+        sent
+    }
+
+    /// Whether the peer has sent something that was not read.
+    pub fn has_sent(&self) -> bool {
+        let mut byte = [0u8; 1];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        matches!(recv(&self.fd, &mut byte[..], flags), Ok((1.., _)))
     }
 
     /// Sends bytes that are no frame.

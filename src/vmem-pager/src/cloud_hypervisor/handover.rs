@@ -20,7 +20,7 @@ use super::channel::Peer;
 use super::edit::{self, Edit};
 use super::giving::{Giving, NotTaken};
 use super::layout::Layout;
-use super::taking::{Along, accept, refuse, take};
+use super::taking::{Along, accept, refuse, take_or_wait};
 use super::unix;
 use crate::cli::args::HandoverArgs;
 use crate::cli::report::Report;
@@ -58,6 +58,8 @@ struct Passing<'a> {
     run: &'a Run,
     edits: &'a [Edit],
     giving: Option<Giving<'a>>,
+    /// Sees to a receiver that may keep a copy of the guest.
+    left_behind: &'a dyn Fn(),
     /// When the guest was paused.
     paused: Option<Instant>,
 }
@@ -70,7 +72,7 @@ impl Along for Passing<'_> {
         files: &[File],
     ) -> Result<(), PagerError> {
         let config = edit::apply(config, self.edits).map_err(PagerError::Usage)?;
-        let giving = self.giving.insert(Giving::start(self.to, self.run)?);
+        let giving = self.giving.insert(Giving::start(self.to, self.run, self.left_behind)?);
         giving.memory(layout, files)?;
         giving.config(&config)
     }
@@ -90,13 +92,29 @@ pub(super) fn hand_over(
     run: &Run,
     report: &Report,
 ) -> Result<(), PagerError> {
-    let mut passing = Passing { to, run, edits, giving: None, paused: None };
-    // What fails on the way is abandoned at the receiver when `passing` goes.
-    let taken = take(from, run, &mut passing)?;
+    // A copy that is resumed would run on the memory of the source.
+    let left_behind = || {
+        if !receiver.is_some_and(Process::end) {
+            report.warn(
+                "the receiver has not said that it drops the guest, and cannot be ended from here: end it, since \
+                 it has the memory of the source",
+            );
+        }
+    };
+    let (giving, paused) = (None, None);
+    let mut passing = Passing { to, run, edits, giving, left_behind: &left_behind, paused };
+    let taken = match take_or_wait(from, run, &mut passing) {
+        Ok(taken) => taken,
+        Err(error) => {
+            // The receiver drops what it has got before the source continues.
+            drop(passing);
+            refuse(from);
+            return Err(error);
+        }
+    };
     let (giving, paused) = (passing.giving.take(), passing.paused);
     let giving = giving.expect("a guest that is complete was configured");
     if from.is_closed() {
-        drop(giving);
         return Err(PagerError::Peer(
             "the Cloud Hypervisor that has the guest closed the connection: it keeps the guest"
                 .to_owned(),

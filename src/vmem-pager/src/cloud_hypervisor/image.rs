@@ -256,6 +256,16 @@ impl SavedGuest {
         &self.image.blocks()[self.blocks[mapping]]
     }
 
+    /// The place in the image of the RAM block of a mapping.
+    pub fn block_index(&self, mapping: usize) -> usize {
+        self.blocks[mapping]
+    }
+
+    /// The mapping of a RAM block, by its place in the image.
+    pub fn mapping_of(&self, block: usize) -> Option<usize> {
+        self.blocks.iter().position(|index| *index == block)
+    }
+
     /// It was paused before it was saved.
     pub fn is_paused(&self) -> bool {
         self.image.is_paused()

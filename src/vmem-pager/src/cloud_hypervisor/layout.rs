@@ -36,6 +36,8 @@ pub struct Mapping {
     pub file_offset: u64,
     /// Its memory is of huge pages of this size, bytes; 0 for the system's default size.
     pub huge_page: Option<u64>,
+    /// Cloud Hypervisor reserves all of it when the VM is made.
+    pub reserve: bool,
 }
 
 impl Mapping {
@@ -107,6 +109,8 @@ struct Pages {
     hugepage_size: Option<u64>,
     #[serde(default)]
     prefault: bool,
+    #[serde(default)]
+    reserve: bool,
 }
 
 #[derive(Deserialize)]
@@ -254,7 +258,8 @@ fn check(found: GuestRamMapping, zones: &BTreeMap<String, Pages>) -> Result<Mapp
     let end = file_offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok());
     match ByteRange::new(gpa, size).filter(|_| whole && end.is_some()) {
         Some(range) => {
-            Ok(Mapping { slot, zone: zone_id, range, virtio_mem, file_offset, huge_page })
+            let reserve = pages.reserve;
+            Ok(Mapping { slot, zone: zone_id, range, virtio_mem, file_offset, huge_page, reserve })
         }
         None => Err(format!(
             "the mapping of zone {zone:?} at {gpa:#x}, of {size:#x} bytes at {file_offset:#x} of its file, is \

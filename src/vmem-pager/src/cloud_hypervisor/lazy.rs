@@ -4,46 +4,46 @@
 //! memory that both share, then the answer is Ok. Between the two nothing but this side writes to the page: each
 //! access waits for the answer. A page that was answered is never written with what the image has again: when it
 //! is a hole once more, it was discarded, and is made present as zeros.
+//!
+//! What is not asked for is filled meanwhile, so that what is asked for later is there already.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::page_bitmap::PageBitmap;
+use migration::page_bitmap::{PageBitmap, pages_touched};
 use migration::stream::TARGET_PAGE_SIZE;
 use parking_lot::Mutex;
 use ram_discard::ByteRange;
 use serde_json::json;
 use vmstate::wire::WireWrite;
 
+use super::background::Background;
 use super::channel::{Lost, Peer, Wait};
+use super::filling::Filling;
 use super::giving::{Giving, WHO};
-use super::image::SavedGuest;
-use super::memory::{self, Memory};
-use super::metrics::RestoreMetrics;
+use super::pace::Pace;
 use super::protocol::{Answer, Command, RANGE_LEN, ROLE_FAULT};
 use super::restore::{Plan, explain};
+use super::touches::Touches;
 use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::image::PageReader;
 use crate::run::{POLL, Run};
 use crate::socket;
+use crate::working_set::WorkingSet;
 
 /// The largest page that is asked for, bytes.
 const PAGE_MAX: u64 = 1 << 30;
-/// Pages filled at a time while they are asked for one after the other, and otherwise.
-const AHEAD: u64 = 256;
-const AROUND: u64 = 16;
+/// Pages that follow one that the guest touches, and are filled before others.
+const READ_AHEAD: u64 = 16;
 
 /// Serves pages that are asked for.
 pub(super) struct Faults<'a> {
-    guest: &'a SavedGuest,
-    memories: &'a [Memory],
-    metrics: &'a RestoreMetrics,
-    /// Pages that have what the image has, by mapping.
-    filled: Vec<Mutex<PageBitmap>>,
-    /// Pages that were asked for, by mapping.
-    asked: Vec<Mutex<PageBitmap>>,
+    filling: &'a Filling<'a>,
+    background: Background<'a>,
+    touches: Mutex<Touches>,
     /// Absent pages that were made present, by mapping.
     zeroed: Vec<Mutex<PageBitmap>>,
     requests: AtomicU64,
@@ -58,20 +58,34 @@ enum Served {
 }
 
 impl<'a> Faults<'a> {
-    pub fn new(guest: &'a SavedGuest, memories: &'a [Memory], metrics: &'a RestoreMetrics) -> Self {
-        let bitmaps = || {
-            let mappings = guest.layout().mappings.iter();
-            let bitmap = |pages| Mutex::new(PageBitmap::new(pages));
-            mappings.map(|mapping| bitmap(mapping.range.len() / TARGET_PAGE_SIZE)).collect()
-        };
-        let (filled, asked, zeroed) = (bitmaps(), bitmaps(), bitmaps());
-        Self { guest, memories, metrics, filled, asked, zeroed, requests: AtomicU64::new(0) }
+    /// Of a guest that has nothing yet; `known` was touched before.
+    pub fn new(filling: &'a Filling<'a>, known: WorkingSet) -> Self {
+        let guest = filling.guest();
+        let mappings = 0..guest.layout().mappings.len();
+        let pages = |mapping| guest.block(mapping).nr_pages();
+        let blocks = mappings.clone().map(|mapping| (guest.block_index(mapping), pages(mapping)));
+        Self {
+            filling,
+            background: Background::new(filling),
+            touches: Mutex::new(Touches::new(blocks, known)),
+            zeroed: mappings.map(|mapping| Mutex::new(PageBitmap::new(pages(mapping)))).collect(),
+            requests: AtomicU64::new(0),
+        }
+    }
+
+    /// Writes down what the guest has touched, if it has touched anything.
+    pub fn record(&self, path: Option<&Path>, report: &Report) {
+        let touches = self.touches.lock();
+        let path = path.filter(|_| touches.touched().runs().next().is_some());
+        let saved = path.map(|path| touches.touched().save(path, self.filling.guest().image()));
+        if let Some(Err(error)) = saved {
+            report.warn(&error.to_string());
+        }
     }
 
     /// Answers requests until the connection ends. `ended` says why not to wait any longer.
     fn serve(&self, peer: &Peer, run: &Run, ended: &AtomicBool) -> Served {
-        let mut reader = PageReader::new(self.guest.image());
-        let mut next = u64::MAX;
+        let mut reader = PageReader::new(self.filling.guest().image());
         loop {
             // What the guest waits for is not bounded by silence: it may touch nothing for long.
             let wait = Wait::for_the_run("pages were being asked for");
@@ -98,14 +112,13 @@ impl<'a> Faults<'a> {
             let word =
                 |at: usize| u64::from_le_bytes(range[at..at + 8].try_into().expect("8 bytes"));
             let (gpa, len) = (word(0), word(8));
-            if let Err(error) = self.make_present(&mut reader, gpa, len, gpa == next) {
+            if let Err(error) = self.make_present(&mut reader, gpa, len) {
                 return self.fail(peer, error);
             }
-            next = gpa.wrapping_add(len);
             self.requests.fetch_add(1, Ordering::Relaxed);
             let wait = Wait::within(run.silence(), "its reading an answer");
             match peer.answer(Answer::Ok, run, wait) {
-                Ok(()) => self.metrics.answered(begun.elapsed().as_secs_f64()),
+                Ok(()) => self.filling.metrics().answered(begun.elapsed()),
                 Err(lost) => return Served::Failed(lost.explain(WHO, "reading an answer")),
             }
         }
@@ -113,11 +126,11 @@ impl<'a> Faults<'a> {
 
     /// The requests have ended: every page has to have been asked for.
     fn whole(&self) -> Served {
-        let mappings = self.guest.layout().mappings.iter().zip(&self.asked);
-        let left = mappings.filter(|(mapping, _)| !mapping.virtio_mem).map(|(_, asked)| {
-            let asked = asked.lock();
-            asked.nr_pages() - asked.count()
-        });
+        let touches = self.touches.lock();
+        let mappings = self.filling.guest().layout().mappings.iter().enumerate();
+        let left = mappings
+            .filter(|(_, mapping)| !mapping.virtio_mem)
+            .map(|(index, _)| touches.left(index));
         match left.sum() {
             0u64 => Served::All,
             left => Served::Failed(PagerError::Peer(format!(
@@ -139,66 +152,40 @@ impl<'a> Faults<'a> {
         reader: &mut PageReader<'_>,
         gpa: u64,
         len: u64,
-        in_order: bool,
     ) -> Result<(), PagerError> {
+        let layout = self.filling.guest().layout();
         let whole = len.is_power_of_two()
             && (TARGET_PAGE_SIZE..=PAGE_MAX).contains(&len)
             && gpa.is_multiple_of(len);
         let range = ByteRange::new(gpa, len).filter(|_| whole);
-        let found = range.and_then(|range| Some((range, self.guest.layout().find(range)?)));
+        let found = range.and_then(|range| Some((range, layout.find(range)?)));
         let Some((range, mapping)) = found else {
             return Err(PagerError::Protocol(format!(
                 "{WHO} asked for {len:#x} bytes at {gpa:#x}; expected a page of the guest's memory"
             )));
         };
-        let offset = range.start() - self.guest.layout().mappings[mapping].range.start();
-        let first = offset / TARGET_PAGE_SIZE;
-        let asked = first..first + len / TARGET_PAGE_SIZE;
-        let present = self.guest.block(mapping).present();
-        let mut filled = self.filled[mapping].lock();
-        if present.runs(asked.clone()).next().is_some() {
-            // Neighbours come along: they will be asked for, too.
-            let ahead = if in_order { AHEAD } else { AROUND };
-            let end = (asked.start + 1).next_multiple_of(ahead).max(asked.end);
-            let end = end.min(present.nr_pages());
-            let mut from = asked.start;
-            while let Some(run) = present.next_run(from, end, AHEAD) {
-                from = run.end;
-                let mut page = run.start;
-                while page < run.end {
-                    if filled.test(page) {
-                        page += 1;
-                        continue;
-                    }
-                    let until = filled.next_set(page, run.end).unwrap_or(run.end);
-                    memory::write(reader, self.guest, mapping, page..until, self.memories)?;
-                    let count = filled.set_range(page..until);
-                    self.metrics.filled(count);
-                    page = until;
-                }
-            }
-        }
-        drop(filled);
+        let offset = range.start() - layout.mappings[mapping].range.start();
+        let asked = pages_touched(ByteRange::new(offset, len).expect("a part of the mapping"));
+        self.filling.fill_whole(reader, mapping, asked.clone())?;
         // Changes nothing that is there, and makes zeros of what is not: absent pages, zeros of the image, and
         // what was discarded since.
-        self.memories[mapping]
+        self.filling.memories()[mapping]
             .make_present(offset, len)
             .map_err(|error| PagerError::System { action: "make memory present", source: error })?;
-        self.asked[mapping].lock().set_range(asked.clone());
-        let mut zeroed = self.zeroed[mapping].lock();
-        let mut count = 0;
-        for page in asked {
-            if !present.test(page) && zeroed.set(page) {
-                count += 1;
-            }
+        if self.touches.lock().asked(mapping, asked.clone()) {
+            self.background.read_ahead(mapping, asked.end..asked.end + READ_AHEAD);
         }
-        self.metrics.zeroed(count);
+        let present = self.filling.guest().block(mapping).present();
+        let mut zeroed = self.zeroed[mapping].lock();
+        let absent = asked.filter(|page| !present.test(*page));
+        let count = absent.filter(|page| zeroed.set(*page)).count();
+        self.filling.metrics().zeroed(count as u64);
         Ok(())
     }
 
     /// Discards absent pages that were made present, of a guest that does not run.
     fn punch(&self) -> Result<(), PagerError> {
-        for (index, mapping) in self.guest.layout().mappings.iter().enumerate() {
+        for (index, mapping) in self.filling.guest().layout().mappings.iter().enumerate() {
             if mapping.huge_page.is_some() {
                 // Of a huge page, a part that is absent does not matter.
                 continue;
@@ -207,10 +194,11 @@ impl<'a> Faults<'a> {
             let mut count = 0;
             for page in zeroed.runs(0..zeroed.nr_pages()).flatten() {
                 // A device may have written to it while State was loaded.
-                let discarded = self.memories[index].discard_zeros(page * TARGET_PAGE_SIZE);
+                let discarded =
+                    self.filling.memories()[index].discard_zeros(page * TARGET_PAGE_SIZE);
                 count += u64::from(discarded.map_err(PagerError::system("discard memory"))?);
             }
-            self.metrics.punched(count);
+            self.filling.metrics().punched(count);
         }
         Ok(())
     }
@@ -220,11 +208,12 @@ impl<'a> Faults<'a> {
 pub(super) fn restore(
     mut giving: Giving<'_>,
     faults: &Faults<'_>,
+    pace: &Pace,
     plan: Plan<'_>,
     run: &Run,
     report: &Report,
 ) -> Result<(), PagerError> {
-    let Plan { guest, address, .. } = plan;
+    let Plan { guest, address, replay, .. } = plan;
     let fd = socket::try_connect(address, run)
         .map_err(socket::failed("cannot connect for page faults to", address))?;
     let peer = Peer::new(fd)?;
@@ -242,6 +231,10 @@ pub(super) fn restore(
         };
         let thread = thread::Builder::new().name("faults".to_owned()).spawn_scoped(scope, serve);
         let thread = thread.map_err(PagerError::system("start a thread"))?;
+        // Without it, everything is filled when it is asked for; and so is what it could not fill.
+        let fill = || faults.background.fill(replay, pace, &|| keep_on(&over, &ended, run));
+        let builder = thread::Builder::new().name("background".to_owned());
+        let _ = builder.spawn_scoped(scope, fill);
         let given = (|| {
             giving.state(guest.state())?;
             wait_for_requests(faults, &over, run)?;
@@ -272,7 +265,7 @@ pub(super) fn restore(
     if guest.is_paused() {
         faults.punch()?;
     }
-    let inflated = faults.metrics.inflated() * TARGET_PAGE_SIZE;
+    let inflated = faults.filling.metrics().inflated() * TARGET_PAGE_SIZE;
     if inflated != 0 {
         report.warn(&format!(
             "Cloud Hypervisor asked for memory that the image does not have: {inflated} bytes of zeros were \
@@ -280,6 +273,15 @@ pub(super) fn restore(
         ));
     }
     Ok(())
+}
+
+/// Whether what was not asked for is still worth being filled.
+fn keep_on(over: &AtomicBool, ended: &AtomicBool, run: &Run) -> Result<(), PagerError> {
+    run.check("memory was being filled")?;
+    match over.load(Ordering::Acquire) || ended.load(Ordering::Relaxed) {
+        true => Err(PagerError::Interrupted),
+        false => Ok(()),
+    }
 }
 
 /// Waits until a page was asked for, which a Cloud Hypervisor does before it answers State if it takes memory on

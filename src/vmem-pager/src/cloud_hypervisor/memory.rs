@@ -9,6 +9,7 @@ use std::thread;
 
 use migration::stream::TARGET_PAGE_SIZE;
 use parking_lot::Mutex;
+use ram_discard::ByteRange;
 use ram_discard::memory::HostMapping;
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, fstatfs,
@@ -19,6 +20,7 @@ use rustix::io::Errno;
 use super::copy::threads;
 use super::image::SavedGuest;
 use super::layout::Mapping;
+use super::pace::Pace;
 use crate::error::PagerError;
 use crate::image::PageReader;
 
@@ -82,6 +84,20 @@ impl Memory {
     /// Its file.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Bytes of its huge pages, if it is of those.
+    pub fn huge_page(&self) -> Option<u64> {
+        self.huge.as_ref().map(|_| self.huge_page)
+    }
+
+    /// Has the kernel set huge pages aside for a part of it, which then can be had for sure.
+    ///
+    /// # Errors
+    ///
+    /// When there are not as many.
+    pub fn reserve(&self, part: ByteRange) -> io::Result<()> {
+        HostMapping::reserve(&self.file, self.offset + part.start(), part.len())
     }
 
     /// Writes at a place, bytes from the start of the mapping.
@@ -165,6 +181,7 @@ pub(super) fn fill(
     guest: &SavedGuest,
     memories: &[Memory],
     wanted: &(dyn Fn(&Mapping) -> bool + Sync),
+    pace: &Pace,
     filled: &(dyn Fn(u64) + Sync),
     keep_on: &(dyn Fn() -> Result<(), PagerError> + Sync),
 ) -> Result<(), PagerError> {
@@ -184,11 +201,12 @@ pub(super) fn fill(
         while let Some((mapping, range)) = ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
             let block = guest.block(*mapping);
             let mut from = range.start;
-            while let Some(run) = block.present().next_run(from, range.end, PIECE) {
+            while let Some(run) = block.present().next_run(from, range.end, pace.pages(PIECE)) {
                 from = run.end;
                 let count = run.end - run.start;
-                let done =
-                    keep_on().and_then(|()| write(&mut reader, guest, *mapping, run, memories));
+                let done = pace
+                    .wait(&keep_on)
+                    .and_then(|()| write(&mut reader, guest, *mapping, run, memories));
                 if let Err(error) = done {
                     failed.lock().get_or_insert(error);
                     over.store(true, Ordering::Relaxed);
@@ -196,6 +214,7 @@ pub(super) fn fill(
                 if over.load(Ordering::Relaxed) {
                     return;
                 }
+                pace.filled(count);
                 filled(count);
             }
         }

@@ -1,10 +1,14 @@
 //! What is told of a restore.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use migration::lazy::Histogram as Latency;
 use migration::stream::TARGET_PAGE_SIZE;
 use parking_lot::Mutex;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use serde_json::{Value, json};
@@ -12,15 +16,51 @@ use serde_json::{Value, json};
 use crate::cli::report::Figures;
 use crate::metrics::SharedRegistry;
 
+/// Why a page was filled from the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Before the guest runs.
+    Before,
+    /// It was asked for.
+    Request,
+    /// It follows one that was asked for.
+    ReadAhead,
+    /// It was touched early last time.
+    Replay,
+    /// Its turn has come.
+    Background,
+}
+
+const SOURCES: [Source; 5] =
+    [Source::Before, Source::Request, Source::ReadAhead, Source::Replay, Source::Background];
+
+impl Source {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Before => "before",
+            Self::Request => "request",
+            Self::ReadAhead => "read-ahead",
+            Self::Replay => "replay",
+            Self::Background => "background",
+        }
+    }
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct By {
+    source: &'static str,
+}
+
 /// What is measured of a restore.
 #[derive(Clone)]
 pub struct RestoreMetrics {
     registry: SharedRegistry,
-    filled: Counter,
+    filled: Family<By, Counter>,
     zeroed: Counter,
     punched: Counter,
     requests: Counter,
     seconds: Histogram,
+    latency: Arc<Mutex<Latency>>,
 }
 
 impl Default for RestoreMetrics {
@@ -33,12 +73,17 @@ impl RestoreMetrics {
     /// All zero.
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("vmem_pager_restore");
+        let filled: Family<By, Counter> = Family::default();
+        for source in SOURCES {
+            drop(filled.get_or_create(&By { source: source.name() }));
+        }
+        let help = "Pages filled from the image, by why they were filled";
+        registry.register("pages", help, filled.clone());
         let counter = |registry: &mut Registry, name: &str, help: &str| {
             let counter = Counter::default();
             registry.register(name, help, counter.clone());
             counter
         };
-        let filled = counter(&mut registry, "pages", "Pages filled from the image");
         let zeroed = counter(
             &mut registry,
             "zero_pages",
@@ -51,7 +96,7 @@ impl RestoreMetrics {
         let help = "Time from a request to its answer";
         registry.register_with_unit("answer", help, Unit::Seconds, seconds.clone());
         let registry = Arc::new(Mutex::new(registry));
-        Self { registry, filled, zeroed, punched, requests, seconds }
+        Self { registry, filled, zeroed, punched, requests, seconds, latency: Arc::default() }
     }
 
     /// What scrapers are told.
@@ -59,8 +104,8 @@ impl RestoreMetrics {
         Arc::clone(&self.registry)
     }
 
-    pub(super) fn filled(&self, pages: u64) {
-        self.filled.inc_by(pages);
+    pub(super) fn filled(&self, source: Source, pages: u64) {
+        self.filled.get_or_create(&By { source: source.name() }).inc_by(pages);
     }
 
     pub(super) fn zeroed(&self, pages: u64) {
@@ -71,9 +116,15 @@ impl RestoreMetrics {
         self.punched.inc_by(pages);
     }
 
-    pub(super) fn answered(&self, seconds: f64) {
+    pub(super) fn answered(&self, took: Duration) {
         self.requests.inc();
-        self.seconds.observe(seconds);
+        self.seconds.observe(took.as_secs_f64());
+        self.latency.lock().add(took);
+    }
+
+    /// Pages filled, by why.
+    pub(super) fn pages(&self, source: Source) -> u64 {
+        self.filled.get_or_create(&By { source: source.name() }).get()
     }
 
     /// Pages that were allocated although the image does not have them, and are still there.
@@ -81,10 +132,20 @@ impl RestoreMetrics {
         self.zeroed.get() - self.punched.get()
     }
 
+    fn all_pages(&self) -> u64 {
+        SOURCES.into_iter().map(|source| self.pages(source)).sum()
+    }
+
     pub(super) fn summary(&self) -> Value {
+        let by = SOURCES.map(|source| (source.name().to_owned(), self.pages(source).into()));
+        let latency = self.latency.lock();
+        let micros = |share| latency.quantile(share).map(|time| time.as_micros() as u64);
         json!({
-            "pages": self.filled.get(),
+            "pages": self.all_pages(),
+            "pages_by_source": Value::Object(by.into_iter().collect()),
             "requests": self.requests.get(),
+            "service_p50_us": micros(0.5),
+            "service_p99_us": micros(0.99),
             "zero_pages": self.zeroed.get(),
             "punched_pages": self.punched.get(),
             "inflated_bytes": self.inflated() * TARGET_PAGE_SIZE,
@@ -93,7 +154,7 @@ impl RestoreMetrics {
 
     pub(super) fn figures(&self, total: u64) -> Figures {
         Figures {
-            done: self.filled.get() * TARGET_PAGE_SIZE,
+            done: self.all_pages() * TARGET_PAGE_SIZE,
             total: Some(total),
             message: format!("{} pages asked for", self.requests.get()),
             details: self.summary(),

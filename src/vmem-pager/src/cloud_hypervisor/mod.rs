@@ -3,24 +3,30 @@
 //!
 //! [`protocol`] has the frames and their order, [`channel`] a connection, [`layout`] and [`state`] what Config and
 //! State say of memory, [`image`] a guest in an image; [`taking`] and [`giving`] are the two ends, [`save`],
-//! [`restore`] and [`handover`] the commands, [`edit`] is what `--set` changes. States,
+//! [`restore`] and [`handover`] the commands, [`edit`] is what `--set` changes. Of a restore on demand, `lazy` serves
+//! what is asked for, `background` what is not, and `filling` knows what has which. States,
 //! deadlines, and who has the guest when something fails, are in `spec-notes/pager-cloud-hypervisor.md`.
 
+mod background;
 pub mod channel;
 mod copy;
 pub mod edit;
+mod filling;
 pub mod giving;
 pub mod handover;
+mod huge_pages;
 pub mod image;
 pub mod layout;
 mod lazy;
 mod memory;
 pub mod metrics;
+mod pace;
 pub mod protocol;
 pub mod restore;
 pub mod save;
 pub mod state;
 pub mod taking;
+mod touches;
 
 use std::time::Duration;
 

@@ -1,23 +1,28 @@
 //! Restoring a guest of Cloud Hypervisor's: the sender to `receive-migration`.
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 
 use migration::progress::Status;
 use serde_json::json;
 
 use super::channel::Peer;
+use super::filling::Filling;
 use super::giving::{Giving, NotTaken};
+use super::huge_pages;
 use super::image::SavedGuest;
 use super::lazy::{self, Faults};
 use super::memory::{self, Memory};
-use super::metrics::RestoreMetrics;
+use super::metrics::{RestoreMetrics, Source};
+use super::pace::Pace;
 use super::{edit, unix};
 use crate::cli::args::RestoreArgs;
 use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::run::Run;
 use crate::socket::{self, Address};
+use crate::working_set::WorkingSet;
 
 /// What is restored, and how.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +32,12 @@ pub(super) struct Plan<'a> {
     pub config: &'a [u8],
     /// All memory is there before the guest runs.
     pub eager: bool,
+    /// Bytes a second of what was not asked for.
+    pub bandwidth: Option<u64>,
+    /// What was touched first last time.
+    pub replay: &'a WorkingSet,
+    /// Where the order goes in which the guest touches its memory.
+    pub record: Option<&'a Path>,
     /// Where Cloud Hypervisor listens.
     pub address: &'a Address,
 }
@@ -68,7 +79,16 @@ pub fn run(
     let shown = metrics.clone();
     let total = image.present_bytes();
     let following = report.follow(move || shown.figures(total));
-    let plan = Plan { guest: &guest, config: &config, eager: args.eager, address: &common.socket };
+    let replay = replay(args, &guest, report)?;
+    let plan = Plan {
+        guest: &guest,
+        config: &config,
+        eager: args.eager,
+        bandwidth: args.bandwidth,
+        replay: &replay,
+        record: args.record.as_deref(),
+        address: &common.socket,
+    };
     let restored = restore(plan, run, report, metrics);
     drop(following);
     match &restored {
@@ -100,13 +120,28 @@ fn check(args: &RestoreArgs) -> Result<(), PagerError> {
     if args.recover {
         return usage("--recover: Cloud Hypervisor cannot continue with another pager");
     }
-    if args.record.is_some() || args.replay.is_some() || args.bandwidth.is_some() {
+    if args.eager && (args.record.is_some() || args.replay.is_some()) {
         return usage(
-            "--record, --replay and --bandwidth: Cloud Hypervisor asks for every page itself, in its own \
-             order; leave them out",
+            "--record and --replay: with --eager all memory is there before the guest runs, and its order is \
+             not seen and of no use; leave them out, or leave out --eager",
         );
     }
     unix(&args.common.socket)
+}
+
+/// What was touched first last time, of this guest.
+fn replay(
+    args: &RestoreArgs,
+    guest: &SavedGuest,
+    report: &Report,
+) -> Result<WorkingSet, PagerError> {
+    let Some(path) = &args.replay else { return Ok(WorkingSet::default()) };
+    let set = WorkingSet::load(path, guest.image())?;
+    if set.is_none() {
+        let name = path.display();
+        report.warn(&format!("{name}: the working set of another guest is not used"));
+    }
+    Ok(set.unwrap_or_default())
 }
 
 /// Gives a guest to the Cloud Hypervisor that listens.
@@ -116,20 +151,30 @@ pub(super) fn restore(
     report: &Report,
     metrics: &RestoreMetrics,
 ) -> Result<(), PagerError> {
-    let Plan { guest, config, eager, address } = plan;
+    let Plan { guest, config, eager, address, .. } = plan;
+    let pace = Pace::new(plan.bandwidth);
+    // What cannot be had is known before Cloud Hypervisor is told anything.
+    let mappings = &guest.layout().mappings;
+    let memories: Vec<Memory> = mappings.iter().map(Memory::new).collect::<Result<_, _>>()?;
+    huge_pages::reserve(guest, &memories, eager)?;
     let peer = Peer::new(socket::connect(address, run, None)?)?;
     report.event("connected", &json!({}));
     run.progress.set_status(Status::Active);
-    let mut giving = Giving::start(&peer, run)?;
-    let mappings = &guest.layout().mappings;
-    let memories: Vec<Memory> = mappings.iter().map(Memory::new).collect::<Result<_, _>>()?;
+    let left_behind = || {
+        report.warn(
+            "Cloud Hypervisor has not said that it drops the guest: it may keep a paused copy of it; look at its \
+             state (vm.info), and end it before the image is restored again",
+        );
+    };
+    let mut giving = Giving::start(&peer, run, &left_behind)?;
     // Before the descriptors are handed over nothing else can touch this memory. Cloud Hypervisor asks for no page
     // of a virtio-mem region: what is plugged has to be there first, on demand, too.
     memory::fill(
         guest,
         &memories,
         &|mapping| eager || mapping.virtio_mem,
-        &|pages| metrics.filled(pages),
+        &pace,
+        &|pages| metrics.filled(Source::Before, pages),
         &|| {
             run.check("memory was being filled")?;
             match peer.is_closed() {
@@ -154,8 +199,12 @@ pub(super) fn restore(
         report.event("running", &json!({ "paused": guest.is_paused() }));
         return Ok(());
     }
-    let faults = Faults::new(guest, &memories, metrics);
-    lazy::restore(giving, &faults, plan, run, report)
+    let filling = Filling::new(guest, &memories, metrics);
+    let faults = Faults::new(&filling, plan.replay.clone());
+    let restored = lazy::restore(giving, &faults, &pace, plan, run, report);
+    // Also of a restore that broke off: the guest may have run for long.
+    faults.record(plan.record, report);
+    restored
 }
 
 /// Says where the guest is when it was not taken.

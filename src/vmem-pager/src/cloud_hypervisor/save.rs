@@ -102,9 +102,18 @@ fn save_later(
         "--ack-early: Cloud Hypervisor is told that its guest is saved, and it is not: until the image is \
          whole, this process alone has the guest. If it ends before, or the disk is full, the guest is lost",
     );
-    accept(peer, run)?;
+    // From here on a signal would lose the guest, as would the end of the time; before, they do not.
+    run.hold();
+    if let Err(error) = run.check("memory was to be saved") {
+        refuse(peer);
+        return Err(error);
+    }
+    accept(peer, run).map_err(|error| {
+        PagerError::Peer(format!(
+            "{error}; there is no image, and the guest runs on where it was, unless it was told all the same"
+        ))
+    })?;
     report.event("acknowledged", &json!({}));
-    // A signal would lose the guest, as would the end of the time.
     write(taken, file, run, &|| Ok(())).map_err(|error| {
         PagerError::Peer(format!(
             "{error}; the guest is lost, since it was acknowledged early (--ack-early)"

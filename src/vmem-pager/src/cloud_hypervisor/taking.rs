@@ -75,11 +75,20 @@ impl Along for Nothing {
 ///
 /// Why it was not taken. Its sender has been told, and has it run on.
 pub fn take(peer: &Peer, run: &Run, along: &mut dyn Along) -> Result<Taken, PagerError> {
-    let taken = Taking { peer, run }.take(along);
+    let taken = take_or_wait(peer, run, along);
     if taken.is_err() {
         refuse(peer);
     }
     taken
+}
+
+/// As [`take`], with a sender that has not been told of an error: it waits for [`refuse`].
+///
+/// # Errors
+///
+/// Why it was not taken.
+pub fn take_or_wait(peer: &Peer, run: &Run, along: &mut dyn Along) -> Result<Taken, PagerError> {
+    Taking { peer, run }.take(along)
 }
 
 /// Tells the sender that its guest was taken: it ends.

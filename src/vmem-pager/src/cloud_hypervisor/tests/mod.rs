@@ -1,8 +1,10 @@
 //! Both roles against peers that behave as the stock Cloud Hypervisor does, every trap included.
 
-mod guest;
 mod handing_over;
-mod receiver;
+mod huge_pages;
+mod model;
+mod on_demand;
+mod recording;
 mod restoring;
 mod saving;
-mod source;
+mod ways;

@@ -1,73 +1,29 @@
-use std::fs;
+use std::fs::File;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use proptest::prelude::*;
+use small_vmm::cloud_hypervisor::guest::{MIB, PAGE};
+use small_vmm::cloud_hypervisor::receiver::{Fault, Outcome, Receive, Trap};
+use small_vmm::cloud_hypervisor::{Command, Guest};
 
-use super::guest::{self, Guest, MIB, PAGE};
-use super::receiver::{self, Outcome, Trap, receive};
-use super::saving::saved;
-use super::source;
+use super::ways::{COMMANDS, Options, Saved, quick, restored};
 use crate::cli::report::Report;
+use crate::cloud_hypervisor::channel::Peer;
 use crate::cloud_hypervisor::edit;
-use crate::cloud_hypervisor::image::SavedGuest;
-use crate::cloud_hypervisor::metrics::RestoreMetrics;
-use crate::cloud_hypervisor::protocol::Command;
-use crate::cloud_hypervisor::restore::{Plan, restore};
+use crate::cloud_hypervisor::giving::Giving;
 use crate::error::PagerError;
 use crate::run::Run;
-use crate::socket::Address;
-
-/// Saves `guest`, and restores it to a Cloud Hypervisor with `trap`.
-fn restored(
-    guest: &Guest,
-    eager: bool,
-    trap: Trap,
-    run: &Arc<Run>,
-) -> (Result<(), PagerError>, Outcome, RestoreMetrics) {
-    let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("image");
-    saved(guest, source::Trap::None, &image, false, &Run::new(None)).0.unwrap();
-    let saved = SavedGuest::open(&image).unwrap();
-    let config = saved.config().to_vec();
-    give(&saved, &config, eager, trap, run, dir.path())
-}
-
-fn give(
-    saved: &SavedGuest,
-    config: &[u8],
-    eager: bool,
-    trap: Trap,
-    run: &Arc<Run>,
-    dir: &Path,
-) -> (Result<(), PagerError>, Outcome, RestoreMetrics) {
-    let path = dir.join("socket");
-    let listener = UnixListener::bind(&path).unwrap();
-    let metrics = RestoreMetrics::new();
-    thread::scope(|scope| {
-        let receiver = scope.spawn(move || receive(&listener, !eager, trap));
-        let address = Address::Unix(path);
-        let plan = Plan { guest: saved, config, eager, address: &address };
-        let restored = restore(plan, run, &Report::silent(), &metrics);
-        (restored, receiver.join().unwrap(), metrics)
-    })
-}
-
-fn quick() -> Arc<Run> {
-    Run::with_silence(None, Duration::from_millis(200))
-}
 
 #[test]
 fn an_eager_restore_gives_all_memory_and_keeps_holes() {
-    for paused in [false, true] {
+    for (paused, bandwidth) in [(false, None), (true, None), (false, Some(MIB))] {
         let mut guest = Guest::new();
         guest.paused = paused;
-        let (done, outcome, _) = restored(&guest, true, Trap::None, &Run::new(None));
-        done.unwrap();
-        let Outcome::Has(found) = outcome else { panic!("{outcome:?}") };
+        let options = Options { bandwidth, ..Options::new(true) };
+        let restored = Saved::of(&guest).restored(&options, &Receive::new(false), &Run::new(None));
+        let found = restored.taken();
         assert_eq!(found.paused, paused);
         assert!(found.memory == guest.memory());
         assert_eq!(found.config, guest.config().to_string().as_bytes());
@@ -76,183 +32,209 @@ fn an_eager_restore_gives_all_memory_and_keeps_holes() {
     }
 }
 
+/// What Cloud Hypervisor takes, it can be had of again, with other numbers.
 #[test]
-fn a_lazy_restore_gives_plugged_blocks_too_which_are_never_asked_for() {
+fn slots_are_of_one_process_only() {
     let guest = Guest::new();
-    let (done, outcome, metrics) = restored(&guest, false, Trap::None, &Run::new(None));
-    done.unwrap();
-    let Outcome::Has(found) = outcome else { panic!("{outcome:?}") };
-    assert!(found.memory == guest.memory());
-    // The sweep has asked for all of boot memory.
-    let boot_pages = 6 * MIB / PAGE;
-    assert_eq!(found.resident, (boot_pages + 4) * PAGE);
-    // Five pages of boot memory have something in them.
-    assert_eq!(metrics.inflated(), boot_pages - 5);
+    let first = Saved::of(&guest);
+    let mut again = Guest::new();
+    for (slot, mapping) in again.mappings.iter_mut().enumerate() {
+        mapping.slot = slot as u32 + 20;
+    }
+    again.mappings.rotate_left(1);
+    again.writes.clear();
+    let second = Saved::of(&again);
+    let ids = |saved: &Saved| {
+        let blocks = saved.image.image().blocks().iter();
+        blocks.map(|block| block.id().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&first), ids(&second));
+    let restored =
+        second.restored(&Options::new(true), &Receive::new(false), &Run::new(None)).taken();
+    assert!(restored.memory == again.memory());
 }
-
-#[test]
-fn a_guest_that_stays_paused_is_sparse_after_the_sweep() {
-    let mut guest = Guest::new();
-    guest.paused = true;
-    let (done, outcome, metrics) = restored(&guest, false, Trap::None, &Run::new(None));
-    done.unwrap();
-    let Outcome::Has(found) = outcome else { panic!("{outcome:?}") };
-    assert!(found.paused && found.memory == guest.memory());
-    assert_eq!((found.resident, metrics.inflated()), (9 * PAGE, 0));
-}
-
-#[test]
-fn a_page_that_the_guest_discarded_is_made_present_again_as_zeros() {
-    let guest = Guest::new();
-    let (done, outcome, _) = restored(&guest, false, Trap::Balloon, &Run::new(None));
-    done.unwrap();
-    let Outcome::Has(found) = outcome else { panic!("{outcome:?}") };
-    // The first page of the mapping that is first in the Config that is not of virtio-mem.
-    let mut expected = guest.memory();
-    expected[0].1[..PAGE as usize].fill(0);
-    assert!(found.memory == expected);
-}
-
-#[test]
-fn a_receiver_that_is_not_in_postcopy_is_abandoned_before_it_runs_on_zeros() {
-    let (done, outcome, _) = restored(&Guest::new(), false, Trap::NotPostcopy, &Run::new(None));
-    let error = done.unwrap_err().to_string();
-    assert!(error.contains("memory_mode=postcopy"), "{error}");
-    assert_eq!(outcome, Outcome::Dropped);
-}
-
-const COMMANDS: [Command; 5] =
-    [Command::Start, Command::MemoryFd, Command::Config, Command::State, Command::Complete];
 
 #[test]
 fn a_receiver_that_fails_anywhere_has_no_second_copy() {
-    let guest = Guest::new();
+    let guest = Saved::of(&Guest::new());
     for eager in [true, false] {
+        let options = Options::new(eager);
         for command in COMMANDS {
-            let (done, outcome, _) = restored(&guest, eager, Trap::ErrorAt(command), &quick());
-            assert!(done.unwrap_err().to_string().contains("with Error"), "{command:?}");
-            assert_eq!(outcome, Outcome::Dropped, "{command:?}");
-            let (done, ..) = restored(&guest, eager, Trap::CloseAt(command), &quick());
-            assert!(done.unwrap_err().to_string().contains("closed"), "{command:?}");
+            let how = |fault| Receive::new(!eager).with(Trap::At(command, fault));
+            let restored = guest.restored(&options, &how(Fault::Error), &quick());
+            assert!(restored.error().contains("with Error"), "{command:?}");
+            assert_eq!(restored.outcome, Outcome::Dropped, "{command:?}");
+            let restored = guest.restored(&options, &how(Fault::Close), &quick());
+            assert!(restored.error().contains("closed"), "{command:?}");
         }
         for command in &COMMANDS[..4] {
-            for trap in [Trap::SilentAt(*command), Trap::OddAnswerAt(*command)] {
-                let (done, outcome, _) = restored(&guest, eager, trap, &quick());
-                assert!(done.is_err());
-                assert_eq!(outcome, Outcome::Dropped, "{trap:?}");
+            for fault in [Fault::Silent, Fault::Odd, Fault::Status] {
+                let how = Receive::new(!eager).with(Trap::At(*command, fault));
+                let restored = guest.restored(&options, &how, &quick());
+                assert!(restored.done.is_err(), "{command:?} {fault:?}");
+                assert_eq!(restored.outcome, Outcome::Dropped, "{command:?} {fault:?}");
             }
         }
+        // An answer that comes twice is taken for the next one; at the last it is seen.
+        for command in &COMMANDS[..4] {
+            let how = Receive::new(!eager).with(Trap::At(*command, Fault::Twice));
+            let restored = guest.restored(&options, &how, &quick());
+            let dropped = restored.outcome == Outcome::Dropped;
+            assert!(dropped || restored.error().contains("is not known"), "{command:?}");
+        }
         // It may run there: that is said.
-        let (done, ..) = restored(&guest, eager, Trap::SilentAt(Command::Complete), &quick());
-        assert!(done.unwrap_err().to_string().contains("is not known"));
+        for fault in [Fault::Silent, Fault::Odd, Fault::Close, Fault::Half] {
+            let how = Receive::new(!eager).with(Trap::At(Command::Complete, fault));
+            let restored = guest.restored(&options, &how, &quick());
+            assert!(restored.error().contains("is not known"), "{fault:?}");
+        }
     }
 }
 
 #[test]
+fn a_receiver_that_does_not_say_that_it_drops_the_guest_is_told_of() {
+    let guest = Saved::of(&Guest::new());
+    // Half of an answer cannot be followed by one to Abandon.
+    for (command, warned) in [(Command::Config, false), (Command::State, true)] {
+        let (err, options) = told(true);
+        let how = Receive::new(false).with(Trap::At(command, Fault::Cut));
+        assert!(guest.restored(&options, &how, &quick()).done.is_err());
+        let text = String::from_utf8(err.lock().clone()).unwrap();
+        assert_eq!(text.contains("it may keep a paused copy"), warned, "{command:?}: {text}");
+    }
+}
+
+/// What is told on stderr.
+fn told(eager: bool) -> (Arc<parking_lot::Mutex<Vec<u8>>>, Options<'static>) {
+    struct Kept(Arc<parking_lot::Mutex<Vec<u8>>>);
+    impl std::io::Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let err = Arc::default();
+    let report = Report::to(Box::new(std::io::sink()), Box::new(Kept(Arc::clone(&err))), false);
+    (err, Options { report, ..Options::new(eager) })
+}
+
+#[test]
 fn a_signal_abandons_the_guest() {
+    let saved = Saved::of(&Guest::new());
     let run = Run::new(None);
-    let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("image");
-    saved(&Guest::new(), source::Trap::None, &image, false, &Run::new(None)).0.unwrap();
-    let saved = SavedGuest::open(&image).unwrap();
     let interrupt = Arc::clone(&run);
     thread::scope(|scope| {
         scope.spawn(move || {
             thread::sleep(Duration::from_millis(300));
             interrupt.interrupt();
         });
-        let trap = Trap::SilentAt(Command::State);
-        let (done, outcome, _) = give(&saved, saved.config(), true, trap, &run, dir.path());
-        assert!(matches!(done, Err(PagerError::Interrupted)), "{done:?}");
-        assert_eq!(outcome, Outcome::Dropped);
+        let how = Receive::new(false).with(Trap::At(Command::State, Fault::Silent));
+        let restored = saved.restored(&Options::new(true), &how, &run);
+        assert!(matches!(restored.done, Err(PagerError::Interrupted)), "{:?}", restored.done);
+        assert_eq!(restored.outcome, Outcome::Dropped);
+    });
+}
+
+/// A receiver that reads nothing for a while, and a State that the socket does not hold.
+#[test]
+fn a_signal_amid_a_frame_is_followed_by_the_rest_of_it_and_abandon() {
+    use small_vmm::cloud_hypervisor::frames;
+    let (near, mut far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let peer = Peer::new(near.into()).unwrap();
+    let run = Run::new(None);
+    thread::scope(|scope| {
+        let interrupt = Arc::clone(&run);
+        let reading = scope.spawn(move || {
+            for _ in 0..2 {
+                let (_, length) = frames::read_request(&mut far).unwrap();
+                frames::read_payload(&mut far, length).unwrap();
+                frames::send_answer(&mut far, true);
+            }
+            thread::sleep(Duration::from_millis(200));
+            interrupt.interrupt();
+            thread::sleep(Duration::from_millis(200));
+            let (number, length) = frames::read_request(&mut far).unwrap();
+            assert_eq!((number, length), (3, 4 << 20));
+            frames::read_payload(&mut far, length).unwrap();
+            let next = frames::read_request(&mut far).unwrap();
+            frames::send_answer(&mut far, true);
+            next
+        });
+        let left_behind = || panic!("it has said that it drops the guest");
+        let mut giving = Giving::start(&peer, &run, &left_behind).unwrap();
+        giving.config(b"{}").unwrap();
+        let state = vec![b' '; 4 << 20];
+        assert!(matches!(giving.state(&state), Err(PagerError::Interrupted)));
+        drop(giving);
+        drop(peer);
+        assert_eq!(reading.join().unwrap(), (Command::Abandon.number(), 0));
     });
 }
 
 #[test]
-fn a_request_that_is_none_is_never_answered_ok() {
-    for trap in [Trap::OutsideRequest, Trap::UnalignedRequest, Trap::OtherRequest, Trap::CutRequest]
-    {
-        let (done, outcome, _) = restored(&Guest::new(), false, trap, &quick());
-        assert!(
-            done.unwrap_err().to_string().contains("has not got all of its memory"),
-            "{trap:?}"
-        );
-        assert_eq!(outcome, Outcome::Broken);
-    }
-}
-
-#[test]
-fn a_sweep_that_stops_early_is_not_taken_for_its_end() {
-    let (done, outcome, _) = restored(&Guest::new(), false, Trap::SweepStops, &quick());
-    let error = done.unwrap_err().to_string();
-    assert!(error.contains("has not asked for 1535 pages"), "{error}");
-    assert_eq!(outcome, Outcome::Broken);
-}
-
-#[test]
 fn a_page_that_cannot_be_read_is_never_zeros() {
-    let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("image");
-    let guest = Guest::new();
-    saved(&guest, source::Trap::None, &image, false, &Run::new(None)).0.unwrap();
-    let open = SavedGuest::open(&image).unwrap();
-    // The image becomes shorter than its boot memory's pages, which come first.
-    let place = open.image().blocks()[0].used_length();
-    fs::File::options().write(true).open(&image).unwrap().set_len(place / 2).unwrap();
-    let (done, outcome, _) = give(&open, open.config(), true, Trap::None, &quick(), dir.path());
-    assert!(done.unwrap_err().to_string().contains("cannot read a page"));
-    assert_eq!(outcome, Outcome::Dropped);
+    for eager in [true, false] {
+        let saved = Saved::of(&Guest::new());
+        // The image becomes shorter than its boot memory's pages, which come first.
+        let place = saved.image.image().blocks()[0].used_length();
+        let file = File::options().write(true).open(saved.path("image")).unwrap();
+        file.set_len(place / 2).unwrap();
+        let restored = saved.restored(&Options::new(eager), &Receive::new(!eager), &quick());
+        assert!(restored.error().contains("cannot read a page"), "{}", restored.error());
+        assert_eq!(restored.outcome, Outcome::Dropped);
+    }
 }
 
 #[test]
 fn edits_reach_the_receiver_and_nothing_else_changes() {
-    let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("image");
     let guest = Guest::new();
-    saved(&guest, source::Trap::None, &image, false, &Run::new(None)).0.unwrap();
-    let open = SavedGuest::open(&image).unwrap();
+    let saved = Saved::of(&guest);
     let edits = ["disks[0].path=/new/disk".parse().unwrap(), "serial.file=/new".parse().unwrap()];
-    let config = edit::apply(open.config(), &edits).unwrap();
-    let (done, outcome, _) = give(&open, &config, true, Trap::None, &Run::new(None), dir.path());
-    done.unwrap();
-    let Outcome::Has(receiver::Guest { config, .. }) = outcome else { panic!("{outcome:?}") };
+    let config = edit::apply(saved.image.config(), &edits).unwrap();
+    let options = Options { config: Some(&config), ..Options::new(true) };
+    let found = saved.restored(&options, &Receive::new(false), &Run::new(None)).taken();
     let mut expected = guest.config();
     expected["vm_config"]["disks"][0]["path"] = "/new/disk".into();
     expected["vm_config"]["serial"]["file"] = "/new".into();
-    assert_eq!(String::from_utf8(config).unwrap(), expected.to_string());
+    assert_eq!(String::from_utf8(found.config).unwrap(), expected.to_string());
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+#[test]
+fn a_guest_that_is_populated_when_it_is_made_is_restored_eagerly_only() {
+    let mut guest = Guest::new();
+    guest.prefault = true;
+    let saved = Saved::of(&guest);
+    assert!(saved.image.layout().prefault);
+    // The receiver refuses the Config; the command refuses it before.
+    let refused = saved.restored(&Options::new(false), &Receive::new(true), &quick());
+    assert!(refused.error().contains("answered Config with Error"), "{}", refused.error());
+    let restored = restored(&guest, true, &Receive::new(false), &Run::new(None));
+    assert!(restored.taken().memory == guest.memory());
+}
 
-    /// Whatever is in memory and wherever a receiver fails: the guest is there whole, or not at all.
-    #[test]
-    fn a_restored_guest_is_whole_or_dropped(
-        pages in proptest::collection::vec((0..3usize, 0..512u64, 1..1000u64), 0..20),
-        blocks in proptest::collection::vec(any::<bool>(), 8),
-        eager: bool,
-        paused: bool,
-        fails_at in 0..10usize,
-    ) {
-        let mut guest = Guest::new();
-        for (mapping, page, seed) in pages {
-            guest.write(mapping, page, &guest::content(seed));
-        }
-        (guest.plugged, guest.paused) = (blocks, paused);
-        let trap = COMMANDS.get(fails_at).map_or(Trap::None, |command| Trap::ErrorAt(*command));
-        let (done, outcome, _) = restored(&guest, eager, trap, &Run::new(None));
-        match outcome {
-            Outcome::Has(found) => {
-                done.unwrap();
-                prop_assert!(found.memory == guest.memory());
-                prop_assert_eq!(found.paused, paused);
-            }
-            other => {
-                prop_assert!(done.is_err());
-                prop_assert_eq!(other, Outcome::Dropped);
-                // A paused guest ends with a command that this does not refuse.
-                prop_assert!(trap != Trap::None);
-            }
-        }
-    }
+#[test]
+fn a_receiver_that_never_listens_is_a_timeout() {
+    let saved = Saved::of(&Guest::new());
+    // A socket that was left behind refuses connections.
+    drop(UnixListener::bind(saved.path("socket")).unwrap());
+    let address = crate::socket::Address::Unix(saved.path("socket"));
+    let options = Options::new(true);
+    let plan = crate::cloud_hypervisor::restore::Plan {
+        guest: &saved.image,
+        config: saved.image.config(),
+        eager: true,
+        bandwidth: None,
+        replay: &options.replay,
+        record: None,
+        address: &address,
+    };
+    let run = Run::new(Some(Duration::from_millis(200)));
+    let metrics = crate::cloud_hypervisor::metrics::RestoreMetrics::new();
+    let error = crate::cloud_hypervisor::restore::restore(plan, &run, &options.report, &metrics)
+        .unwrap_err();
+    assert_eq!(error.exit_status(), 3, "{error}");
 }

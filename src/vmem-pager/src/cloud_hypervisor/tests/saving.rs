@@ -1,48 +1,23 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
 
 use migration::inspect::{Warning, inspect};
-use proptest::prelude::*;
+use small_vmm::cloud_hypervisor::guest::PAGE;
+use small_vmm::cloud_hypervisor::source::{self, Outcome, Trap};
+use small_vmm::cloud_hypervisor::{Command, Guest};
 
-use super::guest::{Guest, PAGE};
-use super::source::{self, Outcome, Trap};
+use super::ways::{COMMANDS, quick, saved};
 use crate::cli::report::Report;
 use crate::cloud_hypervisor::channel::Peer;
 use crate::cloud_hypervisor::image::SavedGuest;
-use crate::cloud_hypervisor::protocol::Command;
 use crate::cloud_hypervisor::save::save;
 use crate::error::PagerError;
 use crate::image::PageReader;
 use crate::image::writer::NewFile;
 use crate::run::Run;
-
-/// Has `guest` saved to `path`.
-pub fn saved(
-    guest: &Guest,
-    trap: Trap,
-    path: &Path,
-    ack_early: bool,
-    run: &Arc<Run>,
-) -> (Result<(), PagerError>, Outcome) {
-    let (near, far) = UnixStream::pair().unwrap();
-    thread::scope(|scope| {
-        let source = scope.spawn(move || source::send(far, guest, trap));
-        let peer = Peer::new(near.into()).unwrap();
-        let file = NewFile::create(path).unwrap();
-        let saved = save(&peer, file, ack_early, run, &Report::silent());
-        drop(peer);
-        (saved, source.join().unwrap())
-    })
-}
-
-fn quick() -> Arc<Run> {
-    Run::with_silence(None, Duration::from_millis(100))
-}
 
 /// All memory that an image has, by address.
 fn memory_of(saved: &SavedGuest) -> Vec<(u64, Vec<u8>)> {
@@ -123,9 +98,6 @@ fn refused(trap: Trap) -> String {
     error.to_string()
 }
 
-const COMMANDS: [Command; 5] =
-    [Command::Start, Command::MemoryFd, Command::Config, Command::State, Command::Complete];
-
 #[test]
 fn a_sender_that_breaks_off_anywhere_keeps_its_guest() {
     for command in COMMANDS {
@@ -196,6 +168,7 @@ fn an_image_that_is_damaged_is_refused() {
     };
     for (at, with, expected) in [
         (find("\"guest_ram_mappings\""), "\"guest_ram_mapping_\"", "the Config is not what"),
+        (find("\"gpa\":3221225472"), "\"gpa\":3221229568", "\"boot/0xc0001000\" is missing"),
         (find("\"plugged_size\\\":6291456"), "\"plugged_size\\\":4194304", "and says 0x400000"),
         (
             find("\"bitmap\\\":[true,true,false,"),
@@ -214,29 +187,109 @@ fn an_image_that_is_damaged_is_refused() {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
-    /// Any bytes whatever: the answer is an error, at the latest when the sender is silent.
-    #[test]
-    fn any_bytes_leave_no_image(
-        bytes in proptest::collection::vec(any::<u8>(), 0..200),
-        commands in proptest::collection::vec((1u8..12, 0u8..24), 0..8),
-    ) {
-        use std::io::Write;
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("image");
-        let (near, mut far) = UnixStream::pair().unwrap();
-        for (command, length) in commands {
-            let mut frame = [0; 16];
-            (frame[0], frame[8]) = (command, length);
-            far.write_all(&frame).unwrap();
-        }
-        far.write_all(&bytes).unwrap();
+/// What an early acknowledgement risks.
+#[test]
+fn what_is_acknowledged_early_is_written_from_what_this_side_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let guest = Guest::new();
+    let expected = guest.memory();
+    let (near, far) = UnixStream::pair().unwrap();
+    let (ended, wait) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let outcome = source::send(far, &guest, Trap::None);
+            // Its process has ended: only the descriptors that it handed over are left.
+            drop(guest);
+            ended.send(outcome).unwrap();
+        });
         let peer = Peer::new(near.into()).unwrap();
-        let run = Run::with_silence(None, Duration::from_millis(1));
+        let run = Run::new(None);
+        // Nothing ends it any more.
+        let hold = std::sync::Arc::clone(&run);
+        save(&peer, NewFile::create(&path).unwrap(), true, &run, &Report::silent()).unwrap();
+        hold.interrupt();
+        hold.check("").unwrap();
+    });
+    assert_eq!(wait.recv(), Ok(Outcome::Ended));
+    let image = SavedGuest::open(&path).unwrap();
+    let mut found = memory_of(&image);
+    // What the guest wrote after Config.
+    for (gpa, page, seed) in [(0, 1, 77), (4u64 << 30, 1, 78)] {
+        let (_, bytes) = found.iter_mut().find(|(base, _)| *base == gpa).unwrap();
+        let place = &mut bytes[page * PAGE as usize..][..PAGE as usize];
+        assert!(*place == small_vmm::cloud_hypervisor::content(seed));
+        place.fill(0);
+    }
+    let mut expected = expected;
+    for (_, bytes) in expected.iter_mut().filter(|(base, _)| [0, 4 << 30].contains(base)) {
+        bytes[PAGE as usize..2 * PAGE as usize].fill(0);
+    }
+    assert!(found == expected);
+}
+
+#[test]
+fn a_guest_that_is_lost_after_an_early_acknowledgement_is_said_to_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let guest = Guest::new();
+    let (near, far) = UnixStream::pair().unwrap();
+    thread::scope(|scope| {
+        let sending = scope.spawn(|| source::send(far, &guest, Trap::None));
+        let peer = Peer::new(near.into()).unwrap();
         let file = NewFile::create(&path).unwrap();
-        prop_assert!(save(&peer, file, false, &run, &Report::silent()).is_err());
-        prop_assert!(!path.exists());
+        // The image cannot get its name.
+        fs::create_dir(&path).unwrap();
+        let error = save(&peer, file, true, &Run::new(None), &Report::silent()).unwrap_err();
+        assert!(error.to_string().contains("the guest is lost"), "{error}");
+        assert!(error.to_string().contains("cannot finish"), "{error}");
+        assert_eq!(error.exit_status(), 1);
+        assert_eq!(sending.join().unwrap(), Outcome::Ended);
+    });
+    // Without it the same failure costs nothing.
+    let (near, far) = UnixStream::pair().unwrap();
+    let path = dir.path().join("other");
+    thread::scope(|scope| {
+        let sending = scope.spawn(|| source::send(far, &guest, Trap::None));
+        let peer = Peer::new(near.into()).unwrap();
+        let file = NewFile::create(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        let error = save(&peer, file, false, &Run::new(None), &Report::silent()).unwrap_err();
+        assert!(!error.to_string().contains("lost"), "{error}");
+        assert_eq!(sending.join().unwrap(), Outcome::Continues);
+    });
+}
+
+#[test]
+fn a_signal_before_an_early_acknowledgement_leaves_the_guest_where_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = Run::new(None);
+    let (near, far) = UnixStream::pair().unwrap();
+    let guest = Guest::new();
+    thread::scope(|scope| {
+        let sending = scope.spawn(|| source::send(far, &guest, Trap::None));
+        let peer = Peer::new(near.into()).unwrap();
+        let path = dir.path().join("image");
+        let file = NewFile::create(&path).unwrap();
+        // The event is told when all but the answer is done.
+        let report = Report::to(Box::new(Interrupt(run.clone())), Box::new(std::io::sink()), true);
+        let error = save(&peer, file, true, &run, &report).unwrap_err();
+        assert!(matches!(error, PagerError::Interrupted), "{error}");
+        assert_eq!(sending.join().unwrap(), Outcome::Continues);
+        assert!(!path.exists());
+    });
+}
+
+/// Interrupts a run that tells something.
+struct Interrupt(std::sync::Arc<Run>);
+
+impl std::io::Write for Interrupt {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.interrupt();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
