@@ -1,11 +1,14 @@
 //! The command line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use program::duration::parse_duration;
 use program::size::{SizeError, parse_size};
+
+use super::ui;
 
 /// Resizes and observes a virtio-mem device, and inspects migration streams.
 ///
@@ -58,6 +61,18 @@ pub enum Command {
 
     /// Print changes as they happen
     Watch,
+
+    /// Show the device in a browser
+    ///
+    /// Serves the daemon's page on a loopback address, and prints the address to open. It has a secret
+    /// token in it; without that, nothing of the device is shown. The page changes nothing: only what it
+    /// reads is passed on to the daemon, and requests that other web pages make are refused.
+    Ui {
+        /// Serve it here; port 0 is any that is free
+        #[arg(long, value_name = "ADDRESS:PORT", default_value_t = ui::LISTEN,
+            value_parser = ui::parse_listen)]
+        listen: SocketAddr,
+    },
 
     /// Show what a migration stream in a file holds
     ///

@@ -108,6 +108,15 @@ impl Client {
         Ok(Events { body: response.into_body(), parser: SseParser::default() })
     }
 
+    /// Any resource, its body as it comes.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon refuses, cannot be reached or does not answer.
+    pub(super) async fn get(&self, resource: &str) -> Result<Response<Incoming>, Failure> {
+        in_time(self.send(Method::GET, resource, None)).await
+    }
+
     /// Reads lists of ranges, however long, in bounded memory.
     async fn ranges(&self, resource: &str, take: &mut Take<'_>) -> Result<(), Failure> {
         let mut body = in_time(self.send(Method::GET, resource, None)).await?.into_body();

@@ -1,6 +1,7 @@
 //! What ends a command early.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -78,6 +79,14 @@ pub enum Failure {
         path: PathBuf,
         /// Why.
         source: Box<InspectError>,
+    },
+    /// The page cannot be served there.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
     },
     /// Output cannot be written.
     #[error("cannot write the output: {0}")]

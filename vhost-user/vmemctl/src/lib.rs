@@ -20,6 +20,7 @@ mod sse;
 mod status;
 #[cfg(test)]
 mod tests;
+mod ui;
 
 pub use args::{Args, Command};
 pub use client::{Client, Events, Take};
@@ -153,6 +154,7 @@ async fn speak(
             console.show(&device, || status::sizes(&device))
         }
         Command::Watch => watch(client, console).await,
+        Command::Ui { listen } => ui::run(client, listen, console).await,
         Command::Inspect { .. } | Command::Completions { .. } | Command::Man { .. } => Ok(()),
     }
 }

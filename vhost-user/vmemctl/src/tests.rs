@@ -267,7 +267,7 @@ fn watching_ends_with_the_daemon() {
 fn nobody_there() {
     let dir = tempfile::tempdir().unwrap();
     let start = Instant::now();
-    for words in [&["status"][..], &["resize", "1G", "--wait"], &["watch"]] {
+    for words in [&["status"][..], &["resize", "1G", "--wait"], &["watch"], &["ui"]] {
         let outcome = vmemctl(&dir, words);
         assert_eq!((outcome.status, outcome.out.as_str()), (1, ""));
         assert_eq!(outcome.err.lines().count(), 1);
@@ -285,6 +285,7 @@ fn wrong_usage() {
         &["resize", "1.5G"],
         &["resize", "1G", "--timeout", "3s"],
         &["resize", "1G", "--wait", "--timeout", "soon"],
+        &["ui", "--listen", "0.0.0.0:8080"],
         &["grow"],
         &[],
     ] {

@@ -2,7 +2,7 @@
 //!
 //! - [`Management`] is what the API needs of the device; the server knows nothing else of it.
 //! - [`Server`] has the socket; `router` the resources; [`ErrorAnswer`] every error.
-//! - [`openapi()`] describes all of it, and is served at `/openapi.json`.
+//! - [`openapi()`] describes all of it, and is served at `/openapi.json`; `page` is what a browser shows.
 
 mod body;
 mod caller;
@@ -11,6 +11,7 @@ mod event_stream;
 pub mod fake;
 mod hangup;
 mod openapi;
+mod page;
 mod places;
 mod problem;
 mod range_lists;

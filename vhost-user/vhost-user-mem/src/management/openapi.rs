@@ -19,6 +19,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         description = "Resizes and observes one virtio-mem device. Served on a Unix socket.",
     ),
     paths(
+        router::show,
         router::device,
         router::set_requested_size,
         router::blocks,

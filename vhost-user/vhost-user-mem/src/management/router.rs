@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::caller::Caller;
 use super::{
-    BlockRanges, ErrorAnswer, Management, Refusal, body, event_stream, openapi, range_lists,
+    BlockRanges, ErrorAnswer, Management, Refusal, body, event_stream, openapi, page, range_lists,
 };
 
 /// Content type of the metrics.
@@ -91,6 +91,7 @@ impl Api {
 /// All resources, with problem details for whatever is none.
 pub(super) fn router(api: Api) -> Router {
     Router::new()
+        .route("/", get(show))
         .route("/v1/device", get(device))
         .route("/v1/device/requested-size", put(set_requested_size))
         .route("/v1/device/blocks", get(blocks))
@@ -103,6 +104,18 @@ pub(super) fn router(api: Api) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(api)
+}
+
+/// The page that shows the device in a browser.
+///
+/// It has all that it needs in it, and reads the resources below. `vmemctl ui` brings it to a browser.
+#[utoipa::path(get, path = "/", operation_id = "getPage", responses(
+    (status = 200, description = "A document", body = String, content_type = "text/html"),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
+))]
+pub(super) async fn show() -> Result<Response, ErrorAnswer> {
+    page::answer()
 }
 
 /// The device.

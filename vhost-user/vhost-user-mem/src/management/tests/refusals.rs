@@ -85,7 +85,8 @@ fn a_reset_with_something_to_say() {
 #[test]
 fn what_there_is_not() {
     let (_server, dir) = Fake::new().serve();
-    for resource in ["/", "/v1", "/v1/device/", "/v2/device", "/v1/device/blocks/0", "//v1/device"]
+    for resource in
+        ["/page", "/v1", "/v1/device/", "/v2/device", "/v1/device/blocks/0", "//v1/device"]
     {
         assert!(get(dir.path(), resource).problem(404).contains(resource));
     }

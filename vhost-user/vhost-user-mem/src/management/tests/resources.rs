@@ -109,11 +109,43 @@ fn metrics() {
 }
 
 #[test]
+fn the_page_is_whole_and_runs_nothing_but_itself() {
+    let (_server, dir) = Fake::new().serve();
+    let page = get(dir.path(), "/");
+    assert_eq!(page.status, 200);
+    assert_eq!(page.header("content-type"), Some("text/html; charset=utf-8"));
+    assert_eq!(page.header("cache-control"), Some("no-store"));
+    assert_eq!(page.header("referrer-policy"), Some("no-referrer"));
+    let policy = page.header("content-security-policy").unwrap();
+    let (_, nonce) = policy.split_once("script-src 'nonce-").unwrap();
+    let (nonce, _) = nonce.split_once('\'').unwrap();
+    assert!(nonce.len() == 32 && nonce.bytes().all(|byte| byte.is_ascii_hexdigit()), "{policy}");
+    for rule in ["default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"] {
+        assert!(policy.split("; ").any(|found| found == rule), "{policy}");
+    }
+    for forbidden in ["unsafe-", "http:", "https:", "*"] {
+        assert!(!policy.contains(forbidden), "{policy}");
+    }
+    // Style and script are in it and carry the nonce; nothing comes from elsewhere.
+    assert_eq!(page.body.matches(&format!("nonce=\"{nonce}\">")).count(), 2);
+    assert!(!page.body.contains("{{"), "a part is missing");
+    for needed in ["--resident:", "class RegionMap", "</html>"] {
+        assert!(page.body.contains(needed), "{needed}");
+    }
+    for elsewhere in [" src=", "url(", "@import", "import ", " style=", " onclick="] {
+        assert!(!page.body.contains(elsewhere), "{elsewhere}");
+    }
+    let again = get(dir.path(), "/");
+    assert!(!again.body.contains(nonce), "the nonce is used twice");
+}
+
+#[test]
 fn the_document_describes_every_resource() {
     let (_server, dir) = Fake::new().serve();
     let document = get(dir.path(), "/openapi.json").json();
     assert!(document["openapi"].as_str().unwrap().starts_with("3."));
     for (path, method, refused) in [
+        ("/", "get", false),
         ("/v1/device", "get", false),
         ("/v1/device/requested-size", "put", true),
         ("/v1/device/blocks", "get", false),
@@ -128,7 +160,7 @@ fn the_document_describes_every_resource() {
         assert!(responses["200"].is_object(), "{path}");
         assert_eq!(responses["422"].is_object(), refused, "{path}");
     }
-    assert_eq!(document["paths"].as_object().unwrap().len(), 9);
+    assert_eq!(document["paths"].as_object().unwrap().len(), 10);
     let problem = &document["components"]["schemas"]["Problem"];
     assert_eq!(problem["required"], json!(["type", "title", "status", "detail"]));
     let device = &document["components"]["schemas"]["DeviceInfo"];
