@@ -133,7 +133,17 @@ pub struct Daemon {
 impl Daemon {
     /// Starts the daemon and waits until it listens.
     pub fn start(binary: &Path, options: DaemonOptions) -> Result<Self> {
+        Self::start_in(binary, options, |_| Ok(()))
+    }
+
+    /// As [`Self::start`], once its folder was prepared.
+    pub fn start_in(
+        binary: &Path,
+        options: DaemonOptions,
+        prepare: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vmem-").tempdir()?;
+        prepare(dir.path())?;
         let log_reader = Arc::new(AtomicU8::new(LogReader::Reads as u8));
         let (child, stderr, reader) = spawn(binary, &options, dir.path(), &log_reader)?;
         let (binary, reader) = (binary.to_owned(), Some(reader));

@@ -8,7 +8,7 @@ use program::size::parse_size;
 use thiserror::Error;
 use virtio_mem::device::{Geometry, GeometryError, VirtioMem};
 
-use crate::sys;
+use crate::{renew, sys};
 
 /// vhost-user back-end for virtio-mem.
 ///
@@ -77,6 +77,10 @@ pub struct Args {
     #[arg(long)]
     pub allow_file_memory: bool,
 
+    /// How this process confines itself.
+    #[command(flatten)]
+    pub sandbox: sandbox::Options,
+
     /// Print the back-end's capabilities as JSON and exit; other options are ignored
     #[arg(long)]
     pub print_capabilities: bool,
@@ -112,6 +116,8 @@ pub struct Config {
     pub access: Access,
     /// Whether the front-end's files may be of any file system.
     pub allow_file_memory: bool,
+    /// How this process confines itself.
+    pub sandbox: sandbox::Options,
 }
 
 /// An option that breaks a rule.
@@ -199,6 +205,8 @@ impl TryFrom<Args> for Config {
             mode: mode(&args.socket_mode)
                 .map_err(|rule| ArgsError::new("socket-mode", &args.socket_mode, rule))?,
             group: match &args.socket_group {
+                // Its sockets are there already, and where groups are listed is out of reach by now.
+                Some(_) if renew::is_continued() => None,
                 None => None,
                 Some(text) => {
                     Some(group(text).map_err(|rule| ArgsError::new("socket-group", text, rule))?)
@@ -216,6 +224,7 @@ impl TryFrom<Args> for Config {
             allow_file_memory: args.allow_file_memory,
             postcopy,
             access,
+            sandbox: args.sandbox,
         })
     }
 }

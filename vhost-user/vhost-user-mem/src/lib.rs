@@ -12,11 +12,13 @@
 //! - [`management`]: the API's server; [`metrics`].
 //! - [`state_file`]: the device's state between two lives of the daemon.
 //! - [`log`]: lines on stderr that nothing waits for.
+//! - `confinement`: which system calls the daemon makes, by thread, and which files it opens.
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod args;
 pub mod backend;
+mod confinement;
 pub mod connection;
 mod descriptors;
 pub mod device_state;
@@ -47,6 +49,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use program::listener;
 use program::signals::Signals;
+use sandbox::SandboxError;
 
 use args::{ArgsError, Config, Endpoint};
 use connection::Connections;
@@ -78,11 +81,18 @@ pub fn survive_lost_memory() -> std::io::Result<()> {
 pub fn run(config: Config) -> anyhow::Result<()> {
     // Before there is a second thread, which would not know what is blocked.
     let signals = Signals::watch().context("cannot watch signals")?;
+    let continued = renew::is_continued();
+    let policy = confinement::policy(&config);
+    let confined =
+        sandbox::begin(&config.sandbox, &policy, continued).map_err(|error| match error {
+            SandboxError::User { user, reason } => ArgsError::new("user", &user, reason).into(),
+            error => anyhow::Error::from(error),
+        })?;
     log::start().context("cannot start the log")?;
     survive_lost_memory().context(
         "/proc/self/maps is needed to survive memory that a front-end takes away: mount /proc",
     )?;
-    if let Err(error) = sys::guest_memory::limit_core_dumps() {
+    if !continued && let Err(error) = sys::guest_memory::limit_core_dumps() {
         tracing::warn!(%error, "a core dump may have the guest's memory in it");
     }
     descriptors::raise_limit();
@@ -128,6 +138,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             Some(server)
         }
     };
+    let reach = confinement::reach(&config).context("cannot find out what to confine to")?;
+    for note in confined.enter(&reach)? {
+        tracing::warn!("{note}");
+    }
     if let Some(channel) = &discard_channel {
         channel.start().context("cannot start the discard channel")?;
     }

@@ -46,6 +46,11 @@ struct SocketFile {
     lock: RawFd,
 }
 
+/// Whether this process was another daemon before, which has left its state.
+pub(crate) fn is_continued() -> bool {
+    std::env::var_os(VARIABLE).is_some()
+}
+
 /// What the daemon left that this one continues: its state. Its sockets are found when they are
 /// bound. `None` at a first start.
 ///

@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
+use crate::confinement;
 use crate::connection::Connections;
 use crate::reserve::{PAUSE, RESERVE};
 use program::inherited;
@@ -143,6 +144,7 @@ impl Shutdown {
         let state = Arc::new(State { signals, requested: Mutex::new(false) });
         let watched = Arc::clone(&state);
         std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            sandbox::confine_thread(confinement::SIGNALS);
             watched.wait_for_end();
             drop(waker);
             // Not on this thread, which may wait for nothing.

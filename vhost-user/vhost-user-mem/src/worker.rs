@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::confinement;
 use crate::metrics::Metrics;
 
 /// Ends the connection of a worker that ended without having been told to: nothing would serve the
@@ -34,7 +35,10 @@ impl Watch {
     /// From now on, the end of the calling thread is watched, also by a panic.
     pub fn attend(self: &Arc<Self>) {
         WATCHED.with_borrow_mut(|watched| {
-            watched.get_or_insert_with(|| Watched(Arc::clone(self)));
+            watched.get_or_insert_with(|| {
+                sandbox::confine_thread(confinement::WORKER);
+                Watched(Arc::clone(self))
+            });
         });
     }
 

@@ -34,6 +34,7 @@ use virtio_mem::controller::MemController;
 use virtio_mem::discard_channel::send;
 use virtio_mem::discard_channel::wire::{Farewell, ServerMessage, VERSION};
 
+use crate::confinement;
 use crate::metrics::Metrics;
 use crate::reserve::{PAUSE, RESERVE};
 use crate::sys::peer_cred::peer_cred;
@@ -151,9 +152,11 @@ impl DiscardChannel {
         };
         let (wake, woken) = UnixStream::pair()?;
         let shared = Arc::clone(&self.shared);
-        let thread = thread::Builder::new()
-            .name("discard-channel".to_owned())
-            .spawn(move || shared.serve(&listener, &woken))?;
+        let thread =
+            thread::Builder::new().name("discard-channel".to_owned()).spawn(move || {
+                sandbox::confine_thread(confinement::DISCARD_CHANNEL);
+                shared.serve(&listener, &woken);
+            })?;
         *state = State::Running { thread, file, wake };
         Ok(())
     }

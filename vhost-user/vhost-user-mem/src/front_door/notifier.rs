@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use tracing::{debug, warn};
 
 use super::channel::{Channel, Sent};
+use crate::confinement;
 
 /// A full socket is tried again at least this often, even if nothing says that it has room.
 const RETRY: Duration = Duration::from_millis(100);
@@ -59,7 +60,10 @@ impl Notifier {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
         let theirs = Arc::clone(&shared);
-        let thread = Builder::new().name("config-change".into()).spawn(move || theirs.run())?;
+        let thread = Builder::new().name("config-change".into()).spawn(move || {
+            sandbox::confine_thread(confinement::CONFIG_CHANGE);
+            theirs.run();
+        })?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 

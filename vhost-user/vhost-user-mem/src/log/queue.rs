@@ -11,6 +11,7 @@ use tracing::Level;
 
 use super::limit::{INTERVAL, Limit};
 use super::notice;
+use crate::confinement;
 
 /// Lines that wait, at most.
 const LINES: usize = 1024;
@@ -52,7 +53,10 @@ impl Queue {
         let (entries, taken) = sync_channel(LINES);
         let lost = Arc::new(Lost::default());
         let mut thread = Thread { sink, limit, lost: Arc::clone(&lost), torn: false };
-        thread::Builder::new().name("log".to_owned()).spawn(move || thread.run(&taken))?;
+        thread::Builder::new().name("log".to_owned()).spawn(move || {
+            sandbox::confine_thread(confinement::LOG);
+            thread.run(&taken);
+        })?;
         Ok(Self { entries, lost, colours })
     }
 

@@ -32,6 +32,7 @@ use super::places::{Place, Places};
 use super::router::{Api, LISTS, router};
 use super::stream::PatientStream;
 use super::{ErrorAnswer, Management};
+use crate::confinement;
 use crate::reserve::{PAUSE, RESERVE};
 
 /// Connections at a time. One more takes the place of the one that is idle for longest; when a
@@ -99,6 +100,7 @@ impl Server {
             // and with requests all the time none would ever end.
             .max_blocking_threads(CALLS + LISTS)
             .thread_name("management")
+            .on_thread_start(|| sandbox::confine_thread(confinement::MANAGEMENT))
             .enable_all()
             .build()?;
         let shutdown = self.shutdown.subscribe();
@@ -108,6 +110,7 @@ impl Server {
             tokio::net::UnixListener::from_std(listener)?
         };
         let thread = thread::Builder::new().name("management".to_owned()).spawn(move || {
+            sandbox::confine_thread(confinement::MANAGEMENT);
             runtime.block_on(serve(listener, router(api), shutdown));
             // A call to the device may still block; it ends with the process.
             runtime.shutdown_background();
