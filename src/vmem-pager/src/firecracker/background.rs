@@ -122,6 +122,11 @@ impl<U: Uffd + AsFd> Background<'_, U> {
         // What is placed at once is not more than may be in a tenth of a second.
         let most = self.rate.map_or(CHUNK, |rate| rate / 10);
         let (mut seen, mut quiet_since) = (self.figures.faults.get(), begun);
+        // What comes first waits for its time, too: a pager that dies again and again would exceed its rate.
+        let first = self.rate.map_or(Duration::ZERO, |rate| {
+            let page = self.filling.guest().region(0).page_size;
+            Duration::from_secs_f64(most.max(page) as f64 / rate as f64)
+        });
         while !ends.over.load(Ordering::Relaxed) {
             let now = Instant::now();
             if self.recording && !self.eager && now - begun < RECORDED {
@@ -135,7 +140,7 @@ impl<U: Uffd + AsFd> Background<'_, U> {
                 }
             }
             let sent = self.figures.bytes(Source::Replay) + self.figures.bytes(Source::Background);
-            let pause = pace.lock().pause(now, sent);
+            let pause = pace.lock().pause(now, sent).max(first.saturating_sub(now - begun));
             if !pause.is_zero() {
                 if self.filling.guest().outstanding_bytes() == 0 {
                     return Ok(());

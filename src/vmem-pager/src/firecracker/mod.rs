@@ -10,6 +10,7 @@ mod background;
 mod figures;
 pub mod fill;
 pub mod guest;
+mod kept;
 pub mod memory_files;
 pub mod message;
 pub mod order;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 
 use migration::sys::vmm_faults::VmmFaults;
 use parking_lot::Mutex;
+use program::service_manager;
 use prometheus_client::registry::Registry;
 use serde_json::json;
 
@@ -39,6 +41,7 @@ use background::Background;
 use figures::Figures;
 use fill::{Filling, TARGET_PAGE, Unplaced};
 use guest::Guest;
+use kept::Left;
 use memory_files::MemoryFiles;
 use message::Received;
 use vmm::Vmm;
@@ -74,6 +77,7 @@ impl RestoreMetrics {
 }
 
 /// A Firecracker whose guest is to be filled.
+#[derive(Debug)]
 struct Loaded {
     vmm: Vmm,
     uffd: VmmFaults,
@@ -91,13 +95,31 @@ pub fn run(
     report: &Report,
     metrics: &RestoreMetrics,
 ) -> Result<(), PagerError> {
-    check(args)?;
     if args.worker {
         let files = MemoryFiles::open(&args.memory_file)?;
         let replay = args.replay.as_deref().map(|path| replay(path, &files, report)).transpose()?;
-        let loaded = supervisor::take_over(std::io::stdin(), &files)?;
+        let left = supervisor::receive(std::io::stdin())?;
+        let loaded = left.take_over(&files, run).map_err(|(error, vmm)| end(&vmm, error))?;
         return fill(args, run, report, metrics, files, loaded, replay.flatten().as_ref());
     }
+    let done = match kept::take() {
+        Ok(None) => begin(args, run, report, metrics),
+        Ok(Some(left)) => proceed(args, run, report, metrics, left),
+        Err((error, Some(vmm))) => Err(end(&vmm, error)),
+        Err((error, None)) => Err(error),
+    };
+    kept::forget(report);
+    done
+}
+
+/// Waits for a VMM, and serves its guest.
+fn begin(
+    args: &RestoreArgs,
+    run: &Arc<Run>,
+    report: &Report,
+    metrics: &RestoreMetrics,
+) -> Result<(), PagerError> {
+    check(args)?;
     check_state_file(&args.common.image, report)?;
     let files = MemoryFiles::open(&args.memory_file)?;
     for warning in files.warnings() {
@@ -108,13 +130,50 @@ pub fn run(
     let listener = Listener::bind(&args.common.socket)?;
     let details = json!({ "memory_bytes": files.len(), "data_bytes": files.data_bytes() });
     report.event("listening", &details);
+    ready(report);
     let loaded = accept(&listener, run, report, &files)?;
     // One guest a pager: what connects next is told so.
     drop(listener);
+    kept::keep(&loaded, report);
+    if args.supervise {
+        return supervisor::supervise(&loaded, &files, run, report);
+    }
+    let locked = kept::lock(loaded.guest.journal(), &loaded.vmm, run);
+    locked.map_err(|error| end(&loaded.vmm, error))?;
+    fill(args, run, report, metrics, files, loaded, replay.as_ref())
+}
+
+/// Serves the guest of a pager that has died. Its vCPUs wait: what fails here ends the VMM.
+fn proceed(
+    args: &RestoreArgs,
+    run: &Arc<Run>,
+    report: &Report,
+    metrics: &RestoreMetrics,
+    left: Left,
+) -> Result<(), PagerError> {
+    let opened = check(args).and_then(|()| MemoryFiles::open(&args.memory_file));
+    let opened = opened.and_then(|files| {
+        let set = args.replay.as_deref().map(|path| replay(path, &files, report)).transpose()?;
+        Ok((files, set.flatten()))
+    });
+    let (files, replay) = opened.map_err(|error| end(&left.vmm, error))?;
+    let loaded = if args.supervise { left.look(&files) } else { left.take_over(&files, run) };
+    let loaded = loaded.map_err(|(error, vmm)| end(&vmm, error))?;
+    let outstanding = loaded.guest.outstanding_bytes();
+    report
+        .event("continued", &json!({ "pid": loaded.vmm.pid(), "outstanding_bytes": outstanding }));
+    ready(report);
     if args.supervise {
         return supervisor::supervise(&loaded, &files, run, report);
     }
     fill(args, run, report, metrics, files, loaded, replay.as_ref())
+}
+
+fn ready(report: &Report) {
+    if let Err(error) = service_manager::ready() {
+        report
+            .warn(&format!("the service manager does not hear that this pager is ready: {error}"));
+    }
 }
 
 /// Whether another process serves the guest.

@@ -21,6 +21,7 @@ use rustix::net::{
 use serde_json::json;
 
 use super::guest::Guest;
+use super::kept::Left;
 use super::memory_files::MemoryFiles;
 use super::vmm::Vmm;
 use super::{Loaded, end};
@@ -114,8 +115,8 @@ fn start(loaded: &Loaded) -> Result<Child, PagerError> {
         .map_err(failed())
 }
 
-/// Takes over what a supervisor sends.
-pub(super) fn take_over(from: impl AsFd, files: &MemoryFiles) -> Result<Loaded, PagerError> {
+/// Receives what a supervisor sends.
+pub(super) fn receive(from: impl AsFd) -> Result<Left, PagerError> {
     let wrong = || PagerError::Usage("--worker is for --supervise alone; use that".to_owned());
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -131,11 +132,8 @@ pub(super) fn take_over(from: impl AsFd, files: &MemoryFiles) -> Result<Loaded, 
     }
     let [socket, uffd, journal] = <[OwnedFd; 3]>::try_from(fds).map_err(|_| wrong())?;
     let vmm = Vmm::of(socket);
-    let taken = VmmFaults::new(uffd)
-        .map_err(PagerError::system("take over a userfaultfd"))
-        .and_then(|uffd| Ok((uffd, Guest::take_over(journal, files)?)));
-    match taken {
-        Ok((uffd, guest)) => Ok(Loaded { vmm, uffd, guest }),
-        Err(error) => Err(end(&vmm, error)),
+    match VmmFaults::new(uffd) {
+        Ok(uffd) => Ok(Left { vmm, uffd, journal }),
+        Err(error) => Err(end(&vmm, PagerError::system("take over a userfaultfd")(error))),
     }
 }

@@ -2,7 +2,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use program::peer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -21,10 +23,17 @@ impl Vmm {
         // A process outside of our pid namespace has no number here.
         let pid = socket_peercred(&socket).ok().map(|credentials| credentials.pid);
         let pid = pid.filter(|pid| pid.as_raw_nonzero().get() > 0);
-        let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        // The number may be of a later process only if the one that connected has ended, and with it
-        // its end of the connection.
-        let pidfd = pidfd.filter(|_| !is_ready(&socket, PollFlags::HUP));
+        let pidfd = match peer::pidfd(&socket) {
+            Ok(pidfd) => Some(pidfd),
+            // A kernel without it. The number may be of a later process only if the one that connected has
+            // ended, and with it its end of the connection.
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::NOPROTOOPT) => {
+                let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+                pidfd.filter(|_| !is_ready(&socket, PollFlags::HUP))
+            }
+            // It has ended, which the socket tells.
+            Err(_) => None,
+        };
         Self { socket, pid, pidfd }
     }
 
