@@ -36,6 +36,8 @@ use crate::working_set::WorkingSet;
 
 /// The largest page that is asked for, bytes.
 const PAGE_MAX: u64 = 1 << 30;
+/// How long after State was answered a page is asked for at the latest, by a host that is very busy.
+const FIRST_REQUEST: Duration = Duration::from_secs(10);
 /// Pages that follow one that the guest touches, and are filled before others.
 const READ_AHEAD: u64 = 16;
 
@@ -285,12 +287,12 @@ fn keep_on(over: &AtomicBool, ended: &AtomicBool, run: &Run) -> Result<(), Pager
 }
 
 /// Waits until a page was asked for, which a Cloud Hypervisor does before it answers State if it takes memory on
-/// demand. One that does not closes the connection, and would run the guest on zeros.
+/// demand. One that does not leaves the connection alone, or closes it, and would run the guest on zeros.
 fn wait_for_requests(faults: &Faults<'_>, over: &AtomicBool, run: &Run) -> Result<(), PagerError> {
     let begun = Instant::now();
     while faults.requests.load(Ordering::Relaxed) == 0 {
         run.check("no page was asked for")?;
-        let bound = run.silence();
+        let bound = run.silence().min(FIRST_REQUEST);
         if over.load(Ordering::Acquire) && faults.requests.load(Ordering::Relaxed) == 0
             || begun.elapsed() >= bound
         {

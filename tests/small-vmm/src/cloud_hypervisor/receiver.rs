@@ -28,8 +28,11 @@ pub enum Trap {
     None,
     /// Answers this command so.
     At(Command, Fault),
-    /// It was not started with memory_mode=postcopy: the connection for page faults is taken, and quietly closed.
+    /// It was not started with memory_mode=postcopy: the connection for page faults waits to be accepted until all
+    /// is over.
     NotPostcopy,
+    /// The same, and it is accepted and quietly closed.
+    NotPostcopyCloses,
 }
 
 /// How a command is answered.
@@ -129,7 +132,8 @@ impl Receive {
             listener,
             stream,
             how: self,
-            postcopy: self.postcopy && self.trap != Trap::NotPostcopy,
+            postcopy: self.postcopy
+                && !matches!(self.trap, Trap::NotPostcopy | Trap::NotPostcopyCloses),
             slots: HashMap::new(),
             config: Value::Null,
             texts: (Vec::new(), Vec::new()),
@@ -265,9 +269,11 @@ impl Receiver<'_> {
         memory["prefault"] == true || zones.any(|zone| zone["prefault"] == true)
     }
 
-    /// A connection for page faults has to be there in postcopy, and is used before State is answered; otherwise
-    /// it is quietly closed.
+    /// A connection for page faults has to be there in postcopy, and is used before State is answered.
     fn take_faults(&mut self) -> bool {
+        if !self.postcopy && self.how.trap != Trap::NotPostcopyCloses {
+            return true;
+        }
         self.listener.set_nonblocking(true).expect("a socket");
         let begun = Instant::now();
         let bound = if self.postcopy { FAULTS_COME } else { FAULTS_GO };

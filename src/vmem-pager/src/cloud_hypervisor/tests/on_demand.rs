@@ -68,10 +68,12 @@ fn a_page_that_is_asked_for_twice_is_there_twice() {
 
 #[test]
 fn a_receiver_that_is_not_in_postcopy_is_abandoned_before_it_runs_on_zeros() {
-    let how = Receive::new(true).with(receiver::Trap::NotPostcopy);
-    let restored = restored(&Guest::new(), false, &how, &Run::new(None));
-    assert!(restored.error().contains("memory_mode=postcopy"), "{}", restored.error());
-    assert_eq!(restored.outcome, Outcome::Dropped);
+    for trap in [receiver::Trap::NotPostcopy, receiver::Trap::NotPostcopyCloses] {
+        let how = Receive::new(true).with(trap);
+        let restored = restored(&Guest::new(), false, &how, &quick());
+        assert!(restored.error().contains("memory_mode=postcopy"), "{}", restored.error());
+        assert_eq!(restored.outcome, Outcome::Dropped);
+    }
 }
 
 #[test]
