@@ -88,8 +88,10 @@ pub struct Taken {
     pub resident: u64,
     /// How many pages were asked for.
     pub asked: u64,
-    /// What the page faults of [`Asking::touches`] took.
+    /// How long each page took that the guest touched.
     pub waited: Vec<Duration>,
+    /// From waiting for a connection to the first page being there, or to the guest running where none was asked for.
+    pub begun_after: Duration,
 }
 
 /// How a guest is taken.
@@ -127,8 +129,11 @@ impl Receive {
     ///
     /// When the socket cannot be used.
     pub fn take(&self, listener: &UnixListener) -> Outcome {
+        let begun = Instant::now();
         let (stream, _) = listener.accept().expect("a connection");
         Receiver {
+            begun,
+            begun_after: None,
             listener,
             stream,
             how: self,
@@ -144,6 +149,8 @@ impl Receive {
 }
 
 struct Receiver<'a> {
+    begun: Instant,
+    begun_after: Option<Duration>,
     listener: &'a UnixListener,
     stream: UnixStream,
     how: &'a Receive,
@@ -289,9 +296,10 @@ impl Receiver<'_> {
         stream.set_nonblocking(false).expect("a socket");
         let faults = Faults::new(stream, self.boot(), self.how.asking.clone());
         let Some(mut faults) = faults else { return false };
-        let begun = faults.begin();
+        let had = faults.begin();
+        self.begun_after = Some(self.begun.elapsed());
         self.faults = Some(faults);
-        begun
+        had
     }
 
     fn mappings(&self) -> Vec<Value> {
@@ -329,6 +337,7 @@ impl Receiver<'_> {
 
     fn have(&mut self, paused: bool) -> Outcome {
         let mut asked = (0, Vec::new());
+        let begun_after = self.begun_after.unwrap_or_else(|| self.begun.elapsed());
         if let Some(mut faults) = self.faults.take() {
             if !faults.sweep() {
                 return Outcome::Broken;
@@ -347,6 +356,7 @@ impl Receiver<'_> {
             resident: 0,
             asked: asked.0,
             waited: asked.1,
+            begun_after,
         };
         if self.how.look {
             self.look(&mut taken);
