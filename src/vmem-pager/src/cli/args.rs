@@ -172,7 +172,8 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "FILE")]
     pub memory_file: Vec<PathBuf>,
 
-    /// Write the order in which the guest touches its memory to this file
+    /// Write the order in which the guest touches its memory to this file. Of Cloud Hypervisor, what the guest
+    /// touches before Cloud Hypervisor has asked for it on its own
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
 
@@ -180,7 +181,8 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "FILE")]
     pub replay: Option<PathBuf>,
 
-    /// Send what was not asked for no faster than this, bytes a second: 64M
+    /// Send what was not asked for no faster than this, bytes a second: 64M. Cloud Hypervisor asks for all of its
+    /// boot memory, some 60 MiB a second, which is not held up
     #[arg(long, value_name = "RATE", value_parser = parse_rate, allow_negative_numbers = true)]
     pub bandwidth: Option<u64>,
 

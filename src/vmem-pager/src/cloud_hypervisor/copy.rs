@@ -17,8 +17,8 @@ use super::taking::Taken;
 use crate::error::PagerError;
 use crate::image::pages::Pages;
 
-/// Bytes that are read at a time.
-const PIECE: u64 = 1 << 20;
+/// Bytes that are read at a time: they are in the cache when they are written.
+const PIECE: u64 = 256 << 10;
 /// Threads that copy, if there are as many CPUs.
 const THREADS_MAX: usize = 8;
 

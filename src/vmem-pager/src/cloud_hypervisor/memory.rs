@@ -24,8 +24,8 @@ use super::pace::Pace;
 use crate::error::PagerError;
 use crate::image::PageReader;
 
-/// Pages filled at a time.
-const PIECE: u64 = 256;
+/// Pages filled at a time: they are in the cache when they are written.
+const PIECE: u64 = 64;
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
 const ZEROS: [u8; PAGE] = [0; PAGE];
 
@@ -190,7 +190,7 @@ pub(super) fn fill(
     let mut ranges: Vec<(usize, Range<u64>)> = Vec::new();
     for (index, mapping) in mappings.filter(|(_, mapping)| wanted(mapping)) {
         let pages = mapping.range.len() / TARGET_PAGE_SIZE;
-        let part = (pages / 64).max(16 * PIECE);
+        let part = (pages / 64).max(64 * PIECE);
         let starts = (0..pages).step_by(part as usize);
         ranges.extend(starts.map(|start| (index, start..(start + part).min(pages))));
     }
@@ -237,26 +237,13 @@ pub(super) fn write(
     memories: &[Memory],
 ) -> Result<(), PagerError> {
     let memory = &memories[mapping];
-    let mut held: Vec<u8> = Vec::new();
-    let mut start = pages.start;
     let mut written = Ok(());
-    let mut flush = |held: &mut Vec<u8>, start: u64| {
-        if !held.is_empty() && written.is_ok() {
-            written = memory.write(start * TARGET_PAGE_SIZE, held);
+    // Memory is zeros before anything is written.
+    reader.read_runs(guest.block(mapping), pages, |page, bytes| {
+        if written.is_ok() {
+            written = memory.write(page * TARGET_PAGE_SIZE, bytes);
         }
-        held.clear();
-    };
-    reader.read(guest.block(mapping), pages, |page, bytes| match bytes {
-        Some(bytes) => {
-            if held.is_empty() {
-                start = page;
-            }
-            held.extend_from_slice(bytes);
-        }
-        // Memory is zeros before anything is written.
-        None => flush(&mut held, start),
     })?;
-    flush(&mut held, start);
     let name = guest.layout().mappings[mapping].name();
     written.map_err(|error| {
         let what = format!("{name}: {error}");

@@ -49,6 +49,56 @@ impl<'a> PageReader<'a> {
         pages: Range<u64>,
         mut take: impl FnMut(u64, Option<&[u8]>),
     ) -> Result<(), PagerError> {
+        self.read_pieces(block, pages, |page, bytes, stride| match bytes {
+            None => take(page, None),
+            Some(bytes) => {
+                for (page, bytes) in (page..).zip(bytes.chunks(stride)) {
+                    let bytes = &bytes[..PAGE];
+                    take(page, (!is_zero(bytes)).then_some(bytes));
+                }
+            }
+        })
+    }
+
+    /// Calls `take` with the first page and the bytes of runs of `pages` of a block, which must be there. Pages of zeros
+    /// are left out; runs are as long as the file has them one behind the other.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn read_runs(
+        &mut self,
+        block: &ImageBlock,
+        pages: Range<u64>,
+        mut take: impl FnMut(u64, &[u8]),
+    ) -> Result<(), PagerError> {
+        self.read_pieces(block, pages, |page, bytes, stride| {
+            let Some(bytes) = bytes else { return };
+            let count = bytes.len().div_ceil(stride);
+            let at = |index: usize| &bytes[index * stride..][..PAGE];
+            let mut index = 0;
+            while index < count {
+                let start = index;
+                while index < count && !is_zero(at(index)) && (index == start || stride == PAGE) {
+                    index += 1;
+                }
+                match index - start {
+                    // A page of zeros.
+                    0 => index += 1,
+                    pages => take(page + start as u64, &bytes[start * stride..][..pages * PAGE]),
+                }
+            }
+        })
+    }
+
+    /// Calls `take` with the first page, the bytes, and how far pages are from each other in them, of what is read at a
+    /// time; or with one page of zeros.
+    fn read_pieces(
+        &mut self,
+        block: &ImageBlock,
+        pages: Range<u64>,
+        mut take: impl FnMut(u64, Option<&[u8]>, usize),
+    ) -> Result<(), PagerError> {
         let failed = |error| PagerError::file("read a page from", &self.image.path)(error);
         let mut page = pages.start;
         while page < pages.end {
@@ -60,18 +110,19 @@ impl<'a> PageReader<'a> {
                 return Err(failed(source));
             };
             if self.known.is_hole(&self.image.file, at, TARGET_PAGE_SIZE) {
-                take(page, None);
+                take(page, None, PAGE);
                 page += 1;
                 continue;
             }
             let len = (count - 1) * stride + TARGET_PAGE_SIZE;
-            self.bytes.resize(len as usize, 0);
-            self.image.file.read_exact_at(&mut self.bytes, at).map_err(failed)?;
-            for bytes in self.bytes.chunks(stride as usize) {
-                let bytes = &bytes[..PAGE];
-                take(page, (!is_zero(bytes)).then_some(bytes));
-                page += 1;
+            // What was there is read over.
+            if (self.bytes.len() as u64) < len {
+                self.bytes.resize(len as usize, 0);
             }
+            let bytes = &mut self.bytes[..len as usize];
+            self.image.file.read_exact_at(bytes, at).map_err(failed)?;
+            take(page, Some(bytes), stride as usize);
+            page += count;
         }
         Ok(())
     }
