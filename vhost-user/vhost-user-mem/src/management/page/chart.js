@@ -25,6 +25,7 @@ class Chart {
     if (!this.samples.length) return;
     const { width, height } = this.canvas.getBoundingClientRect();
     const ratio = devicePixelRatio;
+    if (width * ratio < 1 || height * ratio < 1) return;
     this.canvas.width = Math.round(width * ratio);
     this.canvas.height = Math.round(height * ratio);
     const pen = this.canvas.getContext("2d");

@@ -12,7 +12,7 @@ const at = (id) => document.getElementById(id);
 const map = new RegionMap(at("map"), at("map-readout"), at("map-scale"), at("map-table"));
 const chart = new Chart(at("chart"));
 const rate = new Rate();
-const state = { device: null, changed: true, live: false, asOf: null };
+const state = { device: null, changed: true, live: false, asOf: null, told: new Map() };
 
 function show() {
   const { device } = state;
@@ -53,6 +53,27 @@ function showProgress() {
   else if (left) text = `${what}; no change by the guest since this page was opened.`;
   text = state.live ? sentence(text) : `As of ${clock(state.asOf)}: ${text}`;
   if (at("progress-text").textContent !== text) at("progress-text").textContent = text;
+  showReason();
+}
+
+/** What keeps the guest, as far as the device knows. */
+function showReason() {
+  const { resize } = state.device;
+  const text = stall(resize) ?? "";
+  at("reason").hidden = !text || !state.live;
+  if (at("reason").textContent !== text) at("reason").textContent = text;
+}
+
+/** Why a resize stands still, in a sentence; nothing when it does not, or the daemon does not tell. */
+function stall(resize) {
+  if (resize?.state !== "stalled" || !resize.reason) return undefined;
+  const since = resize.since ? ` since ${clock(new Date(resize.since))}` : "";
+  return `The resize stands still${since}: ${resize.reason.text}`;
+}
+
+/** A resize in a few words, for the list of events. */
+function resizeInWords(resize) {
+  return `resize: ${resize.state}${resize.reason ? ` (${resize.reason.text})` : ""}`;
 }
 
 function mark(id, kind, text) {
@@ -61,22 +82,28 @@ function mark(id, kind, text) {
   at(id).hidden = false;
 }
 
-/** Takes an event up; the first ones of a connection tell the state, and are not news. */
-function take({ name, data }, news) {
+/** Takes an event up. The first ones of a connection tell the state: only what differs from before is news. */
+function take({ name, data }) {
   const { device } = state;
   if (!device) return;
-  const before = JSON.stringify(device);
   const texts = {
     "requested-size": () => `requested size: ${size(device.requested_size = data.requested_size)}`,
     "plugged-size": () => `plugged size: ${size(device.plugged_size = data.plugged_size)}`,
     migration: () => `migration: ${(device.migration_active = data.active) ? "active" : "not active"}`,
     connected: () => `front-end: ${(device.connected = data.connected) ? "connected" : "not connected"}`,
+    resize: () => resizeInWords(device.resize = data),
+    stray: () => `unplugged memory that was in use: ${size(data.swept_size)}, discarded`,
     disconnected: () => `front-end: ${(device.connected = data.connected) ? "connected" : "not connected"}`,
   };
   const text = texts[name]?.() ?? `${name}: ${JSON.stringify(data)}`;
   if (name === "plugged-size") rate.add(data.plugged_size);
-  if (JSON.stringify(device) !== before) state.changed = true;
-  if (news || JSON.stringify(device) !== before) list(name, text);
+  if (name !== "resize") state.changed = true;
+  const kind = name.endsWith("connected") ? "front-end" : name;
+  // How fast a resize is changes all the time.
+  const now = name === "resize" ? text : JSON.stringify(data);
+  const before = state.told.get(kind);
+  state.told.set(kind, now);
+  if (kind === "stray" || (before !== undefined && before !== now)) list(kind, text);
 }
 
 /** Lists an event; a series of the same kind within a second is one line, its last. */
@@ -124,10 +151,8 @@ async function followDevice(signal) {
 }
 
 async function followEvents(signal) {
-  let told = 0;
   for await (const event of events(signal)) {
-    take(event, told >= 4);
-    told += 1;
+    take(event);
     requestAnimationFrame(show);
   }
   throw new Error("The daemon ended the stream of events.");

@@ -82,6 +82,8 @@ class RegionMap {
     if (!this.sums) return;
     const layout = this.layout();
     const ratio = devicePixelRatio;
+    // A window that is just being changed may have none.
+    if (layout.width * ratio < 1 || layout.height * ratio < 1) return;
     this.canvas.width = Math.round(layout.width * ratio);
     this.canvas.height = Math.round(layout.height * ratio);
     const pen = this.canvas.getContext("2d");
@@ -174,7 +176,7 @@ function colorsOf(element) {
 }
 
 function hatched(pen, colors, ratio) {
-  const side = Math.round(6 * ratio);
+  const side = Math.max(2, Math.round(6 * ratio));
   const tile = new OffscreenCanvas(side, side);
   const ink = tile.getContext("2d");
   ink.fillStyle = colors.unusable;
