@@ -48,6 +48,9 @@ struct Options {
     /// Compare with a stock QEMU, which is brought if there is none (Debian, root)
     #[arg(long)]
     with_qemu: bool,
+    /// Compare only what vmem-pager does with what a stock QEMU does itself
+    #[arg(long, conflicts_with_all = ["quick", "resume", "with_qemu"])]
+    only_pager: bool,
 }
 
 fn main() -> ExitCode {
@@ -66,6 +69,15 @@ fn report(options: &Options) -> Result<bool> {
     let profile = if options.quick { Profile::Quick } else { Profile::Full };
     std::fs::create_dir_all(&options.out)
         .with_context(|| format!("cannot create {}", options.out.display()))?;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    if options.only_pager {
+        let paged = qemu::compare_pager(&options.out)?;
+        if options.update_readme {
+            write::update_readme_pager(&paged, &root)?;
+        }
+        println!("{}", write::pager(&paged));
+        return Ok(true);
+    }
     let begin = Instant::now();
     let machine = Machine::here()?;
     let head = Head::new(profile, machine.clone())?;
@@ -76,7 +88,7 @@ fn report(options: &Options) -> Result<bool> {
     let report = Report { profile, machine, records, qemu };
     let page = write::write(&report, &options.out)?;
     if options.update_readme {
-        write::update_readme(&report, &Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."))?;
+        write::update_readme(&report, &root)?;
     }
     println!("{}", write::summary(&report));
     println!("{} in {:.0} s", page.display(), begin.elapsed().as_secs_f64());

@@ -1,18 +1,23 @@
 //! A small client of QEMU's control socket.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::wait;
 
+/// Events that came while something else was waited for; older ones are forgotten.
+const EVENTS_MAX: usize = 64;
+
 /// An open control connection.
 pub struct Qmp {
     stream: BufReader<UnixStream>,
+    events: VecDeque<Value>,
 }
 
 impl Qmp {
@@ -20,7 +25,7 @@ impl Qmp {
     pub fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let mut qmp = Self { stream: BufReader::new(stream) };
+        let mut qmp = Self { stream: BufReader::new(stream), events: VecDeque::new() };
         qmp.message().context("QEMU did not greet")?;
         qmp.execute("qmp_capabilities", &json!({}))?;
         Ok(qmp)
@@ -35,11 +40,37 @@ impl Qmp {
             if let Some(error) = message.get("error") {
                 bail!("QMP {command}: {error}");
             }
-            // Events come in between and are of no use here.
             if let Some(answer) = message.get_mut("return") {
                 return Ok(answer.take());
             }
+            self.keep(message);
         }
+    }
+
+    /// Waits for an event that `is_it`, which may have come already; when it happened, by QEMU's clock.
+    pub fn wait_event(&mut self, is_it: impl Fn(&Value) -> bool) -> Result<SystemTime> {
+        let event = match self.events.iter().position(&is_it) {
+            Some(at) => self.events.remove(at).unwrap_or_default(),
+            None => loop {
+                let message = self.message().context("waiting for an event of QEMU's")?;
+                if is_it(&message) {
+                    break message;
+                }
+                self.keep(message);
+            },
+        };
+        let part =
+            |name: &str| event["timestamp"][name].as_u64().context("an event without a time");
+        Ok(UNIX_EPOCH
+            + Duration::from_secs(part("seconds")?)
+            + Duration::from_micros(part("microseconds")?))
+    }
+
+    fn keep(&mut self, event: Value) {
+        if self.events.len() == EVENTS_MAX {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
     }
 
     /// Whether the guest runs, is paused, ...

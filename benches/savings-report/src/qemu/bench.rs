@@ -8,7 +8,7 @@ use real_guest::options::cache_dir;
 use real_guest::provision::{self, Kit};
 
 use super::theirs::{self, Source};
-use super::{Measured, Moved, Route, resize};
+use super::{Measured, Moved, Paged, Route, pager, resize};
 use crate::units::{size, time};
 
 /// How often a guest is moved by each route.
@@ -53,8 +53,20 @@ impl Bench {
                 qemu = version;
             }
         }
+        let paged = self.measure_pager()?;
+        Ok(Measured { qemu, guest: theirs::guest(), moved, resized, paged })
+    }
+
+    /// What the pager does, beside what QEMU does itself.
+    ///
+    /// # Errors
+    ///
+    /// When something does not come to its end.
+    pub fn measure_pager(&self) -> Result<Paged> {
         self.forget()?;
-        Ok(Measured { qemu, guest: theirs::guest(), moved, resized })
+        let paged = pager::measure(&self.kit, &self.dir.join("pager"))?;
+        self.forget()?;
+        Ok(paged)
     }
 
     /// Moves a fresh guest by QEMU, and a copy of its memory by this project.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod ours;
+mod pager;
 mod resize;
 mod tables;
 mod theirs;
@@ -11,6 +12,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use bench::Bench;
+pub use pager::Paged;
+pub use pager::tables as pager_tables;
 pub use resize::Resized;
 pub use tables::{moves, summary, tables};
 
@@ -129,6 +132,8 @@ pub struct Measured {
     pub moved: Vec<Moved>,
     /// Every resize of a guest.
     pub resized: Vec<Resized>,
+    /// The pager beside what QEMU does itself.
+    pub paged: Paged,
 }
 
 impl Comparison {
@@ -156,7 +161,9 @@ impl Comparison {
             Self::Failed(reason) => {
                 vec![format!("The comparison with a stock QEMU failed: {reason}.")]
             }
-            Self::Measured(_) => tables::NOTES.map(str::to_owned).into(),
+            Self::Measured(_) => {
+                tables::NOTES.into_iter().chain([pager::NOTE]).map(str::to_owned).collect()
+            }
         }
     }
 }
@@ -171,4 +178,13 @@ pub fn compare(dir: &Path) -> Comparison {
         Ok(measured) => Comparison::Measured(Box::new(measured)),
         Err(error) => Comparison::Failed(format!("{error:#}")),
     }
+}
+
+/// Compares only what the pager does, with files in `dir`.
+///
+/// # Errors
+///
+/// When there is no QEMU to be had, or something does not come to its end.
+pub fn compare_pager(dir: &Path) -> anyhow::Result<Paged> {
+    Bench::new(dir)?.measure_pager()
 }

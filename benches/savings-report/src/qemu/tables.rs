@@ -30,7 +30,9 @@ pub const NOTES: [&str; 3] = [
 
 /// All of them.
 pub fn tables(measured: &Measured) -> Vec<Table> {
-    vec![moves_table(measured), ratios(measured), resizes(measured)]
+    let mut tables = vec![moves_table(measured), ratios(measured), resizes(measured)];
+    tables.extend(super::pager_tables(&measured.paged));
+    tables
 }
 
 /// One figure of every move by `who` on `route`; `None` where that was not measured.
@@ -212,7 +214,7 @@ pub fn summary(measured: &Measured) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qemu::Resident;
+    use crate::qemu::{Resident, pager};
     use crate::units::MIB;
 
     fn moved(who: Who, total: f64, after: u64) -> Moved {
@@ -244,6 +246,7 @@ mod tests {
                 moved(Who::Qemu, 200.0, 16),
             ],
             resized: vec![resized(Who::Qemu, 9000.0), resized(Who::Ours, 9000.0)],
+            paged: pager::sample(),
         }
     }
 

@@ -11,6 +11,7 @@ use real_guest::guest::Guest;
 use real_guest::own_device::OwnDevice;
 use real_guest::provision::Kit;
 use real_guest::qemu::{Accelerator, Device, Qemu};
+use real_guest::qmp::Qmp;
 use real_guest::wait;
 use serde_json::{Value, json};
 
@@ -141,12 +142,18 @@ impl<'a> Source<'a> {
 
     /// Ends it; which QEMU it was.
     pub fn stop(mut self) -> String {
-        let asked = self.qemu.qmp.execute("query-version", &json!({}));
-        let version = asked.map(|mut answer| answer["qemu"].take()).unwrap_or_default();
-        let part = |name: &str| version[name].as_u64().unwrap_or(0);
+        let version = version(&mut self.qemu.qmp);
         self.qemu.stop();
-        format!("QEMU {}.{}.{}", part("major"), part("minor"), part("micro"))
+        version
     }
+}
+
+/// Which QEMU it is.
+pub fn version(qmp: &mut Qmp) -> String {
+    let asked = qmp.execute("query-version", &json!({}));
+    let version = asked.map(|mut answer| answer["qemu"].take()).unwrap_or_default();
+    let part = |name: &str| version[name].as_u64().unwrap_or(0);
+    format!("QEMU {}.{}.{}", part("major"), part("minor"), part("micro"))
 }
 
 fn start(kit: &Kit, dir: &Path, name: &str, incoming: bool) -> Result<Qemu> {

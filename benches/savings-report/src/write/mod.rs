@@ -13,13 +13,13 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::host::Machine;
-use crate::qemu::{self, Comparison};
+use crate::qemu::{self, Comparison, Paged};
 use crate::record::{Outcome, Record};
 use crate::sweep::Profile;
 use crate::tables::{self, Table};
 use crate::view::View;
 
-pub use readme::update as update_readme;
+pub use readme::{update as update_readme, update_pager as update_readme_pager};
 
 /// What the whole report is made of.
 #[derive(Serialize)]
@@ -103,11 +103,19 @@ impl Report {
 
 /// What is printed: the tables without the one of all cases.
 pub fn summary(report: &Report) -> String {
-    let mut text = String::new();
-    for table in report.tables().iter().filter(|table| table.title != tables::ALL) {
-        text.push_str(&format!("\n{}\n\n{}", table.title, markdown::table(table)));
-    }
-    text
+    let mut tables = report.tables();
+    tables.retain(|table| table.title != tables::ALL);
+    printed(&tables)
+}
+
+/// What is printed of the pager alone.
+pub fn pager(paged: &Paged) -> String {
+    printed(&qemu::pager_tables(paged))
+}
+
+fn printed(tables: &[Table]) -> String {
+    let text = |table: &Table| format!("\n{}\n\n{}", table.title, markdown::table(table));
+    tables.iter().map(text).collect()
 }
 
 /// A chart, and where it is.

@@ -6,13 +6,15 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::{Report, charts, markdown};
-use crate::qemu;
+use crate::qemu::{self, Paged};
 use crate::tables::{self, Table};
 
 /// What is measured by every report.
 const SAVINGS: &str = "savings-report";
 /// What is measured by those that compare with QEMU.
 const QEMU: &str = "savings-report-qemu";
+/// The pager beside what QEMU does itself.
+const PAGER: &str = "savings-report-pager";
 
 /// Where the chart is, seen from the workspace.
 const CHART: &str = "benches/savings-report/savings.svg";
@@ -33,8 +35,25 @@ pub fn update(report: &Report, root: &Path) -> Result<()> {
     let mut readme = replaced(&readme, SAVINGS, &text)?;
     if let Some(measured) = report.qemu.measured() {
         readme = replaced(&readme, QEMU, &titled(&qemu::summary(measured)))?;
+        readme = with_pager(&readme, &measured.paged)?;
     }
     fs::write(&path, readme).context("cannot write the README")
+}
+
+/// The same for what the pager does alone.
+///
+/// # Errors
+///
+/// When there are no markers, or the file cannot be written.
+pub fn update_pager(paged: &Paged, root: &Path) -> Result<()> {
+    let path = root.join("README.md");
+    let readme = fs::read_to_string(&path).context("cannot read the README")?;
+    fs::write(&path, with_pager(&readme, paged)?).context("cannot write the README")
+}
+
+fn with_pager(readme: &str, paged: &Paged) -> Result<String> {
+    let tables: Vec<String> = qemu::pager_tables(paged).iter().map(titled).collect();
+    replaced(readme, PAGER, &tables.join("\n"))
 }
 
 fn titled(table: &Table) -> String {

@@ -1,5 +1,6 @@
 //! A stock QEMU with its own virtio-mem devices.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -7,11 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use super::pages::memory_of;
 use super::verifier::Verifier;
 use crate::guest::Guest;
 use crate::machine::Parts;
 use crate::process;
-use crate::qemu::{Accelerator, REGION_ADDR};
+use crate::qemu::Accelerator;
 use crate::qmp::{self, Qmp};
 use crate::sizes::{GIB, MIB};
 use crate::wait;
@@ -76,8 +78,11 @@ impl Vm {
         let cpus = shape.cpus.to_string();
         command.args(["-machine", "q35", "-smp", cpus.as_str()]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        // What the vCPUs take is told from what the rest of it takes.
+        command.args(["-name", "guest,debug-threads=on"]);
         match parts.accelerator {
-            Accelerator::Tcg => command.args(["-accel", "tcg", "-cpu", "max"]),
+            // Addresses for regions beyond 1 TiB.
+            Accelerator::Tcg => command.args(["-accel", "tcg", "-cpu", "max,phys-bits=46"]),
             Accelerator::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
         };
         command.args(memory(&shape));
@@ -133,6 +138,15 @@ impl Vm {
     /// What the verifier says.
     pub fn verifier(&self) -> Result<Verifier> {
         Verifier::connect(&self.dir.join("verifier.sock"))
+    }
+
+    /// What the host holds for its memory, bytes, as far as that is files.
+    pub fn held(&self) -> Result<u64> {
+        let mut held = memory_of(self.process(), RAM)?.metadata()?.blocks() * 512;
+        for region in self.shape.regions {
+            held += memory_of(self.process(), region.size)?.metadata()?.blocks() * 512;
+        }
+        Ok(held)
     }
 
     /// The control socket for the pager.
@@ -257,16 +271,14 @@ fn memory(shape: &Shape) -> Vec<String> {
     add("-m", format!("{}M,slots=4,maxmem={}M", RAM / MIB, (8 * GIB + 2 * regions) / MIB));
     add("-object", backend("ram", RAM));
     add("-machine", "memory-backend=ram".to_owned());
-    let mut addr = REGION_ADDR;
-    for (index, Region { size, requested }) in shape.regions.iter().enumerate() {
+    // QEMU places them: where a region of 1 TiB fits depends on its vCPUs.
+    for (index, Region { requested, .. }) in shape.regions.iter().enumerate() {
         add(
             "-device",
             format!(
-                "virtio-mem-pci,id=vm{index},memdev=vmem{index},memaddr={addr:#x},block-size={BLOCK},\
-                 requested-size={requested}"
+                "virtio-mem-pci,id=vm{index},memdev=vmem{index},block-size={BLOCK},requested-size={requested}"
             ),
         );
-        addr += size;
     }
     options
 }
