@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -25,6 +26,8 @@ pub struct Report {
     interactive: bool,
     out: Output,
     err: Output,
+    /// The outcome was told, which is the last line.
+    over: Arc<AtomicBool>,
     bar: Arc<Mutex<Option<ProgressBar>>>,
 }
 
@@ -70,7 +73,8 @@ impl Report {
     /// To elsewhere, which is no terminal.
     pub fn to(out: Box<dyn Write + Send>, err: Box<dyn Write + Send>, json: bool) -> Self {
         let output = |output| Arc::new(Mutex::new(output));
-        Self { json, interactive: false, out: output(out), err: output(err), bar: Arc::default() }
+        let (out, err) = (output(out), output(err));
+        Self { json, interactive: false, out, err, over: Arc::default(), bar: Arc::default() }
     }
 
     /// Nothing is told.
@@ -78,17 +82,31 @@ impl Report {
         Self::to(Box::new(std::io::sink()), Box::new(std::io::sink()), false)
     }
 
-    /// Something has happened: a line of JSON `{"event": name, ...details}`, nothing otherwise.
+    /// Something has happened: a line of JSON `{"event": name, ...details}`, nothing otherwise, and nothing after the
+    /// outcome.
     pub fn event(&self, name: &str, details: &Value) {
-        if self.json {
-            let mut line = json!({ "event": name });
-            if let (Some(line), Some(details)) = (line.as_object_mut(), details.as_object()) {
-                line.extend(details.clone());
-            }
-            // A reader that has gone does not end a save.
-            let mut out = self.out.lock();
-            let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+        self.line(name, details, false);
+    }
+
+    /// The run has come to its end: an event that is the last, whatever else is being told.
+    pub fn outcome(&self, name: &str, details: &Value) {
+        self.line(name, details, true);
+    }
+
+    fn line(&self, name: &str, details: &Value, last: bool) {
+        if !self.json {
+            return;
         }
+        let mut line = json!({ "event": name });
+        if let (Some(line), Some(details)) = (line.as_object_mut(), details.as_object()) {
+            line.extend(details.clone());
+        }
+        let mut out = self.out.lock();
+        if self.over.fetch_or(last, Ordering::Relaxed) {
+            return;
+        }
+        // A reader that has gone does not end a save.
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
 
     /// Something is odd, and the run continues.
@@ -223,6 +241,18 @@ mod tests {
         let (out, err) = told(true);
         assert_eq!(out, "{\"channels\":3,\"event\":\"connected\"}\n");
         assert_eq!(err, "{\"warning\":\"odd\"}\n{\"error\":\"broken\"}\n");
+    }
+
+    #[test]
+    fn nothing_follows_the_outcome() {
+        let out = Kept::default();
+        let report = Report::to(Box::new(out.clone()), Box::new(Kept::default()), true);
+        report.event("connected", &json!({}));
+        report.outcome("saved", &json!({ "pages": 2 }));
+        report.clone().event("progress", &json!({}));
+        report.outcome("saved", &json!({}));
+        let text = String::from_utf8(out.0.lock().clone()).unwrap();
+        assert_eq!(text, "{\"event\":\"connected\"}\n{\"event\":\"saved\",\"pages\":2}\n");
     }
 
     #[test]

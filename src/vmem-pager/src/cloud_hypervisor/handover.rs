@@ -135,7 +135,7 @@ pub(super) fn hand_over(
         ))
     })?;
     let downtime = paused.map(|paused| paused.elapsed().as_millis() as u64);
-    report.event("completed", &json!({ "paused": taken.paused, "downtime_ms": downtime }));
+    report.outcome("completed", &json!({ "paused": taken.paused, "downtime_ms": downtime }));
     Ok(())
 }
 

@@ -96,7 +96,7 @@ pub fn run(
         Err(error) => run.progress.fail(error),
     }
     restored?;
-    report.event("completed", &metrics.summary());
+    report.outcome("completed", &metrics.summary());
     Ok(())
 }
 

@@ -359,7 +359,7 @@ fn fill(
             )))
         }
         Ok(()) | Err(Unplaced::Ended) => {
-            report.event("completed", &figures.summary());
+            report.outcome("completed", &figures.summary());
             Ok(())
         }
     }
