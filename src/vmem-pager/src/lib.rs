@@ -27,6 +27,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod run;
 pub mod socket;
+mod sys;
 pub mod working_set;
 
 pub use error::PagerError;

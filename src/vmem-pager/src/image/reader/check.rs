@@ -188,6 +188,8 @@ fn warnings(seen: &Inspection) -> Result<Vec<String>, String> {
             | Warning::BitmapSize { .. }
             | Warning::PackageSkipped { .. }
             | Warning::PackageEnd { .. } => return Err(printable(&warning.to_string())),
+            // QEMU reads the sizes itself.
+            Warning::NoSizes { .. } => {}
             other => warnings.push(printable(&other.to_string())),
         }
     }

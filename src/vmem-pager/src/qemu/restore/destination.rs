@@ -139,7 +139,13 @@ impl Destination {
         // It may hang: what is known without it is told.
         match Migration::query_at_end(&mut self.qmp.lock(), LAST_WORDS) {
             Ok(Migration { error: Some(reason), .. }) => {
-                PagerError::Peer(format!("{error}; QEMU says: {}", vmstate::printable(&reason)))
+                // It says so before it has taken anything.
+                let remedy = match reason.contains("matching RAM page sizes") {
+                    true => ": its memory has huge pages; restore to it with --eager",
+                    false => "",
+                };
+                let reason = vmstate::printable(&reason);
+                PagerError::Peer(format!("{error}; QEMU says: {reason}{remedy}"))
             }
             _ => error,
         }
@@ -205,21 +211,43 @@ impl Guest for Destination {
     }
 }
 
-/// The virtio-mem devices. One without a name is not changed: it cannot be found by its address alone.
+/// The virtio-mem devices.
 fn devices(qmp: &mut Qmp) -> Result<Vec<Device>, PagerError> {
     let answer = qmp.execute("query-memory-devices", &json!({}))?;
-    let devices = answer.as_array().into_iter().flatten();
-    let devices =
-        devices.filter(|device| device["type"] == "virtio-mem").map(|device| &device["data"]);
-    let device = |data: &Value| {
-        let id = data["id"].as_str().filter(|id| !id.is_empty())?;
-        Some(Device {
-            path: format!("/machine/peripheral/{id}"),
-            requested: data["requested-size"].as_u64()?,
-            size: data["size"].as_u64()?,
-        })
-    };
-    Ok(devices.filter_map(device).collect())
+    let mut found = Vec::new();
+    for data in answer.as_array().into_iter().flatten() {
+        let data = match data["type"] == "virtio-mem" {
+            true => &data["data"],
+            false => continue,
+        };
+        let sizes = data["requested-size"].as_u64().zip(data["size"].as_u64());
+        let Some((requested, size)) = sizes else { continue };
+        let path = match data["id"].as_str().filter(|id| !id.is_empty()) {
+            Some(id) => Some(format!("/machine/peripheral/{id}")),
+            // Only one that is to be changed is worth looking for.
+            None if requested == size => continue,
+            None => without_id(qmp, &data["memaddr"])?,
+        };
+        found.extend(path.map(|path| Device { path, requested, size }));
+    }
+    Ok(found)
+}
+
+/// The path of a virtio-mem device without an id, which its address tells from others.
+fn without_id(qmp: &mut Qmp, address: &Value) -> Result<Option<String>, PagerError> {
+    let anonymous = "/machine/peripheral-anon";
+    let list = qmp.execute("qom-list", &json!({ "path": anonymous }))?;
+    for device in list.as_array().into_iter().flatten() {
+        let is_it =
+            device["type"].as_str().is_some_and(|kind| kind.starts_with("child<virtio-mem"));
+        let Some(name) = device["name"].as_str().filter(|_| is_it) else { continue };
+        let path = format!("{anonymous}/{name}");
+        let property = json!({ "path": path, "property": "memaddr" });
+        if qmp.execute("qom-get", &property)? == *address {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
 }
 
 /// As QEMU finds it from wherever it was started.

@@ -18,23 +18,22 @@ use super::figures::Figures;
 use super::lost::{Lost, Stage};
 use super::page_writer::PageWriter;
 use super::preamble::{self, PING_BEFORE, PING_FIRST, PING_LISTENING};
-use super::serve::{Ear, Listening, Urgent, wait_for_pong};
+use super::serve::{Ear, Listening, wait_for_pong};
 use super::supply::{Next, Supply, Work};
+use super::urgent::{LOOK_EVERY, Urgent};
 use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::image::{GuestImage, PageReader};
 use crate::run::{POLL, Run};
 use crate::socket::{self, Address};
 
-/// What the kernel holds of a channel, bytes: pages that are waited for queue behind it.
+/// What the kernel holds of a channel, bytes, and pages sent at a time, where pages that are waited for queue behind
+/// them.
 const SEND_BUFFER: usize = 8 << 10;
-/// Pages sent at a time when pages that are waited for go on the same channel, and when they do not.
 const BATCH_SHARED: u64 = 4;
-const BATCH: u64 = 16;
-
-/// How long after connecting a second time QEMU must have closed that connection if it does not expect
-/// it. Only the end of the stream waits for that.
-const UNEXPECTED: Duration = Duration::from_secs(1);
+/// The same of the main channel where they do not: only what is read ahead queues behind it.
+const SEND_BUFFER_APART: usize = 128 << 10;
+const BATCH: u64 = 64;
 
 /// How the guest is kept from faulting while the stream ends, where there is no channel that is served
 /// beyond its end.
@@ -217,12 +216,10 @@ impl Lazy<'_> {
     fn send_all(&self, channels: Channels, first: &[u8]) -> Result<(), PagerError> {
         let Channels { main, back, urgent, heard } = channels;
         self.report.event("connected", &json!({ "second_connection": urgent.is_some() }));
-        let connected = Instant::now();
         let ended = Mutex::new(None);
         let stopped = AtomicBool::new(false);
         let writer = |channel| PageWriter::new(self.image(), channel);
-        let urgent = Urgent::new(urgent.map(writer));
-        let urgent = &urgent;
+        let urgent = &Urgent::new(urgent.map(writer), self.preempt == Some(true));
         let mut main = writer(main);
         let broken = main.channel().clone_handle();
         let done = thread::scope(|scope| {
@@ -244,7 +241,7 @@ impl Lazy<'_> {
             let hearing = hearing.map_err(PagerError::system("start a thread"))?;
             main.put(first);
             preamble_pages(&mut main, self.image());
-            let sent = self.background(&mut main, urgent, connected, &ended, &stopped);
+            let sent = self.background(&mut main, urgent, &ended, &stopped);
             if sent.is_err() {
                 main.channel().shutdown();
             }
@@ -253,9 +250,14 @@ impl Lazy<'_> {
                 // It has everything, whatever became of the end of the stream.
                 (_, Ok(())) => Ok(()),
                 // What broke first tells more than what broke because of it.
-                (Err(error @ (PagerError::File { .. } | PagerError::Qmp { .. })), Err(_)) => {
-                    Err(error)
-                }
+                (
+                    Err(
+                        error @ (PagerError::File { .. }
+                        | PagerError::Qmp { .. }
+                        | PagerError::TimedOut { .. }),
+                    ),
+                    Err(_),
+                ) => Err(error),
                 (_, Err(error)) => Err(error),
             }
         });
@@ -277,14 +279,14 @@ impl Lazy<'_> {
         &self,
         main: &mut PageWriter<'_>,
         urgent: &Urgent<'_>,
-        connected: Instant,
         ended: &Mutex<Option<Instant>>,
         stopped: &AtomicBool,
     ) -> Result<(), PagerError> {
-        // Where peers are to answer sooner, this is sooner, too.
-        let unexpected = UNEXPECTED.min(self.run.silence() / 4);
-        self.send_pages(main, urgent, &|| urgent.is_there() && connected.elapsed() < unexpected)?;
-        if urgent.is_there() {
+        if matches!(self.address, Address::Unix(_)) {
+            urgent.probe(self.supply, &self.lost(Stage::Postcopy(self.figures)))?;
+        }
+        self.send_pages(main, urgent, &|| urgent.is_awaited())?;
+        if urgent.is_read() {
             return self.end(main, ended);
         }
         let Some(guest) = self.guest else {
@@ -324,21 +326,29 @@ impl Lazy<'_> {
         let mut reader = PageReader::new(image);
         let mut bandwidth = Bandwidth::new(self.bandwidth, main.written());
         main.send(&lost, "its devices were being sent")?;
+        let mut apart = false;
         loop {
+            if !apart && urgent.is_read() {
+                apart = true;
+                // Without a large buffer it works, too.
+                let _ = sockopt::set_socket_send_buffer_size(main.channel(), SEND_BUFFER_APART);
+            }
             if self.supply.is_closed() {
                 return Err(lost.closed("memory was being sent"));
             }
+            urgent.look(self.supply, &lost)?;
             let pause = bandwidth.spent(main.written());
             let budget = (bandwidth.budget(main.written()) / TARGET_PAGE_SIZE).max(1);
             let waiting = waits();
-            let batch = if urgent.is_there() { BATCH } else { BATCH_SHARED };
+            let batch = if urgent.is_read() { BATCH } else { BATCH_SHARED };
             match self.supply.next(batch.min(budget), pause.is_zero()) {
                 Next::Send(work) => self.send(work, main, &mut reader, &lost)?,
                 Next::Later => {
-                    self.supply.wait(pause.min(POLL));
+                    let longest = if urgent.is_awaited() { LOOK_EVERY } else { POLL };
+                    self.supply.wait(pause.min(longest));
                 }
                 Next::Nothing if waiting => {
-                    self.supply.wait(POLL);
+                    self.supply.wait(LOOK_EVERY);
                 }
                 Next::Nothing => return Ok(()),
             }

@@ -11,6 +11,7 @@ mod serve;
 mod supply;
 #[cfg(test)]
 mod tests;
+mod urgent;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -147,7 +148,7 @@ pub fn run(
         destination.wait_completed()?;
         destination.resize_again(report)?;
     }
-    report.event("completed", &figures.summary());
+    report.outcome("completed", &figures.summary());
     Ok(())
 }
 

@@ -12,18 +12,15 @@ use vmstate::wire::{WireRead, WireReader};
 
 use super::figures::Figures;
 use super::lost::{Lost, Stage};
-use super::page_writer::PageWriter;
 use super::preamble::{PING_BEFORE, PING_LISTENING, PING_LOADED};
-use super::supply::{Answer, Source, Supply};
+use super::supply::{Answer, Page, Source, Supply};
+use super::urgent::Urgent;
 use crate::error::PagerError;
 use crate::image::{GuestImage, PageReader};
 use crate::run::{POLL, Run};
 
 /// Requests that are kept until they are answered: those that were outstanding when QEMU paused.
 const HEARD_MAX: usize = 64 << 10;
-/// Pages sent on the channel of pages that are waited for that are remembered, until it is certain that
-/// QEMU reads it.
-const UNPROVEN_MAX: usize = 4 << 10;
 
 /// Hears QEMU, from the package on until it says that it has everything.
 pub(super) struct Ear<'a> {
@@ -32,48 +29,8 @@ pub(super) struct Ear<'a> {
     pub figures: &'a Figures,
     /// When the stream was ended.
     pub ended: &'a Mutex<Option<Instant>>,
-    /// The channel of pages that are waited for, as long as there is one.
+    /// The channel of pages that are waited for.
     pub urgent: &'a Urgent<'a>,
-}
-
-/// The channel of pages that are waited for (postcopy-preempt).
-///
-/// A QEMU without that capability accepts the connection all the same, sooner or later, and closes it.
-/// Nothing was read from it then, and what was sent there goes on the main channel.
-pub(super) struct Urgent<'a> {
-    writer: Mutex<Option<Writer<'a>>>,
-}
-
-struct Writer<'a> {
-    pages: PageWriter<'a>,
-    /// What was sent: block, page, and whether the image has it.
-    unproven: Vec<(usize, u64, bool)>,
-}
-
-impl<'a> Urgent<'a> {
-    /// With a connection, if there is one.
-    pub fn new(pages: Option<PageWriter<'a>>) -> Self {
-        let writer = pages.map(|pages| Writer { pages, unproven: Vec::new() });
-        Self { writer: Mutex::new(writer) }
-    }
-
-    /// Whether there is one.
-    pub fn is_there(&self) -> bool {
-        self.writer.lock().is_some()
-    }
-
-    /// Has what was sent on a connection that QEMU closed sent on the main channel.
-    fn check(&self, supply: &Supply<'_>, lost: &Lost<'_>) -> Result<(), PagerError> {
-        let mut writer = self.writer.lock();
-        let Some(closed) = writer.take_if(|writer| writer.pages.channel().is_hung_up()) else {
-            return Ok(());
-        };
-        if closed.unproven.len() == UNPROVEN_MAX {
-            return Err(lost.closed("pages that it waits for were being sent"));
-        }
-        supply.ask_again(&closed.unproven);
-        Ok(())
-    }
 }
 
 impl Ear<'_> {
@@ -134,7 +91,7 @@ impl Ear<'_> {
                 ReturnMessage::Shut(code) => {
                     return Err(PagerError::Peer(format!(
                         "QEMU could not take the guest's memory (error {code}); its own report says why \
-                         (query-migrate, its log)"
+                         (query-migrate, its log); to memory with huge pages restore with --eager"
                     )));
                 }
                 other => {
@@ -181,39 +138,29 @@ impl Ear<'_> {
         reader: &mut PageReader<'_>,
         lost: &Lost<'_>,
     ) -> Result<(), PagerError> {
-        let mut urgent = self.urgent.writer.lock();
-        let Some(Writer { pages, unproven }) = &mut *urgent else {
+        if !self.urgent.is_read() {
             let answer = self.supply.ask(block, page, since)?;
             self.figures.request(answer);
+            if matches!(answer, Answer::OnItsWay { .. }) {
+                self.urgent.wanted(block, page);
+            }
             return Ok(());
-        };
+        }
         let answer = self.supply.take(block, page);
         self.figures.request(answer);
-        match answer {
-            Answer::OnItsWay { .. } => return Ok(()),
-            Answer::Zeros => pages.page(block, page, None),
-            Answer::Content => {
-                let image = self.supply.image();
-                reader.read(&image.blocks()[block], page..page + 1, |page, bytes| {
-                    pages.page(block, page, bytes);
-                })?;
-            }
+        if matches!(answer, Answer::OnItsWay { .. }) {
+            return Ok(());
         }
-        if unproven.len() < UNPROVEN_MAX {
-            unproven.push((block, page, answer == Answer::Content));
-        }
-        match pages.send(lost, "a page that it waits for was being sent") {
+        let page = Page { block, page, content: answer == Answer::Content };
+        match self.urgent.answer(page, self.supply, reader, lost) {
             Ok(sent) => {
                 self.figures.sent(Source::Request, 1, sent);
                 self.figures.served(since.elapsed());
                 Ok(())
             }
-            Err(_) if self.ended.lock().is_some() => Ok(()),
-            Err(error) => {
-                let closed = pages.channel().is_hung_up();
-                drop(urgent);
-                if closed { self.urgent.check(self.supply, lost) } else { Err(error) }
-            }
+            // QEMU closes it before it says that it has everything.
+            Err(PagerError::Peer(_)) if self.ended.lock().is_some() => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }

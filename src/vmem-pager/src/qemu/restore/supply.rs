@@ -47,6 +47,16 @@ pub(super) struct Work {
     pub since: Option<Instant>,
 }
 
+/// A page that is taken, and not sent yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Page {
+    /// By its place in the image.
+    pub block: usize,
+    pub page: u64,
+    /// Whether the image has it; otherwise it is zeros.
+    pub content: bool,
+}
+
 /// What there is to do.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
@@ -222,11 +232,40 @@ impl<'a> Supply<'a> {
         Ok(answer)
     }
 
-    /// Has pages that were taken answered once more: block, page, and whether the image has it.
-    pub fn ask_again(&self, pages: &[(usize, u64, bool)]) {
-        let now = Instant::now();
-        let again = pages.iter().map(|&(block, page, content)| (block, page, content, now));
-        self.state.lock().asked.extend(again);
+    /// Takes a page that nothing has asked for: of a small block, and one that the image does not have, if there is
+    /// any, so that not even its loss would matter.
+    pub fn take_any(&self) -> Option<Page> {
+        let state = &mut *self.state.lock();
+        let mut order: Vec<usize> = (0..state.blocks.len()).collect();
+        order.sort_by_key(|index| state.blocks[*index].settled.nr_pages());
+        // What is discarded is no hole.
+        let holes = order.iter().filter(|index| self.image.blocks()[**index].discards().is_none());
+        for &block in holes {
+            let Block { outstanding, settled, .. } = &mut state.blocks[block];
+            let nr_pages = settled.nr_pages();
+            if let Some(page) =
+                (0..nr_pages).find(|page| !settled.test(*page) && !outstanding.test(*page))
+            {
+                settled.set(page);
+                return Some(Page { block, page, content: false });
+            }
+        }
+        for block in order {
+            let Block { outstanding, settled, .. } = &mut state.blocks[block];
+            if let Some(page) = outstanding.next_set(0, settled.nr_pages()) {
+                outstanding.clear(page);
+                settled.set(page);
+                state.left -= 1;
+                return Some(Page { block, page, content: true });
+            }
+        }
+        None
+    }
+
+    /// Has a page that was taken sent, as if it had been asked for.
+    pub fn ask_again(&self, page: Page) {
+        let Page { block, page, content } = page;
+        self.state.lock().asked.push_back((block, page, content, Instant::now()));
         self.changed.notify_all();
     }
 

@@ -94,6 +94,31 @@ impl Fake {
         (main, urgent)
     }
 
+    /// The same for a pager that knows of the second connection.
+    pub fn load_known(&self, sample: &Sample) -> (Main, JoinHandle<()>) {
+        let mut main = self.accept_main();
+        main.greet();
+        let urgent = self.accept_urgent();
+        main.setup(sample);
+        (main, urgent)
+    }
+
+    /// What arrived, without the one page of zeros at most that was only there to see whether the second
+    /// connection is read.
+    pub fn pages_without_probe(
+        &self,
+        expected: &HashMap<(String, u64), Vec<u8>>,
+    ) -> HashMap<(String, u64), Vec<u8>> {
+        let mut pages = self.placed.lock().pages.clone();
+        let more = pages.keys().filter(|page| !expected.contains_key(*page));
+        let more: Vec<_> = more.cloned().collect();
+        if let [(block, page)] = &more[..] {
+            let probe = pages.remove(&(block.clone(), *page));
+            assert!(block == "ram" && probe.is_some_and(|bytes| bytes == vec![0; PAGE as usize]));
+        }
+        pages
+    }
+
     pub fn has(&self, block: &str, page: u64) -> bool {
         self.placed.lock().pages.contains_key(&(block.to_owned(), page))
     }
@@ -207,14 +232,7 @@ impl Main {
         let mut expected = Vec::new();
         put_command(&mut expected, &Command::RecvBitmap { block: block.to_owned() });
         self.expect(&expected, "RECV_BITMAP");
-        let mut bytes = Vec::new();
-        ReturnMessage::RecvBitmap { block: block.to_owned() }.put(&mut bytes);
-        let mut bitmap = vec![0u8; pages.div_ceil(64) as usize * 8];
-        received.iter().for_each(|page| bitmap[*page as usize / 8] |= 1 << (page % 8));
-        bytes.put_be64(bitmap.len() as u64);
-        bytes.extend(bitmap);
-        bytes.put_be64(0x0123_4567_89ab_cdef);
-        self.back.write_all(&bytes).unwrap();
+        tell_received(&mut self.back, block, pages, received);
     }
 
     /// Tells what is placed of each block, and resumes.
@@ -235,6 +253,18 @@ impl Main {
         self.say(&ReturnMessage::Pong(5));
         self.say(&ReturnMessage::ResumeAck);
     }
+}
+
+fn tell_received(back: &mut UnixStream, block: &str, pages: u64, received: &[u64]) {
+    let mut bytes = Vec::new();
+    ReturnMessage::RecvBitmap { block: block.to_owned() }.put(&mut bytes);
+    let mut bitmap = vec![0u8; pages.div_ceil(64) as usize * 8];
+    received.iter().for_each(|page| bitmap[*page as usize / 8] |= 1 << (page % 8));
+    bytes.put_be64(bitmap.len() as u64);
+    bytes.extend(bitmap);
+    bytes.put_be64(0x0123_4567_89ab_cdef);
+    // The pager may have gone.
+    let _ = back.write_all(&bytes);
 }
 
 fn place_all(reader: &mut WireReader<UnixStream>, placed: &Mutex<Placed>) {

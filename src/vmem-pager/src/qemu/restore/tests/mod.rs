@@ -1,3 +1,4 @@
+mod destination;
 mod fake;
 mod recovery;
 mod traps;
@@ -14,7 +15,7 @@ use tempfile::TempDir;
 use vmstate::wire::WireRead;
 
 use super::*;
-use crate::image::reader::sample::{Record, Sample, SampleBlock, content};
+use crate::image::reader::sample::{Record, Sample, SampleBlock};
 use crate::socket::Address;
 use fake::Fake;
 
@@ -23,7 +24,7 @@ const PAGE: usize = TARGET_PAGE_SIZE as usize;
 const SILENCE: Duration = Duration::from_secs(20);
 const SHORT_SILENCE: Duration = Duration::from_millis(300);
 
-type Restored = JoinHandle<(Result<(), PagerError>, WorkingSet)>;
+type Restored = JoinHandle<(Result<(), PagerError>, WorkingSet, serde_json::Value)>;
 
 /// How an image is restored.
 #[derive(Clone, Default)]
@@ -65,7 +66,11 @@ fn restore(sample: &Sample, dir: &TempDir, how: How) -> Restored {
     thread::spawn(move || restore_file(&path, &socket, &how))
 }
 
-fn restore_file(path: &Path, socket: &Path, how: &How) -> (Result<(), PagerError>, WorkingSet) {
+fn restore_file(
+    path: &Path,
+    socket: &Path,
+    how: &How,
+) -> (Result<(), PagerError>, WorkingSet, serde_json::Value) {
     let image = GuestImage::open(path).unwrap();
     let supply = Supply::new(&image);
     if let Some(set) = &how.replay {
@@ -91,7 +96,7 @@ fn restore_file(path: &Path, socket: &Path, how: &How) -> (Result<(), PagerError
         (_, true) => lazy.recover(),
         (_, false) => lazy.start(),
     };
-    (done, supply.touched())
+    (done, supply.touched(), figures.summary())
 }
 
 /// What has to be at the destination.
@@ -124,9 +129,8 @@ fn all_of_an_image_arrives_once_and_nothing_else() {
         restored.join().unwrap().0.unwrap();
         placing.join().unwrap();
         urgent.join().unwrap();
-        let placed = fake.placed.lock();
-        assert_eq!(placed.pages, expected(&sample));
-        assert_eq!(placed.twice, []);
+        assert_eq!(fake.pages_without_probe(&expected(&sample)), expected(&sample));
+        assert_eq!(fake.placed.lock().twice, []);
     }
 }
 
@@ -134,8 +138,8 @@ fn all_of_an_image_arrives_once_and_nothing_else() {
 fn requests_are_answered_before_the_guest_runs_and_after_the_stream_has_ended() {
     let (sample, dir) = (large(), tempfile::tempdir().unwrap());
     let fake = Fake::listen(dir.path());
-    let restored = restore(&sample, &dir, How::default());
-    let (mut main, _urgent) = fake.load(&sample);
+    let restored = restore(&sample, &dir, How { preempt: Some(true), ..How::default() });
+    let (mut main, _urgent) = fake.load_known(&sample);
     // Nothing is read of the main channel yet, which holds less than up to there: loading its devices
     // needs these.
     main.ask(Some("ram"), 30);
@@ -161,28 +165,133 @@ fn requests_are_answered_before_the_guest_runs_and_after_the_stream_has_ended() 
     assert_eq!(placed.twice, []);
 }
 
-/// A QEMU without postcopy-preempt, which accepts the second connection late and closes it.
+/// All that one channel needs to end, when nothing was ever read of the second one.
+fn assert_all_of_one_channel(fake: &Fake, sample: &Sample) {
+    let placed = fake.placed.lock();
+    assert_eq!(placed.twice, []);
+    for (page, bytes) in expected(sample) {
+        assert_eq!(placed.pages.get(&page), Some(&bytes), "{page:?}");
+    }
+    // Also the page that was sent on the other.
+    for page in 0..64 {
+        assert!(placed.order.contains(&("ram".to_owned(), page)), "page {page} of RAM is left out");
+    }
+}
+
+/// A QEMU without postcopy-preempt that is slow: it closes the second connection without having read it.
 #[test]
-fn what_was_sent_on_a_connection_that_nothing_reads_is_sent_again() {
+fn a_second_connection_is_not_relied_on_before_it_is_read() {
+    for closed_late in [false, true] {
+        let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
+        let fake = Fake::listen(dir.path());
+        let restored = restore(&sample, &dir, How::default());
+        let mut main = fake.accept_main();
+        main.greet();
+        main.setup(&sample);
+        let placing = main.place();
+        // Its devices need these before it looks at the connection.
+        main.ask(Some("ram"), 40);
+        main.ask(None, 31);
+        fake.wait_for("ram", 40);
+        fake.wait_for("ram", 31);
+        if closed_late {
+            // All of the image is here, but for a page that nothing reads.
+            for (block, page) in expected(&sample).keys() {
+                fake.wait_for(block, *page);
+            }
+            thread::sleep(Duration::from_millis(100));
+            assert!(!fake.placed.lock().ended, "the end came with a page on its way nowhere");
+        }
+        drop(fake.accept());
+        fake.wait_ended();
+        main.say(&ReturnMessage::Shut(0));
+        restored.join().unwrap().0.unwrap();
+        placing.join().unwrap();
+        assert_all_of_one_channel(&fake, &sample);
+    }
+}
+
+/// The same, whose main thread waits for the very page that went there, so that it never closes it.
+#[test]
+fn a_page_on_a_connection_that_nothing_reads_is_sent_again_when_it_is_waited_for() {
     let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
     let fake = Fake::listen(dir.path());
-    let restored = restore(&sample, &dir, How { bandwidth: Some(1), ..How::default() });
+    let restored = restore(&sample, &dir, How::default());
     let mut main = fake.accept_main();
     main.greet();
     main.setup(&sample);
-    main.ask(Some("ram"), 40);
-    main.ask(None, 31);
-    // They are in the buffer of a connection that was not accepted.
-    thread::sleep(Duration::from_millis(100));
-    drop(fake.accept());
     let placing = main.place();
-    fake.wait_for("ram", 40);
-    fake.wait_for("ram", 31);
-    drop(main);
+    // What goes there goes first.
+    fake.wait_for("ram", 0);
+    // The first that RAM has no content for.
+    main.ask(Some("ram"), 2);
+    fake.wait_for("ram", 2);
+    fake.wait_ended();
+    main.say(&ReturnMessage::Shut(0));
+    restored.join().unwrap().0.unwrap();
+    placing.join().unwrap();
+    assert_all_of_one_channel(&fake, &sample);
+}
+
+#[test]
+fn a_second_connection_that_is_neither_read_nor_closed_is_a_timeout() {
+    let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
+    let fake = Fake::listen(dir.path());
+    let how = How { silence: Some(SHORT_SILENCE), ..How::default() };
+    let restored = restore(&sample, &dir, how);
+    let mut main = fake.accept_main();
+    main.greet();
+    main.setup(&sample);
+    let placing = main.place();
+    let error = restored.join().unwrap().0.unwrap_err();
+    assert_eq!(error.exit_status(), 3);
+    assert!(
+        error.to_string().contains("neither reads its second connection nor closes it"),
+        "{error}"
+    );
+    placing.join().unwrap();
+    assert!(!fake.placed.lock().ended);
+}
+
+#[test]
+fn once_a_second_connection_is_read_requests_are_answered_there() {
+    let (sample, dir) = (large(), tempfile::tempdir().unwrap());
+    let fake = Fake::listen(dir.path());
+    let restored = restore(&sample, &dir, How { bandwidth: Some(1), ..How::default() });
+    let (mut main, urgent) = fake.load(&sample);
+    let placing = main.place();
+    let answered_there = (0..600).step_by(20).any(|page| {
+        main.ask(Some("big"), page);
+        fake.wait_for("big", page);
+        !fake.placed.lock().order.contains(&("big".to_owned(), page))
+    });
+    assert!(answered_there);
+    drop(main.back.shutdown(std::net::Shutdown::Both));
     assert!(restored.join().unwrap().0.is_err());
     placing.join().unwrap();
+    urgent.join().unwrap();
     assert_eq!(fake.placed.lock().twice, []);
-    assert_eq!(fake.placed.lock().pages[&("ram".to_owned(), 40)], content(9));
+}
+
+#[test]
+fn a_connection_that_was_read_and_is_closed_breaks_the_restore() {
+    let (sample, dir) = (large(), tempfile::tempdir().unwrap());
+    let fake = Fake::listen(dir.path());
+    let how = How { bandwidth: Some(1), preempt: Some(true), ..How::default() };
+    let restored = restore(&sample, &dir, how);
+    let mut main = fake.accept_main();
+    main.greet();
+    let urgent = fake.accept();
+    main.setup(&sample);
+    let placing = main.place();
+    main.say(&ReturnMessage::Pong(0x42));
+    main.ask(Some("big"), 100);
+    let mut byte = [0];
+    std::io::Read::read_exact(&mut &urgent, &mut byte).unwrap();
+    drop(urgent);
+    let error = restored.join().unwrap().0.unwrap_err();
+    assert!(error.to_string().contains("run this again with --recover"), "{error}");
+    placing.join().unwrap();
 }
 
 #[test]
@@ -313,8 +422,9 @@ fn what_is_touched_is_recorded_and_comes_first_the_next_time() {
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::listen(dir.path());
     // So slow that all that is touched is asked for, and seen.
-    let restored = restore(&sample, &dir, How { bandwidth: Some(1), ..How::default() });
-    let (mut main, _urgent) = fake.load(&sample);
+    let how = How { bandwidth: Some(1), preempt: Some(true), ..How::default() };
+    let restored = restore(&sample, &dir, how);
+    let (mut main, _urgent) = fake.load_known(&sample);
     for page in [700, 30, 500, 30] {
         main.ask(Some("big"), page);
         fake.wait_for("big", page);
@@ -322,7 +432,7 @@ fn what_is_touched_is_recorded_and_comes_first_the_next_time() {
     main.ask(Some("ram"), 63);
     fake.wait_for("ram", 63);
     drop(main);
-    let (done, touched) = restored.join().unwrap();
+    let (done, touched, _) = restored.join().unwrap();
     assert!(done.is_err());
     let mut asked = touched.runs().filter(|(block, _)| *block == 2).map(|(_, run)| run.start);
     assert_eq!([asked.next(), asked.next(), asked.next()], [Some(700), Some(30), Some(500)]);
@@ -332,13 +442,15 @@ fn what_is_touched_is_recorded_and_comes_first_the_next_time() {
     [700, 30, 500].iter().for_each(|page| replay.push(2, *page..page + 2));
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::listen(dir.path());
-    let restored = restore(&sample, &dir, How { replay: Some(replay), ..How::default() });
-    let (mut main, _urgent) = fake.load(&sample);
+    let how = How { replay: Some(replay), preempt: Some(true), ..How::default() };
+    let restored = restore(&sample, &dir, how);
+    let (mut main, _urgent) = fake.load_known(&sample);
     let placing = main.place();
     fake.wait_ended();
     main.say(&ReturnMessage::Shut(0));
-    let (done, touched) = restored.join().unwrap();
+    let (done, touched, figures) = restored.join().unwrap();
     done.unwrap();
+    assert_eq!(figures["pages"]["replay"], 6);
     placing.join().unwrap();
     let placed = fake.placed.lock();
     let first: Vec<u64> = placed.order[..7].iter().map(|(_, page)| *page).collect();
@@ -364,4 +476,38 @@ fn a_working_set_of_pages_that_do_not_exist_costs_nothing() {
     set.push(9, 0..7);
     assert_eq!(supply.replay(&set), 3 + 12 + 940 + 7);
     assert_eq!(supply.left(), 7);
+}
+
+#[test]
+fn the_figures_are_those_of_what_was_sent() {
+    let (sample, dir) = (large(), tempfile::tempdir().unwrap());
+    let fake = Fake::listen(dir.path());
+    let restored = restore(&sample, &dir, How { preempt: Some(true), ..How::default() });
+    let (mut main, urgent) = fake.load_known(&sample);
+    // Nothing is read of the main channel: what is asked for has not been sent yet.
+    for (block, page) in [("ram", 30), ("big", 500), ("big", 500), ("ram", 30)] {
+        main.ask(Some(block), page);
+        fake.wait_for(block, page);
+    }
+    let placing = main.place();
+    main.say(&ReturnMessage::Pong(0x42));
+    fake.wait_ended();
+    main.say(&ReturnMessage::Shut(0));
+    let (done, _, figures) = restored.join().unwrap();
+    done.unwrap();
+    placing.join().unwrap();
+    urgent.join().unwrap();
+    // 600 pages of one block, and what there is of the others.
+    let present = expected(&sample).len() as u64;
+    assert_eq!(figures["present_bytes"], present * TARGET_PAGE_SIZE);
+    assert_eq!((&figures["requests"], &figures["requests_crossed"]), (&4.into(), &2.into()));
+    let pages = |source: &str| figures["pages"][source].as_u64().unwrap();
+    assert_eq!((pages("request"), pages("replay"), pages("hole")), (2, 0, 0));
+    assert_eq!(pages("request") + pages("read-ahead") + pages("background"), present + 1);
+    // The first record of each block has its name: a page of zeros, and one with content.
+    let request = (8 + 4 + 1) + (8 + 4 + TARGET_PAGE_SIZE);
+    assert_eq!(figures["sent_bytes"]["request"], request);
+    for time in ["running_seconds", "complete_seconds"] {
+        assert!(figures[time].as_f64().unwrap() > 0.0, "{time}");
+    }
 }

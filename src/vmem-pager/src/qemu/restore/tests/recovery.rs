@@ -46,8 +46,12 @@ fn pagers_that_die_again_and_again_lose_nothing() {
             assert_eq!(placed.pages.get(&page), Some(&bytes), "{page:?}");
         }
         let holes = placed.pages.len() - expected(&sample).len();
-        // Without the second channel all holes of populated memory are sent at the end.
-        assert_eq!(holes, if preempt { 4 } else { 48 + 16 + 64 - 7 });
+        match preempt {
+            // Each pager may have tried the second channel with one.
+            true => assert!((4..=8).contains(&holes), "{holes} holes"),
+            // Without it all holes of populated memory are sent at the end.
+            false => assert_eq!(holes, 48 + 16 + 64 - 7),
+        }
     }
 }
 

@@ -41,7 +41,7 @@ fn a_request_for_what_does_not_exist_is_named_and_ends_it() {
         (request(Some("ram"), 0, 8192), "pages have 4096 bytes"),
         (request(Some("ram"), 0, 0), "0x0 bytes"),
         (ReturnMessage::ResumeAck, "ResumeAck"),
-        (ReturnMessage::RecvBitmap { block: "ram".to_owned() }, "RecvBitmap"),
+        (ReturnMessage::RecvBitmap { block: "vm0/vmem".to_owned() }, "RecvBitmap"),
     ] {
         let error = failure(&Sample::new(true), slow(), |main, _| main.say(&message));
         assert_eq!(error.exit_status(), 1);
@@ -104,12 +104,12 @@ fn a_flood_of_requests_whose_answers_are_not_read_is_bounded() {
     // A channel for them, which is not read: they are not, either.
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::listen(dir.path());
-    let how = How { silence: Some(SHORT_SILENCE), ..How::default() };
+    let how = How { silence: Some(SHORT_SILENCE), preempt: Some(true), ..How::default() };
     let restored = restore(&sample, &dir, how);
     let mut main = fake.accept_main();
     main.greet();
-    main.setup(&sample);
     let _urgent = fake.accept();
+    main.setup(&sample);
     let _placing = main.place();
     ask_for_all(&mut main);
     let error = restored.join().unwrap().0.unwrap_err();
