@@ -246,9 +246,37 @@ fn a_source_that_is_silent_is_given_up_and_told() {
         });
         let error = save(dir.path(), None).unwrap_err();
         assert_eq!(error.exit_status(), 3, "{error}");
-        assert!(error.to_string().contains("QEMU has sent nothing"), "{error}");
+        assert!(error.to_string().contains("next to nothing, where"), "{error}");
         let told = [ReturnMessage::Pong(1), ReturnMessage::Shut(1)].map(Some);
         assert_eq!(source.join().unwrap(), told);
         assert!(names(dir.path()).is_empty());
     }
+}
+
+#[test]
+fn a_source_that_sends_a_byte_now_and_then_is_given_up_and_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vm.sock");
+    let source = thread::spawn(move || {
+        let mut channel = loop {
+            match UnixStream::connect(&path) {
+                Ok(channel) => break channel,
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        send(&mut channel, &stream().bytes);
+        assert_eq!(hear(&mut channel), Some(ReturnMessage::Pong(1)));
+        // Less than a page in all of the time that the pager has.
+        for byte in Source::default().page("ram", 0, Some(&content(1))).bytes {
+            if channel.write_all(&[byte]).is_err() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    let error = save(dir.path(), None).unwrap_err();
+    assert_eq!(error.exit_status(), 3, "{error}");
+    assert!(error.to_string().contains("next to nothing, where"), "{error}");
+    source.join().unwrap();
+    assert!(names(dir.path()).is_empty());
 }

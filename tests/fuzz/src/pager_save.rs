@@ -13,7 +13,7 @@ use migration::inspect::{Warning, inspect};
 use migration::progress::Progress;
 use migration::stream::{Command, SectionKind};
 use vmem_pager::image::writer::WholeImage;
-use vmem_pager::qemu::save::receive_stream;
+use vmem_pager::qemu::save::{receive_stream, recover_stream};
 
 use crate::input::Input;
 use source::{PAGE, Source, content, multifd_greeting, multifd_packet, state};
@@ -29,12 +29,14 @@ const BLOCKS: [(&str, u64); 3] = [REGION, ("ram", 64 * PAGE as u64), ("pc.rom", 
 const STEPS: usize = 64;
 const EDITS: usize = 32;
 
-/// Of how the input is used: bytes as they are; edits; a return path; the guest is given away; two channels.
+/// Of how the input is used: bytes as they are; edits; a return path; the guest is given away; two channels; a save
+/// that broke off is continued.
 const RAW: u8 = 1;
 const EDITED: u8 = 2;
 const RETURN_PATH: u8 = 4;
 const POSTCOPY: u8 = 8;
 const MULTIFD: u8 = 16;
+const RECOVER: u8 = 32;
 
 type Pages = BTreeMap<(usize, u64), u8>;
 
@@ -126,6 +128,31 @@ fn good(how: u8, input: &mut Input<'_>) -> Good {
     Good { stream: stream.bytes, channels, pages }
 }
 
+/// What was kept of a save that broke off, and a good rest of its stream.
+fn recovery(input: &mut Input<'_>) -> (Vec<u8>, Good) {
+    let plugged = input.u8();
+    let blocks: Vec<u64> = (0..8).filter(|block| plugged >> block & 1 != 0).collect();
+    let kept = Source::new().device("0000:00:01.0", REGION.1, BLOCK, &blocks).ram(&BLOCKS);
+    let mut kept = kept.section(SectionKind::End).end_section().bytes;
+    kept.extend(state());
+    kept.push(0);
+    let mut source = Source::default();
+    for (block, _) in BLOCKS {
+        source = source.command(&Command::RecvBitmap { block: block.to_owned() });
+    }
+    source = source.command(&Command::PostcopyResume).section(SectionKind::Part);
+    let mut pages = Pages::new();
+    while !input.is_empty() {
+        let sent = page(input);
+        let bytes = sent.2.map(content);
+        let (name, offset) = (BLOCKS[sent.0].0, sent.1 * PAGE as u64);
+        source = source.page(name, offset, bytes.as_ref().map(|bytes| &bytes[..]));
+        note(&mut pages, plugged, sent);
+    }
+    let stream = source.end_section().end_postcopy().bytes;
+    (kept, Good { stream, channels: Vec::new(), pages })
+}
+
 /// The end of a round: what came by other channels counts from here on.
 fn mark(
     source: Source,
@@ -161,6 +188,33 @@ pub fn run(data: &[u8]) {
     if how & RAW != 0 {
         let received = receive(input.rest(), &[]);
         return received.iter().for_each(check);
+    }
+    if how & RECOVER != 0 {
+        let recover = |kept: &[u8], stream: &[u8]| {
+            recover_stream(kept, stream, &path, &Arc::new(Progress::new())).0
+        };
+        let steps = input.bytes((data.len() / 2).min(3 * STEPS)).to_vec();
+        let (kept, good) = recovery(&mut Input::new(&steps));
+        let mut parts = [kept, good.stream];
+        if how & EDITED == 0 {
+            let image = recover(&parts[0], &parts[1]).expect("a good recovery is taken");
+            check(&image);
+            assert_eq!(pages(image.file()), good.pages, "the image has other pages");
+            return;
+        }
+        for _ in 0..EDITS {
+            if input.is_empty() {
+                break;
+            }
+            let (target, at, value) = (input.u8(), usize::from(input.u16()), input.u8());
+            let bytes = &mut parts[usize::from(target % 2)];
+            let at = at % bytes.len();
+            match target >> 5 {
+                0 => bytes.truncate(at + 1),
+                _ => bytes[at] = value,
+            }
+        }
+        return recover(&parts[0], &parts[1]).iter().for_each(check);
     }
     let length = data.len() / 2;
     let steps = if how & EDITED != 0 { input.bytes(length) } else { input.rest() };
@@ -233,6 +287,8 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         with(EDITED | RETURN_PATH, &[&steps, &edits]),
         with(EDITED | MULTIFD, &[&multifd, &edits, &edits]),
         with(EDITED | POSTCOPY, &[&steps, &edits]),
+        with(RECOVER, &[&steps, &steps]),
+        with(RECOVER | EDITED, &[&steps, &edits, &edits]),
         [&[RAW], &stream[..400]].concat(),
     ]
 }

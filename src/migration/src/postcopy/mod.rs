@@ -17,7 +17,7 @@ mod source;
 pub(super) use destination::Arriving;
 pub use destination::{OnListen, PostcopyIncoming};
 pub(super) use handover::Handover;
-pub use received::read as read_received;
+pub use received::{put as put_received, read as read_received};
 pub use requests::Asked;
 pub(super) use return_channel::ReturnChannel;
 pub(super) use source::{AnswerRequests, PostcopySource};

@@ -8,8 +8,8 @@ use vmstate::wire::{WireRead, WireWrite};
 /// What follows the bits (QEMU's RAMBLOCK_RECV_BITMAP_ENDING).
 const END: u64 = 0x0123_4567_89ab_cdef;
 
-/// Appends the message: all but `outstanding` pages of a block are there.
-pub(super) fn put(out: &mut Vec<u8>, block: &str, outstanding: &PageBitmap) {
+/// Appends the answer to RECV_BITMAP: all but `outstanding` pages of a block have been received.
+pub fn put(out: &mut Vec<u8>, block: &str, outstanding: &PageBitmap) {
     ReturnMessage::RecvBitmap { block: block.to_owned() }.put(out);
     let words = outstanding.words();
     out.put_be64(words.len() as u64 * 8);

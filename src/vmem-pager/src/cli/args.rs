@@ -153,6 +153,11 @@ pub struct SaveArgs {
     /// image is whole loses the guest
     #[arg(long)]
     pub ack_early: bool,
+
+    /// Go on with a save whose pager died, or whose channel broke, in postcopy: the QEMU that has the guest is in
+    /// postcopy-paused
+    #[arg(long, conflicts_with = "ack_early")]
+    pub recover: bool,
 }
 
 /// The command line of `restore`.

@@ -35,6 +35,10 @@ pub fn run(
         let what = "--qmp is a control socket of QEMU's; leave it out with --vmm cloud-hypervisor";
         return Err(PagerError::Usage(what.to_owned()));
     }
+    if args.recover {
+        let what = "--recover: a guest that Cloud Hypervisor sends is saved whole or not at all; leave the option out";
+        return Err(PagerError::Usage(what.to_owned()));
+    }
     unix(&common.socket)?;
     metrics.follow(&run.progress);
     // What cannot work is refused before Cloud Hypervisor is asked for anything.
@@ -172,5 +176,5 @@ fn saved(run: &Run, report: &Report) {
         "zero_pages": info.duplicate,
         "bytes_written": info.transferred,
     });
-    report.event("saved", &details);
+    report.outcome("saved", &details);
 }

@@ -131,6 +131,11 @@ impl Pages {
         })
     }
 
+    /// Target pages of a block.
+    pub fn nr_pages(&self, block: usize) -> u64 {
+        self.blocks[block].used_length / TARGET_PAGE_SIZE
+    }
+
     /// Whether whole pages of a block lie in `offset` and `len`.
     ///
     /// # Errors

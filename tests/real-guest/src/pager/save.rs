@@ -46,6 +46,7 @@ pub fn run(parts: &Parts<'_>, dir: &Path, report: &mut Report) -> Result<()> {
     saves.running("running, --qmp", Way { qmp: true, capabilities: &[] })?;
     let multifd = Way { qmp: false, capabilities: &[("multifd", true), ("return-path", true)] };
     saves.running("running, multifd", multifd)?;
+    saves.postcopy("postcopy, preempt", &["postcopy-ram", "postcopy-preempt"], false)?;
     let Saves { vm, .. } = saves;
     vm.stop();
 
@@ -53,7 +54,7 @@ pub fn run(parts: &Parts<'_>, dir: &Path, report: &mut Report) -> Result<()> {
     let mut saves = Saves { parts, vm, shape: ONE, report, loads: 0 };
     saves
         .running("running, one way", Way { qmp: false, capabilities: &[("return-path", false)] })?;
-    saves.postcopy()?;
+    saves.postcopy("postcopy, killed, --recover", &["postcopy-ram"], true)?;
     let Saves { vm, .. } = saves;
     vm.stop();
     Ok(())
@@ -211,22 +212,49 @@ impl Saves<'_> {
         Ok(())
     }
 
-    /// The source gives the guest away in the middle of its memory.
-    fn postcopy(&mut self) -> Result<()> {
+    /// The source gives the guest away in the middle of its memory; the pager may be killed after that, and another
+    /// one finishes the image.
+    fn postcopy(&mut self, stage: &str, capabilities: &[&str], killed: bool) -> Result<()> {
         let image = self.vm.dir().join("postcopy");
-        let way = Way { qmp: false, capabilities: &[("postcopy-ram", true)] };
-        let pager = self.begin(way, &image)?;
+        let on: Vec<(&str, bool)> = capabilities.iter().map(|name| (*name, true)).collect();
+        self.vm.set_capabilities(&on)?;
+        // Pages after the guest was given away: as fast as it goes, or so slow that its middle lasts.
+        let bandwidth = if killed { 16 << 20 } else { 0 };
+        let parameters = json!({ "max-postcopy-bandwidth": bandwidth });
+        self.vm.qmp.execute("migrate-set-parameters", &parameters)?;
+        let pager = self.begin(Way { qmp: false, capabilities: &[] }, &image)?;
         self.vm.qmp.execute("migrate-start-postcopy", &json!({}))?;
-        pager.wait()?.expect_success()?;
+        let mut said = "loaded by QEMU".to_owned();
+        let ended = match killed {
+            false => pager.wait()?,
+            true => {
+                self.vm.wait_migration("postcopy-active")?;
+                std::thread::sleep(Duration::from_millis(500));
+                pager.kill()?;
+                self.vm.wait_migration("postcopy-paused")?;
+                ensure!(!image.exists(), "a killed save left an image");
+                // The image waits to be finished: another guest is not saved there.
+                let other = Pager::run(self.parts, self.vm.dir(), &self.words(&image))?;
+                ensure!(other.status == Some(2), "another save to it ended with {other:?}");
+                self.vm
+                    .qmp
+                    .execute("migrate-set-parameters", &json!({ "max-postcopy-bandwidth": 0 }))?;
+                let mut words = self.words(&image);
+                words.extend(["--recover".to_owned(), "--qmp".to_owned()]);
+                words.push(self.vm.pager_qmp().display().to_string());
+                said.push_str(", after a recovery");
+                Pager::run(self.parts, self.vm.dir(), &words)?
+            }
+        };
+        ended.expect_success().context(stage.to_owned())?;
         self.vm.wait_migration("completed")?;
-        let guest = self.load(&image).context("postcopy")?;
-        self.report.add(
-            "postcopy",
-            guest,
-            "loaded by QEMU".to_owned(),
-            human(held(&image)?),
-            Vec::new(),
-        );
+        let names = fs::read_dir(self.vm.dir())?.map(|entry| Ok(entry?.file_name()));
+        let names = names.collect::<std::io::Result<Vec<_>>>()?;
+        let left = names.iter().any(|name| name.to_string_lossy().ends_with(".recover"));
+        ensure!(!left, "what was kept for a recovery is still there");
+        let guest = self.load(&image).context(stage.to_owned())?;
+        self.report.add(stage, guest, said, human(held(&image)?), Vec::new());
+        fs::remove_file(&image)?;
         Ok(())
     }
 

@@ -32,14 +32,18 @@ const CAPABILITIES: [(&str, bool); 4] = [
 pub(super) struct Drive {
     qmp: Qmp,
     capabilities: Capabilities,
+    recovers: bool,
 }
 
 impl Drive {
-    /// Sets QEMU up.
-    pub fn prepare(path: &Path, run: &Arc<Run>) -> Result<Self, PagerError> {
+    /// Sets QEMU up; for a recovery it is as it was.
+    pub fn prepare(path: &Path, run: &Arc<Run>, recovers: bool) -> Result<Self, PagerError> {
         let mut qmp = Qmp::connect(path, run)?;
-        let capabilities = Capabilities::set(&mut qmp, &CAPABILITIES)?;
-        Ok(Self { qmp, capabilities })
+        let capabilities = match recovers {
+            true => Capabilities::default(),
+            false => Capabilities::set(&mut qmp, &CAPABILITIES)?,
+        };
+        Ok(Self { qmp, capabilities, recovers })
     }
 
     /// Has QEMU migrate to `address`.
@@ -52,7 +56,11 @@ impl Drive {
             }
             Address::Tcp(_) => address.clone(),
         };
-        self.qmp.execute("migrate", &json!({ "uri": address.to_string() })).map(drop)
+        let mut arguments = json!({ "uri": address.to_string() });
+        if self.recovers {
+            arguments["resume"] = true.into();
+        }
+        self.qmp.execute("migrate", &arguments).map(drop)
     }
 
     /// Looks at QEMU's migration while it lasts; tells the session if it fails there, and has one that was told to
@@ -104,8 +112,10 @@ impl Drive {
         let begun = Instant::now();
         let migration = loop {
             let migration = Migration::query_at_end(&mut self.qmp, PATIENCE).unwrap_or_default();
-            let has_ended =
-                matches!(migration.status.as_str(), "none" | "failed" | "cancelled" | "completed");
+            let has_ended = matches!(
+                migration.status.as_str(),
+                "none" | "failed" | "cancelled" | "completed" | "postcopy-paused"
+            );
             if has_ended || begun.elapsed() >= PATIENCE {
                 break migration;
             }

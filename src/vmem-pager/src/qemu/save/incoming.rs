@@ -15,6 +15,7 @@ use vmstate::printable;
 use vmstate::wire::{WireError, WireRead, WireReader};
 
 use super::description::{DescriptionFinder, is_description};
+use super::kept;
 use super::package::{PACKAGE_MAX, Package};
 use super::records::{Mark, Records};
 use crate::error::PagerError;
@@ -42,6 +43,12 @@ pub(super) trait Peer {
 
     /// The blocks are known: pages may come by other channels.
     fn blocks_known(&mut self, pages: &Arc<Pages>);
+
+    /// Keeps what is needed to continue, whatever becomes of this process: everything but the pages.
+    fn keep(&mut self, bytes: &[u8]) -> Result<(), PagerError>;
+
+    /// Says which pages of a block are here, after the break of a save in postcopy: none, so that all are sent.
+    fn reply_nothing_received(&mut self, block: &str, nr_pages: u64) -> Result<(), PagerError>;
 
     /// Postcopy may follow: a channel for it may come.
     fn postcopy_advised(&mut self);
@@ -72,12 +79,49 @@ pub(super) fn receive<R: Read>(
 ) -> Result<WholeImage, PagerError> {
     let configuration = read_header(reader)?;
     check(&configuration)?;
-    let mut early =
-        Early { progress, configuration, bytes: Vec::new(), devices: Vec::new(), advised: 0 };
+    let mut early = Early::new(progress, configuration);
     let (image, ram) = early.read(reader, peer, file)?;
-    let incoming =
-        Incoming { reader, peer, image, ram, records: Records::default(), package: None };
-    incoming.read()
+    let Early { head, .. } = early;
+    let (records, package, recovery) = (Records::default(), None, Recovery::None);
+    Incoming { reader, peer, image, ram, records, head, package, recovery }.read()
+}
+
+/// Continues a save that broke off in postcopy, with what was kept of it: the source sends all pages again.
+///
+/// # Errors
+///
+/// Why there is no image: what was kept, the stream, or the file.
+pub(super) fn recover<R: Read>(
+    kept: &[u8],
+    reader: &mut WireReader<R>,
+    peer: &mut dyn Peer,
+    file: NewFile,
+    progress: &Arc<Progress>,
+) -> Result<WholeImage, PagerError> {
+    let mut from = WireReader::new(kept);
+    let configuration = read_header(&mut from)?;
+    check(&configuration)?;
+    let mut early = Early::new(progress, configuration);
+    peer.postcopy_advised();
+    let (image, ram) = early.read(&mut from, peer, file)?;
+    let at = from.offset();
+    match read_record(&mut from)? {
+        Record::Continued { kind: SectionKind::End, section_id }
+            if section_id == ram.section_id => {}
+        other => return Err(unexpected(&other, at, "among what was kept")),
+    }
+    let ended = Records::default().take(&mut from, image.pages())? == Mark::End;
+    read_footer(&mut from, ram.section_id)?;
+    let state = kept.get(from.offset() as usize..).and_then(|rest| rest.strip_suffix(&[0]));
+    let Some(state) = state.filter(|_| ended) else {
+        return Err(PagerError::Protocol("what was kept of the guest is not whole".to_owned()));
+    };
+    let package = Some(Package::of_state(state));
+    image.pages().reserve()?;
+    peer.open_return_path();
+    peer.guest_taken();
+    let (records, head, recovery) = (Records::default(), Vec::new(), Recovery::Asking);
+    Incoming { reader, peer, image, ram, records, head, package, recovery }.read()
 }
 
 fn check(configuration: &Configuration) -> Result<(), PagerError> {
@@ -117,9 +161,16 @@ struct Early<'a> {
     devices: Vec<VirtioMem>,
     /// Page sizes that postcopy was advised with, or'ed together.
     advised: u64,
+    /// Everything up to the pages, once that is known, if postcopy was advised.
+    head: Vec<u8>,
 }
 
-impl Early<'_> {
+impl<'a> Early<'a> {
+    fn new(progress: &'a Arc<Progress>, configuration: Configuration) -> Self {
+        let (bytes, devices, head) = (Vec::new(), Vec::new(), Vec::new());
+        Self { progress, configuration, bytes, devices, advised: 0, head }
+    }
+
     fn read<R: Read>(
         &mut self,
         reader: &mut WireReader<R>,
@@ -208,6 +259,9 @@ impl Early<'_> {
             list: &list,
             devices: std::mem::take(&mut self.devices),
         };
+        if self.advised != 0 {
+            kept::put_head(&mut self.head, &self.configuration, &self.bytes, header, &list);
+        }
         let image = file.begin(start, Arc::clone(self.progress))?;
         peer.blocks_known(image.pages());
         let mut records = Records::default();
@@ -232,8 +286,22 @@ struct Incoming<'a, R> {
     image: ImageWriter,
     ram: Ram,
     records: Records,
+    /// Everything up to the pages, where postcopy may follow.
+    head: Vec<u8>,
     /// State of devices that came before the last pages did: the guest was taken over in postcopy.
     package: Option<Package>,
+    recovery: Recovery,
+}
+
+/// Whether, and how far, a save that broke off is continued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Recovery {
+    /// It did not.
+    None,
+    /// The source asks what is here.
+    Asking,
+    /// It sends the rest.
+    Resumed,
 }
 
 impl<R: Read> Incoming<'_, R> {
@@ -286,6 +354,8 @@ impl<R: Read> Incoming<'_, R> {
                 let package = Package::parse(bytes)?;
                 // Once the guest is here, there must be room for all that is outstanding.
                 self.image.pages().reserve()?;
+                kept::put_tail(&mut self.head, package.state());
+                self.peer.keep(&self.head)?;
                 self.peer.open_return_path();
                 for ping in package.pings() {
                     if *ping == PING_PACKAGE_LOADED {
@@ -296,6 +366,15 @@ impl<R: Read> Incoming<'_, R> {
                 self.peer.guest_taken();
                 self.package = Some(package);
                 Ok(())
+            }
+            Command::RecvBitmap { block } if self.recovery == Recovery::Asking => {
+                let pages = self.image.pages();
+                let nr_pages = pages.nr_pages(pages.find(&block)?);
+                self.peer.reply_nothing_received(&block, nr_pages)
+            }
+            Command::PostcopyResume if self.recovery == Recovery::Asking => {
+                self.recovery = Recovery::Resumed;
+                self.peer.reply(&ReturnMessage::ResumeAck)
             }
             command => plain_command(&command, at, self.peer),
         }
@@ -357,7 +436,8 @@ impl<R: Read> Incoming<'_, R> {
     }
 
     fn read_ahead(&mut self) -> Result<bool, PagerError> {
-        let (offset, what) = (self.reader.offset(), "the state of devices");
+        let what = "the end of the state of devices (the description there must not be left out: suppress-vmdesc=off)";
+        let offset = self.reader.offset();
         self.reader.read_ahead().map_err(|source| WireError::Io { offset, what, source }.into())
     }
 }

@@ -1,13 +1,17 @@
 //! What is said back on the main channel.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::channel::{Channel, Sink};
+use migration::page_bitmap::PageBitmap;
+use migration::postcopy::put_received;
 use migration::stream::ReturnMessage;
 use rustix::net::RecvFlags;
 
 use super::incoming::Peer;
+use super::kept;
 use super::session::{Session, is_readable};
 use crate::error::PagerError;
 use crate::image::pages::Pages;
@@ -27,17 +31,33 @@ pub(super) struct MainChannel<'a> {
     listener: &'a Listener,
     has_return_path: bool,
     guest_taken: bool,
+    /// Where a guest that is given away is kept.
+    kept: PathBuf,
+    has_kept: bool,
 }
 
 impl<'a> MainChannel<'a> {
-    pub fn new(channel: &Channel, session: &'a Session, listener: &'a Listener) -> Self {
+    pub fn new(
+        channel: &Channel,
+        session: &'a Session,
+        listener: &'a Listener,
+        kept: PathBuf,
+    ) -> Self {
         let channel = channel.clone_handle();
-        Self { channel, session, listener, has_return_path: false, guest_taken: false }
+        let (has_return_path, guest_taken, has_kept) = (false, false, false);
+        Self { channel, session, listener, has_return_path, guest_taken, kept, has_kept }
     }
 
     /// Whether the source has given the guest away while some of its memory was outstanding.
     pub fn is_guest_taken(&self) -> bool {
         self.guest_taken
+    }
+
+    /// The guest is in the image: what was kept of it is of no use any more.
+    pub fn forget_kept(&self) {
+        if self.guest_taken {
+            kept::remove(&self.kept);
+        }
     }
 
     /// Tells the source that the guest is saved, where it listens.
@@ -59,6 +79,9 @@ impl<'a> MainChannel<'a> {
     /// Tells the source that the save has failed, where it listens, and ends the connection. In postcopy,
     /// where the guest could not run on there, only that: the source pauses, and keeps the guest's memory.
     pub fn tell_failed(&mut self) {
+        if self.has_kept && !self.guest_taken {
+            kept::remove(&self.kept);
+        }
         if self.has_return_path && !self.guest_taken {
             let told = self.shut(FAILED);
             if told.is_ok() {
@@ -84,6 +107,12 @@ impl<'a> MainChannel<'a> {
         }
     }
 
+    fn answer(&mut self, bytes: &[u8]) -> Result<(), PagerError> {
+        self.channel
+            .write(bytes)
+            .map_err(|error| PagerError::Peer(format!("QEMU does not take an answer: {error}")))
+    }
+
     fn shut(&self, outcome: u32) -> std::io::Result<()> {
         let mut bytes = Vec::new();
         ReturnMessage::Shut(outcome).put(&mut bytes);
@@ -105,9 +134,21 @@ impl Peer for MainChannel<'_> {
     fn reply(&mut self, message: &ReturnMessage) -> Result<(), PagerError> {
         let mut bytes = Vec::new();
         message.put(&mut bytes);
-        self.channel
-            .write(&bytes)
-            .map_err(|error| PagerError::Peer(format!("QEMU does not take an answer: {error}")))
+        self.answer(&bytes)
+    }
+
+    fn keep(&mut self, bytes: &[u8]) -> Result<(), PagerError> {
+        kept::write(&self.kept, bytes)?;
+        self.has_kept = true;
+        Ok(())
+    }
+
+    fn reply_nothing_received(&mut self, block: &str, nr_pages: u64) -> Result<(), PagerError> {
+        let mut outstanding = PageBitmap::new(nr_pages);
+        outstanding.set_range(0..nr_pages);
+        let mut bytes = Vec::new();
+        put_received(&mut bytes, block, &outstanding);
+        self.answer(&bytes)
     }
 
     fn blocks_known(&mut self, pages: &Arc<Pages>) {

@@ -7,6 +7,7 @@
 mod description;
 mod drive;
 mod incoming;
+mod kept;
 mod main_channel;
 mod metrics;
 mod multifd;
@@ -26,7 +27,7 @@ use serde_json::json;
 use vmstate::wire::WireReader;
 
 pub use metrics::SaveMetrics;
-pub use stream::receive_stream;
+pub use stream::{receive_stream, recover_stream};
 
 use crate::cli::args::SaveArgs;
 use crate::cli::report::{Figures, Report};
@@ -35,6 +36,7 @@ use crate::image::writer::{NewFile, WholeImage};
 use crate::run::{POLL, Run};
 use crate::socket::Listener;
 use drive::Drive;
+use kept::Kept;
 use main_channel::MainChannel;
 use session::{Session, Timed};
 
@@ -53,14 +55,16 @@ pub fn run(
     let common = &args.common;
     metrics.follow(&run.progress);
     // What cannot work is refused before QEMU is asked for anything.
+    let kept = Kept::of(&common.image, args.recover)?;
     let file = NewFile::create(&common.image)?;
     let listener = Listener::bind(&common.socket)?;
-    let drive = common.qmp.as_deref().map(|path| Drive::prepare(path, run)).transpose()?;
+    let drive = common.qmp.as_deref().map(|path| Drive::prepare(path, run, args.recover));
+    let drive = drive.transpose()?;
     report.event("listening", &json!({ "socket": listener.address()?.to_string() }));
     let progress = Arc::clone(&run.progress);
     progress.set_status(Status::Setup);
     let _following = report.follow(move || Figures::of_save(&progress.snapshot()));
-    let saved = save(file, &listener, drive, run, report);
+    let saved = save(file, kept, &listener, drive, run, report);
     match &saved {
         Ok(()) => run.progress.set_status(Status::Completed),
         Err(error) => run.progress.fail(error),
@@ -70,12 +74,13 @@ pub fn run(
 
 fn save(
     file: NewFile,
+    kept: Kept,
     listener: &Listener,
     mut drive: Option<Drive>,
     run: &Arc<Run>,
     report: &Report,
 ) -> Result<(), PagerError> {
-    let session = Session::new(run);
+    let session = Session::new(run, kept.bytes.is_some());
     let over = AtomicBool::new(false);
     let saved = thread::scope(|scope| {
         let (found, main) = mpsc::channel();
@@ -99,7 +104,7 @@ fn save(
                 }
             });
         }
-        let saved = receive(&main, file, &session, listener, run, report);
+        let saved = receive(&main, file, kept, &session, listener, run, report);
         over.store(true, Ordering::Relaxed);
         session.end();
         saved
@@ -130,6 +135,7 @@ fn next_connection(session: &Arc<Session>, listener: &Listener) -> Option<(usize
 fn receive(
     main: &mpsc::Receiver<WireReader<Timed>>,
     file: NewFile,
+    kept: Kept,
     session: &Arc<Session>,
     listener: &Listener,
     run: &Arc<Run>,
@@ -148,8 +154,12 @@ fn receive(
     };
     report.event("connected", &json!({}));
     run.progress.set_status(Status::Active);
-    let mut channel = MainChannel::new(reader.get_ref().channel(), session, listener);
-    let whole = incoming::receive(&mut reader, &mut channel, file, &run.progress);
+    let Kept { path, bytes } = kept;
+    let mut channel = MainChannel::new(reader.get_ref().channel(), session, listener, path);
+    let whole = match bytes {
+        None => incoming::receive(&mut reader, &mut channel, file, &run.progress),
+        Some(kept) => incoming::recover(&kept, &mut reader, &mut channel, file, &run.progress),
+    };
     let saved = whole.and_then(|image| {
         // A multifd channel may have failed without the main one.
         session.check_failure()?;
@@ -158,6 +168,7 @@ fn receive(
     });
     match saved {
         Ok(()) => {
+            channel.forget_kept();
             channel.tell_saved()?;
             let info = run.progress.snapshot();
             let details = json!({
@@ -166,7 +177,7 @@ fn receive(
                 "discarded_pages": info.dirty_while_discarded,
                 "bytes_written": info.transferred,
             });
-            report.event("saved", &details);
+            report.outcome("saved", &details);
             Ok(())
         }
         Err(error) => {
@@ -174,7 +185,9 @@ fn receive(
             channel.tell_failed();
             Err(match channel.is_guest_taken() {
                 true => PagerError::Peer(format!(
-                    "{error}; the source had begun postcopy: it is paused, and has all of the guest still"
+                    "{error}; the source had begun postcopy: it is paused, and has all of the guest's memory still. \
+                     Run this again with --recover, which has it sent again (and QEMU told to `migrate` with \
+                     resume=true, unless with --qmp); there is no other way to continue the guest"
                 )),
                 false => error,
             })

@@ -30,6 +30,11 @@ pub(super) struct Package {
 }
 
 impl Package {
+    /// The sections alone, from a package that was taken before.
+    pub fn of_state(state: &[u8]) -> Self {
+        Self { bytes: state.to_vec(), start: 0, end: state.len(), pings: Vec::new() }
+    }
+
     /// Finds the sections in a package. They have no length, so that what follows them is found from the end.
     ///
     /// # Errors

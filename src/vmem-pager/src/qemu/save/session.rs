@@ -27,6 +27,11 @@ use crate::socket::Listener;
 const BUFFER: usize = 1 << 20;
 /// How QEMU's stream begins.
 const MAIN_MAGIC: u32 = 0x5145_564d;
+/// How a command in it begins.
+const COMMAND: u8 = 0x08;
+/// Bytes that come at least within a bound of silence, on all channels together: less is a source that only keeps a save
+/// alive. QEMU's rounds are larger, however slow it is made.
+const PROGRESS: usize = 4096;
 /// Connections at a time: all multifd channels that QEMU can have, and two more.
 const CONNECTIONS_MAX: usize = 257;
 /// For a connection to say which it is; that of postcopy-preempt says nothing until it is needed.
@@ -62,8 +67,14 @@ impl Read for Timed {
                     }
                 }
                 read => {
-                    if read.is_ok() {
-                        self.session.state.lock().heard = Instant::now();
+                    if let Ok(len) = read {
+                        let mut state = self.session.state.lock();
+                        state.hear(len);
+                        // However often next to nothing comes.
+                        let silent_for = state.heard.elapsed();
+                        if self.bounded && len != 0 && silent_for >= self.session.run.silence() {
+                            return Err(io::ErrorKind::TimedOut.into());
+                        }
                     }
                     return read;
                 }
@@ -76,6 +87,8 @@ impl Read for Timed {
 #[derive(Debug)]
 pub(super) struct Session {
     run: Arc<Run>,
+    /// A save that broke off is continued: the main channel starts with a command.
+    recovers: bool,
     state: Mutex<State>,
     changed: Condvar,
     /// The save has ended, well or not.
@@ -84,8 +97,9 @@ pub(super) struct Session {
 
 #[derive(Debug)]
 struct State {
-    /// When anything came last, on any channel.
+    /// When enough had come to be called progress, on all channels together, and what has come since.
     heard: Instant,
+    since: usize,
     /// The first thing that went wrong.
     failure: Option<PagerError>,
     pages: Option<Arc<Pages>>,
@@ -106,12 +120,24 @@ struct State {
     left: bool,
 }
 
+impl State {
+    fn hear(&mut self, len: usize) {
+        self.since += len;
+        if self.since >= PROGRESS {
+            self.heard = Instant::now();
+            self.since = 0;
+        }
+    }
+}
+
 impl Session {
-    pub fn new(run: &Arc<Run>) -> Arc<Self> {
+    pub fn new(run: &Arc<Run>, recovers: bool) -> Arc<Self> {
         Arc::new(Self {
             run: Arc::clone(run),
+            recovers,
             state: Mutex::new(State {
                 heard: Instant::now(),
+                since: 0,
                 failure: None,
                 pages: None,
                 advised: false,
@@ -251,8 +277,10 @@ impl Session {
         match magic {
             // A program that only looked whether this listens, or the end of all.
             Err(_) => None,
-            Ok(MAIN_MAGIC) if !state.has_main => {
+            Ok(magic) if self.is_main(magic) && !state.has_main => {
                 state.has_main = true;
+                // Whatever came before it, it has its time from here on.
+                state.heard = Instant::now();
                 drop(state);
                 reader.get_mut().bounded = true;
                 // It is gone only when the save has ended.
@@ -276,6 +304,14 @@ impl Session {
                     format!("a connection that is not a migration: it starts with {found:#010x}");
                 Some(PagerError::Protocol(what))
             }
+        }
+    }
+
+    /// Whether a main channel starts so.
+    fn is_main(&self, magic: u32) -> bool {
+        match self.recovers {
+            true => magic.to_be_bytes()[0] == COMMAND,
+            false => magic == MAIN_MAGIC,
         }
     }
 
@@ -424,8 +460,12 @@ fn explain(error: PagerError, silence: Duration) -> PagerError {
     use migration::stream::FormatError::Wire;
     use vmstate::wire::WireError::{Io, Truncated};
     match &error {
-        PagerError::Format(Wire(Io { source, .. })) if source.kind() == io::ErrorKind::TimedOut => {
-            PagerError::TimedOut { what: "QEMU has sent nothing".to_owned(), after: silence }
+        PagerError::Format(Wire(Io { source, what, .. }))
+            if source.kind() == io::ErrorKind::TimedOut =>
+        {
+            let what =
+                format!("QEMU has sent nothing, or next to nothing, where {what} was expected");
+            PagerError::TimedOut { what, after: silence }
         }
         PagerError::Format(Wire(Io { source, offset, .. })) => PagerError::Peer(format!(
             "the connection with QEMU broke at byte {offset:#x} of the stream: {source}"

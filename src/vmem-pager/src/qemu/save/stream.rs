@@ -34,6 +34,30 @@ pub fn receive_stream<R: Read>(
     (image, peer.replies)
 }
 
+/// Takes the rest of a stream that broke off in postcopy, with what was kept of it, as [`receive_stream`] does the
+/// whole.
+///
+/// # Errors
+///
+/// Why there is no image: what was kept, the stream, or the file.
+pub fn recover_stream<R: Read>(
+    kept: &[u8],
+    stream: R,
+    path: &Path,
+    progress: &Arc<Progress>,
+) -> (Result<WholeImage, PagerError>, Vec<ReturnMessage>) {
+    let mut peer = Streams::<R> {
+        channels: Vec::new(),
+        pages: None,
+        has_return_path: false,
+        replies: Vec::new(),
+    };
+    let mut reader = WireReader::new(stream);
+    let image = NewFile::create(path)
+        .and_then(|file| incoming::recover(kept, &mut reader, &mut peer, file, progress));
+    (image, peer.replies)
+}
+
 /// No source that could be asked anything.
 struct Streams<R> {
     /// And whether it has introduced itself.
@@ -54,6 +78,15 @@ impl<R: Read> Peer for Streams<R> {
 
     fn reply(&mut self, message: &ReturnMessage) -> Result<(), PagerError> {
         self.replies.push(message.clone());
+        Ok(())
+    }
+
+    fn keep(&mut self, _bytes: &[u8]) -> Result<(), PagerError> {
+        Ok(())
+    }
+
+    fn reply_nothing_received(&mut self, block: &str, _nr_pages: u64) -> Result<(), PagerError> {
+        self.replies.push(ReturnMessage::RecvBitmap { block: block.to_owned() });
         Ok(())
     }
 
