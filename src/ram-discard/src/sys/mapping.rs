@@ -364,6 +364,29 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_that_are_set_aside_stay_with_their_file() {
+        const HUGE: u64 = 2 << 20;
+        let pool = crate::huge_page_pool::Pool::with_free(HUGE, 2).expect("a pool of huge pages");
+        let file = || {
+            let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::HUGETLB;
+            let file = File::from(rustix::fs::memfd_create("mapping-test", flags).unwrap());
+            file.set_len(3 * HUGE).unwrap();
+            file
+        };
+        let (one, other) = (file(), file());
+        assert!(HostMapping::reserve(&one, 0, 3 * HUGE).is_err());
+        HostMapping::reserve(&one, HUGE, 2 * HUGE).unwrap();
+        // Again it costs nothing, and the other file finds nothing.
+        HostMapping::reserve(&one, 2 * HUGE, HUGE).unwrap();
+        assert!(HostMapping::reserve(&other, 0, HUGE).is_err());
+        let mapping = HostMapping::map(&one, 0, 3 * HUGE).unwrap();
+        mapping.write(2 * HUGE - 1, &[1, 2]);
+        drop((mapping, one));
+        HostMapping::reserve(&other, 0, 2 * HUGE).unwrap();
+        drop((other, pool));
+    }
+
+    #[test]
     fn guest_memory_is_not_in_core_dumps() {
         let mapping = HostMapping::map(&memfd(8 * PAGE), 0, 8 * PAGE).unwrap();
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();

@@ -84,6 +84,11 @@ fn an_image_is_inspected_as_any_other() {
     assert_eq!(device.ram_block.as_deref(), Some("hot/vmem/0x100000000"));
     let ids: Vec<&str> = seen.blocks.iter().map(|block| block.id.as_str()).collect();
     assert_eq!(ids, ["boot/0x0", "boot/0xc0000000", "hot/vmem/0x100000000"]);
+    // What is plugged, and what is resident: blocks 0 and 1, and block 5.
+    let plugged: Vec<_> = device.plugged().map(|range| (range.start(), range.len())).collect();
+    assert_eq!(plugged, [(0, 4 << 20), (10 << 20, 2 << 20)]);
+    let pages: Vec<_> = seen.blocks.iter().map(|it| (it.normal, it.zero, it.absent)).collect();
+    assert_eq!(pages, [(3, 0, 1021), (2, 0, 510), (4, 0, 4092)]);
 }
 
 /// Whatever a sender does wrong, it keeps its guest, and there is no image.
