@@ -144,7 +144,7 @@ fn resident() -> anyhow::Result<()> {
         println!("{when:<58} {:>6.1} MiB {:>6.1} MiB", mib("VmRSS")?, mib("RssAnon")?);
         Ok(())
     };
-    tell("nobody is connected")?;
+    tell("no front-end is connected")?;
     let mut guest = Guest::connect(&daemon.socket(), &ram(TERABYTE)?)?;
     tell("a front-end shares its memory")?;
     for first in (0..TERABYTE / BLOCK).step_by(0x8000) {

@@ -96,7 +96,7 @@ impl Guest for Writer {
 
 impl HandlerFailed for Writer {
     fn handler_failed(&self, error: &MigrationError) {
-        // Whoever waits for a page waits for ever: there is no report to be made of that.
+        // A vCPU that waits for a page waits for ever: there is no report to be made of that.
         eprintln!("savings-report: memory cannot follow the guest: {error}");
         std::process::exit(2);
     }

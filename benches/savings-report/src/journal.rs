@@ -160,7 +160,7 @@ impl Journal {
     fn line(&mut self, value: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_vec(value)?;
         line.push(b'\n');
-        // One write: whoever kills the program leaves a whole line, or, at worst, a part of the last.
+        // One write: a program that is killed leaves whole lines and, at worst, a part of the last.
         if let Err(error) = self.file.write_all(&line) {
             bail!("cannot write {}: {error}", self.path.display());
         }

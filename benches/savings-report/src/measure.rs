@@ -57,7 +57,7 @@ fn outcome(case: &Case, profile: Profile, dir: &Path) -> Outcome {
 
 /// Why a case is not run.
 fn refusal(case: &Case, profile: Profile) -> Option<String> {
-    // The rest is for whoever else is on the machine.
+    // The rest is for the machine's other users.
     let room = host::available_memory().unwrap_or(0) / 5 * 4;
     let limit = profile.limit(case);
     let would = if case.moved() > limit {

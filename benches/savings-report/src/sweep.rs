@@ -128,7 +128,7 @@ pub fn share(region: u64, percent: u64) -> u64 {
     region / Case::BLOCK * percent / 100 * Case::BLOCK
 }
 
-/// Nobody writes memory that was never touched, or a guest that is not there yet.
+/// A vCPU that writes memory which was never touched, or has no guest yet, does not exist.
 fn makes_sense(case: &Case) -> bool {
     case.dirty_rate == 0 || (case.touched() != 0 && case.way.has_running_source())
 }

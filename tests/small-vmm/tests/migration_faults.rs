@@ -164,12 +164,12 @@ fn cancelled_the_guest_runs_on_and_another_attempt_works() {
 #[test]
 fn nobody_to_connect_to_is_told_at_once() {
     let mut from = Host::with_guest();
-    let nowhere = from.daemon.socket().with_file_name("nobody");
+    let nowhere = from.daemon.socket().with_file_name("nowhere");
     from.migrate(&format!("unix:{}", nowhere.display()));
     let report = from.outcome();
     assert_eq!(report.status, "failed");
     let error = report.error_desc.unwrap();
-    assert!(error.contains("cannot connect to unix:") && error.contains("nobody"), "{error}");
+    assert!(error.contains("cannot connect to unix:") && error.contains("nowhere"), "{error}");
     from.assert_guest_works();
 }
 

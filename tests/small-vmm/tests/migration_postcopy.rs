@@ -112,7 +112,7 @@ fn a_source_that_nobody_answers_waits_in_postcopy_until_it_is_cancelled() {
     let address = to.listen_in_postcopy();
     let relay = relay(&to, &address);
     relay.hold_after(TOUCHED / 2);
-    let nowhere = format!("{address}.nobody");
+    let nowhere = format!("{address}.nowhere");
     from.go_first(relay.address(), Some(nowhere));
     wait_on_the_way(&mut from, &relay);
     drop(relay);

@@ -81,7 +81,7 @@ pub struct Moved {
     pub route: Route,
     /// What the sender counted.
     pub sent: u64,
-    /// The same, counted by somebody else: the size or the blocks of the file, what came out of the
+    /// The same, counted from outside: the size or the blocks of the file, what came out of the
     /// socket.
     pub counted: u64,
     /// Pages with their bytes.
@@ -92,7 +92,7 @@ pub struct Moved {
     pub setup: f64,
     /// In all.
     pub total: f64,
-    /// While it could run nowhere, had it run; `None` where nobody counts that.
+    /// While it could run nowhere, had it run; `None` where that is not counted.
     pub downtime: Option<f64>,
     /// On the source, before and after.
     pub source: [Resident; 2],

@@ -67,7 +67,7 @@ pub fn compare(kit: &Kit, dir: &Path) -> Result<Vec<Resized>> {
     Ok(resized)
 }
 
-/// A guest with a virtio-mem device, whoever's it is.
+/// A guest with a virtio-mem device: QEMU's or this project's.
 trait Resizable {
     const WHO: Who;
     /// Asks the guest to have so much.

@@ -116,8 +116,8 @@ impl<'a> Source<'a> {
         })
     }
 
-    /// Sends the same guest once more, to nobody but a thread that counts bytes. The kernel does not
-    /// count what QEMU receives from sockets (`rchar` has reads only), and whoever counted in between
+    /// Sends the same guest once more, to a thread that only counts bytes. The kernel does not
+    /// count what QEMU receives from sockets (`rchar` has reads only), and a relay in between that counts
     /// would slow down what is timed.
     fn count(&mut self) -> Result<u64> {
         let path = self.dir.join("count.sock");

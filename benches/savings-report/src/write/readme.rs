@@ -1,4 +1,4 @@
-//! The short version in the README: between two markers, made by the command and by nobody else.
+//! The short version in the README: between two markers, written by the command alone.
 
 use std::fs;
 use std::path::Path;

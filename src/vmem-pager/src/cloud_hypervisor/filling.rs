@@ -2,7 +2,7 @@
 //!
 //! A page is written once: it is claimed, written, and then filled; what asks for a page that another thread has
 //! claimed waits for it. So what is read from a slow disk holds up only those who wait for that page. A claim that
-//! comes to nothing is given up, and whoever needs the page tries again.
+//! comes to nothing is given up, and a thread that needs the page tries again.
 
 use std::ops::Range;
 

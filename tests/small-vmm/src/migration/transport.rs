@@ -139,7 +139,7 @@ mod tests {
         let listener = Listener::bind("tcp:127.0.0.1:0").unwrap();
         connect(listener.address()).unwrap();
         listener.accept(|| false).unwrap();
-        let nobody = listener.accept(|| true).unwrap_err().to_string();
-        assert!(nobody.contains(listener.address()), "{nobody}");
+        let no_peer = listener.accept(|| true).unwrap_err().to_string();
+        assert!(no_peer.contains(listener.address()), "{no_peer}");
     }
 }
