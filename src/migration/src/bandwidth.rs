@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-pub(crate) use token_bucket::TokenBucket;
+pub use token_bucket::TokenBucket;
 
 mod token_bucket;
 

@@ -10,7 +10,7 @@ const BYTE: i128 = 1_000_000_000;
 /// What may be sent fills up by the rate, to what is due in a tenth of a second. What is sent beyond it
 /// is owed: nothing more is due before that is paid back.
 #[derive(Clone, Debug)]
-pub(crate) struct TokenBucket {
+pub struct TokenBucket {
     /// Bytes a second.
     rate: u64,
     /// What may be sent; what is owed where it is negative.
@@ -21,7 +21,7 @@ pub(crate) struct TokenBucket {
 
 impl TokenBucket {
     /// Full at `now`; none for a rate of 0, which is no limit.
-    pub(crate) fn new(now: Instant, rate: u64) -> Option<Self> {
+    pub fn new(now: Instant, rate: u64) -> Option<Self> {
         let bucket = Self { rate, level: 0, at: now };
         (rate != 0).then(|| Self { level: bucket.most(), ..bucket })
     }
@@ -33,7 +33,7 @@ impl TokenBucket {
 
     /// How many bytes may be sent at `now`. What then is sent is [charged](Self::charge), though it is
     /// more, since it could not be split.
-    pub(crate) fn budget(&mut self, now: Instant) -> u64 {
+    pub fn budget(&mut self, now: Instant) -> u64 {
         let time = now.saturating_duration_since(self.at).as_nanos();
         let due = i128::try_from(time).unwrap_or(i128::MAX).saturating_mul(self.rate.into());
         (self.level, self.at) = (self.level.saturating_add(due).min(self.most()), now);
@@ -41,12 +41,12 @@ impl TokenBucket {
     }
 
     /// So much was sent.
-    pub(crate) fn charge(&mut self, bytes: u64) {
+    pub fn charge(&mut self, bytes: u64) {
         self.level -= i128::from(bytes) * BYTE;
     }
 
     /// How long from the last look on until a byte may be sent.
-    pub(crate) fn pause(&self) -> Duration {
+    pub fn pause(&self) -> Duration {
         let lacks = u128::try_from(BYTE - self.level).unwrap_or(0);
         let nanos = lacks.div_ceil(self.rate.into());
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration::bandwidth::TokenBucket;
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -24,8 +25,6 @@ const EAGER_THREADS: usize = 8;
 const QUIET: Duration = Duration::from_millis(500);
 /// ... or after this.
 const RECORDED: Duration = Duration::from_secs(10);
-/// What the background may place in advance of its rate.
-const AHEAD: Duration = Duration::from_millis(100);
 
 /// What the threads have in common.
 pub(super) struct Background<'a, U> {
@@ -164,46 +163,23 @@ impl<U: Uffd + AsFd> Background<'_, U> {
 
 /// Spreads what the background places over time.
 struct Pace {
-    rate: Option<u64>,
+    /// None without a limit.
+    bucket: Option<TokenBucket>,
     /// What was placed when it was last asked.
     placed: u64,
-    /// When what was placed was due.
-    due: Option<Instant>,
 }
 
 impl Pace {
     fn new(rate: Option<u64>) -> Self {
-        Self { rate, placed: 0, due: None }
+        let bucket = rate.and_then(|rate| TokenBucket::new(Instant::now(), rate));
+        Self { bucket, placed: 0 }
     }
 
     /// How long to wait at `now`, with `placed` bytes placed in all.
     fn pause(&mut self, now: Instant, placed: u64) -> Duration {
-        let Some(rate) = self.rate else { return Duration::ZERO };
-        let new = placed - self.placed;
-        self.placed = placed;
-        // What was not used is not saved up.
-        let from = self.due.map_or(now, |due| due.max(now.checked_sub(AHEAD).unwrap_or(now)));
-        let took = Duration::from_secs_f64(new as f64 / rate as f64);
-        let due = from + took;
-        self.due = Some(due);
-        due.saturating_duration_since(now)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_placed_is_waited_for_at_the_rate() {
-        let now = Instant::now();
-        let mut pace = Pace::new(Some(1 << 20));
-        assert_eq!(pace.pause(now, 0), Duration::ZERO);
-        assert_eq!(pace.pause(now, 2 << 20), Duration::from_secs(2));
-        assert_eq!(pace.pause(now + Duration::from_secs(1), 2 << 20), Duration::from_secs(1));
-        let later = now + Duration::from_secs(3600);
-        assert_eq!(pace.pause(later, 2 << 20), Duration::ZERO);
-        assert_eq!(pace.pause(later, 3 << 20), Duration::from_secs(1) - AHEAD);
-        assert_eq!(Pace::new(None).pause(now, u64::MAX), Duration::ZERO);
+        let Some(bucket) = &mut self.bucket else { return Duration::ZERO };
+        bucket.charge(placed - std::mem::replace(&mut self.placed, placed));
+        bucket.budget(now);
+        bucket.pause()
     }
 }
