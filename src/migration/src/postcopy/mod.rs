@@ -5,22 +5,23 @@
 //! return path; the answers overtake everything else on a channel of their own where there is one.
 //! A broken channel loses nothing: both sides pause, and go on over a new one.
 
-mod destination;
 mod handover;
+mod incoming;
 mod listening;
+mod outgoing;
 pub(crate) mod page_placer;
 mod received;
 mod requests;
 mod return_channel;
-mod source;
 
-pub(super) use destination::Arriving;
-pub use destination::{OnListen, PostcopyIncoming};
 pub(super) use handover::Handover;
+pub(super) use incoming::IncomingPages;
+pub use incoming::{OnListen, PostcopyIncoming};
+pub(super) use outgoing::{AnswerRequests, OutgoingPages};
+pub use outgoing::{PostcopyOutgoing, SwitchWhen};
 pub use received::{put as put_received, read as read_received};
 pub use requests::Asked;
 pub(super) use return_channel::ReturnChannel;
-pub(super) use source::{AnswerRequests, PostcopySource};
 
 use super::channel::Channel;
 use super::error::MigrationError;
@@ -87,27 +88,6 @@ impl Reconnect for GiveUp {
     fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
         None
     }
-}
-
-/// When the source switches from precopy to postcopy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SwitchWhen {
-    /// When [`Progress::start_postcopy`](super::progress::Progress::start_postcopy) is called.
-    Told,
-    /// Before any page is sent.
-    AtOnce,
-    /// When dirty pages were collected so many times and precopy has not converged.
-    Rounds(u64),
-}
-
-/// Postcopy on the source.
-pub struct PostcopyOutgoing<'a> {
-    /// When to switch.
-    pub when: SwitchWhen,
-    /// The channel for pages that a vCPU waits for.
-    pub urgent: Option<Channel>,
-    /// Where new channels come from when they break.
-    pub reconnect: Box<dyn Reconnect + 'a>,
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use crate::stream::Configuration;
 use crate::test_support::{Late, PAGE, Side, at_the_verdict, fill, late, tcp_pair};
 
 mod bandwidth;
-mod destination;
+mod incoming;
 mod patience;
 mod peers;
 

@@ -16,7 +16,7 @@ use crate::handler::LoadHandler;
 use crate::lazy::LazyRam;
 use crate::loader::{Loader, out_of_place};
 use crate::postcopy::{
-    Arriving, Handover, PACKAGE_MAX, PING_PACKAGE_LOADED, PostcopyIncoming, ReturnChannel,
+    Handover, IncomingPages, PACKAGE_MAX, PING_PACKAGE_LOADED, PostcopyIncoming, ReturnChannel,
 };
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{
@@ -48,7 +48,7 @@ pub struct Incoming<'a> {
 /// The stream as it comes.
 struct Session<'a> {
     loader: Loader<'a>,
-    postcopy: Option<Arriving<'a>>,
+    postcopy: Option<IncomingPages<'a>>,
     channel: Channel,
     /// Where the source listens, once it said so.
     back: Option<Arc<ReturnChannel>>,
@@ -68,7 +68,8 @@ impl Incoming<'_> {
         progress.set_status(Status::Setup);
         let result = Loader::new(handlers, devices, &configuration).and_then(|loader| {
             let progress = Arc::clone(&progress);
-            let postcopy = postcopy.map(|postcopy| Arriving::new(postcopy, Arc::clone(&progress)));
+            let postcopy =
+                postcopy.map(|postcopy| IncomingPages::new(postcopy, Arc::clone(&progress)));
             let committed = Arc::new(AtomicBool::new(false));
             let channel = channel.cancellable_until(Arc::clone(&committed));
             let handover = Arc::new(Handover::new(committed));

@@ -14,7 +14,7 @@ use crate::error::MigrationError;
 use crate::framing::{Framing, write};
 use crate::handler::{PostcopySave, SaveHandler};
 use crate::postcopy::{
-    AnswerRequests, Asked, Channels, PING_PACKAGE_LOADED, PostcopyOutgoing, PostcopySource,
+    AnswerRequests, Asked, Channels, OutgoingPages, PING_PACKAGE_LOADED, PostcopyOutgoing,
     SwitchWhen, package_len,
 };
 use crate::progress::{Counters, Progress, Status};
@@ -339,7 +339,7 @@ impl Outgoing<'_> {
         let max_bandwidth = self.parameters.max_postcopy_bandwidth;
         let memory = self.memory(index)?;
         let source =
-            PostcopySource { memory, section_id, asked, reconnect, max_bandwidth, progress };
+            OutgoingPages { memory, section_id, asked, reconnect, max_bandwidth, progress };
         source.run(channels, back)
     }
 

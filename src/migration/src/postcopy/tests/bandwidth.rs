@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::destination::send_at;
+use super::incoming::send_at;
 use super::peers::RawDestination;
 use super::*;
 use crate::stream::{

@@ -184,7 +184,7 @@ fn a_page_that_is_asked_for_before_the_guest_is_taken_comes_before_that() {
         let _ = destination.0.read_to_end(&mut Vec::new());
     });
     let progress = Arc::new(Progress::new());
-    let (sent, runs) = destination::send(&from, near, None, &progress);
+    let (sent, runs) = incoming::send(&from, near, None, &progress);
     sent.unwrap();
     assert_eq!((runs, progress.status()), (0, Status::Completed));
     asking.join().unwrap();

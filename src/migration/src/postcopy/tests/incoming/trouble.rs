@@ -1,6 +1,7 @@
 //! Panics, managers that go away, channels that break while the guest starts.
 
 use super::*;
+use ram_discard::Section;
 
 #[test]
 fn a_panic_while_the_guest_starts_stops_it_and_makes_no_zeros() {
@@ -122,13 +123,13 @@ impl RamDiscardManager for Going {
         self.manager.granularity()
     }
 
-    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
+    fn is_populated(&self, section: Section) -> Result<bool, Unavailable> {
         self.get()?.is_populated(section)
     }
 
     fn replay_populated(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         self.get()?.replay_populated(section, visit)
@@ -136,7 +137,7 @@ impl RamDiscardManager for Going {
 
     fn replay_discarded(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         self.get()?.replay_discarded(section, visit)
@@ -144,7 +145,7 @@ impl RamDiscardManager for Going {
 
     fn register(
         &self,
-        section: ByteRange,
+        section: Section,
         listener: Box<dyn RamDiscardListener>,
     ) -> Result<ListenerId, RegisterError> {
         self.get()?.register(section, listener)

@@ -30,6 +30,27 @@ const PAUSE_MAX: Duration = Duration::from_millis(50);
 /// How long the other side may take to answer in the handshake of a recovery.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 
+/// When the source switches from precopy to postcopy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SwitchWhen {
+    /// When [`Progress::start_postcopy`] is called.
+    Told,
+    /// Before any page is sent.
+    AtOnce,
+    /// When dirty pages were collected so many times and precopy has not converged.
+    Rounds(u64),
+}
+
+/// Postcopy on the source.
+pub struct PostcopyOutgoing<'a> {
+    /// When to switch.
+    pub when: SwitchWhen,
+    /// The channel for pages that a vCPU waits for.
+    pub urgent: Option<Channel>,
+    /// Where new channels come from when they break.
+    pub reconnect: Box<dyn Reconnect + 'a>,
+}
+
 /// Answers what the destination asks for while it loads its devices: the guest is still here, and
 /// stopped, so one thread sends everything.
 pub(crate) struct AnswerRequests<'a> {
@@ -70,8 +91,8 @@ impl AnswerRequests<'_> {
     }
 }
 
-/// The source after the guest has left.
-pub(crate) struct PostcopySource<'a> {
+/// What is left to send, after the guest has left.
+pub(crate) struct OutgoingPages<'a> {
     /// The handler that has the memory.
     pub(crate) memory: &'a mut dyn PostcopySave,
     /// The id of its sections.
@@ -87,7 +108,7 @@ pub(crate) struct PostcopySource<'a> {
 /// The memory, for the thread that sends in the background and the one that answers requests.
 type Memory<'a> = Mutex<&'a mut dyn PostcopySave>;
 
-impl PostcopySource<'_> {
+impl OutgoingPages<'_> {
     /// Sends everything, over as many channels as it takes. When this returns `Ok`, the destination
     /// has all of it.
     /// What the destination says on the first channel is read from `back`.

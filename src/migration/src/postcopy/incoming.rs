@@ -44,8 +44,8 @@ enum Stage {
     Listening,
 }
 
-/// What is to arrive.
-pub(crate) struct Arriving<'a> {
+/// The pages that are to arrive.
+pub(crate) struct IncomingPages<'a> {
     incoming: PostcopyIncoming<'a>,
     stage: Stage,
     /// By block, in the order of the registry: what the source will send.
@@ -53,7 +53,7 @@ pub(crate) struct Arriving<'a> {
     progress: Arc<Progress>,
 }
 
-impl<'a> Arriving<'a> {
+impl<'a> IncomingPages<'a> {
     pub(crate) fn new(incoming: PostcopyIncoming<'a>, progress: Arc<Progress>) -> Self {
         Self { incoming, stage: Stage::None, outstanding: Vec::new(), progress }
     }
