@@ -88,9 +88,10 @@ impl Block {
         bare
     }
 
-    /// Takes back what the guest has touched for the first time.
+    /// Discards what the guest has touched for the first time.
     fn forget_fresh(&self) {
-        self.gaps.iter().for_each(|gap| self.ram.backing().discard(*gap).unwrap());
+        let backing = self.ram.backing();
+        self.gaps.iter().for_each(|gap| backing.discard(gap.in_file(0).unwrap()).unwrap());
     }
 }
 

@@ -19,7 +19,7 @@ use std::time::Duration;
 use anyhow::Context;
 use common::{compare, head, report, time};
 use guest::{ADDR, BLOCK, Guest, on_cpus, ram, samples, start, stay_on};
-use ram_discard::{ByteRange, RamDiscardListener, RamDiscardManager};
+use ram_discard::{RamDiscardListener, RamDiscardManager, Section};
 use small_vmm::daemon::{Daemon, DaemonOptions};
 use tempfile::TempDir;
 use vhost_user_mem::discard_channel::DiscardChannel;
@@ -75,7 +75,7 @@ impl Rig {
 }
 
 /// How many ranges there are.
-fn replay(manager: &dyn RamDiscardManager, section: ByteRange, populated: bool) -> u64 {
+fn replay(manager: &dyn RamDiscardManager, section: Section, populated: bool) -> u64 {
     let mut ranges = 0;
     let mut visit = |range| {
         black_box(range);
@@ -103,7 +103,7 @@ fn replays() -> anyhow::Result<()> {
     for (name, region, is_plugged) in states {
         let rig = Rig::new(region, is_plugged)?;
         let local: &dyn RamDiscardManager = &**rig.local.manager();
-        let whole = ByteRange::new(0, region).context("a region")?;
+        let whole = Section::new(0, region).context("a region")?;
         let times = if region == GIB { 256 } else { 8 };
         for (kind, populated) in [("populated", true), ("discarded", false)] {
             let found = replay(&rig.remote, whole, populated);
@@ -115,7 +115,7 @@ fn replays() -> anyhow::Result<()> {
                 || time(times, || _ = replay(local, whole, populated)),
             );
         }
-        let block = ByteRange::new(region / 2, BLOCK).context("a block")?;
+        let block = Section::new(region / 2, BLOCK).context("a block")?;
         compare(
             &format!("is_populated of a block, {name}"),
             RUNS,
@@ -133,11 +133,11 @@ impl RamDiscardListener for Listener {
         "bench"
     }
 
-    fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
         Ok(())
     }
 
-    fn notify_discard(&mut self, _section: ByteRange) {}
+    fn notify_discard(&mut self, _section: Section) {}
 }
 
 /// So many clients of a daemon, each with a listener.
@@ -145,7 +145,7 @@ fn listen(daemon: &Daemon, count: usize) -> anyhow::Result<Vec<RemoteRamDiscardM
     let attach = || {
         let stream = UnixStream::connect(daemon.discard_socket())?;
         let manager = RemoteRamDiscardManager::attach(stream, PATIENCE)?;
-        let whole = ByteRange::new(0, REGION).context("a region")?;
+        let whole = Section::new(0, REGION).context("a region")?;
         manager.register(whole, Box::new(Listener))?;
         Ok(manager)
     };

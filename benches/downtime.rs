@@ -7,7 +7,6 @@ mod common;
 mod huge_page_pool;
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -16,8 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::{compare, head, memfd};
 use huge_page_pool::Pool;
-use migration::channel::GatherWrite;
-use migration::channel::{Channel, Sink};
+use migration::channel::Channel;
 use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
 use migration::handler::{LoadHandler, SaveHandler};
@@ -25,6 +23,7 @@ use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
 use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::stream::{Configuration, SectionKind};
+use migration::test_utils::KeptStream;
 use ram_discard::memory::{HostMapping, RamBlock};
 use rustix::fs::MemfdFlags;
 use vmstate::wire::WireReader;
@@ -108,30 +107,6 @@ fn downtime(byte: u8) -> Duration {
     progress.snapshot().downtime.expect("a guest that was handed over")
 }
 
-#[derive(Default)]
-struct Bytes(Vec<u8>);
-
-impl Sink for Bytes {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0.extend_from_slice(bytes);
-        Ok(())
-    }
-
-    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
-        let file = memfd(0);
-        gathered.write_at(&file, 0)?;
-        let start = self.0.len();
-        self.0.resize(start + gathered.len_bytes() as usize, 0);
-        file.read_exact_at(&mut self.0[start..], 0)?;
-        gathered.clear();
-        Ok(())
-    }
-
-    fn written(&self) -> u64 {
-        self.0.len() as u64
-    }
-}
-
 /// A load of huge pages that a device took when it loaded its state.
 fn huge_pages(pool: &Pool) {
     let size = pool.free() * 2 * MIB;
@@ -144,11 +119,12 @@ fn huge_pages(pool: &Pool) {
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
     let mut ram =
         RamSave::new(&from, ListOptions::default(), Arc::clone(&progress), tracker).unwrap();
-    let (mut list, mut end) = (Bytes::default(), Bytes::default());
+    let (mut list, mut end) = (KeptStream::new().unwrap(), KeptStream::new().unwrap());
     ram.setup(&mut list).unwrap();
     ram.complete(&mut end).unwrap();
+    let (list, end) = (list.bytes().unwrap(), end.bytes().unwrap());
     let backing = block.ram().backing();
-    let whole = block.used().unwrap();
+    let whole = block.used().unwrap().in_file(0).unwrap();
     head(&format!("A load of {} MiB of huge pages, all taken before", size / MIB), "to take them");
     compare(
         "list and end of RAM",
@@ -159,7 +135,7 @@ fn huge_pages(pool: &Pool) {
             ram.load_setup().unwrap();
             backing.reserve(whole).unwrap();
             let start = Instant::now();
-            for (kind, bytes) in [(SectionKind::Start, &list.0), (SectionKind::End, &end.0)] {
+            for (kind, bytes) in [(SectionKind::Start, &list), (SectionKind::End, &end)] {
                 ram.load(kind, VERSION, &mut WireReader::new(&bytes[..])).unwrap();
             }
             start.elapsed()

@@ -7,7 +7,7 @@ mod common;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use ram_discard::ByteRange;
+use ram_discard::FileRange;
 use ram_discard::memory::RamBlock;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{Geometry, VirtioMem};
@@ -30,7 +30,7 @@ fn main() {
         MemController::new(InitialState::volatile(VirtioMem::new(geometry, 0).unwrap()));
     let ram = Arc::new(RamBlock::new("ram".into(), ADDR, REGION, file, REGION).unwrap());
     controller.set_memory(vec![Arc::clone(&ram)]).unwrap();
-    let region = ByteRange::new(REGION, REGION).unwrap();
+    let region = FileRange::new(REGION, REGION).unwrap();
     head("GET /v1/device on a part of a file, 256 MiB resident", "a count");
     compare(
         "resident_size, a thousand times",

@@ -8,15 +8,14 @@
 mod common;
 
 use std::hint::black_box;
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use migration::channel::GatherWrite;
-use migration::channel::{Channel, Sink};
+use migration::channel::{Channel, GatherWrite, Sink};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::handler::{LoadHandler, SaveHandler};
 use migration::progress::Progress;
@@ -24,6 +23,7 @@ use migration::ram::{
     BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave, ZeroPageDetection,
 };
 use migration::stream::{RAM_VERSION, SectionKind};
+use migration::test_utils::CountedStream;
 use ram_discard::memory::{HostMapping, RamBlock};
 use vmstate::wire::WireReader;
 
@@ -93,28 +93,6 @@ fn warm() {
     fill(side(ZeroPageDetection::Legacy).block.mapping(), Content::Data);
 }
 
-/// Takes everything and keeps nothing.
-#[derive(Default)]
-struct Counting(u64);
-
-impl Sink for Counting {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0 += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
-        self.0 += gathered.len_bytes();
-        black_box(&*gathered);
-        gathered.clear();
-        Ok(())
-    }
-
-    fn written(&self) -> u64 {
-        self.0
-    }
-}
-
 /// A socket whose other end is read by a thread, which keeps what came if `keep`.
 fn drained(keep: bool) -> (Channel, JoinHandle<Vec<u8>>) {
     let (near, mut far) = UnixStream::pair().unwrap();
@@ -160,7 +138,7 @@ fn send_bare(side: &Side, content: Content, sink: &mut dyn Sink) {
 
 /// Makes all records of a side, each page.
 fn count(side: &Side) -> Duration {
-    let mut sink = Counting::default();
+    let mut sink = CountedStream::default();
     let mut save = save_of(side, &mut sink);
     busy(|| send(&mut save, &mut sink)) / PAGES
 }
@@ -202,7 +180,7 @@ fn save_pages() {
     for (name, content) in &contents[..2] {
         fill(from.block.mapping(), *content);
         let ours = || {
-            let mut save = save_of(&from, &mut Counting::default());
+            let mut save = save_of(&from, &mut CountedStream::default());
             over_socket(|channel| send(&mut save, channel))
         };
         let bare = || over_socket(|channel| send_bare(&from, *content, channel));

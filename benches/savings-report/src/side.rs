@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks, ZeroPageDetection};
 use ram_discard::memory::RamBlock;
-use ram_discard::{ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
+use ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, Section};
 
 use crate::case::{Case, Mode};
 use crate::host::{self, Noise};
@@ -30,9 +30,9 @@ impl RamDiscardSource for Plugged {
         Case::BLOCK
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         let (start, end) = if populated { (0, self.plugged) } else { (self.plugged, self.region) };
-        ByteRange::from_bounds(start, end)?.intersection(section)
+        Section::from_bounds(start, end)?.intersection(section)
     }
 }
 

@@ -59,6 +59,8 @@ mod framing;
 mod loader;
 #[cfg(test)]
 pub(crate) mod test_support;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod test_utils;
 
 pub use error::MigrationError;
 pub use framing::make_findable;

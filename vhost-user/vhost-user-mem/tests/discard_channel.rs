@@ -3,124 +3,23 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Lines, Read, Write};
 use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BLOCK, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
-use ram_discard::memory::RamBlock;
-use ram_discard::{ByteRange, FreezeFor, RamDiscardListener, RamDiscardManager, RegisterError};
-use rustix::fs::MemfdFlags;
-use rustix::process::{Pid, Signal, kill_process};
+use common::discard_channel::{
+    all, attach, attach_at, blocks, channel_rig, replay, section, wait_logged,
+};
+use common::{BLOCK, PATIENCE, REGION, gpa, options, ram, rig_with};
+use ram_discard::test_utils::{Calls, Exact, Recorder};
+use ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, RegisterError, Section};
 use small_vmm::daemon::Daemon;
 use small_vmm::driver::{RequestType, ResponseType};
-use small_vmm::memory::memfd;
-use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
-use vhost_user_mem::metrics::Metrics;
-use virtio_mem::controller::{InitialState, MemController};
-use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
-use virtio_mem::discard_channel::{AttachError, FrameReader, RemoteRamDiscardManager, send, wire};
+use virtio_mem::discard_channel::{FrameReader, send, wire};
 use wire::{ClientMessage, ServerMessage};
-
-fn channel_rig() -> Rig {
-    rig_with(options().discard_socket(), ram())
-}
-
-fn attach(daemon: &Daemon) -> RemoteRamDiscardManager {
-    attach_at(&daemon.discard_socket())
-}
-
-fn attach_at(socket: &Path) -> RemoteRamDiscardManager {
-    let start = Instant::now();
-    loop {
-        let stream = UnixStream::connect(socket).unwrap();
-        match RemoteRamDiscardManager::attach(stream, PATIENCE) {
-            Ok(manager) => return manager,
-            // Clients that have left keep their place until the change under way has ended.
-            Err(AttachError::Refused { cause: wire::Farewell::TooMany, .. })
-                if start.elapsed() < PATIENCE => {}
-            Err(error) => panic!("{error}"),
-        }
-    }
-}
-
-fn section(first: u64, end: u64) -> ByteRange {
-    ByteRange::from_bounds(first * BLOCK, end * BLOCK).unwrap()
-}
-
-fn all() -> ByteRange {
-    ByteRange::new(0, REGION).unwrap()
-}
-
-fn replay(manager: &RemoteRamDiscardManager, populated: bool) -> Vec<ByteRange> {
-    let mut ranges = Vec::new();
-    let mut collect = |range| {
-        ranges.push(range);
-        ControlFlow::Continue(())
-    };
-    let _ = if populated {
-        manager.replay_populated(all(), &mut collect).unwrap()
-    } else {
-        manager.replay_discarded(all(), &mut collect).unwrap()
-    };
-    ranges
-}
-
-/// What the management API calls plugged, or discarded.
-fn blocks(daemon: &Daemon, populated: bool) -> Vec<ByteRange> {
-    let blocks = daemon.api().get("/v1/device/blocks").unwrap().json();
-    let ranges = blocks[if populated { "plugged" } else { "discarded" }].as_array().unwrap();
-    let number = |range: &serde_json::Value, name: &str| range[name].as_u64().unwrap();
-    let range = |range| ByteRange::new(number(range, "offset"), number(range, "size")).unwrap();
-    ranges.iter().map(range).collect()
-}
-
-fn wait_logged(daemon: &Daemon, text: &str) {
-    assert!(daemon.wait_logged(text, PATIENCE), "not logged: {text}\n{}", daemon.stderr());
-}
-
-type Calls = Arc<Mutex<Vec<(&'static str, bool, ByteRange)>>>;
-
-/// Writes down what it is told, and refuses what overlaps a range.
-struct Recorder {
-    name: &'static str,
-    calls: Calls,
-    refuses: Option<ByteRange>,
-}
-
-impl Recorder {
-    fn boxed(name: &'static str, calls: &Calls) -> Box<Self> {
-        Box::new(Self { name, calls: Arc::clone(calls), refuses: None })
-    }
-}
-
-impl RamDiscardListener for Recorder {
-    fn name(&self) -> &str {
-        self.name
-    }
-
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        if self.refuses.is_some_and(|range| range.overlaps(section)) {
-            return Err("no IOMMU entries left".to_owned());
-        }
-        self.calls.lock().unwrap().push((self.name, true, section));
-        Ok(())
-    }
-
-    fn notify_discard(&mut self, section: ByteRange) {
-        self.calls.lock().unwrap().push((self.name, false, section));
-    }
-}
-
-fn taken(calls: &Calls) -> Vec<(&'static str, bool, ByteRange)> {
-    std::mem::take(&mut *calls.lock().unwrap())
-}
 
 #[test]
 fn replays_equal_the_blocks_of_the_api() {
@@ -170,9 +69,9 @@ fn events_come_in_order_to_every_client() {
         ("b", false, range(2, 3)),
         ("a", false, range(2, 3)),
     ];
-    assert_eq!(taken(&one), expected);
+    assert_eq!(one.take(), expected);
     let events = [(true, range(1, 3)), (true, range(8, 9)), (false, range(2, 3))];
-    assert_eq!(taken(&other), events.map(|(populated, range)| ("c", populated, range)));
+    assert_eq!(other.take(), events.map(|(populated, range)| ("c", populated, range)));
 }
 
 #[test]
@@ -184,14 +83,14 @@ fn unplug_all_and_a_system_reset_are_discards() {
     for reset in [false, true] {
         rig.plug(0, 2);
         rig.plug(4, 1);
-        taken(&calls);
+        calls.take();
         if reset {
             assert!(rig.daemon.api().system_reset().unwrap().is_success());
         } else {
             assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Ack);
         }
         let expected = [("dma", false, section(4, 5)), ("dma", false, section(0, 2))];
-        assert_eq!(taken(&calls), expected);
+        assert_eq!(calls.take(), expected);
         assert_eq!(replay(&client, true), []);
     }
 }
@@ -207,15 +106,14 @@ fn a_refusal_makes_the_guest_busy_and_is_taken_back_everywhere() {
             client.register(all(), Recorder::boxed(name, &calls)).unwrap();
         }
     }
-    let refuses = Some(section(4, 5));
-    let refuser = Recorder { name: "refuser", calls: Arc::clone(&calls), refuses };
-    let refuser = clients[1].register(all(), Box::new(refuser)).unwrap();
-    taken(&calls);
+    let refuser = Recorder::refusing("refuser", &calls, section(4, 5), "no IOMMU entries left");
+    let refuser = clients[1].register(all(), refuser).unwrap();
+    calls.take();
     let before = rig.frontend.config().unwrap();
     assert_eq!(rig.plug(2, 4), ResponseType::Busy);
     assert_eq!(rig.frontend.config().unwrap(), before);
     assert_eq!(rig.held(1, REGION / BLOCK), 0);
-    let told = taken(&calls);
+    let told = calls.take();
     assert!(told.iter().all(|call| call.2 == section(2, 6)));
     for names in [["a1", "a2"], ["b1", "b2"], ["c1", "c2"]] {
         let own = told.iter().filter(|call| names.contains(&call.0));
@@ -240,11 +138,11 @@ impl RamDiscardListener for Looker {
         "looker"
     }
 
-    fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
         Ok(())
     }
 
-    fn notify_discard(&mut self, _section: ByteRange) {
+    fn notify_discard(&mut self, _section: Section) {
         self.1.lock().unwrap().push((self.0)());
     }
 }
@@ -261,126 +159,6 @@ fn memory_goes_only_after_the_acknowledgement() {
     assert_eq!(rig.unplug(1, 2), ResponseType::Ack);
     assert_eq!(*seen.lock().unwrap(), [4 * BLOCK]);
     assert_eq!(rig.held(0, 4), 2 * BLOCK);
-}
-
-fn assert_frozen(rig: &mut Rig) {
-    assert_eq!(rig.plug(1, 1), ResponseType::Busy);
-    assert_eq!(rig.unplug(0, 1), ResponseType::Busy);
-    assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Busy);
-    assert_eq!(rig.execute(RequestType::State, gpa(0), 1).kind(), ResponseType::Ack);
-    assert_eq!(rig.daemon.api().device().unwrap()["migration_active"], true);
-}
-
-/// The guest is told to try again, and can.
-fn assert_thawed_after(rig: &mut Rig, act: impl FnOnce()) {
-    let seen = rig.channel.as_ref().unwrap().config_changes();
-    act();
-    assert!(rig.channel.as_ref().unwrap().wait_beyond(seen, PATIENCE));
-    assert_eq!(rig.plug(1, 1), ResponseType::Ack);
-    assert_eq!(rig.unplug(1, 1), ResponseType::Ack);
-}
-
-#[test]
-fn frozen_block_state_is_busy_until_every_client_has_thawed() {
-    let mut rig = channel_rig();
-    rig.plug(0, 1);
-    let (first, second) = (attach(&rig.daemon), attach(&rig.daemon));
-    let freeze = |client: &RemoteRamDiscardManager| client.freeze(FreezeFor::Source).unwrap();
-    let (of_first, of_second, again) = (freeze(&first), freeze(&second), freeze(&second));
-    assert_frozen(&mut rig);
-    of_first.thaw().unwrap();
-    assert_frozen(&mut rig);
-    of_second.thaw().unwrap();
-    assert_frozen(&mut rig);
-    again.check().unwrap();
-    assert_thawed_after(&mut rig, || again.thaw().unwrap());
-}
-
-#[test]
-fn a_freeze_ends_with_its_connection() {
-    let mut rig = channel_rig();
-    rig.plug(0, 1);
-    let client = attach(&rig.daemon);
-    let frozen = client.freeze(FreezeFor::Source).unwrap();
-    assert_frozen(&mut rig);
-    assert_thawed_after(&mut rig, || drop(client));
-    assert!(frozen.check().is_err());
-}
-
-/// Set for the child of [`a_killed_client_holds_nothing`]: the socket.
-const CHILD: &str = "DISCARD_CHANNEL_TEST_CHILD";
-
-#[test]
-#[ignore = "the child of a_killed_client_holds_nothing"]
-fn child_that_freezes_until_it_is_killed() {
-    let Some(socket) = std::env::var_os(CHILD) else { return };
-    let client = attach_at(Path::new(&socket));
-    client.register(all(), Recorder::boxed("child", &Calls::default())).unwrap();
-    let frozen = client.freeze(FreezeFor::Source).unwrap();
-    eprintln!("frozen");
-    // Ends with the parent, should it not kill us.
-    let _ = std::io::stdin().read(&mut [0]);
-    eprintln!("{}", if frozen.check().is_ok() { "held" } else { "lost" });
-}
-
-fn child_that_has_frozen(socket: &Path) -> (Child, Lines<BufReader<ChildStderr>>) {
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child_that_freezes_until_it_is_killed", "--ignored", "--nocapture"])
-        .env(CHILD, socket)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().contains("frozen")));
-    (child, lines)
-}
-
-/// The guest is served again when the freeze has expired, without the client, which is not there to
-/// answer; and the client, when it goes on, knows that its freeze did not hold.
-#[test]
-fn a_stopped_client_that_froze_holds_nothing_and_knows_it() {
-    let geometry = Geometry::new(common::ADDR, REGION, BLOCK, None).unwrap();
-    let device = VirtioMem::new(geometry, REGION).unwrap();
-    let controller = Arc::new(MemController::new(InitialState::volatile(device)));
-    let file = memfd("ram", REGION, MemfdFlags::empty()).unwrap();
-    let ram = RamBlock::new("mem".to_owned(), common::ADDR, REGION, file, 0).unwrap();
-    controller.set_memory(vec![Arc::new(ram)]).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("discard");
-    let limits = Limits { freeze_expiry: Duration::from_secs(3), ..Limits::default() };
-    let metrics = Arc::new(Metrics::new());
-    let channel = DiscardChannel::bind_with(&path, Arc::clone(&controller), metrics, limits);
-    let channel = channel.unwrap();
-    channel.start().unwrap();
-    let (mut child, mut lines) = child_that_has_frozen(&path);
-    let plug =
-        |block| controller.execute(Request::Plug(BlockSpan { addr: gpa(block), nb_blocks: 1 }));
-    assert_eq!(plug(0), Response::Busy);
-    let pid = Pid::from_child(&child);
-    kill_process(pid, Signal::STOP).unwrap();
-    let start = Instant::now();
-    while plug(0) == Response::Busy {
-        assert!(start.elapsed() < PATIENCE, "frozen by a client that does not run");
-        thread::sleep(Duration::from_millis(10));
-    }
-    assert_eq!(controller.config().plugged_size, BLOCK);
-    assert_eq!(plug(1), Response::Ack, "it is not waited for again");
-    kill_process(pid, Signal::CONT).unwrap();
-    child.stdin.take().unwrap().write_all(b"\n").unwrap();
-    assert_eq!(lines.next().unwrap().unwrap(), "lost");
-    child.wait().unwrap();
-}
-
-#[test]
-fn a_killed_client_holds_nothing() {
-    let mut rig = channel_rig();
-    rig.plug(0, 1);
-    let (mut child, _) = child_that_has_frozen(&rig.daemon.discard_socket());
-    assert_frozen(&mut rig);
-    assert_thawed_after(&mut rig, || child.kill().unwrap());
-    child.wait().unwrap();
 }
 
 #[test]
@@ -433,38 +211,6 @@ fn a_silent_client_is_dropped_and_the_guest_answered() {
     assert_eq!(replay(&other, true), blocks(&rig.daemon, true));
 }
 
-/// Knows for each block whether it was told of it, and counts what it is told twice.
-struct Exact {
-    told: Arc<Mutex<Vec<bool>>>,
-    twice: Arc<Mutex<u64>>,
-}
-
-impl Exact {
-    fn turn(&self, section: ByteRange, populated: bool) {
-        let mut told = self.told.lock().unwrap();
-        for block in section.start() / BLOCK..section.end() / BLOCK {
-            let block = &mut told[usize::try_from(block).unwrap()];
-            *self.twice.lock().unwrap() += u64::from(*block == populated);
-            *block = populated;
-        }
-    }
-}
-
-impl RamDiscardListener for Exact {
-    fn name(&self) -> &str {
-        "exact"
-    }
-
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        self.turn(section, true);
-        Ok(())
-    }
-
-    fn notify_discard(&mut self, section: ByteRange) {
-        self.turn(section, false);
-    }
-}
-
 #[test]
 fn a_registration_against_requests_tells_each_block_once() {
     let mut rig = channel_rig();
@@ -480,19 +226,15 @@ fn a_registration_against_requests_tells_each_block_once() {
                         // The last round has no requests against it.
                         let last = done.load(Ordering::Acquire);
                         let client = attach_at(&socket);
-                        let told = Arc::new(Mutex::new(vec![false; nr_blocks]));
-                        let twice = Arc::default();
-                        let exact = Exact { told: Arc::clone(&told), twice: Arc::clone(&twice) };
-                        let id = client.register(all(), Box::new(exact)).unwrap();
+                        let exact = Exact::new(nr_blocks, BLOCK);
+                        let id = client.register(all(), Box::new(exact.clone())).unwrap();
                         if last {
-                            let told = told.lock().unwrap();
-                            let plugged = blocks_told(&told);
-                            assert_eq!(plugged, replay(&client, true));
+                            assert_eq!(exact.populated(), replay(&client, true));
                             return rounds;
                         }
                         client.unregister(id).unwrap();
-                        assert!(told.lock().unwrap().iter().all(|told| !told));
-                        assert_eq!(*twice.lock().unwrap(), 0);
+                        assert_eq!(exact.populated(), []);
+                        assert_eq!(exact.told_twice(), 0);
                         rounds += 1;
                     }
                 })
@@ -513,20 +255,6 @@ fn a_registration_against_requests_tells_each_block_once() {
             assert!(client.join().unwrap() > 0);
         }
     });
-}
-
-fn blocks_told(told: &[bool]) -> Vec<ByteRange> {
-    let mut ranges: Vec<ByteRange> = Vec::new();
-    for (block, _) in told.iter().enumerate().filter(|(_, told)| **told) {
-        let block = block as u64;
-        match ranges.last_mut() {
-            Some(last) if last.end() == block * BLOCK => {
-                *last = section(last.start() / BLOCK, block + 1);
-            }
-            _ => ranges.push(section(block, block + 1)),
-        }
-    }
-    ranges
 }
 
 #[test]

@@ -3,22 +3,18 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use common::page_source::{Loud, Source};
 use common::{ADDR, BLOCK, BOOT, PATIENCE, REGION, RING, gpa, options};
-use migration::MigrationError;
-use migration::lazy::{
-    FaultHandler, HandlerFailed, LazyRam, PageSource, SharedFaults, SharedRange,
-};
+use migration::lazy::{FaultHandler, LazyRam, PageSource, SharedFaults, SharedRange};
 use migration::page_bitmap::PageBitmap;
 use migration::ram::{BlockOptions, MigrationBlock};
-use ram_discard::ByteRange;
 use ram_discard::memory::RamBlock;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use small_vmm::backend_channel::{BackendChannel, Behaviour};
@@ -35,47 +31,6 @@ const SPLIT_RING: u64 = RING + 0x700;
 /// Where in a device state the plugged size is, before the bitmap.
 const SIZE_AT: usize = 80;
 const PROTOCOL: u64 = USUAL_PROTOCOL_FEATURES | protocol_feature::PAGEFAULT;
-
-/// The other host: has the pages of boot memory, and gives them away unless it is silent.
-#[derive(Default)]
-struct Source {
-    pages: Mutex<BTreeMap<u64, Vec<u8>>>,
-    silent: AtomicBool,
-    asked: AtomicUsize,
-}
-
-impl PageSource for Source {
-    fn request(&self, lazy: &LazyRam, block: usize, range: ByteRange) -> io::Result<()> {
-        self.asked.fetch_add(1, Ordering::SeqCst);
-        if !self.silent.load(Ordering::SeqCst) {
-            self.give(lazy, block, range.start());
-        }
-        Ok(())
-    }
-}
-
-impl Source {
-    fn give(&self, lazy: &LazyRam, block: usize, offset: u64) {
-        let pages = self.pages.lock().unwrap();
-        lazy.place(block, offset, &pages[&offset]).unwrap();
-    }
-
-    fn wait_asked(&self) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.asked.load(Ordering::SeqCst) == 0 {
-            assert!(Instant::now() < deadline, "no page is asked for");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-struct Loud;
-
-impl HandlerFailed for Loud {
-    fn handler_failed(&self, error: &MigrationError) {
-        panic!("{error}");
-    }
-}
 
 /// A destination whose guest has made a request, all of whose boot memory is still at the source.
 struct Destination {

@@ -1,54 +1,25 @@
 //! Taking apart what arrives and placing it, up to the system calls that read and write.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use migration::channel::GatherWrite;
-use migration::channel::Sink;
 use migration::handler::{LoadHandler, SaveHandler};
 use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, RamLoad};
 use migration::stream::{RAM_VERSION, SectionKind};
+use migration::test_utils::KeptStream;
 use vmstate::wire::WireReader;
 
-use super::region::{controller, memfd, migration_block, only};
+use super::region::{controller, migration_block, only};
 use super::send::{BLOCK, Dirty, REGION, begin};
 use crate::counted::counted;
 
 /// As the destination of a precopy reads ahead.
 const READ_AHEAD: usize = 4 << 20;
 
-/// A stream that is kept in a file.
-struct Kept {
-    file: File,
-    written: u64,
-}
-
-impl Sink for Kept {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, self.written)?;
-        self.written += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
-        gathered.write_at(&self.file, self.written)?;
-        self.written += gathered.len_bytes();
-        gathered.clear();
-        Ok(())
-    }
-
-    fn written(&self) -> u64 {
-        self.written
-    }
-}
-
 /// Takes one section with all that `dirty` names, as the source makes it.
 pub fn pages(dirty: Dirty) -> Result<u64> {
-    let mut stream = Kept { file: memfd(0)?, written: 0 };
+    let mut stream = KeptStream::new()?;
     let (mut source, pages) = begin(dirty, &mut stream, &Arc::new(Progress::new()))?;
     source.iterate(&mut stream, u64::MAX)?;
 
@@ -56,7 +27,7 @@ pub fn pages(dirty: Dirty) -> Result<u64> {
     let blocks = only(migration_block(&controller, BlockOptions::migratable())?)?;
     let progress = Arc::new(Progress::new());
     let mut load = RamLoad::new(Arc::new(blocks), ListOptions::default(), Arc::clone(&progress));
-    let mut reader = WireReader::with_capacity(stream.file, READ_AHEAD);
+    let mut reader = WireReader::with_capacity(stream.into_file(), READ_AHEAD);
     load.load_setup()?;
     load.load(SectionKind::Start, RAM_VERSION, &mut reader)?;
     counted(|| load.load(SectionKind::Part, RAM_VERSION, &mut reader))?;

@@ -1,6 +1,7 @@
 //! Whole migrations between two sides in one process, over a socket pair, of real memory.
 
 mod auto_converge;
+mod broken_channel;
 mod freeze;
 mod handlers;
 mod handover;
@@ -25,7 +26,7 @@ use ram_discard::ByteRange;
 
 use super::*;
 use crate::MigrationError;
-use crate::channel::{Channel, Sink};
+use crate::channel::Channel;
 use crate::devices::NoDevices;
 use crate::dirty::DirtyTracker;
 use crate::handler::{PostcopySave, SaveHandler};
@@ -36,8 +37,8 @@ use crate::ram::{
     ZeroPageDetection,
 };
 use crate::stream::Configuration;
-use crate::sys::GatherWrite;
 use crate::test_support::{BLOCK, Log, PAGE, Side, TestManager, fill, memfd, migration_block};
+use crate::test_utils::CountedStream;
 
 /// A guest that notes what is asked of it.
 #[derive(Default)]
@@ -294,26 +295,6 @@ fn a_vmm_that_does_not_look_for_holes_reads_allocates_and_sends_the_whole_region
     }
 }
 
-/// Counts what is written to it.
-struct Counting(u64);
-
-impl Sink for Counting {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0 += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
-        self.0 += gathered.len_bytes();
-        gathered.clear();
-        Ok(())
-    }
-
-    fn written(&self) -> u64 {
-        self.0
-    }
-}
-
 #[test]
 fn a_section_of_zeros_ends_though_it_has_hardly_any_bytes() {
     let size = 128 << 20;
@@ -324,7 +305,7 @@ fn a_section_of_zeros_ends_though_it_has_hardly_any_bytes() {
     let progress = Arc::new(Progress::new());
     let mut ram =
         RamSave::new(&blocks, ListOptions::default(), Arc::clone(&progress), tracker).unwrap();
-    let mut sink = Counting(0);
+    let mut sink = CountedStream::default();
     ram.setup(&mut sink).unwrap();
     assert_eq!(ram.pending_estimate(), size);
     ram.iterate(&mut sink, 64 << 20).unwrap();
@@ -437,117 +418,4 @@ fn a_guest_that_cannot_be_let_run_again_is_told_to_be_stopped_here_and_not_cance
     assert_eq!(run.guest, Some(GuestAfter::StoppedHere));
     assert_eq!(run.sent.status, Status::Failed);
     assert_eq!(run.source.log(), ["freeze", "stop", "thaw"]);
-}
-
-/// Passes bytes on until `limit` of them went from source to destination, then breaks the channel.
-fn breaking_relay(limit: usize) -> (UnixStream, UnixStream, thread::JoinHandle<bool>) {
-    use std::io::{Read, Write};
-    let (source, near) = UnixStream::pair().unwrap();
-    let (far, destination) = UnixStream::pair().unwrap();
-    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-    let back = thread::spawn(move || {
-        let _ = io::copy(&mut back_from, &mut back_to);
-        let _ = back_to.shutdown(std::net::Shutdown::Both);
-    });
-    let relay = thread::spawn(move || {
-        let (mut near, mut far) = (near, far);
-        let mut buffer = vec![0; 4096];
-        let mut left = limit;
-        let mut broke = false;
-        loop {
-            let read = near.read(&mut buffer).unwrap_or(0);
-            let pass = read.min(left);
-            if read == 0 || far.write_all(&buffer[..pass]).is_err() {
-                break;
-            }
-            left -= pass;
-            if left == 0 {
-                broke = true;
-                break;
-            }
-        }
-        let _ = far.shutdown(std::net::Shutdown::Both);
-        let _ = near.shutdown(std::net::Shutdown::Both);
-        back.join().unwrap();
-        broke
-    });
-    (source, destination, relay)
-}
-
-#[test]
-fn a_channel_broken_anywhere_leaves_the_guest_on_exactly_one_side() {
-    let from = Side::new(&[0, 1, 2]);
-    fill(&from.region, 0..100, 1);
-    let mut limit = 1;
-    let mut failures = 0;
-    loop {
-        let to = Side::new(&[0, 1, 2]);
-        let (source, destination, relay) = breaking_relay(limit);
-        let progress = Arc::new(Progress::new());
-        let script = Script::default();
-        let channels = (source, destination);
-        let run = migrate_over(&from, &to, &script, Witness::default(), progress, channels);
-        let broke = relay.join().unwrap();
-        let here = run.source.log();
-        let runs_here = here.iter().filter(|&&call| call == "stop").count()
-            == here.iter().filter(|&&call| call == "run").count();
-        let runs_there = run.destination.log() == ["run"];
-        assert!(runs_here != runs_there, "after {limit} bytes: here {here:?}, there {runs_there}");
-        assert_eq!(run.outgoing.is_ok(), runs_there, "after {limit} bytes");
-        assert_eq!(here.last(), Some(&"thaw"));
-        if !broke {
-            assert!(runs_there);
-            break;
-        }
-        failures += 1;
-        limit += if limit < 200 { 7 } else { 9973 };
-    }
-    assert!(failures > 40, "{failures}");
-}
-
-#[test]
-fn cancelled_while_the_destination_is_stuck_the_guest_runs_on() {
-    let from = Side::new(&[0, 1, 2]);
-    fill(&from.region, 0..192, 1);
-    let (source, _stuck) = UnixStream::pair().unwrap();
-    let progress = Arc::new(Progress::new());
-    let guest = Arc::new(Witness::default());
-    from.manager.as_ref().unwrap().watch(&guest.log);
-    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
-    let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
-    let outgoing = Outgoing {
-        parameters: parameters(),
-        guest: &*guest,
-        handlers: vec![Box::new(ram.unwrap())],
-        devices: &mut NoDevices,
-        postcopy: None,
-        progress: Arc::clone(&progress),
-    };
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while progress.status() != Status::Active {
-                thread::sleep(Duration::from_millis(1));
-            }
-            progress.cancel();
-            while !done.load(Ordering::Relaxed) {
-                thread::sleep(Duration::from_millis(1));
-            }
-        });
-        let result = outgoing.run(Channel::new(source, Arc::clone(&progress)).unwrap());
-        done.store(true, Ordering::Relaxed);
-        let failed = result.unwrap_err();
-        assert!(matches!(failed.error, MigrationError::Cancelled));
-        assert_eq!(failed.guest, GuestAfter::RunsHere);
-    });
-    assert_eq!(progress.status(), Status::Cancelled);
-    let log = guest.log();
-    assert_eq!(log.first(), Some(&"freeze"));
-    assert_eq!(log.last(), Some(&"thaw"));
-
-    // The next attempt works.
-    let to = Side::new(&[0, 1, 2]);
-    let run = migrate(&from, &to, &Script::default(), Witness::default());
-    run.outgoing.unwrap();
-    assert_eq!(to.page(191), [1; 4096]);
 }

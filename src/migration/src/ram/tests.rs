@@ -10,7 +10,6 @@ use ram_discard::memory::{HostMapping, RamBlock};
 use rustix::fs::MemfdFlags;
 
 use super::*;
-use crate::channel::Sink;
 use crate::dirty::DirtyTracker;
 use crate::handler::{PostcopySave, SaveHandler};
 use crate::page_bitmap::PageBitmap;
@@ -18,6 +17,7 @@ use crate::progress::Progress;
 use crate::stream::PageHeader;
 use crate::sys::GatherWrite;
 use crate::test_support::{BLOCK, Side, TestManager, fill, memfd, migration_block};
+use crate::test_utils::CountedStream;
 
 const HUGE_PAGE: u64 = 2 << 20;
 
@@ -46,24 +46,6 @@ impl DirtyTracker for Told {
     }
 }
 
-/// Takes everything and keeps nothing.
-struct Nowhere;
-
-impl Sink for Nowhere {
-    fn write(&mut self, _bytes: &[u8]) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
-        gathered.clear();
-        Ok(())
-    }
-
-    fn written(&self) -> u64 {
-        0
-    }
-}
-
 /// A block with huge pages, though what is mapped is other memory, which takes none of the pool.
 fn block_of_huge_pages(size: u64) -> io::Result<MigrationBlock> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
@@ -85,12 +67,12 @@ fn postcopy_starts_with_whole_host_pages_wherever_precopy_ended() {
     let (told, progress) = (Told::default(), Arc::new(Progress::new()));
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(told.clone()) };
     let mut ram = RamSave::new(&blocks, ListOptions::default(), progress, tracker).unwrap();
-    ram.setup(&mut Nowhere).unwrap();
-    ram.iterate(&mut Nowhere, u64::MAX).unwrap();
+    ram.setup(&mut CountedStream::default()).unwrap();
+    ram.iterate(&mut CountedStream::default(), u64::MAX).unwrap();
     // By itself: a tracker may tell smaller pages than the host has.
     told.0.lock().unwrap().push(3);
     assert_eq!(ram.pending_exact().unwrap(), 4096);
-    ram.iterate(&mut Nowhere, u64::MAX).unwrap();
+    ram.iterate(&mut CountedStream::default(), u64::MAX).unwrap();
     told.0.lock().unwrap().push(3);
     let postcopy = ram.postcopy().unwrap();
     let whole = ByteRange::new(0, HUGE_PAGE).unwrap();
@@ -122,9 +104,9 @@ fn a_budget_holds_within_a_huge_page() {
     for page in 0..2 * HUGE_PAGE / 4096 {
         block.mapping().write(page * 4096, &[1; 4096]);
     }
-    ram.setup(&mut Nowhere).unwrap();
+    ram.setup(&mut CountedStream::default()).unwrap();
     let all = ram.dirty_pages();
-    ram.iterate(&mut Nowhere, 64 << 10).unwrap();
+    ram.iterate(&mut CountedStream::default(), 64 << 10).unwrap();
     assert_eq!(all - ram.dirty_pages(), 16);
     // For postcopy host pages stay whole, also the one that was begun.
     let mut gathered = GatherWrite::new();
@@ -153,7 +135,7 @@ fn blocks_that_do_not_migrate_are_left_out_at_the_source() {
     let ids: Vec<_> = list.entries.iter().map(|entry| &*entry.id).collect();
     assert_eq!(ids, ["ram"]);
     let mut ram = save_of(&blocks);
-    ram.setup(&mut Nowhere).unwrap();
+    ram.setup(&mut CountedStream::default()).unwrap();
     assert_eq!(ram.dirty_pages(), 4);
     let sent: Vec<_> = ram.outstanding().unwrap().into_iter().map(|(id, _)| id).collect();
     assert_eq!(sent, ["ram"]);
@@ -190,7 +172,7 @@ fn what_a_peer_calls_missing_is_masked_again_in_recovery() {
     let side = Side::new(&[1, 4]);
     fill(&side.region, 0..16 * BLOCK / 4096, 1);
     let mut ram = save_of(&side.blocks);
-    ram.setup(&mut Nowhere).unwrap();
+    ram.setup(&mut CountedStream::default()).unwrap();
     let populated = 2 * BLOCK / 4096;
     assert_eq!(ram.dirty_pages(), populated);
     let mut all = PageBitmap::new(16 * BLOCK / 4096);

@@ -1,5 +1,6 @@
 use super::transaction::BATCH;
 use super::*;
+use crate::test_utils::{Call, Calls, Recorder};
 use proptest::prelude::*;
 
 const GRANULE: u64 = 4096;
@@ -22,20 +23,20 @@ impl RamDiscardSource for Granules {
         GRANULE
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         naive_ranges(&self.0.lock(), section, populated).first().copied()
     }
 }
 
 /// Walks byte ranges granule by granule.
-fn naive_ranges(granules: &[bool], section: ByteRange, populated: bool) -> Vec<ByteRange> {
-    let mut ranges: Vec<ByteRange> = Vec::new();
+fn naive_ranges(granules: &[bool], section: Section, populated: bool) -> Vec<Section> {
+    let mut ranges: Vec<Section> = Vec::new();
     for (index, _) in granules.iter().enumerate().filter(|(_, p)| **p == populated) {
-        let granule = ByteRange::new(index as u64 * GRANULE, GRANULE).unwrap();
+        let granule = Section::new(index as u64 * GRANULE, GRANULE).unwrap();
         let Some(part) = granule.intersection(section) else { continue };
         match ranges.last_mut() {
             Some(last) if last.end() == part.start() => {
-                *last = ByteRange::from_bounds(last.start(), part.end()).unwrap();
+                *last = Section::from_bounds(last.start(), part.end()).unwrap();
             }
             _ => ranges.push(part),
         }
@@ -43,50 +44,8 @@ fn naive_ranges(granules: &[bool], section: ByteRange, populated: bool) -> Vec<B
     ranges
 }
 
-#[derive(Clone, Debug, PartialEq)]
-enum Call {
-    Populate(&'static str, ByteRange),
-    Discard(&'static str, ByteRange),
-}
-
-type Calls = Arc<Mutex<Vec<Call>>>;
-
-struct Recorder {
-    name: &'static str,
-    calls: Calls,
-    refuses: Option<ByteRange>,
-}
-
-impl Recorder {
-    fn boxed(name: &'static str, calls: &Calls) -> Box<Self> {
-        Box::new(Self { name, calls: Arc::clone(calls), refuses: None })
-    }
-
-    fn refusing(name: &'static str, calls: &Calls, range: ByteRange) -> Box<Self> {
-        Box::new(Self { name, calls: Arc::clone(calls), refuses: Some(range) })
-    }
-}
-
-impl RamDiscardListener for Recorder {
-    fn name(&self) -> &str {
-        self.name
-    }
-
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        if self.refuses.is_some_and(|range| range.overlaps(section)) {
-            return Err("no".to_owned());
-        }
-        self.calls.lock().push(Call::Populate(self.name, section));
-        Ok(())
-    }
-
-    fn notify_discard(&mut self, section: ByteRange) {
-        self.calls.lock().push(Call::Discard(self.name, section));
-    }
-}
-
-fn granules(from: u64, to: u64) -> ByteRange {
-    ByteRange::from_bounds(from * GRANULE, to * GRANULE).unwrap()
+fn granules(from: u64, to: u64) -> Section {
+    Section::from_bounds(from * GRANULE, to * GRANULE).unwrap()
 }
 
 fn manager_of(sources: &[Arc<Granules>]) -> (LocalRamDiscardManager, Vec<SourceId>) {
@@ -96,11 +55,7 @@ fn manager_of(sources: &[Arc<Granules>]) -> (LocalRamDiscardManager, Vec<SourceI
     (manager, ids)
 }
 
-fn collect(
-    manager: &LocalRamDiscardManager,
-    section: ByteRange,
-    populated: bool,
-) -> Vec<ByteRange> {
+fn collect(manager: &LocalRamDiscardManager, section: Section, populated: bool) -> Vec<Section> {
     let mut ranges = Vec::new();
     let visit = |range| {
         ranges.push(range);
@@ -123,10 +78,10 @@ fn a_late_listener_is_told_each_populated_run_once() {
     let calls = Calls::default();
     let id = manager.register(granules(1, 8), Recorder::boxed("dma", &calls)).unwrap();
     let populated = [granules(1, 2), granules(3, 4), granules(6, 8)];
-    assert_eq!(*calls.lock(), populated.map(|range| Call::Populate("dma", range)));
+    assert_eq!(*calls.lock(), populated.map(|range| ("dma", true, range)));
     calls.lock().clear();
     manager.unregister(id).unwrap();
-    assert_eq!(*calls.lock(), populated.map(|range| Call::Discard("dma", range)));
+    assert_eq!(*calls.lock(), populated.map(|range| ("dma", false, range)));
     assert!(matches!(manager.unregister(id), Err(RegisterError::NotRegistered)));
 }
 
@@ -137,17 +92,17 @@ fn a_refused_populate_is_taken_back_in_reverse() {
     for name in ["first", "second"] {
         manager.register(granules(0, 8), Recorder::boxed(name, &calls)).unwrap();
     }
-    let refusing = Recorder::refusing("third", &calls, granules(2, 3));
+    let refusing = Recorder::refusing("third", &calls, granules(2, 3), "no");
     manager.register(granules(0, 8), refusing).unwrap();
     let refused = manager.begin().notify_populate(sources[0], granules(1, 4)).unwrap_err();
     assert_eq!(refused.listener, "third");
     assert_eq!(
         *calls.lock(),
         [
-            Call::Populate("first", granules(1, 4)),
-            Call::Populate("second", granules(1, 4)),
-            Call::Discard("second", granules(1, 4)),
-            Call::Discard("first", granules(1, 4)),
+            ("first", true, granules(1, 4)),
+            ("second", true, granules(1, 4)),
+            ("second", false, granules(1, 4)),
+            ("first", false, granules(1, 4)),
         ]
     );
 }
@@ -156,9 +111,9 @@ fn a_refused_populate_is_taken_back_in_reverse() {
 fn a_listener_that_refuses_at_registration_is_not_registered() {
     let (manager, sources) = manager_of(&[Granules::new(&[T, F, T])]);
     let calls = Calls::default();
-    let refusing = Recorder::refusing("dma", &calls, granules(2, 3));
+    let refusing = Recorder::refusing("dma", &calls, granules(2, 3), "no");
     assert!(matches!(manager.register(granules(0, 3), refusing), Err(RegisterError::Refused(_))));
-    let told = [Call::Populate("dma", granules(0, 1)), Call::Discard("dma", granules(0, 1))];
+    let told = [("dma", true, granules(0, 1)), ("dma", false, granules(0, 1))];
     assert_eq!(*calls.lock(), told);
     manager.begin().notify_discard(sources[0], granules(0, 1));
     assert_eq!(calls.lock().len(), 2, "it hears nothing more");
@@ -173,7 +128,7 @@ fn listeners_hear_of_their_section_only() {
     transaction.notify_populate(sources[0], granules(0, 8)).unwrap();
     transaction.notify_discard(sources[0], granules(4, 8));
     drop(transaction);
-    assert_eq!(*calls.lock(), [Call::Populate("dma", granules(2, 4))]);
+    assert_eq!(*calls.lock(), [("dma", true, granules(2, 4))]);
     let outside = manager.register(granules(4, 9), Recorder::boxed("dma", &calls));
     assert!(matches!(outside, Err(RegisterError::OutsideRegion { .. })));
 }
@@ -185,7 +140,7 @@ fn with_several_sources_only_what_all_others_populate_is_announced() {
     let calls = Calls::default();
     manager.register(granules(0, 4), Recorder::boxed("dma", &calls)).unwrap();
     manager.begin().notify_populate(ids[0], granules(0, 4)).unwrap();
-    let announced = [granules(0, 1), granules(2, 4)].map(|range| Call::Populate("dma", range));
+    let announced = [granules(0, 1), granules(2, 4)].map(|range| ("dma", true, range));
     assert_eq!(*calls.lock(), announced);
 }
 
@@ -197,10 +152,10 @@ fn adding_and_removing_a_source_tells_the_difference() {
     calls.lock().clear();
     let second = manager.add_source(Granules::new(&[T, F, F, F])).unwrap();
     let difference = [granules(1, 2), granules(3, 4)];
-    assert_eq!(*calls.lock(), difference.map(|range| Call::Discard("dma", range)));
+    assert_eq!(*calls.lock(), difference.map(|range| ("dma", false, range)));
     calls.lock().clear();
     manager.remove_source(second).unwrap();
-    assert_eq!(*calls.lock(), difference.map(|range| Call::Populate("dma", range)));
+    assert_eq!(*calls.lock(), difference.map(|range| ("dma", true, range)));
 }
 
 #[test]
@@ -208,11 +163,11 @@ fn a_source_stays_when_a_listener_refuses_its_removal() {
     let sources = [Granules::new(&[T, T, T, T]), Granules::new(&[F, T, T, F])];
     let (manager, ids) = manager_of(&sources);
     let calls = Calls::default();
-    let refusing = Recorder::refusing("dma", &calls, granules(3, 4));
+    let refusing = Recorder::refusing("dma", &calls, granules(3, 4), "no");
     manager.register(granules(0, 4), refusing).unwrap();
     calls.lock().clear();
     assert!(manager.remove_source(ids[1]).is_err());
-    let told = [Call::Populate("dma", granules(0, 1)), Call::Discard("dma", granules(0, 1))];
+    let told = [("dma", true, granules(0, 1)), ("dma", false, granules(0, 1))];
     assert_eq!(*calls.lock(), told);
     assert_eq!(collect(&manager, granules(0, 4), true), [granules(1, 3)]);
 }
@@ -233,7 +188,7 @@ fn a_visit_that_breaks_ends_the_replay() {
         let manager: &dyn RamDiscardManager = &manager;
         for (populated, expected) in [(true, [0, 2]), (false, [1, 3])] {
             let mut seen = Vec::new();
-            let visit = &mut |range: ByteRange| {
+            let visit = &mut |range: Section| {
                 seen.push(range.start() / GRANULE);
                 if seen.len() == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
@@ -347,7 +302,7 @@ fn a_listener_that_registers_against_requests_sees_each_block_once() {
             }
             let mut seen = [0; NR];
             for call in calls.lock().iter() {
-                let Call::Populate(_, range) = call else { panic!("{call:?}") };
+                let (_, true, range) = call else { panic!("{call:?}") };
                 for granule in range.start() / GRANULE..range.end() / GRANULE {
                     seen[usize::try_from(granule).unwrap()] += 1;
                 }
@@ -368,7 +323,7 @@ proptest! {
         let (manager, _) = manager_of(&all);
         let both: Vec<bool> = (0..48).map(|i| sources.iter().all(|s| s[i])).collect();
         let end = (window.0 + window.1).min(48 * GRANULE);
-        let section = ByteRange::from_bounds(window.0, end).unwrap();
+        let section = Section::from_bounds(window.0, end).unwrap();
         for populated in [true, false] {
             prop_assert_eq!(
                 collect(&manager, section, populated),
@@ -390,7 +345,7 @@ fn several_sections_are_populated_all_or_in_the_end_none() {
     let calls = Calls::default();
     manager.register(all, Recorder::boxed("memory", &calls)).unwrap();
     let last = granules(2 * SECTIONS - 2, 2 * SECTIONS - 1);
-    let refuser = manager.register(all, Recorder::refusing("dma", &calls, last)).unwrap();
+    let refuser = manager.register(all, Recorder::refusing("dma", &calls, last, "no")).unwrap();
     let sections: Vec<_> = (0..SECTIONS).map(|n| granules(2 * n, 2 * n + 1)).collect();
     let refused = manager.begin().notify_populate_all(ids[0], &sections).unwrap_err();
     assert_eq!((refused.listener.as_str(), refused.section), ("dma", last));
@@ -398,8 +353,8 @@ fn several_sections_are_populated_all_or_in_the_end_none() {
         let mut told = Vec::new();
         for call in calls {
             match *call {
-                Call::Populate(to, section) if to == name => told.push(section),
-                Call::Discard(to, section) if to == name => {
+                (to, true, section) if to == name => told.push(section),
+                (to, false, section) if to == name => {
                     assert_eq!(told.pop(), Some(section), "in reverse");
                 }
                 _ => {}
@@ -425,10 +380,10 @@ fn listeners_learn_of_the_end_of_a_change_they_were_told_of() {
         fn name(&self) -> &str {
             "ends"
         }
-        fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
+        fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
             Ok(())
         }
-        fn notify_discard(&mut self, _section: ByteRange) {}
+        fn notify_discard(&mut self, _section: Section) {}
         fn notify_change_ended(&mut self) {
             *self.0.lock() += 1;
         }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod discard_channel;
+pub mod page_source;
 pub mod silent_file;
 
 use std::path::Path;

@@ -77,7 +77,7 @@ fn a_handler_used_by_hand_does_not_complete_with_a_mask_that_may_be_wrong() {
     };
     let mut ram = save();
     assert!(ram.check_frozen().is_err(), "nothing is frozen before it begins");
-    let mut sink = Counting(0);
+    let mut sink = CountedStream::default();
     ram.setup(&mut sink).unwrap();
     ram.complete(&mut sink).unwrap();
     let manager = from.manager.as_ref().unwrap();
@@ -119,7 +119,7 @@ fn a_manager_of_several_blocks_is_frozen_once_and_each_masked_with_its_part() {
         let progress = Arc::new(Progress::new());
         let mut ram =
             RamSave::new(blocks, ListOptions::default(), Arc::clone(&progress), tracker).unwrap();
-        ram.setup(&mut Counting(0)).unwrap();
+        ram.setup(&mut CountedStream::default()).unwrap();
         assert_eq!(ram.dirty_pages(), pages * BLOCK / PAGE);
     }
     assert_eq!(*log.lock().unwrap(), ["freeze", "thaw"]);

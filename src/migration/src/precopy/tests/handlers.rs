@@ -1,7 +1,7 @@
 //! Iterative handlers beside RAM.
 
 use super::*;
-use crate::channel::BufferSink;
+use crate::channel::{BufferSink, Sink};
 use crate::framing::Framing;
 use crate::handler::LoadHandler;
 use crate::lazy::HandlerFailed;
@@ -300,7 +300,7 @@ fn pages_of_zeros_count_as_what_less_is_left() {
     let progress = Arc::new(Progress::new());
     let ram = RamSave::new(&from.blocks, ListOptions::default(), progress, tracker).unwrap();
     let mut all: handlers::Handlers<'_> = vec![Box::new(ram)];
-    let mut out = Counting(0);
+    let mut out = CountedStream::default();
     let mut framing = Framing::begin(&mut out, &Configuration::new("test")).unwrap();
     framing.start(&mut out, &mut *all[0]).unwrap();
     let before = out.written();

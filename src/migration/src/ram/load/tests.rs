@@ -6,41 +6,15 @@ use rustix::fs::MemfdFlags;
 use vmstate::wire::WireReader;
 
 use super::*;
-use crate::channel::Sink;
 use crate::dirty::NeverWritten;
 use crate::handler::SaveHandler;
 use crate::huge_page_pool::Pool;
 use crate::ram::{BlockOptions, RamSave};
-use crate::sys::GatherWrite;
 use crate::sys::testing::Pinned;
 use crate::test_support::{fill, memfd, migration_block};
+use crate::test_utils::KeptStream;
 
 const HUGE_PAGE: u64 = 2 << 20;
-
-/// Keeps what is sent.
-#[derive(Default)]
-struct Bytes(Vec<u8>);
-
-impl Sink for Bytes {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0.extend_from_slice(bytes);
-        Ok(())
-    }
-
-    fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
-        let file = memfd(0);
-        gathered.write_at(&file, 0)?;
-        let start = self.0.len();
-        self.0.resize(start + gathered.len_bytes() as usize, 0);
-        file.read_exact_at(&mut self.0[start..], 0)?;
-        gathered.clear();
-        Ok(())
-    }
-
-    fn written(&self) -> u64 {
-        self.0.len() as u64
-    }
-}
 
 fn blocks_of(block: MigrationBlock) -> Arc<RamBlocks> {
     let mut blocks = RamBlocks::new();
@@ -57,10 +31,10 @@ fn sections(size: u64, pages: &[u64]) -> [Vec<u8>; 2] {
     let tracker =
         |_: &MigrationBlock| -> Box<dyn crate::dirty::DirtyTracker> { Box::new(NeverWritten) };
     let mut ram = RamSave::new(&blocks, ListOptions::default(), progress, tracker).unwrap();
-    let (mut start, mut end) = (Bytes::default(), Bytes::default());
+    let (mut start, mut end) = (KeptStream::new().unwrap(), KeptStream::new().unwrap());
     ram.setup(&mut start).unwrap();
     ram.complete(&mut end).unwrap();
-    [start.0, end.0]
+    [start, end].map(|stream| stream.bytes().unwrap())
 }
 
 fn handler(blocks: &Arc<RamBlocks>) -> RamLoad {

@@ -7,6 +7,7 @@ use crate::discard_channel::send_with_fd;
 use crate::discard_channel::wire::{Sections, Welcome};
 use crate::sys::SharedWords;
 use lost::{assert_unavailable, wait_lost};
+use ram_discard::test_utils::{Calls, Exact, Recorder};
 use ram_discard::{FreezeLost, LocalRamDiscardManager};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::fs::File;
@@ -22,8 +23,8 @@ fn geometry() -> Geometry {
     Geometry::new(1 << 32, NR * BLOCK, BLOCK, Some(1)).unwrap()
 }
 
-fn section(first: u64, end: u64) -> ByteRange {
-    ByteRange::from_bounds(first * BLOCK, end * BLOCK).unwrap()
+fn section(first: u64, end: u64) -> Section {
+    Section::from_bounds(first * BLOCK, end * BLOCK).unwrap()
 }
 
 /// The server's end, played by the test.
@@ -76,11 +77,11 @@ impl Server {
     }
 
     /// Sends an event and returns the answer.
-    fn event(&mut self, section: ByteRange, populated: bool) -> ClientMessage {
+    fn event(&mut self, section: Section, populated: bool) -> ClientMessage {
         self.event_of(&[section], populated)
     }
 
-    fn event_of(&mut self, sections: &[ByteRange], populated: bool) -> ClientMessage {
+    fn event_of(&mut self, sections: &[Section], populated: bool) -> ClientMessage {
         self.event += 1;
         let (event, sections) = (self.event, Sections::from_slice(sections));
         self.send(&if populated {
@@ -91,7 +92,7 @@ impl Server {
         self.receive()
     }
 
-    fn acked(&mut self, section: ByteRange, populated: bool) {
+    fn acked(&mut self, section: Section, populated: bool) {
         let answer = self.event(section, populated);
         assert_eq!(answer, ClientMessage::Ack { event: self.event });
     }
@@ -102,18 +103,14 @@ impl Server {
     }
 
     /// Has the bitmap show the last event.
-    fn settle(&mut self, section: ByteRange, populated: bool) {
+    fn settle(&mut self, section: Section, populated: bool) {
         let index = |at: u64| usize::try_from(at / BLOCK).unwrap();
         let blocks = index(section.start())..index(section.end());
         self.bitmap.update(self.event, &[(blocks, populated)]);
     }
 }
 
-fn replay(
-    manager: &RemoteRamDiscardManager,
-    section: ByteRange,
-    populated: bool,
-) -> Vec<ByteRange> {
+fn replay(manager: &RemoteRamDiscardManager, section: Section, populated: bool) -> Vec<Section> {
     let mut ranges = Vec::new();
     let mut collect = |range| {
         ranges.push(range);
@@ -128,38 +125,6 @@ fn replay(
     ranges
 }
 
-type Calls = Arc<Mutex<Vec<(&'static str, bool, ByteRange)>>>;
-
-struct Recorder {
-    name: &'static str,
-    calls: Calls,
-    refuses: bool,
-}
-
-impl Recorder {
-    fn boxed(name: &'static str, calls: &Calls) -> Box<Self> {
-        Box::new(Self { name, calls: Arc::clone(calls), refuses: false })
-    }
-}
-
-impl RamDiscardListener for Recorder {
-    fn name(&self) -> &str {
-        self.name
-    }
-
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        if self.refuses {
-            return Err("no room".to_owned());
-        }
-        self.calls.lock().push((self.name, true, section));
-        Ok(())
-    }
-
-    fn notify_discard(&mut self, section: ByteRange) {
-        self.calls.lock().push((self.name, false, section));
-    }
-}
-
 #[test]
 fn a_client_knows_the_geometry_and_what_is_populated() {
     let (mut server, manager) = pair();
@@ -171,14 +136,14 @@ fn a_client_knows_the_geometry_and_what_is_populated() {
     assert_eq!(replay(&manager, all, true), [section(3, 5), section(60, 130)]);
     let discarded = [section(0, 3), section(5, 60), section(130, NR)];
     assert_eq!(replay(&manager, all, false), discarded);
-    let window = ByteRange::new(100 * BLOCK + 1, 3 * BLOCK).unwrap();
+    let window = Section::new(100 * BLOCK + 1, 3 * BLOCK).unwrap();
     assert_eq!(replay(&manager, window, true), [window]);
     assert_eq!(replay(&manager, section(140, 150), true), []);
     assert!(manager.is_populated(window).unwrap());
     assert!(!manager.is_populated(section(129, 131)).unwrap());
     let words = manager.words().unwrap();
     assert_eq!(words, [3 << 3 | 0xf << 60, u64::MAX, 3, 0]);
-    let beyond = ByteRange::new(NR * BLOCK, BLOCK).unwrap();
+    let beyond = Section::new(NR * BLOCK, BLOCK).unwrap();
     assert!(!manager.is_populated(beyond).unwrap());
     assert_eq!(replay(&manager, beyond, false), []);
 }
@@ -216,8 +181,8 @@ fn a_listener_that_refuses_has_the_others_rolled_back_in_reverse() {
     for name in ["first", "second"] {
         manager.register(section(0, NR), Recorder::boxed(name, &calls)).unwrap();
     }
-    let refuser = Recorder { name: "third", calls: Arc::clone(&calls), refuses: true };
-    manager.register(section(0, 10), Box::new(refuser)).unwrap();
+    let refuser = Recorder::refusing("third", &calls, section(0, NR), "no room");
+    manager.register(section(0, 10), refuser).unwrap();
     let range = section(9, 11);
     let answer = server.event(range, true);
     let ClientMessage::Refuse { event: 1, reason } = answer else { panic!("{answer:?}") };
@@ -238,14 +203,14 @@ fn a_listener_that_refuses_has_the_others_rolled_back_in_reverse() {
     assert_eq!(names, order, "discard goes in reverse");
 }
 
-/// A listener that refuses the second of three sections has the first one taken back.
+/// A listener that refuses the second of three sections is told to discard the first one again.
 #[test]
 fn an_event_of_several_sections_is_accepted_or_refused_as_a_whole() {
     let (mut server, manager) = pair();
     let calls = Calls::default();
     manager.register(section(0, NR), Recorder::boxed("dma", &calls)).unwrap();
-    let refuser = Recorder { name: "no", calls: Arc::clone(&calls), refuses: true };
-    let id = manager.register(section(10, 20), Box::new(refuser)).unwrap();
+    let refuser = Recorder::refusing("no", &calls, section(0, NR), "no room");
+    let id = manager.register(section(10, 20), refuser).unwrap();
     let sections = [section(0, 2), section(12, 13), section(30, 31)];
     let answer = server.event_of(&sections, true);
     assert!(matches!(answer, ClientMessage::Refuse { event: 1, .. }), "{answer:?}");
@@ -273,10 +238,10 @@ fn a_listener_that_is_removed_is_told_each_populated_run_once() {
     manager.unregister(id).unwrap();
     assert_eq!(*calls.lock(), [("dma", false, section(1, 3))]);
     assert!(matches!(manager.unregister(id), Err(RegisterError::NotRegistered)));
-    let refuser = Recorder { name: "no", calls: Arc::clone(&calls), refuses: true };
-    let refused = manager.register(section(0, NR), Box::new(refuser));
+    let refuser = Recorder::refusing("no", &calls, section(0, NR), "no room");
+    let refused = manager.register(section(0, NR), refuser);
     assert!(matches!(refused, Err(RegisterError::Refused(_))));
-    let outside = ByteRange::new(0, NR * BLOCK + 1).unwrap();
+    let outside = Section::new(0, NR * BLOCK + 1).unwrap();
     let refused = manager.register(outside, Recorder::boxed("far", &calls));
     assert!(matches!(refused, Err(RegisterError::OutsideRegion { .. })));
 }
@@ -302,7 +267,7 @@ fn a_listener_that_is_removed_discards_what_it_was_told_whatever_the_bitmap_show
 
 #[test]
 fn an_event_that_contradicts_what_was_told_or_the_bitmap_ends_the_connection() {
-    let wrong: [(&[ByteRange], bool, &str); 5] = [
+    let wrong: [(&[Section], bool, &str); 5] = [
         (&[section(20, 24), section(3, 4)], true, "a listener has populated something"),
         (&[section(0, 1), section(2, 6)], false, "a listener has not populated everything"),
         (&[section(20, 22), section(30, 31), section(21, 23)], true, "twice"),
@@ -328,35 +293,6 @@ fn an_event_that_contradicts_what_was_told_or_the_bitmap_ends_the_connection() {
     }
 }
 
-/// Knows for each block whether it was told of it, and tolerates no repetition.
-struct Exact(Arc<Mutex<Vec<bool>>>);
-
-impl Exact {
-    fn turn(&self, section: ByteRange, populated: bool) {
-        let mut told = self.0.lock();
-        for block in section.start() / BLOCK..section.end() / BLOCK {
-            let block = usize::try_from(block).unwrap();
-            assert_ne!(told[block], populated, "block {block} is told twice");
-            told[block] = populated;
-        }
-    }
-}
-
-impl RamDiscardListener for Exact {
-    fn name(&self) -> &str {
-        "exact"
-    }
-
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
-        self.turn(section, true);
-        Ok(())
-    }
-
-    fn notify_discard(&mut self, section: ByteRange) {
-        self.turn(section, false);
-    }
-}
-
 #[test]
 fn a_listener_that_registers_against_events_sees_each_block_once() {
     let (mut server, manager) = pair();
@@ -377,11 +313,11 @@ fn a_listener_that_registers_against_events_sees_each_block_once() {
             done.store(true, Ordering::Release);
         });
         while !done.load(Ordering::Acquire) {
-            let told = Arc::new(Mutex::new(vec![false; NR as usize]));
-            let exact = Box::new(Exact(Arc::clone(&told)));
-            let id = manager.register(section(0, NR), exact).unwrap();
+            let exact = Exact::new(NR as usize, BLOCK);
+            let id = manager.register(section(0, NR), Box::new(exact.clone())).unwrap();
             manager.unregister(id).unwrap();
-            assert!(told.lock().iter().all(|told| !told), "all was taken back");
+            assert_eq!(exact.told_twice(), 0);
+            assert_eq!(exact.populated(), [], "all was discarded");
         }
     });
     assert_eq!(manager.lost(), None);
@@ -421,13 +357,13 @@ impl RamDiscardListener for CallsBack {
         "calls back"
     }
 
-    fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
         let manager = self.0.upgrade();
         *self.1.lock() = manager.and_then(|manager| manager.freeze(FreezeFor::Source).err());
         Ok(())
     }
 
-    fn notify_discard(&mut self, _section: ByteRange) {}
+    fn notify_discard(&mut self, _section: Section) {}
 }
 
 #[test]
