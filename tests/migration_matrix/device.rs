@@ -28,11 +28,11 @@ impl Devices for Reserving {
     }
 
     fn loaded(&mut self) -> Result<(), MigrationError> {
-        let backing = self.0.ram().backing();
+        let (backing, base) = (self.0.ram().backing(), self.0.file_base());
         if backing.kind() == BackingKind::Hugetlb {
             for range in self.0.populated().unwrap() {
                 // As many as there are.
-                let _ = backing.reserve(range);
+                let _ = backing.reserve(range.in_file(base).unwrap());
             }
         }
         Ok(())

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use ram_discard::memory::RamBlock;
-use ram_discard::{ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource};
+use ram_discard::{
+    ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, Section,
+};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, fsconfig_create, fsconfig_reconfigure,
@@ -142,13 +144,12 @@ impl RamDiscardSource for Frozen {
         self.block_size
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         let size = self.block_size;
         let first = usize::try_from(section.start() / size).ok()?;
         let end = usize::try_from(section.end().div_ceil(size)).ok()?;
         let run = self.plugged.next_run(first..end, populated)?;
-        ByteRange::from_bounds(run.start as u64 * size, run.end as u64 * size)?
-            .intersection(section)
+        Section::from_bounds(run.start as u64 * size, run.end as u64 * size)?.intersection(section)
     }
 }
 

@@ -13,9 +13,9 @@ use std::thread;
 
 use ram_discard::memory::RamBlock;
 use ram_discard::{
-    ByteRange, Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId,
+    Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId,
     LocalRamDiscardManager, RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError,
-    Unavailable, Visit,
+    Section, Unavailable, Visit,
 };
 use rustix::fs::MemfdFlags;
 use virtio_mem::device::BlockBitmap;
@@ -37,10 +37,10 @@ impl RamDiscardSource for Changing {
         BLOCK
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
         let run = self.0.lock().unwrap().next_run(blocks, populated)?;
-        let range = ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?;
+        let range = Section::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?;
         range.intersection(section)
     }
 }
@@ -140,13 +140,13 @@ impl RamDiscardManager for TestManager {
         self.local.granularity()
     }
 
-    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
+    fn is_populated(&self, section: Section) -> Result<bool, Unavailable> {
         Ok(self.local.is_populated(section))
     }
 
     fn replay_populated(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         Ok(self.local.replay_populated(section, visit))
@@ -154,7 +154,7 @@ impl RamDiscardManager for TestManager {
 
     fn replay_discarded(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         Ok(self.local.replay_discarded(section, visit))
@@ -162,7 +162,7 @@ impl RamDiscardManager for TestManager {
 
     fn register(
         &self,
-        section: ByteRange,
+        section: Section,
         listener: Box<dyn RamDiscardListener>,
     ) -> Result<ListenerId, RegisterError> {
         self.local.register(section, listener)
@@ -174,7 +174,7 @@ impl RamDiscardManager for TestManager {
 
     fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
         let inner = self.local.freeze(purpose);
-        let region = ByteRange::new(0, self.region_size()).unwrap();
+        let region = Section::new(0, self.region_size()).unwrap();
         let discarded = inner.discarded(region).collect();
         let log = Arc::clone(&self.log.lock().unwrap());
         log.lock().unwrap().push("freeze");

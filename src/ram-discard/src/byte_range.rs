@@ -1,28 +1,74 @@
-//! A byte range that is never empty and never wraps.
+//! Byte ranges that are never empty and never wrap, a type for each place that they count from.
+//!
+//! ```text
+//!   GpaRange   from guest-physical address 0
+//!       | section(addr), gpa(addr)              addr: where the device's region starts
+//!   Section    from the start of a region
+//!       | in_block(start), section(start)       start: where the region starts in its RAM block
+//!   ByteRange  from the start of a RAM block
+//!       | in_file(base), in_block(base)         base: where the block starts in its file
+//!   FileRange  from the start of a file
+//! ```
 
 use std::fmt;
+use std::hash::Hash;
+use std::marker::PhantomData;
 
-/// `len` bytes from `start`: never empty, and `start + len` never overflows.
-///
-/// What `start` counts from is said where the range is used: the start of the device's region
-/// (sections), guest-physical address 0, or the start of a file.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ByteRange {
-    start: u64,
-    len: u64,
+/// What a range counts from.
+pub trait Origin: Copy + Ord + Hash + fmt::Debug + Send + Sync + 'static {}
+
+macro_rules! origins {
+    ($($(#[$doc:meta])* $name:ident)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum $name {}
+        impl Origin for $name {}
+    )*};
 }
 
-impl ByteRange {
+origins! {
+    /// The start of a RAM block.
+    OfBlock
+    /// The start of the region of a RamDiscardManager.
+    OfRegion
+    /// Guest-physical address 0.
+    OfGuest
+    /// The start of a file.
+    OfFile
+}
+
+/// Bytes from the start of a RAM block.
+pub type ByteRange = Extent<OfBlock>;
+
+/// Bytes from the start of the region of a RamDiscardManager, which is that of a device.
+pub type Section = Extent<OfRegion>;
+
+/// Guest-physical addresses.
+pub type GpaRange = Extent<OfGuest>;
+
+/// Bytes from the start of a file.
+pub type FileRange = Extent<OfFile>;
+
+/// `len` bytes from `start`: never empty, and `start + len` never overflows. `O` is what `start` counts from.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Extent<O> {
+    start: u64,
+    len: u64,
+    origin: PhantomData<O>,
+}
+
+impl<O: Origin> Extent<O> {
     /// The range `[start, start + len)`; `None` when it would be empty or wrap.
     #[inline]
     pub fn new(start: u64, len: u64) -> Option<Self> {
-        (len != 0 && start.checked_add(len).is_some()).then_some(Self { start, len })
+        let possible = len != 0 && start.checked_add(len).is_some();
+        possible.then_some(Self { start, len, origin: PhantomData })
     }
 
     /// The range `[start, end)`; `None` when it would be empty.
     #[inline]
     pub fn from_bounds(start: u64, end: u64) -> Option<Self> {
-        (start < end).then(|| Self { start, len: end - start })
+        (start < end).then(|| Self { start, len: end - start, origin: PhantomData })
     }
 
     /// First byte.
@@ -62,19 +108,6 @@ impl ByteRange {
         self.start <= other.start && other.end() <= self.end()
     }
 
-    /// The same bytes counted from an origin that lies `by` bytes lower; `None` on overflow.
-    #[inline]
-    pub fn shifted_up(self, by: u64) -> Option<Self> {
-        Self::new(self.start.checked_add(by)?, self.len)
-    }
-
-    /// The same bytes counted from an origin that lies `by` bytes higher; `None` when the range
-    /// starts below it.
-    #[inline]
-    pub fn shifted_down(self, by: u64) -> Option<Self> {
-        Self::new(self.start.checked_sub(by)?, self.len)
-    }
-
     /// The parts of this range before and after `hole`.
     #[inline]
     pub fn subtract(self, hole: Self) -> [Option<Self>; 2] {
@@ -99,15 +132,99 @@ impl ByteRange {
             Some(chunk)
         })
     }
+
+    /// The same bytes, counted from an origin `by` bytes below.
+    #[inline]
+    fn up<P: Origin>(self, by: u64) -> Option<Extent<P>> {
+        Extent::new(self.start.checked_add(by)?, self.len)
+    }
+
+    /// The same bytes, counted from an origin `by` bytes above.
+    #[inline]
+    fn down<P: Origin>(self, by: u64) -> Option<Extent<P>> {
+        Extent::new(self.start.checked_sub(by)?, self.len)
+    }
 }
 
-impl fmt::Debug for ByteRange {
+impl Section {
+    /// Its guest-physical addresses, where the region starts at `addr`; `None` past the last address.
+    #[inline]
+    pub fn gpa(self, addr: u64) -> Option<GpaRange> {
+        self.up(addr)
+    }
+
+    /// The same bytes of the RAM block in which the region starts at byte `start`; `None` past all
+    /// lengths.
+    #[inline]
+    pub fn in_block(self, start: u64) -> Option<ByteRange> {
+        self.up(start)
+    }
+}
+
+impl GpaRange {
+    /// The same bytes of the region that starts at `addr`; `None` when they start before it.
+    #[inline]
+    pub fn section(self, addr: u64) -> Option<Section> {
+        self.down(addr)
+    }
+
+    /// The same bytes of the RAM block that starts at `addr`; `None` when they start before it.
+    #[inline]
+    pub fn in_block(self, addr: u64) -> Option<ByteRange> {
+        self.down(addr)
+    }
+}
+
+impl ByteRange {
+    /// The same bytes of the region that starts at byte `start` of the block; `None` when they start
+    /// before it.
+    #[inline]
+    pub fn section(self, start: u64) -> Option<Section> {
+        self.down(start)
+    }
+
+    /// Their guest-physical addresses, where the block is at `addr`; `None` past the last address.
+    #[inline]
+    pub fn gpa(self, addr: u64) -> Option<GpaRange> {
+        self.up(addr)
+    }
+
+    /// The same bytes of the file in which the block starts at byte `base`; `None` past all lengths.
+    #[inline]
+    pub fn in_file(self, base: u64) -> Option<FileRange> {
+        self.up(base)
+    }
+
+    /// The same bytes of the block that a part of this one, which starts at byte `start` of it, is seen
+    /// as; `None` when they start before it.
+    #[inline]
+    pub fn in_part(self, start: u64) -> Option<Self> {
+        self.down(start)
+    }
+
+    /// As bytes of the block, of bytes of a part of it that starts at byte `start`.
+    #[inline]
+    pub fn of_part(self, start: u64) -> Option<Self> {
+        self.up(start)
+    }
+}
+
+impl FileRange {
+    /// The same bytes of the RAM block that starts at byte `base` of the file; `None` when they start
+    /// before it.
+    #[inline]
+    pub fn in_block(self, base: u64) -> Option<ByteRange> {
+        self.down(base)
+    }
+}
+
+impl<O: Origin> fmt::Debug for Extent<O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "[{:#x}, {:#x})", self.start, self.end())
     }
 }
 
-impl fmt::Display for ByteRange {
+impl<O: Origin> fmt::Display for Extent<O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self, f)
     }

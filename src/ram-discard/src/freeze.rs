@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 
 use super::Unavailable;
-use crate::ByteRange;
+use crate::Section;
 
 /// What block state is frozen for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ pub trait Freeze: Send + Sync {
 /// Both come in one step, so that there is no mask without a freeze that it belongs to. A freeze may
 /// be lost, since the process that has the device may end: [`check`](Self::check) says so, for good.
 pub struct FrozenBlockState {
-    discarded: Vec<ByteRange>,
+    discarded: Vec<Section>,
     freeze: Option<Box<dyn Freeze>>,
     lost: Mutex<Option<FreezeLost>>,
 }
@@ -68,17 +68,17 @@ pub struct FrozenBlockState {
 impl FrozenBlockState {
     /// For a manager, which has begun `freeze` and then found `discarded`: all maximal ranges of its
     /// region, ascending.
-    pub fn new(discarded: Vec<ByteRange>, freeze: Box<dyn Freeze>) -> Self {
+    pub fn new(discarded: Vec<Section>, freeze: Box<dyn Freeze>) -> Self {
         Self { discarded, freeze: Some(freeze), lost: Mutex::new(None) }
     }
 
     /// For a manager that learns what is discarded after its freeze has begun.
-    pub fn set_discarded(&mut self, discarded: Vec<ByteRange>) {
+    pub fn set_discarded(&mut self, discarded: Vec<Section>) {
         self.discarded = discarded;
     }
 
     /// The maximal discarded ranges of `section`, ascending.
-    pub fn discarded(&self, section: ByteRange) -> impl Iterator<Item = ByteRange> + '_ {
+    pub fn discarded(&self, section: Section) -> impl Iterator<Item = Section> + '_ {
         let first = self.discarded.partition_point(|range| range.end() <= section.start());
         self.discarded[first..].iter().map_while(move |range| range.intersection(section))
     }
@@ -154,8 +154,8 @@ mod tests {
         }
     }
 
-    fn range(start: u64, end: u64) -> ByteRange {
-        ByteRange::from_bounds(start, end).unwrap()
+    fn range(start: u64, end: u64) -> Section {
+        Section::from_bounds(start, end).unwrap()
     }
 
     #[test]

@@ -25,10 +25,10 @@
 //! [`memory`] is what it is all about: guest RAM as the host has it, and how it is discarded.
 //!
 //! ```
-//! use ram_discard::{ByteRange, FreezeFor, LocalRamDiscardManager};
+//! use ram_discard::{FreezeFor, LocalRamDiscardManager, Section};
 //!
 //! let manager = LocalRamDiscardManager::new(1 << 30);
-//! let all = ByteRange::new(0, 1 << 30).unwrap();
+//! let all = Section::new(0, 1 << 30).unwrap();
 //! // A migration learns what is discarded, and has it stay so, in one step.
 //! let frozen = manager.freeze(FreezeFor::Source);
 //! assert_eq!(frozen.discarded(all).count(), 0);
@@ -52,13 +52,17 @@ mod local;
 pub mod memory;
 mod source;
 mod sys;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod test_utils;
 
 use std::ops::ControlFlow;
 
 use thiserror::Error;
 
 pub use all_or_none::try_all;
-pub use byte_range::ByteRange;
+pub use byte_range::{
+    ByteRange, Extent, FileRange, GpaRange, OfBlock, OfFile, OfGuest, OfRegion, Origin, Section,
+};
 pub use freeze::{Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState};
 pub use listener::{PopulateRefused, RamDiscardListener};
 pub use listeners::{Listeners, Registered};
@@ -66,7 +70,7 @@ pub use local::{FreezeId, FreezeObserver, LocalRamDiscardManager, Transaction};
 pub use source::RamDiscardSource;
 
 /// What a replay calls with each range; it must not call back into the manager.
-pub type Visit<'a> = dyn FnMut(ByteRange) -> ControlFlow<()> + 'a;
+pub type Visit<'a> = dyn FnMut(Section) -> ControlFlow<()> + 'a;
 
 /// The manager of a region, in this process or another.
 ///
@@ -83,7 +87,7 @@ pub trait RamDiscardManager: Send + Sync {
     /// # Errors
     ///
     /// When the manager's process is gone.
-    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable>;
+    fn is_populated(&self, section: Section) -> Result<bool, Unavailable>;
 
     /// Calls `visit` with each maximal populated range of `section`, ascending, until it breaks.
     ///
@@ -92,7 +96,7 @@ pub trait RamDiscardManager: Send + Sync {
     /// When the manager's process is gone.
     fn replay_populated(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable>;
 
@@ -103,7 +107,7 @@ pub trait RamDiscardManager: Send + Sync {
     /// When the manager's process is gone.
     fn replay_discarded(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable>;
 
@@ -116,7 +120,7 @@ pub trait RamDiscardManager: Send + Sync {
     /// discard what it had accepted.
     fn register(
         &self,
-        section: ByteRange,
+        section: Section,
         listener: Box<dyn RamDiscardListener>,
     ) -> Result<ListenerId, RegisterError>;
 
@@ -159,7 +163,7 @@ pub enum RegisterError {
     #[error("section {section} is not inside the region of {region_size:#x} bytes")]
     OutsideRegion {
         /// What was asked for.
-        section: ByteRange,
+        section: Section,
         /// Size of the region, bytes.
         region_size: u64,
     },

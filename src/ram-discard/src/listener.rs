@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::{ByteRange, try_all};
+use crate::{Section, try_all};
 
 /// A listener's refusal to have memory populated; the guest is told BUSY.
 #[derive(Debug, Error)]
@@ -11,7 +11,7 @@ pub struct PopulateRefused {
     /// Who refused.
     pub listener: String,
     /// What it refused, bytes from the start of the region.
-    pub section: ByteRange,
+    pub section: Section,
     /// Why, in its own words.
     pub reason: String,
 }
@@ -38,11 +38,11 @@ pub trait RamDiscardListener: Send {
     /// # Errors
     ///
     /// The reason for a refusal.
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String>;
+    fn notify_populate(&mut self, section: Section) -> Result<(), String>;
 
     /// `section` is no longer used: let go of it. Parts of it may never have been populated, or have
     /// been discarded before, and what is populated around it stays.
-    fn notify_discard(&mut self, section: ByteRange);
+    fn notify_discard(&mut self, section: Section);
 
     /// As [`notify_populate`](Self::notify_populate) of several sections of one change, in this
     /// order: all of them, or in the end none.
@@ -51,7 +51,7 @@ pub trait RamDiscardListener: Send {
     ///
     /// The section that is refused, and the reason. What was accepted before it has been discarded
     /// again, in reverse.
-    fn notify_populate_all(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
+    fn notify_populate_all(&mut self, sections: &[Section]) -> Result<(), (Section, String)> {
         try_all(
             self,
             sections,
@@ -63,7 +63,7 @@ pub trait RamDiscardListener: Send {
     }
 
     /// As [`notify_discard`](Self::notify_discard) of several sections of one change, in this order.
-    fn notify_discard_all(&mut self, sections: &[ByteRange]) {
+    fn notify_discard_all(&mut self, sections: &[Section]) {
         sections.iter().for_each(|&section| self.notify_discard(section));
     }
 

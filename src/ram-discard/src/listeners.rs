@@ -1,7 +1,7 @@
 //! The listeners of a manager, in the order in which they registered.
 
 use super::{ListenerId, PopulateRefused, RamDiscardListener};
-use crate::{ByteRange, try_all};
+use crate::{Section, try_all};
 
 /// Listeners, each with the section it registered for: what every manager is made of, whether it has the
 /// device or is told of it by another process.
@@ -15,7 +15,7 @@ pub struct Listeners {
 pub struct Registered {
     id: ListenerId,
     /// What it registered for.
-    pub section: ByteRange,
+    pub section: Section,
     /// The listener.
     pub listener: Box<dyn RamDiscardListener>,
 }
@@ -28,9 +28,9 @@ impl Listeners {
     /// When it refuses; it is then told to discard what it had accepted, in reverse.
     pub fn add(
         &mut self,
-        section: ByteRange,
+        section: Section,
         mut listener: Box<dyn RamDiscardListener>,
-        populated: &[ByteRange],
+        populated: &[Section],
     ) -> Result<ListenerId, PopulateRefused> {
         try_all(
             &mut *listener,
@@ -60,7 +60,7 @@ impl Listeners {
     /// # Errors
     ///
     /// When one refuses; those told before it are then told to discard, in reverse.
-    pub fn populate(&mut self, section: ByteRange) -> Result<(), PopulateRefused> {
+    pub fn populate(&mut self, section: Section) -> Result<(), PopulateRefused> {
         let all = 0..self.registered.len();
         try_all(
             &mut *self.registered,
@@ -75,7 +75,7 @@ impl Listeners {
     /// # Errors
     ///
     /// As [`populate`](Self::populate); the sections before have then been discarded again, in reverse.
-    pub fn populate_each(&mut self, sections: &[ByteRange]) -> Result<(), PopulateRefused> {
+    pub fn populate_each(&mut self, sections: &[Section]) -> Result<(), PopulateRefused> {
         try_all(
             self,
             sections,
@@ -85,7 +85,7 @@ impl Listeners {
     }
 
     /// Tells the listeners in reverse.
-    pub fn discard(&mut self, section: ByteRange) {
+    pub fn discard(&mut self, section: Section) {
         for registered in self.registered.iter_mut().rev() {
             registered.discard(section);
         }
@@ -96,7 +96,7 @@ impl Listeners {
     /// # Errors
     ///
     /// As [`populate`](Self::populate).
-    pub fn populate_all(&mut self, sections: &[ByteRange]) -> Result<(), PopulateRefused> {
+    pub fn populate_all(&mut self, sections: &[Section]) -> Result<(), PopulateRefused> {
         let all = 0..self.registered.len();
         try_all(
             &mut *self.registered,
@@ -111,7 +111,7 @@ impl Listeners {
 
     /// As [`discard`](Self::discard) of several sections of one change, in this order: each listener
     /// is told of all of them before the next one is.
-    pub fn discard_all(&mut self, sections: &[ByteRange]) {
+    pub fn discard_all(&mut self, sections: &[Section]) {
         for registered in self.registered.iter_mut().rev() {
             registered.discard_all(sections);
         }
@@ -134,33 +134,33 @@ impl Listeners {
 
 impl Registered {
     /// What of the sections the listener registered for.
-    fn parts(&self, sections: &[ByteRange]) -> Vec<ByteRange> {
+    fn parts(&self, sections: &[Section]) -> Vec<Section> {
         sections.iter().filter_map(|&section| self.section.intersection(section)).collect()
     }
 
-    fn populate(&mut self, section: ByteRange) -> Result<(), PopulateRefused> {
+    fn populate(&mut self, section: Section) -> Result<(), PopulateRefused> {
         let Some(section) = self.section.intersection(section) else { return Ok(()) };
         let told = self.listener.notify_populate(section);
         told.map_err(|reason| self.refused(section, reason))
     }
 
-    fn populate_all(&mut self, sections: &[ByteRange]) -> Result<(), PopulateRefused> {
+    fn populate_all(&mut self, sections: &[Section]) -> Result<(), PopulateRefused> {
         let told = self.listener.notify_populate_all(&self.parts(sections));
         told.map_err(|(section, reason)| self.refused(section, reason))
     }
 
-    fn refused(&self, section: ByteRange, reason: String) -> PopulateRefused {
+    fn refused(&self, section: Section, reason: String) -> PopulateRefused {
         PopulateRefused { listener: self.listener.name().to_owned(), section, reason }
     }
 
-    fn discard_all(&mut self, sections: &[ByteRange]) {
+    fn discard_all(&mut self, sections: &[Section]) {
         let ranges = self.parts(sections);
         if !ranges.is_empty() {
             self.listener.notify_discard_all(&ranges);
         }
     }
 
-    fn discard(&mut self, section: ByteRange) {
+    fn discard(&mut self, section: Section) {
         if let Some(range) = self.section.intersection(section) {
             self.listener.notify_discard(range);
         }

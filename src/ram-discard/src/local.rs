@@ -20,7 +20,7 @@ use super::{
     Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId, RamDiscardListener,
     RamDiscardManager, RamDiscardSource, RegisterError, SourceId, Unavailable, Visit,
 };
-use crate::ByteRange;
+use crate::Section;
 
 /// Holds the sources and listeners of one region, in the process that has the device.
 pub struct LocalRamDiscardManager {
@@ -113,7 +113,7 @@ impl LocalRamDiscardManager {
     }
 
     /// Whether all sources call every byte of `section` populated.
-    pub fn is_populated(&self, section: ByteRange) -> bool {
+    pub fn is_populated(&self, section: Section) -> bool {
         self.inner().combined(None).is_populated(section)
     }
 
@@ -121,8 +121,8 @@ impl LocalRamDiscardManager {
     /// `visit` must not call back into the manager.
     pub fn replay_populated(
         &self,
-        section: ByteRange,
-        mut visit: impl FnMut(ByteRange) -> ControlFlow<()>,
+        section: Section,
+        mut visit: impl FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         self.inner().combined(None).replay(section, true, &mut visit)
     }
@@ -131,8 +131,8 @@ impl LocalRamDiscardManager {
     /// `visit` must not call back into the manager.
     pub fn replay_discarded(
         &self,
-        section: ByteRange,
-        mut visit: impl FnMut(ByteRange) -> ControlFlow<()>,
+        section: Section,
+        mut visit: impl FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         self.inner().combined(None).replay(section, false, &mut visit)
     }
@@ -146,7 +146,7 @@ impl LocalRamDiscardManager {
     /// discard what it had accepted.
     pub fn register(
         &self,
-        section: ByteRange,
+        section: Section,
         listener: Box<dyn RamDiscardListener>,
     ) -> Result<ListenerId, RegisterError> {
         let mut inner = self.inner();
@@ -240,7 +240,7 @@ struct LocalFreeze {
     shared: Arc<Shared>,
     id: FreezeId,
     /// What must still be discarded, where nothing may change.
-    map: Option<Vec<ByteRange>>,
+    map: Option<Vec<Section>>,
 }
 
 impl LocalFreeze {
@@ -276,9 +276,9 @@ impl Freeze for LocalFreeze {
 
 impl Inner {
     /// All maximal discarded ranges, ascending.
-    fn discarded(&self) -> Vec<ByteRange> {
+    fn discarded(&self) -> Vec<Section> {
         let mut ranges = Vec::new();
-        if let Some(region) = ByteRange::new(0, self.region_size) {
+        if let Some(region) = Section::new(0, self.region_size) {
             let _ = self.combined(None).replay(region, false, &mut |range| {
                 ranges.push(range);
                 ControlFlow::Continue(())
@@ -287,9 +287,9 @@ impl Inner {
         ranges
     }
 
-    fn is_discarded_exactly(&self, map: &[ByteRange]) -> bool {
+    fn is_discarded_exactly(&self, map: &[Section]) -> bool {
         let mut expected = map.iter();
-        let Some(region) = ByteRange::new(0, self.region_size) else { return map.is_empty() };
+        let Some(region) = Section::new(0, self.region_size) else { return map.is_empty() };
         let replayed =
             self.combined(None).replay(region, false, &mut |range| match expected.next() {
                 Some(&other) if other == range => ControlFlow::Continue(()),
@@ -313,8 +313,8 @@ impl Inner {
     fn populated_by_others(
         &self,
         except: Option<SourceId>,
-        section: ByteRange,
-    ) -> SmallVec<[ByteRange; 1]> {
+        section: Section,
+    ) -> SmallVec<[Section; 1]> {
         let mut ranges = SmallVec::new();
         let _ = self.combined(except).replay(section, true, &mut |range| {
             ranges.push(range);
@@ -328,9 +328,9 @@ impl Inner {
         &self,
         source: &dyn RamDiscardSource,
         except: Option<SourceId>,
-    ) -> Vec<ByteRange> {
+    ) -> Vec<Section> {
         let mut ranges = Vec::new();
-        if let Some(region) = ByteRange::new(0, self.region_size) {
+        if let Some(region) = Section::new(0, self.region_size) {
             let others = self.combined(except);
             let _ = source.replay(region, false, &mut |discarded| {
                 others.replay(discarded, true, &mut |range| {
@@ -352,13 +352,13 @@ impl RamDiscardManager for LocalRamDiscardManager {
         self.granularity()
     }
 
-    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
+    fn is_populated(&self, section: Section) -> Result<bool, Unavailable> {
         Ok(self.is_populated(section))
     }
 
     fn replay_populated(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         Ok(self.replay_populated(section, visit))
@@ -366,7 +366,7 @@ impl RamDiscardManager for LocalRamDiscardManager {
 
     fn replay_discarded(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         Ok(self.replay_discarded(section, visit))
@@ -374,7 +374,7 @@ impl RamDiscardManager for LocalRamDiscardManager {
 
     fn register(
         &self,
-        section: ByteRange,
+        section: Section,
         listener: Box<dyn RamDiscardListener>,
     ) -> Result<ListenerId, RegisterError> {
         self.register(section, listener)

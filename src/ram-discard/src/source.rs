@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use crate::ByteRange;
+use crate::Section;
 
 /// A party that knows which parts of a region are populated, as virtio-mem does of its region.
 ///
@@ -18,26 +18,26 @@ pub trait RamDiscardSource: Send + Sync {
 
     /// The first maximal range of `section` that is populated (with `populated` false: that is
     /// discarded), clipped to `section`; `None` when there is none.
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange>;
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section>;
 
     /// Calls `visit` with each maximal range of `section` in the asked state, ascending, until it
     /// breaks. A source behind a lock should not hold it across `visit`.
     fn replay(
         &self,
-        section: ByteRange,
+        section: Section,
         populated: bool,
-        visit: &mut dyn FnMut(ByteRange) -> ControlFlow<()>,
+        visit: &mut dyn FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         let mut rest = Some(section);
         while let Some(range) = rest.and_then(|rest| self.next_range(rest, populated)) {
             visit(range)?;
-            rest = ByteRange::from_bounds(range.end(), section.end());
+            rest = Section::from_bounds(range.end(), section.end());
         }
         ControlFlow::Continue(())
     }
 
     /// Whether every byte of `section` is populated.
-    fn is_populated(&self, section: ByteRange) -> bool {
+    fn is_populated(&self, section: Section) -> bool {
         self.next_range(section, true) == Some(section)
     }
 }
@@ -51,10 +51,10 @@ pub(super) struct Combined<'a> {
 }
 
 impl Combined<'_> {
-    fn next_populated(&self, section: ByteRange) -> Option<ByteRange> {
+    fn next_populated(&self, section: Section) -> Option<Section> {
         let mut start = section.start();
         'from_start: loop {
-            let rest = ByteRange::from_bounds(start, section.end())?;
+            let rest = Section::from_bounds(start, section.end())?;
             let mut end = section.end();
             for source in &self.sources {
                 let run = source.next_range(rest, true)?;
@@ -64,15 +64,15 @@ impl Combined<'_> {
                 }
                 end = end.min(run.end());
             }
-            return ByteRange::from_bounds(start, end);
+            return Section::from_bounds(start, end);
         }
     }
 
-    fn next_discarded(&self, section: ByteRange) -> Option<ByteRange> {
+    fn next_discarded(&self, section: Section) -> Option<Section> {
         let first = self.sources.iter().filter_map(|source| source.next_range(section, false));
-        let rest = ByteRange::from_bounds(first.min()?.start(), section.end())?;
-        let end = self.next_populated(rest).map_or(section.end(), ByteRange::start);
-        ByteRange::from_bounds(rest.start(), end)
+        let rest = Section::from_bounds(first.min()?.start(), section.end())?;
+        let end = self.next_populated(rest).map_or(section.end(), Section::start);
+        Section::from_bounds(rest.start(), end)
     }
 }
 
@@ -85,15 +85,15 @@ impl RamDiscardSource for Combined<'_> {
         self.sources.iter().map(|source| source.granularity()).min().unwrap_or(1)
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         if populated { self.next_populated(section) } else { self.next_discarded(section) }
     }
 
     fn replay(
         &self,
-        section: ByteRange,
+        section: Section,
         populated: bool,
-        visit: &mut dyn FnMut(ByteRange) -> ControlFlow<()>,
+        visit: &mut dyn FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         // One source, the usual case, may have a faster way than range by range.
         if let [only] = self.sources[..] {
@@ -102,7 +102,7 @@ impl RamDiscardSource for Combined<'_> {
         let mut rest = Some(section);
         while let Some(range) = rest.and_then(|rest| self.next_range(rest, populated)) {
             visit(range)?;
-            rest = ByteRange::from_bounds(range.end(), section.end());
+            rest = Section::from_bounds(range.end(), section.end());
         }
         ControlFlow::Continue(())
     }

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use ram_discard::memory::RamBlock;
-use ram_discard::{ByteRange, RamDiscardListener};
+use ram_discard::{RamDiscardListener, Section};
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
@@ -30,7 +30,7 @@ impl RamDiscardListener for Iommu {
     }
 
     /// Granule by granule: a later discard may be narrower than this section.
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         let granules = (section.start()..section.end()).step_by(self.granularity as usize);
         let mut mapped = self.mapped.lock().map_err(|error| error.to_string())?;
         if mapped.len() + granules.clone().count() > self.limit {
@@ -43,7 +43,7 @@ impl RamDiscardListener for Iommu {
     }
 
     /// May be wider than what is mapped, and come twice. Memory goes when this has returned.
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         let mut mapped = self.mapped.lock().unwrap_or_else(|error| error.into_inner());
         // VFIO_IOMMU_UNMAP_DMA would be here.
         mapped.retain(|granule| !(section.start()..section.end()).contains(granule));

@@ -11,7 +11,7 @@ mod server;
 use std::ops::Range;
 use std::time::Duration;
 
-use ram_discard::ByteRange;
+use ram_discard::Section;
 use virtio_mem::device::Geometry;
 use virtio_mem::discard_channel::wire::Message;
 
@@ -33,7 +33,7 @@ fn geometry() -> Geometry {
 }
 
 /// The blocks of a section.
-fn blocks(section: ByteRange, block_size: u64) -> Range<usize> {
+fn blocks(section: Section, block_size: u64) -> Range<usize> {
     let index = |at: u64| usize::try_from(at / block_size).unwrap();
     index(section.start())..index(section.end())
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use ram_discard::memory::RamBlock;
-use ram_discard::{ByteRange, RamDiscardListener};
+use ram_discard::{RamDiscardListener, Section};
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_mem::controller::{
     BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord,
@@ -86,7 +86,7 @@ impl StateStore for Watch {
 }
 
 impl Watch {
-    fn mark(&self, section: ByteRange, populated: bool) {
+    fn mark(&self, section: Section, populated: bool) {
         let index = |at: u64| usize::try_from(at / BLOCK).unwrap();
         let blocks = index(section.start())..index(section.end());
         self.0.lock().populated[blocks].fill(populated);
@@ -98,7 +98,7 @@ impl RamDiscardListener for Watch {
         "watch"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         if self.0.lock().faults.listener {
             return Err("a fault".to_owned());
         }
@@ -106,7 +106,7 @@ impl RamDiscardListener for Watch {
         Ok(())
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         self.mark(section, false);
     }
 }

@@ -27,7 +27,7 @@ use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
 use migration::progress::Progress;
 use migration::ram::{MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{Restore, restore};
-use ram_discard::{ByteRange, RamDiscardSource};
+use ram_discard::{RamDiscardSource, Section};
 use virtio_mem::device::BlockBitmap;
 
 use crate::input::Input;
@@ -84,10 +84,10 @@ impl RamDiscardSource for Plugged {
         BLOCK
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
         let run = self.0.next_run(blocks, populated)?;
-        ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?
+        Section::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?
             .intersection(section)
     }
 }

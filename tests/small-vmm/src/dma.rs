@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ram_discard::{ByteRange, RamDiscardListener};
+use ram_discard::{RamDiscardListener, Section};
 
 use crate::memory::GuestRam;
 use crate::sys::Pinned;
@@ -82,17 +82,17 @@ impl RamDiscardListener for DmaListener {
         "dma"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         self.mappings.lock().map(section)
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         self.mappings.lock().unmap(section);
     }
 }
 
 impl Mappings {
-    fn map(&mut self, section: ByteRange) -> Result<(), String> {
+    fn map(&mut self, section: Section) -> Result<(), String> {
         let mut done = Vec::new();
         for granule in self.granules(section) {
             let result = self.map_granule(granule);
@@ -118,7 +118,7 @@ impl Mappings {
         Ok(())
     }
 
-    fn unmap(&mut self, section: ByteRange) {
+    fn unmap(&mut self, section: Section) {
         for granule in self.granules(section) {
             self.unmap_granule(granule);
         }
@@ -142,7 +142,7 @@ impl Mappings {
     }
 
     /// The granules of a section, which is made of whole ones.
-    fn granules(&mut self, section: ByteRange) -> impl Iterator<Item = u64> + use<> {
+    fn granules(&mut self, section: Section) -> impl Iterator<Item = u64> + use<> {
         let granularity = self.granularity;
         if !section.start().is_multiple_of(granularity)
             || !section.end().is_multiple_of(granularity)

@@ -8,9 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ram_discard::{
-    ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, SourceId,
-};
+use ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, Section, SourceId};
 use small_vmm::daemon::{Daemon, DaemonOptions};
 use small_vmm::dma::DmaMappings;
 use small_vmm::machine::{Machine, MachineOptions};
@@ -22,8 +20,8 @@ use common::{ADDR, BLOCK, PATIENCE, REGION, daemon_binary};
 
 const NO_LIMIT: usize = usize::MAX;
 
-fn section(first: u64, end: u64) -> ByteRange {
-    ByteRange::from_bounds(first * BLOCK, end * BLOCK).unwrap()
+fn section(first: u64, end: u64) -> Section {
+    Section::from_bounds(first * BLOCK, end * BLOCK).unwrap()
 }
 
 fn offsets(blocks: impl IntoIterator<Item = u64>) -> Vec<u64> {
@@ -48,11 +46,11 @@ impl RamDiscardSource for Blocks {
         BLOCK
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
         let run =
             self.0.lock().unwrap_or_else(PoisonError::into_inner).next_run(blocks, populated)?;
-        ByteRange::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?
+        Section::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?
             .intersection(section)
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use parking_lot::Mutex;
-use ram_discard::ByteRange;
+use ram_discard::GpaRange;
 use vhost_user_backend::VhostUserDaemon;
 use virtio_mem::controller::FreezeHolder;
 use vmm_sys_util::epoll::EventSet;
@@ -270,7 +270,7 @@ impl ConnectionEvents for Events {
     }
 
     fn is_usable(&self, gpa: u64, len: u64) -> bool {
-        let range = ByteRange::new(gpa, len);
+        let range = GpaRange::new(gpa, len);
         range.is_none_or(|range| self.service.controller().is_usable(range))
     }
 

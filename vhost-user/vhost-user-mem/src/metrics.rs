@@ -11,7 +11,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use ram_discard::{ByteRange, RamDiscardListener};
+use ram_discard::{RamDiscardListener, Section};
 use virtio_mem::controller::MemController;
 use virtio_mem::device::{Request, Response};
 
@@ -294,12 +294,12 @@ impl RamDiscardListener for MetricsListener {
         "metrics"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         self.0.populated_bytes.inc_by(section.len());
         Ok(())
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         self.0.discarded_bytes.inc_by(section.len());
     }
 }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use migration::lazy::OfferedFaults;
 use parking_lot::Mutex;
-use ram_discard::{ByteRange, ListenerId, RamDiscardListener};
+use ram_discard::{GpaRange, ListenerId, RamDiscardListener, Section};
 use virtio_mem::controller::{FreezeHolder, MemController};
 use virtio_mem::device::Geometry;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -53,7 +53,7 @@ struct Faults {
     memory: Option<Arc<Memory>>,
     /// Sections of the region that are plugged, ascending and apart. `None` from when they are too
     /// many to be followed: all of the region is waited for then.
-    plugged: Option<Vec<ByteRange>>,
+    plugged: Option<Vec<Section>>,
 }
 
 impl Postcopy {
@@ -215,14 +215,14 @@ impl Faults {
     /// Follows a change of `section`, unless all of the region is waited for, or is from now on.
     fn follow(
         &mut self,
-        section: ByteRange,
-        change: impl Fn(&mut Vec<ByteRange>, ByteRange),
+        section: Section,
+        change: impl Fn(&mut Vec<Section>, Section),
         call: impl Fn(&OfferedFaults, u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
         let Some(plugged) = &mut self.plugged else { return Ok(()) };
         change(plugged, section);
         if plugged.len() <= ranges::RANGES_MAX {
-            let range = section.shifted_up(self.geometry.addr());
+            let range = section.gpa(self.geometry.addr());
             return range.map_or(Ok(()), |range| self.for_each_mapped(range, call));
         }
         // One mapping again, where there were thousands.
@@ -232,18 +232,18 @@ impl Faults {
     }
 
     /// Registers guest-physical `range`, as far as it is mapped.
-    fn register(&self, range: ByteRange) -> io::Result<()> {
+    fn register(&self, range: GpaRange) -> io::Result<()> {
         self.for_each_mapped(range, OfferedFaults::register)
     }
 
     fn for_each_mapped(
         &self,
-        range: ByteRange,
+        range: GpaRange,
         call: impl Fn(&OfferedFaults, u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
         let (Some(offered), Some(memory)) = (&self.offered, &self.memory) else { return Ok(()) };
         for region in memory.iter() {
-            let entry = ByteRange::new(region.start_addr().0, region.len());
+            let entry = GpaRange::new(region.start_addr().0, region.len());
             if let Some(part) = entry.and_then(|entry| entry.intersection(range)) {
                 let start = region.as_ptr().addr() as u64 + (part.start() - region.start_addr().0);
                 call(offered, start, part.len())?;
@@ -261,7 +261,7 @@ impl RamDiscardListener for Listener {
         "postcopy"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         let mut faults = self.0.lock();
         faults.follow(section, ranges::add, OfferedFaults::register).map_err(|error| {
             if let Some(plugged) = &mut faults.plugged {
@@ -271,7 +271,7 @@ impl RamDiscardListener for Listener {
         })
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         let followed = self.0.lock().follow(section, ranges::remove, OfferedFaults::unregister);
         if let Err(error) = followed {
             tracing::error!(%section, %error, "discarded memory is still waited for");
@@ -291,8 +291,8 @@ mod tests {
         Listener(Arc::new(Mutex::new(Faults::new(geometry))))
     }
 
-    fn blocks(start: u64, end: u64) -> ByteRange {
-        ByteRange::from_bounds(start * BLOCK, end * BLOCK).unwrap()
+    fn blocks(start: u64, end: u64) -> Section {
+        Section::from_bounds(start * BLOCK, end * BLOCK).unwrap()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Everything here is read from a hostile guest. A chain's framing is checked before anything is
 //! executed: a request that could not be answered is not executed.
 
-use ram_discard::ByteRange;
+use ram_discard::GpaRange;
 use smallvec::SmallVec;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_mem::controller::MemController;
@@ -53,7 +53,7 @@ impl<'a> UsableMemory<'a> {
 
     fn is_usable(&self, addr: GuestAddress, count: usize) -> bool {
         // Whether addresses wrap is for the memory to judge.
-        let range = ByteRange::new(addr.0, count as u64);
+        let range = GpaRange::new(addr.0, count as u64);
         range.is_none_or(|range| self.controller.is_usable(range))
     }
 }
@@ -84,7 +84,7 @@ pub struct Framed<'a> {
     /// What the guest asks for, read once.
     pub request: Request,
     /// Where the room for the response is, guest-physical.
-    buffers: SmallVec<[ByteRange; 1]>,
+    buffers: SmallVec<[GpaRange; 1]>,
     /// Room for the response. Drivers use one buffer, for which nothing is allocated.
     response: SmallVec<[Part<'a>; 1]>,
 }
@@ -105,7 +105,7 @@ pub fn parse<'a>(
     let mut room = 0;
     let mut response = SmallVec::new();
     let mut response_buffers = SmallVec::new();
-    let mut buffers = SmallVec::<[ByteRange; 2]>::new();
+    let mut buffers = SmallVec::<[GpaRange; 2]>::new();
     for descriptor in chain {
         let len = usize::try_from(descriptor.len()).ok()?;
         if len == 0 {
@@ -120,7 +120,7 @@ pub fn parse<'a>(
             continue;
         }
         let addr = descriptor.addr();
-        let buffer = ByteRange::new(addr.0, used as u64)?;
+        let buffer = GpaRange::new(addr.0, used as u64)?;
         buffers.push(buffer);
         if writable {
             response_buffers.push(buffer);

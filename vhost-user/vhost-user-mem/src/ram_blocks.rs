@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use ram_discard::ByteRange;
+use ram_discard::GpaRange;
 use ram_discard::memory::RamBlock;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -31,12 +31,12 @@ impl RamBlocks {
     /// # Errors
     ///
     /// When one cannot be had, or could never be discarded.
-    pub fn of(&self, memory: &Memory, region: Option<ByteRange>) -> io::Result<Vec<Kept>> {
+    pub fn of(&self, memory: &Memory, region: Option<GpaRange>) -> io::Result<Vec<Kept>> {
         let kept = self.kept.lock();
         let mut blocks = Vec::new();
         for entry in memory.iter() {
             let (gpa, size) = (entry.start_addr().raw_value(), entry.len());
-            let range = ByteRange::new(gpa, size);
+            let range = GpaRange::new(gpa, size);
             if !range.zip(region).is_some_and(|(range, region)| range.overlaps(region)) {
                 continue;
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use management_api::{DeviceInfo, Event, Range};
-use ram_discard::ByteRange;
+use ram_discard::Section;
 use tokio::sync::broadcast;
 use virtio_mem::controller::{
     DeviceObserver, FreezeHolder, MemController, Reset, ResetError, ResizeError,
@@ -106,7 +106,7 @@ impl Service {
     }
 }
 
-fn to_api(range: ByteRange) -> Range {
+fn to_api(range: Section) -> Range {
     Range { offset: range.start(), size: range.len() }
 }
 
@@ -166,7 +166,7 @@ impl Management for Service {
         let blocks = geometry.region_size() / geometry.block_size();
         // A power of two, so that whole parts make the characters of a map.
         let part = blocks.div_ceil(RESIDENT_PARTS).next_power_of_two() * geometry.block_size();
-        let ranges: Arc<[ByteRange]> = self.controller.resident_ranges(part)?.into();
+        let ranges: Arc<[Section]> = self.controller.resident_ranges(part)?.into();
         Some(RangeList::new(move || {
             let (ranges, mut next) = (Arc::clone(&ranges), 0..ranges.len());
             Box::new(std::iter::from_fn(move || Some(to_api(ranges[next.next()?]))))

@@ -96,7 +96,7 @@ impl DirtyTracker for KvmDirtyLog {
             return Ok(());
         }
         for Slot { slot, range: own, reported, .. } in &mut self.slots {
-            let part = own.intersection(range).and_then(|part| part.shifted_down(own.start()));
+            let part = own.intersection(range).and_then(|part| part.in_part(own.start()));
             let Some(words) = part.map(|part| words_of(part, slot.page_size())) else { continue };
             for piece in words.start / CLEAR_WORDS..words.end.div_ceil(CLEAR_WORDS) {
                 let first = piece * CLEAR_WORDS;
@@ -135,7 +135,7 @@ fn report(range: ByteRange, page_size: u64, log: &[u64], dirty: &mut PageBitmap)
     for (word, &bits) in (0u64..).zip(log) {
         for bit in (0..64).filter(|bit| bits >> bit & 1 != 0) {
             let page = ByteRange::new((word * 64 + bit) * page_size, page_size);
-            let page = page.and_then(|page| page.shifted_up(range.start())?.intersection(range));
+            let page = page.and_then(|page| page.of_part(range.start())?.intersection(range));
             if let Some(page) = page {
                 dirty.set_range(pages_within(page, dirty));
             }

@@ -8,8 +8,8 @@
 use std::io;
 use std::sync::Arc;
 
-use ram_discard::ByteRange;
 use ram_discard::memory::HostMapping;
+use ram_discard::{ByteRange, Extent, GpaRange, Origin};
 
 use super::{DirtyTracker, pages_within};
 use crate::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, bytes_of, pages_touched};
@@ -68,7 +68,7 @@ impl VhostLog {
     /// # Errors
     ///
     /// `InvalidInput` when the range lies past the end of the log. Nothing is marked then.
-    pub fn mark(log: &HostMapping, written: ByteRange) -> io::Result<()> {
+    pub fn mark(log: &HostMapping, written: GpaRange) -> io::Result<()> {
         let pages = pages_touched(written);
         if pages.end.div_ceil(64) * 8 > log.len() {
             return Err(not_in(log, written, written.start()));
@@ -109,7 +109,7 @@ impl VhostLog {
                 };
                 if words.iter().any(|bits| *bits != 0) {
                     let pages = bytes_of(at - guest.start..end - guest.start);
-                    let pages = pages.shifted_up(range.start());
+                    let pages = pages.of_part(range.start());
                     visit(pages.expect("a part of the block"), words);
                 }
                 at = end;
@@ -147,7 +147,7 @@ fn mask(at: u64, end: u64) -> u64 {
     (u64::MAX << (at % 64)) & (u64::MAX >> (63 - (end - 1) % 64))
 }
 
-fn not_in(log: &HostMapping, range: ByteRange, guest_addr: u64) -> io::Error {
+fn not_in<O: Origin>(log: &HostMapping, range: Extent<O>, guest_addr: u64) -> io::Error {
     let what = format!("{range} at {guest_addr:#x} is not in a log of {:#x} bytes", log.len());
     io::Error::new(io::ErrorKind::InvalidInput, what)
 }
@@ -251,7 +251,7 @@ mod tests {
     fn no_bit_is_lost_between_a_back_end_and_a_sync() {
         let log = log(PAGE);
         let mut tracker = VhostLog::new(Arc::clone(&log), vec![at(0, 0, 128)]).unwrap();
-        let (mut seen, page) = (0, at(0, 77, 1).range);
+        let (mut seen, page) = (0, gpa(77, 1));
         std::thread::scope(|scope| {
             let marks = scope.spawn(|| {
                 // Set again only when it was taken, so that it must be seen as often as it was
@@ -282,11 +282,11 @@ mod tests {
             dirty.runs(0..200).flatten().collect::<Vec<_>>()
         };
         // Two bytes of two pages, in two words; then more words than that.
-        VhostLog::mark(&log, ByteRange::new(64 * PAGE - 1, 2).unwrap()).unwrap();
+        VhostLog::mark(&log, GpaRange::new(64 * PAGE - 1, 2).unwrap()).unwrap();
         assert_eq!(synced(), [63, 64]);
         assert!(synced().is_empty());
-        VhostLog::mark(&log, at(0, 3, 190).range).unwrap();
-        VhostLog::mark(&log, at(0, 64, 1).range).unwrap();
+        VhostLog::mark(&log, gpa(3, 190)).unwrap();
+        VhostLog::mark(&log, gpa(64, 1)).unwrap();
         assert!(synced().into_iter().eq(3..193));
     }
 
@@ -301,7 +301,7 @@ mod tests {
                     let log = &log;
                     scope.spawn(move || {
                         for page in (first..64).step_by(4) {
-                            VhostLog::mark(log, at(0, page, 1).range).unwrap();
+                            VhostLog::mark(log, gpa(page, 1)).unwrap();
                         }
                     });
                 }
@@ -316,12 +316,17 @@ mod tests {
     fn what_is_behind_the_log_cannot_be_marked() {
         let log = log(PAGE);
         let end = PAGE * 8;
-        assert!(VhostLog::mark(&log, at(0, end - 1, 1).range).is_ok());
-        for wrong in [at(0, end - 1, 2).range, ByteRange::new(u64::MAX - 2, 2).unwrap()] {
+        assert!(VhostLog::mark(&log, gpa(end - 1, 1)).is_ok());
+        for wrong in [gpa(end - 1, 2), GpaRange::new(u64::MAX - 2, 2).unwrap()] {
             assert!(VhostLog::mark(&log, wrong).is_err());
         }
         let marked = log.take_bits(PAGE - 8, u64::MAX);
         assert_eq!(marked, 1 << 63);
+    }
+
+    /// Guest-physical pages.
+    fn gpa(page: u64, nr: u64) -> GpaRange {
+        GpaRange::new(page * PAGE, nr * PAGE).unwrap()
     }
 
     fn is_marked(log: &HostMapping, guest_page: u64) -> bool {

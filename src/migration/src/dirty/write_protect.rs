@@ -12,8 +12,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use ram_discard::ByteRange;
 use ram_discard::memory::{HostMapping, RamBlock};
+use ram_discard::{ByteRange, FileRange};
 
 use super::{DirtyTracker, pages_within};
 use crate::page_bitmap::PageBitmap;
@@ -107,9 +107,9 @@ impl WriteProtect {
         if let (Some(dirty), Some(file)) = (dirty, &self.file) {
             let base = file_offset(file);
             for part in chunks.iter().flat_map(parts) {
-                let in_file = part.shifted_up(base).ok_or(io::ErrorKind::InvalidInput)?;
+                let in_file = part.in_file(base).ok_or(io::ErrorKind::InvalidInput)?;
                 file.backing().for_each_resident(in_file, |data| {
-                    if let Some(data) = data.shifted_down(base) {
+                    if let Some(data) = data.in_block(base) {
                         dirty.set_range(pages_within(data, dirty));
                     }
                 })?;
@@ -278,7 +278,7 @@ fn cut(range: ByteRange, window: u64) -> impl Iterator<Item = ByteRange> {
 
 /// Where the block starts in its file.
 fn file_offset(file: &RamBlock) -> u64 {
-    file.file_range(file.range()).map_or(0, ByteRange::start)
+    file.file_range(file.range()).map_or(0, FileRange::start)
 }
 
 fn invalid(what: String) -> io::Error {

@@ -2,7 +2,7 @@
 
 use std::iter;
 
-use ram_discard::{ByteRange, RamDiscardSource};
+use ram_discard::{RamDiscardSource, Section};
 use vmstate::wire::{SUBSECTION, WireRead};
 
 use super::BITMAP_MAX;
@@ -169,13 +169,13 @@ impl VirtioMem {
 
     /// What is plugged: maximal ascending ranges, bytes from the start of the region. Empty when
     /// the geometry is impossible.
-    pub fn plugged(&self) -> impl Iterator<Item = ByteRange> {
+    pub fn plugged(&self) -> impl Iterator<Item = Section> {
         let blocks = if self.has_blocks() { self.blocks() } else { 0 };
         let mut at = 0;
         iter::from_fn(move || {
             let start = self.next(at, blocks, true)?;
             at = self.next(start, blocks, false).unwrap_or(blocks);
-            ByteRange::from_bounds(start * self.block_size, at * self.block_size)
+            Section::from_bounds(start * self.block_size, at * self.block_size)
         })
     }
 
@@ -307,7 +307,7 @@ impl RamDiscardSource for VirtioMem {
         if self.has_blocks() { self.block_size } else { TARGET_PAGE_SIZE }
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         if !self.has_blocks() {
             return (!populated).then_some(section);
         }
@@ -315,7 +315,7 @@ impl RamDiscardSource for VirtioMem {
         let start = self.next(section.start() / self.block_size, end, populated)?;
         let after = self.next(start, end, !populated).unwrap_or(end);
         let bounds = (start.checked_mul(self.block_size)?, after.checked_mul(self.block_size));
-        let range = ByteRange::from_bounds(bounds.0, bounds.1.unwrap_or(u64::MAX))?;
+        let range = Section::from_bounds(bounds.0, bounds.1.unwrap_or(u64::MAX))?;
         range.intersection(section)
     }
 }

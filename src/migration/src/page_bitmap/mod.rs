@@ -10,7 +10,7 @@ pub(crate) use host_pages::GAP_MIN;
 pub use mask::DiscardMask;
 pub use runs::Runs;
 
-use ram_discard::ByteRange;
+use ram_discard::{ByteRange, Extent, Origin};
 
 /// The unit of migration, bytes: one bit in a [`PageBitmap`], one page on the stream.
 pub const TARGET_PAGE_SIZE: u64 = 4096;
@@ -444,8 +444,9 @@ fn index(n: u64) -> usize {
     usize::try_from(n).expect("a bitmap fits in memory")
 }
 
-/// The pages that a range of bytes touches, also in part.
-pub fn pages_touched(range: ByteRange) -> Range<u64> {
+/// The pages that a range of bytes touches, also in part, counted from where the range counts from.
+#[inline]
+pub fn pages_touched<O: Origin>(range: Extent<O>) -> Range<u64> {
     range.start() / TARGET_PAGE_SIZE..range.end().div_ceil(TARGET_PAGE_SIZE)
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 use ram_discard::memory::{Backing, BackingKind, HostMapping, RamBlock};
-use ram_discard::{ByteRange, RamDiscardManager, Unavailable};
+use ram_discard::{ByteRange, FileRange, RamDiscardManager, Section, Unavailable};
 
 use super::BlockError;
 use crate::stream::TARGET_PAGE_SIZE;
@@ -287,7 +287,7 @@ impl MigrationBlock {
         let (Some(region), Some(used)) = (&*discard, self.used()) else { return Ok(ranges) };
         if let Some(section) = region.section(used) {
             let _ = region.manager.replay_discarded(section, &mut |range| {
-                ranges.extend(range.shifted_up(region.start));
+                ranges.extend(range.in_block(region.start));
                 ControlFlow::Continue(())
             })?;
         }
@@ -350,7 +350,7 @@ impl MigrationBlock {
         {
             let mut first = None;
             let _ = region.manager.replay_discarded(section, &mut |range| {
-                first = range.shifted_up(region.start);
+                first = range.in_block(region.start);
                 ControlFlow::Break(())
             })?;
             if let Some(discarded) = first {
@@ -380,9 +380,9 @@ impl MigrationBlock {
             return Ok(());
         }
         let base = self.file_base();
-        let in_file = range.shifted_up(base).ok_or(io::ErrorKind::InvalidInput)?;
+        let in_file = range.in_file(base).ok_or(io::ErrorKind::InvalidInput)?;
         self.backing().for_each_data(in_file, |data| {
-            data.shifted_down(base).into_iter().for_each(&mut visit);
+            data.in_block(base).into_iter().for_each(&mut visit);
             Ok(())
         })
     }
@@ -459,7 +459,7 @@ impl MigrationBlock {
 
     /// Where in the file the block starts, bytes.
     pub fn file_base(&self) -> u64 {
-        self.ram.file_range(self.ram.range()).map_or(0, ByteRange::start)
+        self.ram.file_range(self.ram.range()).map_or(0, FileRange::start)
     }
 
     /// Whether the file has the page of `range`, of a block on hugetlbfs.
@@ -471,8 +471,8 @@ impl MigrationBlock {
         huge_page_cache::has_page(self.backing().file(), self.in_file(range)?)
     }
 
-    fn in_file(&self, range: ByteRange) -> io::Result<ByteRange> {
-        Ok(range.shifted_up(self.file_base()).ok_or(io::ErrorKind::InvalidInput)?)
+    fn in_file(&self, range: ByteRange) -> io::Result<FileRange> {
+        Ok(range.in_file(self.file_base()).ok_or(io::ErrorKind::InvalidInput)?)
     }
 
     fn backing(&self) -> &Backing {
@@ -482,8 +482,8 @@ impl MigrationBlock {
 
 impl Region {
     /// The part of the manager's region that `range` (from the start of the block) covers.
-    fn section(&self, range: ByteRange) -> Option<ByteRange> {
+    fn section(&self, range: ByteRange) -> Option<Section> {
         let region = ByteRange::new(self.start, self.manager.region_size())?;
-        region.intersection(range)?.shifted_down(self.start)
+        region.intersection(range)?.section(self.start)
     }
 }

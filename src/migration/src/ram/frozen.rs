@@ -43,9 +43,9 @@ impl FrozenBlocks {
         let region = ByteRange::new(start, manager.region_size());
         let section = region
             .zip(block.used())
-            .and_then(|(region, used)| region.intersection(used)?.shifted_down(start));
+            .and_then(|(region, used)| region.intersection(used)?.section(start));
         let (Some(section), Some(frozen)) = (section, self.of(&manager)) else { return Vec::new() };
-        frozen.discarded(section).filter_map(|range| range.shifted_up(start)).collect()
+        frozen.discarded(section).filter_map(|range| range.in_block(start)).collect()
     }
 
     /// Whether block state has been frozen without a gap until now.

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use ram_discard::ByteRange;
+use ram_discard::FileRange;
 use ram_discard::memory::HostMapping;
 use rustix::ioctl::{Opcode, opcode};
 
@@ -32,7 +32,7 @@ struct UffdioContinue {
 /// # Errors
 ///
 /// When it cannot be found out, as by a kernel before 5.13.
-pub(crate) fn has_page(file: &File, page: ByteRange) -> io::Result<bool> {
+pub(crate) fn has_page(file: &File, page: FileRange) -> io::Result<bool> {
     let mapping = Arc::new(HostMapping::map(file, page.start(), page.len())?);
     let fd = handshake(&[FEATURE_MINOR_HUGETLBFS], || open(true))?;
     let range = || UffdioRange { start: mapping.addr() as u64, len: page.len() };
@@ -72,7 +72,7 @@ mod tests {
         let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::HUGETLB;
         let file = File::from(rustix::fs::memfd_create("huge", flags).unwrap());
         file.set_len(4 * HUGE).unwrap();
-        let page = |index: u64| ByteRange::new(index * HUGE, HUGE).unwrap();
+        let page = |index: u64| FileRange::new(index * HUGE, HUGE).unwrap();
         let there = |index| has_page(&file, page(index)).unwrap();
         assert_eq!([0, 1, 2, 3].map(there), [false; 4]);
         assert_eq!(pool.free(), 1);

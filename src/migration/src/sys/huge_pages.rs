@@ -86,7 +86,7 @@ fn allowed(smaps: impl BufRead, whole: Option<ByteRange>) -> io::Result<Vec<Byte
                     }
                     let mapped = ByteRange::from_bounds(start, end);
                     let inside = mapped.and_then(|mapped| mapped.intersection(whole));
-                    part = inside.and_then(|inside| inside.shifted_down(whole.start()));
+                    part = inside.and_then(|inside| inside.in_part(whole.start()));
                     eligible = false;
                 }
             }

@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use ram_discard::ByteRange;
+use ram_discard::GpaRange;
 use rustix::ioctl::{Opcode, opcode};
 
 const GROUP: u8 = 0xae;
@@ -56,7 +56,7 @@ struct KvmEnableCap {
 pub struct KvmSlot {
     id: u32,
     flags: u32,
-    guest_range: ByteRange,
+    guest_range: GpaRange,
     userspace_addr: u64,
     /// The unit of the log, bytes: a page of the host, whatever the guest's pages are.
     page_size: u64,
@@ -75,7 +75,7 @@ impl KvmSlot {
     /// For as long as the value or a clone of it lives, the VM it is used with has this slot, with
     /// exactly these values: KVM writes a log of the slot's real size, and a slot that is set with
     /// another address opens the memory there to the guest.
-    pub unsafe fn new(id: u32, flags: u32, guest_range: ByteRange, userspace_addr: u64) -> Self {
+    pub unsafe fn new(id: u32, flags: u32, guest_range: GpaRange, userspace_addr: u64) -> Self {
         let page_size = rustix::param::page_size() as u64;
         let whole =
             [guest_range.start(), guest_range.len()].iter().all(|n| n.is_multiple_of(page_size));
@@ -84,7 +84,7 @@ impl KvmSlot {
     }
 
     /// The guest-physical range.
-    pub fn guest_range(&self) -> ByteRange {
+    pub fn guest_range(&self) -> GpaRange {
         self.guest_range
     }
 

@@ -124,7 +124,7 @@ impl Pagemap {
             };
             for region in &self.regions[..found as usize] {
                 let run = ByteRange::from_bounds(region.start, region.end);
-                let run = run.and_then(|run| run.shifted_down(base));
+                let run = run.and_then(|run| run.in_part(base));
                 if let Some(run) = run.and_then(|run| run.intersection(range)) {
                     visit(run);
                 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::MutexGuard;
 
 use super::{FreezeId, Inner};
-use crate::{ByteRange, FreezeFor, PopulateRefused, SourceId, try_all};
+use crate::{FreezeFor, PopulateRefused, Section, SourceId, try_all};
 
 /// Sections that listeners are told of at once, at most.
 pub(super) const BATCH: usize = 4096;
@@ -66,7 +66,7 @@ impl<'a> Transaction<'a> {
     pub fn notify_populate(
         &mut self,
         source: SourceId,
-        section: ByteRange,
+        section: Section,
     ) -> Result<(), PopulateRefused> {
         self.check_thawed(section)?;
         self.told = true;
@@ -77,7 +77,7 @@ impl<'a> Transaction<'a> {
     /// Tells the listeners, last registered first, that `source` has discarded `section` (or that
     /// a populate announced before did not come about). Freezes for a source of migration are lost
     /// then.
-    pub fn notify_discard(&mut self, source: SourceId, section: ByteRange) {
+    pub fn notify_discard(&mut self, source: SourceId, section: Section) {
         self.inner.freezes.lose(format_args!("{section} was discarded"));
         self.told = true;
         for range in self.inner.populated_by_others(Some(source), section) {
@@ -94,7 +94,7 @@ impl<'a> Transaction<'a> {
     pub fn notify_populate_all(
         &mut self,
         source: SourceId,
-        sections: &[ByteRange],
+        sections: &[Section],
     ) -> Result<(), PopulateRefused> {
         if let Some(&first) = sections.first() {
             self.check_thawed(first)?;
@@ -109,7 +109,7 @@ impl<'a> Transaction<'a> {
 
     /// As [`notify_discard`](Self::notify_discard) of several sections, last one first. A listener is
     /// told of many of them at once.
-    pub fn notify_discard_all(&mut self, source: SourceId, sections: &[ByteRange]) {
+    pub fn notify_discard_all(&mut self, source: SourceId, sections: &[Section]) {
         if let Some(section) = sections.first() {
             self.inner.freezes.lose(format_args!("{section} was discarded"));
         }
@@ -119,7 +119,7 @@ impl<'a> Transaction<'a> {
     }
 
     /// Refuses to populate what a source of migration relies on.
-    fn check_thawed(&self, section: ByteRange) -> Result<(), PopulateRefused> {
+    fn check_thawed(&self, section: Section) -> Result<(), PopulateRefused> {
         if self.is_frozen_for_source() {
             let (listener, reason) = ("migration".to_owned(), "block state is frozen".to_owned());
             return Err(PopulateRefused { listener, section, reason });
@@ -130,7 +130,7 @@ impl<'a> Transaction<'a> {
     fn populate_batch(
         &mut self,
         source: SourceId,
-        sections: &[ByteRange],
+        sections: &[Section],
     ) -> Result<(), PopulateRefused> {
         let ranges = self.parts(source, sections.iter());
         if ranges.is_empty() {
@@ -140,11 +140,7 @@ impl<'a> Transaction<'a> {
         self.inner.listeners.populate_all(&ranges)
     }
 
-    fn discard_batch<'b>(
-        &mut self,
-        source: SourceId,
-        sections: impl Iterator<Item = &'b ByteRange>,
-    ) {
+    fn discard_batch<'b>(&mut self, source: SourceId, sections: impl Iterator<Item = &'b Section>) {
         let ranges = self.parts(source, sections);
         if !ranges.is_empty() {
             self.told = true;
@@ -156,8 +152,8 @@ impl<'a> Transaction<'a> {
     fn parts<'b>(
         &self,
         source: SourceId,
-        sections: impl Iterator<Item = &'b ByteRange>,
-    ) -> Vec<ByteRange> {
+        sections: impl Iterator<Item = &'b Section>,
+    ) -> Vec<Section> {
         // Without another source, the usual case, nothing need be asked for each of many.
         if self.inner.sources.iter().all(|(id, _)| *id == source) {
             return sections.copied().collect();

@@ -8,7 +8,7 @@ use rustix::fs::{self, FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::ByteRange;
+use crate::FileRange;
 use crate::sys::page_cache;
 
 /// One fallocate call discards at most this much, or one page of the backing where that is larger,
@@ -188,7 +188,7 @@ impl Backing {
     ///
     /// `InvalidInput` for parts of hugetlb pages, of which the kernel would free nothing and say that
     /// it did. When the kernel refuses; what lies before the failing chunk is discarded.
-    pub fn discard(&self, range: ByteRange) -> io::Result<()> {
+    pub fn discard(&self, range: FileRange) -> io::Result<()> {
         // Of whole pages a punch leaves none in the file, also of those that are pinned.
         let whole = [range.start(), range.end()].iter().all(|at| at.is_multiple_of(self.page_size));
         if self.kind == BackingKind::Hugetlb && !whole {
@@ -217,7 +217,7 @@ impl Backing {
     ///
     /// When there is not enough; what was taken stays, since only the caller knows what was there
     /// before.
-    pub fn reserve(&self, range: ByteRange) -> io::Result<()> {
+    pub fn reserve(&self, range: FileRange) -> io::Result<()> {
         for chunk in range.chunks(self.chunk()) {
             let flags = FallocateFlags::KEEP_SIZE;
             let reserve = || fs::fallocate(&self.file, flags, chunk.start(), chunk.len());
@@ -237,7 +237,7 @@ impl Backing {
     /// # Errors
     ///
     /// When the file cannot be searched.
-    pub fn resident(&self, range: ByteRange) -> io::Result<Option<u64>> {
+    pub fn resident(&self, range: FileRange) -> io::Result<Option<u64>> {
         if self.kind == BackingKind::Hugetlb {
             return Ok(None);
         }
@@ -258,7 +258,7 @@ impl Backing {
 
     /// Whether the kernel keeps count of what `range` holds: it is a whole file in memory. Files on disks
     /// also have blocks for what is no data.
-    pub fn is_counted_by_the_kernel(&self, range: ByteRange) -> bool {
+    pub fn is_counted_by_the_kernel(&self, range: FileRange) -> bool {
         let is_whole = || self.file_len().is_ok_and(|len| len <= range.end());
         match self.kind {
             BackingKind::Shmem => range.start() == 0 && is_whole(),
@@ -269,7 +269,7 @@ impl Backing {
     }
 
     /// Bytes of `range` that a file in memory holds, as the kernel counts them.
-    fn count_pages(&self, range: ByteRange) -> io::Result<u64> {
+    fn count_pages(&self, range: FileRange) -> io::Result<u64> {
         let chunks = range.chunks(COUNT_CHUNK);
         let pages = chunks.map(|chunk| page_cache::resident_pages(&self.file, chunk));
         Ok(pages.sum::<io::Result<u64>>()? * self.page_size)
@@ -277,7 +277,7 @@ impl Backing {
 
     /// Bytes of `range` that a file in memory holds data in. A search for the end of the data
     /// would hold the inode's lock, which giving memory back needs, for as long as that goes on.
-    fn search_pages(&self, range: ByteRange) -> io::Result<u64> {
+    fn search_pages(&self, range: FileRange) -> io::Result<u64> {
         let mut held = 0;
         self.for_each_data_page(range, |pages| held += pages.len())?;
         Ok(held)
@@ -289,7 +289,7 @@ impl Backing {
     /// # Errors
     ///
     /// When the file cannot be searched or the kernel refuses.
-    pub fn sweep(&self, range: ByteRange) -> io::Result<()> {
+    pub fn sweep(&self, range: FileRange) -> io::Result<()> {
         self.sweep_all([range])
     }
 
@@ -299,7 +299,7 @@ impl Backing {
     /// # Errors
     ///
     /// The first failure; the other ranges were still tried.
-    pub fn sweep_all(&self, ranges: impl IntoIterator<Item = ByteRange>) -> io::Result<()> {
+    pub fn sweep_all(&self, ranges: impl IntoIterator<Item = FileRange>) -> io::Result<()> {
         let mut swept = Ok(());
         let mut data = Some(0);
         for range in ranges {
@@ -310,7 +310,7 @@ impl Backing {
 
     /// Sweeps `range`. `data` is where the last search ended (`None`: there is no data from there on), which
     /// began no later than `range` does; it becomes where this one ends.
-    fn sweep_from(&self, range: ByteRange, data: &mut Option<u64>) -> io::Result<()> {
+    fn sweep_from(&self, range: FileRange, data: &mut Option<u64>) -> io::Result<()> {
         if self.kind == BackingKind::Hugetlb {
             return self.discard(range);
         }
@@ -324,11 +324,11 @@ impl Backing {
             }
             let Some(found) = data.filter(|data| *data < range.end()) else { break };
             let start = found / self.page_size * self.page_size;
-            let from = ByteRange::from_bounds(start.max(range.start()), range.end());
+            let from = FileRange::from_bounds(start.max(range.start()), range.end());
             let Some(part) = from.and_then(|from| from.chunks(self.chunk()).next()) else { break };
             self.discard(part)?;
             *data = Some(part.end());
-            rest = ByteRange::from_bounds(part.end(), range.end());
+            rest = FileRange::from_bounds(part.end(), range.end());
         }
         Ok(())
     }
@@ -343,8 +343,8 @@ impl Backing {
     /// When the file cannot be searched.
     pub fn for_each_resident(
         &self,
-        range: ByteRange,
-        mut visit: impl FnMut(ByteRange),
+        range: FileRange,
+        mut visit: impl FnMut(FileRange),
     ) -> io::Result<()> {
         let mut rest = Some(range);
         while let Some(range) = rest
@@ -352,8 +352,8 @@ impl Backing {
         {
             let start = (data / self.page_size * self.page_size).max(range.start());
             let end = (start + 1).next_multiple_of(WINDOW).min(range.end());
-            let Some(window) = ByteRange::from_bounds(start, end) else { break };
-            rest = ByteRange::from_bounds(window.end(), range.end());
+            let Some(window) = FileRange::from_bounds(start, end) else { break };
+            rest = FileRange::from_bounds(window.end(), range.end());
             let held = page_cache::resident_pages(&self.file, window).ok();
             if self.kind == BackingKind::Shmem
                 && held.and_then(|pages| pages.checked_mul(self.page_size)) == Some(window.len())
@@ -369,10 +369,10 @@ impl Backing {
     /// Calls `visit` with the runs of pages of `range` that hold data, by a short search for each.
     fn for_each_data_page(
         &self,
-        range: ByteRange,
-        mut visit: impl FnMut(ByteRange),
+        range: FileRange,
+        mut visit: impl FnMut(FileRange),
     ) -> io::Result<()> {
-        let mut run: Option<ByteRange> = None;
+        let mut run: Option<FileRange> = None;
         let mut at = range.start();
         while let Some(data) = self.next_data(at)?.filter(|data| *data < range.end()) {
             let start = (data / self.page_size * self.page_size).max(range.start());
@@ -381,7 +381,7 @@ impl Backing {
             if before.is_none() {
                 run.into_iter().for_each(&mut visit);
             }
-            run = ByteRange::from_bounds(before.map_or(start, ByteRange::start), end);
+            run = FileRange::from_bounds(before.map_or(start, FileRange::start), end);
             at = end;
         }
         run.into_iter().for_each(visit);
@@ -396,22 +396,22 @@ impl Backing {
     /// When the file cannot be searched, or the first error of `visit`.
     pub fn for_each_data(
         &self,
-        range: ByteRange,
-        mut visit: impl FnMut(ByteRange) -> io::Result<()>,
+        range: FileRange,
+        mut visit: impl FnMut(FileRange) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut rest = Some(range);
         while let Some(range) = rest
             && let Some(data) = self.first_data(range)?
         {
             visit(data)?;
-            rest = ByteRange::from_bounds(data.end(), range.end());
+            rest = FileRange::from_bounds(data.end(), range.end());
         }
         Ok(())
     }
 
     /// The first maximal part of `range` (bytes of the file) that holds data. The search for its
     /// end may go far beyond the range.
-    fn first_data(&self, range: ByteRange) -> io::Result<Option<ByteRange>> {
+    fn first_data(&self, range: FileRange) -> io::Result<Option<FileRange>> {
         let mut at = range.start();
         while let Some(start) = self.next_data(at)?.filter(|start| *start < range.end()) {
             let end = match seek(&self.file, SeekFrom::Hole(start)) {
@@ -419,7 +419,7 @@ impl Backing {
                 Err(Errno::NXIO) => range.end(),
                 other => other?,
             };
-            let data = ByteRange::from_bounds(start, end).and_then(|d| d.intersection(range));
+            let data = FileRange::from_bounds(start, end).and_then(|d| d.intersection(range));
             if data.is_some() {
                 return Ok(data);
             }

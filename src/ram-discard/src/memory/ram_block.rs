@@ -7,14 +7,14 @@ use std::os::unix::fs::MetadataExt;
 use thiserror::Error;
 
 use super::backing::{Backing, BackingError};
-use crate::ByteRange;
+use crate::{FileRange, GpaRange};
 
 /// Why a RAM block is refused.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RamBlockError {
     /// It has no bytes, or wraps the address space or the file.
-    #[error("RAM block {id}: {size:#x} bytes at {gpa:#x}, file offset {fd_offset:#x}: no range")]
+    #[error("RAM block {id}: {size:#x} bytes at {gpa:#x}, file offset {fd_offset:#x}: not a range")]
     NoRange {
         /// Id of the block.
         id: String,
@@ -25,7 +25,7 @@ pub enum RamBlockError {
         /// Offset in the backing file, bytes.
         fd_offset: u64,
     },
-    /// Its memory could not be given back.
+    /// Its memory could not be discarded.
     #[error("RAM block {id}: {source}")]
     Backing {
         /// Id of the block.
@@ -47,7 +47,7 @@ pub enum RamBlockError {
 #[derive(Debug)]
 pub struct RamBlock {
     id: String,
-    range: ByteRange,
+    range: GpaRange,
     fd_offset: u64,
     backing: Backing,
 }
@@ -66,7 +66,7 @@ impl RamBlock {
         file: File,
         fd_offset: u64,
     ) -> Result<Self, RamBlockError> {
-        let range = match (ByteRange::new(gpa, size), fd_offset.checked_add(size)) {
+        let range = match (GpaRange::new(gpa, size), fd_offset.checked_add(size)) {
             (Some(range), Some(_)) => range,
             _ => return Err(RamBlockError::NoRange { id, gpa, size, fd_offset }),
         };
@@ -83,7 +83,7 @@ impl RamBlock {
     }
 
     /// The guest-physical range.
-    pub fn range(&self) -> ByteRange {
+    pub fn range(&self) -> GpaRange {
         self.range
     }
 
@@ -106,9 +106,9 @@ impl RamBlock {
     }
 
     /// The bytes of the file behind the part of `gpa_range` that this block covers.
-    pub fn file_range(&self, gpa_range: ByteRange) -> Option<ByteRange> {
+    pub fn file_range(&self, gpa_range: GpaRange) -> Option<FileRange> {
         let part = self.range.intersection(gpa_range)?;
-        part.shifted_down(self.range.start())?.shifted_up(self.fd_offset)
+        part.in_block(self.range.start())?.in_file(self.fd_offset)
     }
 
     /// Checks that device blocks of `block_size` bytes that start at multiples of it from `addr`

@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use crate::ByteRange;
+use crate::FileRange;
 
 /// New system calls have the same distance on all architectures, also where they are offset.
 const SYS_CACHESTAT: libc::c_long = libc::SYS_pidfd_open + (451 - 434);
@@ -32,7 +32,7 @@ struct Cachestat {
 /// # Errors
 ///
 /// When the kernel does not have it or does not tell: `ENOSYS`, `EPERM`, `EOPNOTSUPP`.
-pub(crate) fn resident_pages(file: impl AsFd, range: ByteRange) -> io::Result<u64> {
+pub(crate) fn resident_pages(file: impl AsFd, range: FileRange) -> io::Result<u64> {
     let (fd, no_flags) = (file.as_fd().as_raw_fd(), 0u32);
     let range = CachestatRange { off: range.start(), len: range.len() };
     let mut stat = Cachestat::default();

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use ram_discard::memory::RamBlockError;
-use ram_discard::{ByteRange, PopulateRefused};
+use ram_discard::{PopulateRefused, Section};
 use thiserror::Error;
 
 use super::served::Sweep;
@@ -122,13 +122,13 @@ impl MemController {
     }
 
     /// Maximal ranges of plugged blocks, ascending.
-    fn sections(&self, blocks: &BlockBitmap) -> Vec<ByteRange> {
+    fn sections(&self, blocks: &BlockBitmap) -> Vec<Section> {
         let runs = blocks.runs(0..blocks.nr_blocks(), true);
         runs.filter_map(|run| self.geometry.section_of(&run)).collect()
     }
 
     /// Maximal ranges of blocks that are plugged in one bitmap and not in the other, ascending.
-    fn difference(&self, plugged: &BlockBitmap, other: &BlockBitmap) -> Vec<ByteRange> {
+    fn difference(&self, plugged: &BlockBitmap, other: &BlockBitmap) -> Vec<Section> {
         let runs = plugged.runs(0..plugged.nr_blocks(), true);
         let parts = runs.flat_map(|run: Range<usize>| other.runs(run, false));
         parts.filter_map(|blocks| self.geometry.section_of(&blocks)).collect()

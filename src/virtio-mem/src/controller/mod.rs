@@ -29,8 +29,8 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use ram_discard::memory::{BackingKind, RamBlock, RamBlockError};
 use ram_discard::{
-    ByteRange, FreezeFor, ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource,
-    RegisterError, SourceId, Transaction,
+    FreezeFor, ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource,
+    RegisterError, Section, SourceId, Transaction,
 };
 use thiserror::Error;
 
@@ -225,7 +225,7 @@ impl MemController {
 
     /// Maximal ranges of plugged blocks (`plugged` true) or of discarded ones, bytes from the
     /// start of the region, ascending.
-    pub fn ranges(&self, plugged: bool) -> Vec<ByteRange> {
+    pub fn ranges(&self, plugged: bool) -> Vec<Section> {
         let mut ranges = Vec::new();
         if let Some(section) = self.geometry.section() {
             let collect = |range| {
@@ -262,7 +262,7 @@ impl MemController {
     /// [`resident_size`](Self::resident_size). Each unit that counts costs one short search, so
     /// `granularity` bounds the cost in a region of very many blocks. In hugetlb memory, plugged
     /// blocks count, as they do there.
-    pub fn resident_ranges(&self, granularity: u64) -> Option<Vec<ByteRange>> {
+    pub fn resident_ranges(&self, granularity: u64) -> Option<Vec<Section>> {
         let section = self.geometry.section()?;
         let granularity = granularity.clamp(1, self.geometry.region_size());
         let unit = granularity.next_multiple_of(self.geometry.block_size());
@@ -366,7 +366,7 @@ impl MemController {
     fn reserve(
         &self,
         blocks: &[Arc<RamBlock>],
-        plugged: impl FnOnce() -> Vec<ByteRange>,
+        plugged: impl FnOnce() -> Vec<Section>,
     ) -> Result<(), RamBlockError> {
         if blocks.iter().all(|block| block.backing().kind() != BackingKind::Hugetlb) {
             return Ok(());

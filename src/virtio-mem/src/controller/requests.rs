@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use ram_discard::{ByteRange, RamDiscardSource, Transaction};
+use ram_discard::{GpaRange, RamDiscardSource, Section, Transaction};
 
 use super::served::Sweep;
 use super::{BlockUpdate, JournalUpdate, MemController, ResetError};
@@ -13,29 +13,29 @@ impl MemController {
     /// Whether all of a guest-physical range may be used by the guest: what lies in the region is
     /// plugged. Looked up before the device reads or writes a guest buffer, since touching
     /// unplugged memory would allocate it.
-    pub fn is_usable(&self, gpa_range: ByteRange) -> bool {
+    pub fn is_usable(&self, gpa_range: GpaRange) -> bool {
         let in_region = self.geometry.region().and_then(|region| region.intersection(gpa_range));
-        let section = in_region.and_then(|range| range.shifted_down(self.geometry.addr()));
+        let section = in_region.and_then(|range| range.section(self.geometry.addr()));
         section.is_none_or(|section| self.served.is_populated(section))
     }
 
     /// Has an answer written to guest-physical `buffers`, unless they may no longer be used: a system
     /// reset may have taken their memory since the request was read, and what is written to it then
     /// would be held by nothing. No reset comes in between.
-    pub fn write_answer<T>(&self, buffers: &[ByteRange], write: impl FnOnce() -> T) -> Option<T> {
+    pub fn write_answer<T>(&self, buffers: &[GpaRange], write: impl FnOnce() -> T) -> Option<T> {
         let _no_reset = self.served.answers.read();
         buffers.iter().all(|&buffer| self.is_usable(buffer)).then(write)
     }
 
     /// The guest-physical range that a request would take away from the guest, if any.
-    pub fn unplugged_by(&self, request: Request) -> Option<ByteRange> {
+    pub fn unplugged_by(&self, request: Request) -> Option<GpaRange> {
         if !matches!(request, Request::Unplug(_) | Request::UnplugAll) {
             return None;
         }
         match self.state().device.evaluate(request) {
             Verdict::Change(Change::UnplugAll) => self.geometry.region(),
             Verdict::Change(Change::Unplug(blocks)) => {
-                self.geometry.section_of(&blocks)?.shifted_up(self.geometry.addr())
+                self.geometry.section_of(&blocks)?.gpa(self.geometry.addr())
             }
             Verdict::Change(Change::Plug(_)) | Verdict::Answer(_) => None,
         }
@@ -101,7 +101,7 @@ impl MemController {
             Request::Unplug(span) => {
                 let offset = span.addr - self.geometry.addr();
                 let len = u64::from(span.nb_blocks) * self.geometry.block_size();
-                ByteRange::new(offset, len).is_none_or(|section| {
+                Section::new(offset, len).is_none_or(|section| {
                     self.memory.ready(section).is_ok() && self.memory.sweep(&[section]).is_ok()
                 })
             }

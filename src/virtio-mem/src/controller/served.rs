@@ -6,7 +6,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
-use ram_discard::{ByteRange, FreezeId, RamDiscardSource};
+use ram_discard::{FreezeId, RamDiscardSource, Section};
 
 use super::{BlockUpdate, DeviceObserver, FreezeHolder, JournalUpdate, StateRecord, StateStore};
 use crate::device::{ConfigSpace, Geometry, Request, VirtioMem};
@@ -88,7 +88,7 @@ impl State {
 
 impl DeviceSource {
     /// The blocks that a section touches.
-    fn blocks_of(&self, section: ByteRange) -> Range<usize> {
+    fn blocks_of(&self, section: Section) -> Range<usize> {
         let block_size = self.geometry.block_size();
         let index = |block: u64| {
             usize::try_from(block).unwrap_or(usize::MAX).min(self.geometry.nr_blocks())
@@ -96,7 +96,7 @@ impl DeviceSource {
         index(section.start() / block_size)..index(section.end().div_ceil(block_size))
     }
 
-    pub(super) fn ranges(&self, populated: bool) -> Vec<ByteRange> {
+    pub(super) fn ranges(&self, populated: bool) -> Vec<Section> {
         let mut ranges = Vec::new();
         if let Some(section) = self.geometry.section() {
             let _ = self.replay(section, populated, &mut |range| {
@@ -117,16 +117,16 @@ impl RamDiscardSource for DeviceSource {
         self.geometry.block_size()
     }
 
-    fn next_range(&self, section: ByteRange, populated: bool) -> Option<ByteRange> {
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
         let run = self.state.lock().device.blocks().next_run(self.blocks_of(section), populated);
         self.geometry.section_of(&run?)?.intersection(section)
     }
 
     fn replay(
         &self,
-        section: ByteRange,
+        section: Section,
         populated: bool,
-        visit: &mut dyn FnMut(ByteRange) -> ControlFlow<()>,
+        visit: &mut dyn FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         // Runs are fetched in batches, since `visit` may need the lock that guards them.
         const BATCH: usize = 128;

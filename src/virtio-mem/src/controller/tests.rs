@@ -5,6 +5,7 @@ mod used_memory;
 use super::*;
 use crate::device::{BlockSpan, Response};
 use proptest::prelude::*;
+use ram_discard::GpaRange;
 use rustix::fs::MemfdFlags;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -86,8 +87,8 @@ fn unplug(first: u64, nb_blocks: u16) -> Request {
     Request::Unplug(span(first, nb_blocks))
 }
 
-fn section(first: u64, end: u64) -> ByteRange {
-    ByteRange::from_bounds(first * BLOCK, end * BLOCK).unwrap()
+fn section(first: u64, end: u64) -> Section {
+    Section::from_bounds(first * BLOCK, end * BLOCK).unwrap()
 }
 
 impl Rig {
@@ -107,18 +108,18 @@ impl Rig {
     }
 }
 
-struct Refuser(ByteRange);
+struct Refuser(Section);
 
 impl RamDiscardListener for Refuser {
     fn name(&self) -> &str {
         "refuser"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         if self.0.overlaps(section) { Err("pinned elsewhere".to_owned()) } else { Ok(()) }
     }
 
-    fn notify_discard(&mut self, _section: ByteRange) {}
+    fn notify_discard(&mut self, _section: Section) {}
 }
 
 #[test]
@@ -402,7 +403,7 @@ fn a_freeze_outlives_its_controller() {
 fn buffers_in_unplugged_memory_are_not_usable() {
     let rig = rig();
     rig.execute(plug(1, 1));
-    let gpa = |at, len| ByteRange::new(at, len).unwrap();
+    let gpa = |at, len| GpaRange::new(at, len).unwrap();
     assert!(rig.controller.is_usable(gpa(0, 4096)));
     assert!(rig.controller.is_usable(gpa(ADDR + BLOCK, BLOCK)));
     assert!(!rig.controller.is_usable(gpa(ADDR, 1)));

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ram_discard::ByteRange;
+use ram_discard::{GpaRange, Section};
 use thiserror::Error;
 
 /// Length of `struct virtio_mem_config`, bytes.
@@ -125,19 +125,19 @@ impl Geometry {
     }
 
     /// The region in guest-physical addresses; `None` when it has no bytes.
-    pub fn region(&self) -> Option<ByteRange> {
-        ByteRange::new(self.addr, self.region_size)
+    pub fn region(&self) -> Option<GpaRange> {
+        GpaRange::new(self.addr, self.region_size)
     }
 
     /// The region counted from its own start; `None` when it has no bytes.
-    pub fn section(&self) -> Option<ByteRange> {
-        ByteRange::new(0, self.region_size)
+    pub fn section(&self) -> Option<Section> {
+        Section::new(0, self.region_size)
     }
 
     /// Blocks as bytes from the start of the region; `None` of no blocks.
-    pub fn section_of(&self, blocks: &Range<usize>) -> Option<ByteRange> {
+    pub fn section_of(&self, blocks: &Range<usize>) -> Option<Section> {
         let start = blocks.start as u64 * self.block_size;
-        ByteRange::from_bounds(start, blocks.end as u64 * self.block_size)
+        Section::from_bounds(start, blocks.end as u64 * self.block_size)
     }
 
     /// `min(region_size, roundup(requested_size + 256 MiB, block_size))`, 0 when nothing is

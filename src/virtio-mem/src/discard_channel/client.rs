@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use ram_discard::{
-    ByteRange, FreezeError, FreezeFor, FrozenBlockState, ListenerId, RamDiscardListener,
-    RamDiscardManager, RegisterError, Registered, Unavailable, Visit,
+    FreezeError, FreezeFor, FrozenBlockState, ListenerId, RamDiscardListener, RamDiscardManager,
+    RegisterError, Registered, Section, Unavailable, Visit,
 };
 use thiserror::Error;
 use vmstate::printable;
@@ -205,7 +205,7 @@ impl RemoteRamDiscardManager {
 
     fn replay(
         &self,
-        section: ByteRange,
+        section: Section,
         populated: bool,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
@@ -237,7 +237,7 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         self.shared.geometry.block_size()
     }
 
-    fn is_populated(&self, section: ByteRange) -> Result<bool, Unavailable> {
+    fn is_populated(&self, section: Section) -> Result<bool, Unavailable> {
         if section.end() > self.shared.geometry.region_size() {
             return Ok(false);
         }
@@ -248,7 +248,7 @@ impl RamDiscardManager for RemoteRamDiscardManager {
 
     fn replay_populated(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         self.replay(section, true, visit)
@@ -256,7 +256,7 @@ impl RamDiscardManager for RemoteRamDiscardManager {
 
     fn replay_discarded(
         &self,
-        section: ByteRange,
+        section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         self.replay(section, false, visit)
@@ -264,7 +264,7 @@ impl RamDiscardManager for RemoteRamDiscardManager {
 
     fn register(
         &self,
-        section: ByteRange,
+        section: Section,
         listener: Box<dyn RamDiscardListener>,
     ) -> Result<ListenerId, RegisterError> {
         let region_size = self.shared.geometry.region_size();
@@ -340,9 +340,9 @@ impl Blocks {
     fn ranges<'a>(
         &'a self,
         geometry: &'a Geometry,
-        section: ByteRange,
+        section: Section,
         populated: bool,
-    ) -> impl Iterator<Item = ByteRange> + 'a {
+    ) -> impl Iterator<Item = Section> + 'a {
         self.blocks.runs(0..self.blocks.nr_blocks(), populated).filter_map(move |run| {
             let run = run.start + self.first_block..run.end + self.first_block;
             geometry.section_of(&run)?.intersection(section)
@@ -352,7 +352,7 @@ impl Blocks {
 
 impl Shared {
     /// The blocks that a section touches, clipped to the region.
-    fn blocks_of(&self, section: ByteRange) -> Range<usize> {
+    fn blocks_of(&self, section: Section) -> Range<usize> {
         let nr_blocks = self.geometry.nr_blocks();
         let block_size = self.geometry.block_size();
         let index = |block: u64| usize::try_from(block).unwrap_or(usize::MAX).min(nr_blocks);
@@ -386,7 +386,7 @@ impl Shared {
         }
     }
 
-    fn mark(&self, copy: &mut Blocks, section: ByteRange, populated: bool) {
+    fn mark(&self, copy: &mut Blocks, section: Section, populated: bool) {
         let blocks = self.blocks_of(section);
         let end = copy.first_block + copy.blocks.nr_blocks();
         let (start, end) = (blocks.start.max(copy.first_block), blocks.end.min(end));

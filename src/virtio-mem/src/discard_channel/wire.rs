@@ -9,7 +9,7 @@ mod client_message;
 mod fields;
 mod server_message;
 
-use ram_discard::ByteRange;
+use ram_discard::Section;
 use smallvec::SmallVec;
 use thiserror::Error;
 
@@ -41,7 +41,7 @@ pub const FRAME_MAX: usize = HEADER_LEN + 8 + SECTIONS_MAX * SECTION_LEN as usiz
 
 /// The sections of an event, at least one and at most [`SECTIONS_MAX`], in the order in which
 /// listeners are told; bytes from the start of the region.
-pub type Sections = SmallVec<[ByteRange; 1]>;
+pub type Sections = SmallVec<[Section; 1]>;
 
 /// Why bytes are no message.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use ram_discard::memory::{BackingError, BackingKind, RamBlock, RamBlockError};
-use ram_discard::{ByteRange, RamDiscardListener, try_all};
+use ram_discard::{FileRange, GpaRange, RamDiscardListener, Section, try_all};
 use smallvec::SmallVec;
 use thiserror::Error;
 
@@ -22,7 +22,7 @@ use recent::Recent;
 pub enum NotReady {
     /// No memory is mapped at part of the range.
     #[error("no memory is mapped at guest-physical {0}")]
-    NotMapped(ByteRange),
+    NotMapped(GpaRange),
     /// Memory that is mapped there cannot be discarded (any more).
     #[error("RAM block {id}: {source}")]
     Backing {
@@ -44,7 +44,7 @@ pub struct RegionMemory {
     /// A state is being loaded, whose memory may be there already.
     loading: AtomicBool,
     /// Bytes that the host held for a section, where that takes long to count.
-    held: Recent<ByteRange>,
+    held: Recent<Section>,
 }
 
 /// What the host holds for parts of a file is counted anew each time up to this many bytes, which takes about
@@ -57,12 +57,12 @@ struct Table {
     blocks: Vec<Arc<RamBlock>>,
     /// Sections that should have been discarded and could not be. They are tried again with
     /// every discard and every new table, until they are plugged.
-    owed: Vec<ByteRange>,
+    owed: Vec<Section>,
     failures: u64,
 }
 
 /// Part of a section: a RAM block and the bytes of its file.
-type Piece = (Arc<RamBlock>, ByteRange);
+type Piece = (Arc<RamBlock>, FileRange);
 /// What lies behind a section: of a request's, nearly always one.
 type Pieces = SmallVec<[Piece; 1]>;
 
@@ -113,13 +113,12 @@ impl RegionMemory {
     pub(crate) fn reserve(
         &self,
         block: &RamBlock,
-        plugged: &[ByteRange],
+        plugged: &[Section],
     ) -> Result<(), RamBlockError> {
         if block.backing().kind() != BackingKind::Hugetlb || self.incoming.load(Ordering::Acquire) {
             return Ok(());
         }
-        let sections =
-            plugged.iter().filter_map(|section| section.shifted_up(self.geometry.addr()));
+        let sections = plugged.iter().filter_map(|section| section.gpa(self.geometry.addr()));
         for range in sections.filter_map(|section| block.file_range(section)) {
             let no_memory = |source| RamBlockError::NoMemory { id: block.id().to_owned(), source };
             block.backing().reserve(range).map_err(no_memory)?;
@@ -175,7 +174,7 @@ impl RegionMemory {
     /// # Errors
     ///
     /// What is in the way.
-    pub fn ready(&self, section: ByteRange) -> Result<(), NotReady> {
+    pub fn ready(&self, section: Section) -> Result<(), NotReady> {
         let (pieces, missing) = self.pieces(section);
         if let Some(missing) = missing {
             return Err(NotReady::NotMapped(missing));
@@ -191,7 +190,7 @@ impl RegionMemory {
 
     /// Bytes the host holds for `section`; `None` when nothing is mapped or the backing does not
     /// tell. Of memory that is only a part of a file, much is counted once a second at most.
-    pub fn resident(&self, section: ByteRange) -> Option<u64> {
+    pub fn resident(&self, section: Section) -> Option<u64> {
         let (pieces, _) = self.pieces(section);
         if pieces.is_empty() {
             return None;
@@ -223,18 +222,18 @@ impl RegionMemory {
     /// When `unit` is 0.
     pub(crate) fn resident_units(
         &self,
-        section: ByteRange,
+        section: Section,
         unit: u64,
-        plugged: &[ByteRange],
-    ) -> Option<Vec<ByteRange>> {
+        plugged: &[Section],
+    ) -> Option<Vec<Section>> {
         let (pieces, _) = self.pieces(section);
         if pieces.is_empty() {
             return None;
         }
         let mut found = Units { unit, region_size: self.geometry.region_size(), ranges: vec![] };
         for (block, file_range) in pieces {
-            let part = block.range().intersection(section.shifted_up(self.geometry.addr())?)?;
-            let part = part.shifted_down(self.geometry.addr())?;
+            let part = block.range().intersection(section.gpa(self.geometry.addr())?)?;
+            let part = part.section(self.geometry.addr())?;
             if block.backing().kind() == BackingKind::Hugetlb {
                 plugged.iter().filter_map(|range| range.intersection(part)).for_each(|range| {
                     found.add(range);
@@ -247,7 +246,7 @@ impl RegionMemory {
                 && data < file_range.end()
             {
                 let offset = data - file_range.start();
-                let end = found.add(ByteRange::new(part.start() + offset, 1)?);
+                let end = found.add(Section::new(part.start() + offset, 1)?);
                 at = file_range.start().saturating_add(end - part.start());
             }
         }
@@ -266,12 +265,12 @@ impl RegionMemory {
     /// # Errors
     ///
     /// The first failure of one RAM block; the rest of the sections was still tried.
-    pub fn sweep(&self, sections: &[ByteRange]) -> io::Result<()> {
+    pub fn sweep(&self, sections: &[Section]) -> io::Result<()> {
         let mut swept = Ok(());
         for block in self.blocks() {
             let sections = sections.iter();
             let ranges = sections
-                .filter_map(|section| section.shifted_up(self.geometry.addr()))
+                .filter_map(|section| section.gpa(self.geometry.addr()))
                 .filter_map(|section| block.file_range(section));
             swept = swept.and(block.backing().sweep_all(ranges));
         }
@@ -279,7 +278,7 @@ impl RegionMemory {
     }
 
     /// Gives `section` back; what fails is owed, and tried again later.
-    fn discard(&self, section: ByteRange) {
+    fn discard(&self, section: Section) {
         let (pieces, _) = self.pieces(section);
         for (block, file_range) in pieces {
             if let Err(error) = block.backing().discard(file_range) {
@@ -299,34 +298,34 @@ impl RegionMemory {
     }
 
     /// Sections that are plugged again need not be discarded any more.
-    fn no_longer_owed(&self, plugged: &[ByteRange]) {
+    fn no_longer_owed(&self, plugged: &[Section]) {
         let mut table = self.table.lock();
         for &section in plugged {
             if table.owed.is_empty() {
                 return;
             }
-            let rest = |owed: ByteRange| owed.subtract(section).into_iter().flatten();
+            let rest = |owed: Section| owed.subtract(section).into_iter().flatten();
             table.owed = std::mem::take(&mut table.owed).into_iter().flat_map(rest).collect();
         }
     }
 
     /// What lies behind `section`, and the first part of it with nothing behind, if any.
     /// Guest-physical; both in ascending order.
-    fn pieces(&self, section: ByteRange) -> (Pieces, Option<ByteRange>) {
+    fn pieces(&self, section: Section) -> (Pieces, Option<GpaRange>) {
         let mut pieces = Pieces::new();
         let mut missing = None;
-        let Some(wanted) = section.shifted_up(self.geometry.addr()) else {
-            return (pieces, Some(section));
+        let Some(wanted) = section.gpa(self.geometry.addr()) else {
+            return (pieces, self.geometry.region());
         };
         let mut at = wanted.start();
         for block in &self.table.lock().blocks {
             let Some(part) = block.range().intersection(wanted) else { continue };
             let Some(file_range) = block.file_range(wanted) else { continue };
-            missing = missing.or(ByteRange::from_bounds(at, part.start()));
+            missing = missing.or(GpaRange::from_bounds(at, part.start()));
             at = part.end();
             pieces.push((Arc::clone(block), file_range));
         }
-        let missing = missing.or(ByteRange::from_bounds(at, wanted.end()));
+        let missing = missing.or(GpaRange::from_bounds(at, wanted.end()));
         (pieces, missing)
     }
 }
@@ -336,13 +335,13 @@ struct Units {
     unit: u64,
     region_size: u64,
     /// Ascending and apart.
-    ranges: Vec<ByteRange>,
+    ranges: Vec<Section>,
 }
 
 impl Units {
     /// Adds the units that `range` touches, which starts no lower than those before. Returns the
     /// end of the last one.
-    fn add(&mut self, range: ByteRange) -> u64 {
+    fn add(&mut self, range: Section) -> u64 {
         let start = range.start() / self.unit * self.unit;
         // The region may end within a unit.
         let end = range.end().checked_next_multiple_of(self.unit);
@@ -350,7 +349,7 @@ impl Units {
         // Two pieces of memory may meet within a unit.
         let joined = self.ranges.pop_if(|last| last.end() >= start);
         let start = joined.map_or(start, |last| last.start());
-        self.ranges.extend(ByteRange::from_bounds(start, end));
+        self.ranges.extend(Section::from_bounds(start, end));
         end
     }
 }
@@ -375,7 +374,7 @@ impl RamDiscardListener for MemoryListener {
 
     /// hugetlb pages are taken now, since a guest that touches a page which the pool does not
     /// have dies of SIGBUS. Other memory is taken when it is touched: cost follows use.
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         if !self.takes_memory() {
             self.0.no_longer_owed(&[section]);
             return Ok(());
@@ -398,7 +397,7 @@ impl RamDiscardListener for MemoryListener {
     }
 
     /// Of memory that is taken when it is touched, nothing is done for each of many sections.
-    fn notify_populate_all(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
+    fn notify_populate_all(&mut self, sections: &[Section]) -> Result<(), (Section, String)> {
         if !self.takes_memory() {
             self.0.no_longer_owed(sections);
             return Ok(());
@@ -413,7 +412,7 @@ impl RamDiscardListener for MemoryListener {
         )
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         if self.0.is_loading() {
             return;
         }

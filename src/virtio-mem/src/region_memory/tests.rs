@@ -19,8 +19,8 @@ fn block(gpa: u64, size: u64, file: &File, fd_offset: u64) -> Arc<RamBlock> {
     Arc::new(RamBlock::new(id, gpa, size, file, fd_offset).unwrap())
 }
 
-fn section(from: u64, to: u64) -> ByteRange {
-    ByteRange::from_bounds(from * BLOCK, to * BLOCK).unwrap()
+fn section(from: u64, to: u64) -> Section {
+    Section::from_bounds(from * BLOCK, to * BLOCK).unwrap()
 }
 
 fn region() -> Arc<RegionMemory> {
@@ -69,9 +69,9 @@ fn gaps_are_named() {
     memory.replace(vec![block(ADDR + 4 * BLOCK, 4 * BLOCK, &file, 0)]);
     memory.ready(section(4, 8)).unwrap();
     let Err(NotReady::NotMapped(gap)) = memory.ready(section(6, 10)) else { panic!() };
-    assert_eq!(gap, ByteRange::new(ADDR + 8 * BLOCK, 2 * BLOCK).unwrap());
+    assert_eq!(gap, GpaRange::new(ADDR + 8 * BLOCK, 2 * BLOCK).unwrap());
     let Err(NotReady::NotMapped(gap)) = memory.ready(section(2, 6)) else { panic!() };
-    assert_eq!(gap, ByteRange::new(ADDR + 2 * BLOCK, 2 * BLOCK).unwrap());
+    assert_eq!(gap, GpaRange::new(ADDR + 2 * BLOCK, 2 * BLOCK).unwrap());
     assert!(!memory.is_complete());
 }
 
@@ -131,7 +131,7 @@ fn what_a_part_of_a_file_holds_is_counted_once_however_often_it_is_asked_for() {
     Arc::get_mut(&mut memory).unwrap().held = Recent::new(Duration::from_secs(3600));
     let file = memfd(2 * BIG);
     memory.replace(vec![block(ADDR, BIG, &file, 0)]);
-    let whole = ByteRange::new(0, BIG).unwrap();
+    let whole = Section::new(0, BIG).unwrap();
     file.write_all_at(&vec![1; 65 << 20], 0).unwrap();
     assert_eq!(memory.resident(whole), Some(65 << 20));
     file.write_all_at(&[1], 66 << 20).unwrap();

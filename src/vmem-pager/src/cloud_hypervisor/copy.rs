@@ -110,7 +110,9 @@ impl<'a> Pieces<'a> {
     fn enter(&mut self) {
         let Some(mapping) = self.taken.layout.mappings.get(self.mapping) else { return };
         self.plugged = match &self.taken.devices[self.mapping] {
-            Some(device) => device.state.plugged().collect(),
+            Some(device) => {
+                device.state.plugged().filter_map(|section| section.in_block(0)).collect()
+            }
             None => ByteRange::new(0, mapping.range.len()).into_iter().collect(),
         };
         self.plugged.reverse();

@@ -12,6 +12,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use migration::page_bitmap::bytes_of;
 use migration::progress::Progress;
 use migration::stream::{
     BlockEntry, BlockList, Configuration, RAM_SECTION, RAM_VERSION, SectionHeader, SectionKind,
@@ -292,7 +293,7 @@ fn find(image: &GuestImage, mapping: &Mapping, device: Option<&Device>) -> Resul
     let plugged = device.map(|device| device.state.plugged().collect::<Vec<_>>());
     let populated = block.discards().map(|discards| {
         let mut ranges = Vec::new();
-        discards.populated(|pages| ranges.push(migration::page_bitmap::bytes_of(pages)));
+        discards.populated(|pages| ranges.extend(bytes_of(pages).section(0)));
         ranges
     });
     if plugged != populated {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 
 use migration::stream::TARGET_PAGE_SIZE;
-use ram_discard::ByteRange;
+use ram_discard::{FileRange, GpaRange};
 use rustix::fs::{FileType, fstat};
 use serde::Deserialize;
 use vmstate::printable;
@@ -29,7 +29,7 @@ pub struct Mapping {
     /// The zone that it is of.
     pub zone: String,
     /// Guest-physical addresses.
-    pub range: ByteRange,
+    pub range: GpaRange,
     /// It is the region of the zone's virtio-mem device.
     pub virtio_mem: bool,
     /// Where its bytes begin in the file.
@@ -57,8 +57,8 @@ impl Mapping {
     }
 
     /// Where its bytes are in the file.
-    pub fn file_range(&self) -> ByteRange {
-        ByteRange::new(self.file_offset, self.range.len()).expect("checked with the layout")
+    pub fn file_range(&self) -> FileRange {
+        FileRange::new(self.file_offset, self.range.len()).expect("checked with the layout")
     }
 
     /// What it is called in messages.
@@ -192,7 +192,7 @@ impl Layout {
     }
 
     /// The mapping that has all of a range of guest-physical addresses, by its place.
-    pub fn find(&self, range: ByteRange) -> Option<usize> {
+    pub fn find(&self, range: GpaRange) -> Option<usize> {
         let after = self.mappings.partition_point(|it| it.range.start() <= range.start());
         let index = after.checked_sub(1)?;
         self.mappings[index].range.contains(range).then_some(index)
@@ -256,7 +256,7 @@ fn check(found: GuestRamMapping, zones: &BTreeMap<String, Pages>) -> Result<Mapp
     }
     let whole = [gpa, size, file_offset].iter().all(|value| value.is_multiple_of(unit));
     let end = file_offset.checked_add(size).filter(|end| i64::try_from(*end).is_ok());
-    match ByteRange::new(gpa, size).filter(|_| whole && end.is_some()) {
+    match GpaRange::new(gpa, size).filter(|_| whole && end.is_some()) {
         Some(range) => {
             let reserve = pages.reserve;
             Ok(Mapping { slot, zone: zone_id, range, virtio_mem, file_offset, huge_page, reserve })
@@ -304,14 +304,14 @@ mod tests {
         let layout = Layout::parse(FILE_ZONE.as_bytes()).unwrap();
         let ids: Vec<String> = layout.mappings.iter().map(Mapping::id).collect();
         assert_eq!(ids, ["z0/0x0", "z0/0x100000000"]);
-        assert_eq!(layout.mappings[1].file_range(), ByteRange::new(3 << 30, 1 << 30).unwrap());
+        assert_eq!(layout.mappings[1].file_range(), FileRange::new(3 << 30, 1 << 30).unwrap());
         let layout = Layout::parse(RENUMBERED.as_bytes()).unwrap();
         let ids: Vec<String> = layout.mappings.iter().map(Mapping::id).collect();
         assert_eq!(ids, ["mem0/0x0", "mem0/vmem/0x100000000"]);
         assert_eq!(layout.size(), 1280 << 20);
-        assert_eq!(layout.find(ByteRange::new(4 << 30, 4096).unwrap()), Some(1));
-        assert_eq!(layout.find(ByteRange::new(256 << 20, 4096).unwrap()), None);
-        assert_eq!(layout.find(ByteRange::new((256 << 20) - 4096, 8192).unwrap()), None);
+        assert_eq!(layout.find(GpaRange::new(4 << 30, 4096).unwrap()), Some(1));
+        assert_eq!(layout.find(GpaRange::new(256 << 20, 4096).unwrap()), None);
+        assert_eq!(layout.find(GpaRange::new((256 << 20) - 4096, 8192).unwrap()), None);
     }
 
     #[test]

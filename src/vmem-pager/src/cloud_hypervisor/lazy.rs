@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use migration::page_bitmap::{PageBitmap, pages_touched};
 use migration::stream::TARGET_PAGE_SIZE;
 use parking_lot::Mutex;
-use ram_discard::ByteRange;
+use ram_discard::{ByteRange, GpaRange};
 use serde_json::json;
 use vmstate::wire::WireWrite;
 
@@ -159,7 +159,7 @@ impl<'a> Faults<'a> {
         let whole = len.is_power_of_two()
             && (TARGET_PAGE_SIZE..=PAGE_MAX).contains(&len)
             && gpa.is_multiple_of(len);
-        let range = ByteRange::new(gpa, len).filter(|_| whole);
+        let range = GpaRange::new(gpa, len).filter(|_| whole);
         let found = range.and_then(|range| Some((range, layout.find(range)?)));
         let Some((range, mapping)) = found else {
             return Err(PagerError::Protocol(format!(

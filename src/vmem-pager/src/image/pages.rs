@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -79,16 +79,12 @@ impl PlacedBlock {
     /// The parts of `range` that are not discarded.
     fn populated(&self, range: ByteRange, mut part: impl FnMut(ByteRange)) {
         let Some(device) = &self.device else { return part(range) };
-        let mut rest = Some(range);
-        while let Some(section) = rest {
-            let Some(found) = device.next_range(section, true) else { return };
-            let end = found.end().min(range.end());
-            let start = found.start().max(section.start());
-            if let Some(populated) = ByteRange::from_bounds(start, end) {
-                part(populated);
-            }
-            rest = ByteRange::from_bounds(end, range.end());
-        }
+        // The region is the block.
+        let Some(section) = range.section(0) else { return };
+        let _ = device.replay(section, true, &mut |populated| {
+            populated.in_block(0).into_iter().for_each(&mut part);
+            ControlFlow::Continue(())
+        });
     }
 }
 

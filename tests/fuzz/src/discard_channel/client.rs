@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use ram_discard::memory::RamBlock;
-use ram_discard::{ByteRange, FreezeFor, RamDiscardListener, RamDiscardManager};
+use ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, Section};
 use rustix::fs::MemfdFlags;
 use small_vmm::memory::memfd;
 use tempfile::TempDir;
@@ -96,12 +96,12 @@ impl RamDiscardListener for Watch {
         "watch"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         self.0.lock()[blocks(section, BLOCK)].fill(true);
         Ok(())
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         self.0.lock()[blocks(section, BLOCK)].fill(false);
     }
 }
@@ -184,7 +184,7 @@ pub(super) fn run(input: &mut Input<'_>) {
     assert_eq!(daemon.execute(Request::UnplugAll), Response::Ack);
     let watch = Watch(Arc::new(Mutex::new(vec![false; NR])));
     let bystander = daemon.attach();
-    let all = ByteRange::new(0, bystander.region_size()).unwrap();
+    let all = Section::new(0, bystander.region_size()).unwrap();
     bystander.register(all, Box::new(watch.clone())).unwrap();
 
     let hostile = daemon.connect();

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use ram_discard::{ByteRange, FreezeFor, RamDiscardListener, RamDiscardManager, Unavailable};
+use ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, Section, Unavailable};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use virtio_mem::device::Geometry;
 use virtio_mem::discard_channel::bitmap::{BitmapWriter, LAYOUT_VERSION, MAGIC, file_size};
@@ -115,7 +115,7 @@ fn attack(mut stream: UnixStream, input: &mut Input<'_>) {
                 // Mostly one, sometimes several.
                 for _ in 0..=(more >> 2).saturating_sub(4) {
                     let (start, len) = (u64::from(input.u8()), 1 + u64::from(input.u8()) % 64);
-                    sections.push(ByteRange::new(start * BLOCK, len * BLOCK).unwrap());
+                    sections.push(Section::new(start * BLOCK, len * BLOCK).unwrap());
                 }
                 if choice & 1 == 0 {
                     ServerMessage::Populate { event, sections }
@@ -184,7 +184,7 @@ fn sizes(id: u64, more: u64) -> ServerMessage {
 struct Seen {
     populated: Vec<bool>,
     /// Something that is no blocks of the region.
-    wrong: Option<ByteRange>,
+    wrong: Option<Section>,
     lost: usize,
 }
 
@@ -195,7 +195,7 @@ struct Watch {
 }
 
 impl Watch {
-    fn mark(&self, section: ByteRange, populated: bool) {
+    fn mark(&self, section: Section, populated: bool) {
         let seen = &mut *self.seen.lock();
         let aligned = |at: u64| at.is_multiple_of(self.block_size);
         let aligned = aligned(section.start()) && aligned(section.len());
@@ -211,12 +211,12 @@ impl RamDiscardListener for Watch {
         "watch"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         self.mark(section, true);
         Ok(())
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         self.mark(section, false);
     }
 
@@ -229,9 +229,9 @@ impl RamDiscardListener for Watch {
 fn call(manager: &RemoteRamDiscardManager, choice: u8, geometry: &Geometry) {
     let region = geometry.region_size();
     let start = u64::from(choice >> 3) * 7 * BLOCK % region;
-    let section = ByteRange::new(start, region - start).unwrap();
+    let section = Section::new(start, region - start).unwrap();
     let mut end = 0;
-    let mut visit = |range: ByteRange| {
+    let mut visit = |range: Section| {
         assert!(range.start() >= section.start() && range.end() <= section.end(), "{range}");
         assert!(end == 0 || range.start() > end, "{range} touches the one before");
         end = range.end();
@@ -271,7 +271,7 @@ fn call(manager: &RemoteRamDiscardManager, choice: u8, geometry: &Geometry) {
 
 fn use_it(manager: &RemoteRamDiscardManager, calls: &[u8]) {
     let geometry = *manager.geometry();
-    let all = ByteRange::new(0, geometry.region_size()).unwrap();
+    let all = Section::new(0, geometry.region_size()).unwrap();
     let watch = Watch { block_size: geometry.block_size(), seen: Arc::default() };
     watch.seen.lock().populated = vec![false; geometry.nr_blocks()];
     let registered = manager.register(all, Box::new(watch.clone())).ok();

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use migration::inspect::{Block, inspect};
-use ram_discard::{ByteRange, RamDiscardSource};
+use ram_discard::{FileRange, RamDiscardSource, Section};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
@@ -31,9 +31,8 @@ pub fn compare(image: &Path, memory: &[(&str, File)]) -> Result<u64> {
         let block = block.with_context(|| format!("no block {name} in the image"))?;
         let mut devices = inspection.virtio_mem.iter();
         let device = devices.find(|device| device.ram_block.as_ref() == Some(&block.id));
-        let discarded = |range: ByteRange| {
-            device.is_some_and(|device| device.next_range(range, true).is_none())
-        };
+        let discarded =
+            |range: Section| device.is_some_and(|device| device.next_range(range, true).is_none());
         compare_block(&file, block, memory, &discarded)?;
         pages += block.normal;
     }
@@ -44,7 +43,7 @@ fn compare_block(
     image: &File,
     block: &Block,
     memory: &File,
-    discarded: &dyn Fn(ByteRange) -> bool,
+    discarded: &dyn Fn(Section) -> bool,
 ) -> Result<()> {
     let mapped = block.mapped.with_context(|| format!("{}: not mapped-ram", block.id))?;
     let mut bits = vec![0; (block.used_length / PAGE).div_ceil(64) as usize * 8];
@@ -76,12 +75,12 @@ fn compare_block(
     Ok(())
 }
 
-fn page_range(page: u64) -> Result<ByteRange> {
-    ByteRange::new(page * PAGE, PAGE).context("pages lie in 64 bits")
+fn page_range(page: u64) -> Result<Section> {
+    Section::new(page * PAGE, PAGE).context("pages lie in 64 bits")
 }
 
 /// Where a file has memory.
-fn data(file: &File, end: u64) -> Result<Vec<ByteRange>> {
+fn data(file: &File, end: u64) -> Result<Vec<FileRange>> {
     let mut ranges = Vec::new();
     let mut at = 0;
     while at < end {
@@ -91,7 +90,7 @@ fn data(file: &File, end: u64) -> Result<Vec<ByteRange>> {
             Err(errno) => return Err(std::io::Error::from(errno).into()),
         };
         at = seek(file, SeekFrom::Hole(start))?.min(end);
-        let range = ByteRange::from_bounds(start, at);
+        let range = FileRange::from_bounds(start, at);
         ranges.extend(range.filter(|_| start < end));
     }
     Ok(ranges)

@@ -24,7 +24,7 @@ use migration::MigrationError;
 use migration::devices::{DeviceRegistry, DeviceSection, Devices};
 use migration::ram::MigrationBlock;
 use migration::stream::SectionHeader;
-use ram_discard::{ByteRange, RamDiscardManager};
+use ram_discard::{RamDiscardManager, Section};
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 use virtio_mem::sections::{self as sections, EARLY_MIGRATION};
 use vmstate::Described;
@@ -116,12 +116,12 @@ impl MachineDevices {
     fn sweep_late(&self) -> Result<(), MigrationError> {
         let (manager, mut result) = (self.manager(), Ok(()));
         let Some((region, all)) =
-            self.late_region.as_ref().zip(ByteRange::new(0, manager.region_size()))
+            self.late_region.as_ref().zip(Section::new(0, manager.region_size()))
         else {
             return Ok(());
         };
         let _ = manager.replay_discarded(all, &mut |range| {
-            result = region.sweep(range);
+            result = range.in_block(0).map_or(Ok(()), |range| region.sweep(range));
             if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
         result.map_err(|error| device_error(&format!("cannot discard memory: {error}")))

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use ram_discard::{ByteRange, RamDiscardListener};
+use ram_discard::{RamDiscardListener, Section};
 use virtio_mem::controller::{DeviceObserver, MemController};
 use virtio_mem::device::Geometry;
 use virtio_mem::discard_channel::bitmap::BitmapWriter;
@@ -48,7 +48,7 @@ struct Inner {
     /// Number of the last event.
     event: u64,
     /// What was populated and is not yet committed.
-    pending: Vec<ByteRange>,
+    pending: Vec<Section>,
     /// In the order in which they came.
     peers: Vec<Arc<Peer>>,
     budget: Budget,
@@ -127,19 +127,19 @@ impl RamDiscardListener for HubListener {
         "discard channel"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         self.notify_populate_all(&[section]).map_err(|(_, reason)| reason)
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         self.notify_discard_all(&[section]);
     }
 
-    fn notify_populate_all(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
+    fn notify_populate_all(&mut self, sections: &[Section]) -> Result<(), (Section, String)> {
         self.0.inner.lock().populate(sections)
     }
 
-    fn notify_discard_all(&mut self, sections: &[ByteRange]) {
+    fn notify_discard_all(&mut self, sections: &[Section]) {
         self.0.inner.lock().discard(sections);
     }
 
@@ -158,7 +158,7 @@ impl DeviceObserver for Hub {
 
 impl Inner {
     /// Populates sections: all, or in the end none.
-    fn populate(&mut self, sections: &[ByteRange]) -> Result<(), (ByteRange, String)> {
+    fn populate(&mut self, sections: &[Section]) -> Result<(), (Section, String)> {
         for (event, part) in sections.chunks(SECTIONS_MAX).enumerate() {
             if let Err(reason) = self.populate_event(part) {
                 let before: Vec<_> =
@@ -170,7 +170,7 @@ impl Inner {
         Ok(())
     }
 
-    fn populate_event(&mut self, sections: &[ByteRange]) -> Result<(), String> {
+    fn populate_event(&mut self, sections: &[Section]) -> Result<(), String> {
         let peers = self.peers.clone();
         let mut accepted = Vec::new();
         let mut refused = None;
@@ -197,7 +197,7 @@ impl Inner {
         Err(reason)
     }
 
-    fn discard(&mut self, sections: &[ByteRange]) {
+    fn discard(&mut self, sections: &[Section]) {
         for sections in sections.chunks(SECTIONS_MAX) {
             let peers = self.peers.clone();
             self.tell_discard(peers, sections);
@@ -231,7 +231,7 @@ impl Inner {
         self.bitmap.update(shown, changes);
     }
 
-    fn tell_discard(&mut self, mut peers: Vec<Arc<Peer>>, sections: &[ByteRange]) {
+    fn tell_discard(&mut self, mut peers: Vec<Arc<Peer>>, sections: &[Section]) {
         peers.reverse();
         self.tell(peers, |event| ServerMessage::Discard {
             event,
@@ -292,7 +292,7 @@ impl Inner {
         }
     }
 
-    fn blocks(&self, section: ByteRange) -> Range<usize> {
+    fn blocks(&self, section: Section) -> Range<usize> {
         let index = |at: u64| usize::try_from(at / self.block_size).expect("a block has an index");
         index(section.start())..index(section.end())
     }

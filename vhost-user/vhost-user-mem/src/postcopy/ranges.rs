@@ -1,6 +1,6 @@
 //! Which ranges of guest memory are waited for.
 
-use ram_discard::ByteRange;
+use ram_discard::{GpaRange, Section};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::queue::Memory;
@@ -13,21 +13,21 @@ pub(super) const RANGES_MAX: usize = 8192;
 /// sections are not; all of `memory` when these are not followed.
 pub(super) fn wanted(
     memory: &Memory,
-    region: Option<ByteRange>,
-    plugged: Option<&[ByteRange]>,
-) -> Vec<ByteRange> {
+    region: Option<GpaRange>,
+    plugged: Option<&[Section]>,
+) -> Vec<GpaRange> {
     let entries = memory.iter();
-    let entries = entries.filter_map(|entry| ByteRange::new(entry.start_addr().0, entry.len()));
+    let entries = entries.filter_map(|entry| GpaRange::new(entry.start_addr().0, entry.len()));
     select(entries.collect(), region, plugged)
 }
 
 fn select(
-    entries: Vec<ByteRange>,
-    region: Option<ByteRange>,
-    plugged: Option<&[ByteRange]>,
-) -> Vec<ByteRange> {
+    entries: Vec<GpaRange>,
+    region: Option<GpaRange>,
+    plugged: Option<&[Section]>,
+) -> Vec<GpaRange> {
     let (Some(region), Some(plugged)) = (region, plugged) else { return entries };
-    let plugged = plugged.iter().filter_map(|section| section.shifted_up(region.start()));
+    let plugged = plugged.iter().filter_map(|section| section.gpa(region.start()));
     let plugged: Vec<_> = plugged.collect();
     let parts = entries.iter().flat_map(|&entry| {
         let inside = plugged.iter().filter_map(move |range| range.intersection(entry));
@@ -37,14 +37,14 @@ fn select(
 }
 
 /// Adds a range to ascending ones that are apart; what is in one already is replaced.
-pub(super) fn add(ranges: &mut Vec<ByteRange>, range: ByteRange) {
+pub(super) fn add(ranges: &mut Vec<Section>, range: Section) {
     remove(ranges, range);
     let at = ranges.partition_point(|other| other.start() < range.start());
     ranges.insert(at, range);
 }
 
 /// Takes a range out of ascending ones.
-pub(super) fn remove(ranges: &mut Vec<ByteRange>, range: ByteRange) {
+pub(super) fn remove(ranges: &mut Vec<Section>, range: Section) {
     let first = ranges.partition_point(|other| other.end() <= range.start());
     let end = ranges.partition_point(|other| other.start() < range.end());
     let rest: Vec<_> =
@@ -56,29 +56,33 @@ pub(super) fn remove(ranges: &mut Vec<ByteRange>, range: ByteRange) {
 mod tests {
     use super::*;
 
-    fn range(start: u64, end: u64) -> ByteRange {
-        ByteRange::from_bounds(start, end).unwrap()
+    fn range(start: u64, end: u64) -> GpaRange {
+        GpaRange::from_bounds(start, end).unwrap()
+    }
+
+    fn section(start: u64, end: u64) -> Section {
+        Section::from_bounds(start, end).unwrap()
     }
 
     #[test]
     fn ranges_are_added_and_taken_out() {
         let mut ranges = Vec::new();
         for (start, end) in [(40, 50), (0, 10), (20, 30), (25, 27)] {
-            add(&mut ranges, range(start, end));
+            add(&mut ranges, section(start, end));
         }
         let wanted = [(0, 10), (20, 25), (25, 27), (27, 30), (40, 50)];
-        assert_eq!(ranges, wanted.map(|(start, end)| range(start, end)));
-        remove(&mut ranges, range(5, 45));
-        assert_eq!(ranges, [range(0, 5), range(45, 50)]);
-        remove(&mut ranges, range(10, 20));
-        remove(&mut ranges, range(0, 100));
+        assert_eq!(ranges, wanted.map(|(start, end)| section(start, end)));
+        remove(&mut ranges, section(5, 45));
+        assert_eq!(ranges, [section(0, 5), section(45, 50)]);
+        remove(&mut ranges, section(10, 20));
+        remove(&mut ranges, section(0, 100));
         assert_eq!(ranges, []);
     }
 
     #[test]
     fn only_the_discarded_parts_of_the_region_are_left_out() {
         let region = Some(range(1 << 20, 2 << 20));
-        let plugged = [range(0x1000, 0x3000), range(0x4000, 0x5000)];
+        let plugged = [section(0x1000, 0x3000), section(0x4000, 0x5000)];
         let entries = vec![range(0, 0x8000), range(1 << 20, (1 << 20) + 0x2000)];
         let start = 1 << 20;
         let expected = [range(0, 0x8000), range(start + 0x1000, start + 0x2000)];

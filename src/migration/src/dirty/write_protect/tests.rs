@@ -212,7 +212,11 @@ fn a_write_to_a_discarded_range_is_reported_once() {
     block.mapping.write(3 << 20, &[2]);
     assert_eq!(dirty_pages(&mut tracker), [stray..stray + 1]);
     // Discarded again, and written again.
-    block.block.backing().discard(range(16 * PAGE + (3 << 20), 16 * PAGE + (4 << 20))).unwrap();
+    block
+        .block
+        .backing()
+        .discard(range(16 * PAGE + (3 << 20), 16 * PAGE + (4 << 20)).in_file(0).unwrap())
+        .unwrap();
     assert_eq!(dirty_pages(&mut tracker), []);
     block.mapping.write(3 << 20, &[2]);
     assert_eq!(dirty_pages(&mut tracker), [stray..stray + 1]);
@@ -380,7 +384,7 @@ fn no_write_to_hugetlb_is_lost() {
     let block = file.and_then(|file| {
         let block = Block::of(file, 0, 8 << 20)?;
         // A page that cannot be had raises SIGBUS when it is touched.
-        block.block.backing().reserve(range(0, 8 << 20))?;
+        block.block.backing().reserve(range(0, 8 << 20).in_file(0).unwrap())?;
         Ok(block)
     });
     if let Some(block) = or_skip("huge pages", block).filter(|_| supported()) {

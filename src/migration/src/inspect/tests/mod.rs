@@ -4,7 +4,7 @@ mod sample;
 
 use std::io::Cursor;
 
-use ram_discard::{ByteRange, RamDiscardSource};
+use ram_discard::RamDiscardSource;
 use serde_json::json;
 
 use super::*;
@@ -21,8 +21,8 @@ fn sound(sample: &Sample) -> Inspection {
     seen
 }
 
-fn range(start: u64, end: u64) -> ByteRange {
-    ByteRange::from_bounds(start, end).unwrap()
+fn range(start: u64, end: u64) -> ram_discard::Section {
+    ram_discard::Section::from_bounds(start, end).unwrap()
 }
 
 /// Of a block: id, bytes, pages with content, of zeros, absent, sent.
@@ -155,7 +155,7 @@ fn a_device_in_a_file_is_a_source_of_what_is_discarded() {
             let first = expected.next();
             let expected = first.and_then(|first| {
                 let last = (first..end).take_while(|at| plugged(at * step) == populated).last()?;
-                ByteRange::from_bounds(first * step, (last + 1) * step)
+                ram_discard::Section::from_bounds(first * step, (last + 1) * step)
             });
             assert_eq!(source.next_range(section, populated), expected, "{section}");
         }

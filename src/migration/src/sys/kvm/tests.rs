@@ -14,6 +14,7 @@ use crate::stream::Configuration;
 use crate::test_support::{memfd, migration_block};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use ram_discard::ByteRange;
 use ram_discard::memory::{HostMapping, RamBlock};
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -99,7 +100,7 @@ impl Guest {
     }
 
     fn slot(&self) -> KvmSlot {
-        let range = ByteRange::new(GUEST_ADDR, PAGES * PAGE).unwrap();
+        let range = GpaRange::new(GUEST_ADDR, PAGES * PAGE).unwrap();
         // SAFETY: the slot was set with these values and is never changed.
         unsafe { KvmSlot::new(0, 0, range, self.mapping.addr() as u64 + SLOT_AT * PAGE) }
     }
@@ -212,7 +213,7 @@ fn slots_that_are_not_in_the_block_are_refused() {
 fn what_is_no_vm_is_an_error() {
     let file = File::open("/dev/null").unwrap();
     assert!(enable_manual_protect(&file).is_err());
-    let range = ByteRange::new(0, PAGE).unwrap();
+    let range = GpaRange::new(0, PAGE).unwrap();
     // SAFETY: there is no VM that it could be used with.
     let slot = unsafe { KvmSlot::new(0, 0, range, 0) };
     let mut tracker = KvmDirtyLog::new(file.into(), PAGE, vec![(slot, 0)]).unwrap();
@@ -241,7 +242,7 @@ impl Running {
                 // The VMM writes beside the slot, and says so.
                 let page = round % SLOT_AT;
                 guest.mapping.write(page * PAGE, &(round + 1).to_le_bytes());
-                VhostLog::mark(&log, bytes_of(page..page + 1)).unwrap();
+                VhostLog::mark(&log, bytes_of(page..page + 1).gpa(0).unwrap()).unwrap();
                 round += 1;
                 if last {
                     return;

@@ -12,8 +12,8 @@ fn memfd(size: u64) -> File {
     file
 }
 
-fn range(start: u64, len: u64) -> ByteRange {
-    ByteRange::new(start, len).unwrap()
+fn range(start: u64, len: u64) -> FileRange {
+    FileRange::new(start, len).unwrap()
 }
 
 #[test]

@@ -39,7 +39,7 @@ fn no_answer_is_written_to_memory_that_a_system_reset_has_taken() {
     for deferred in [false, true] {
         let rig = rig();
         rig.execute(plug(0, 4));
-        let buffers = [ByteRange::new(ADDR + BLOCK, 10).unwrap()];
+        let buffers = [GpaRange::new(ADDR + BLOCK, 10).unwrap()];
         let write = || rig.file.write_all_at(&[1; 10], BLOCK).unwrap();
         assert_eq!(rig.controller.write_answer(&buffers, write), Some(()));
         if deferred {
@@ -61,7 +61,7 @@ fn a_system_reset_does_not_come_while_an_answer_is_written() {
     let rig = rig();
     rig.execute(plug(0, 4));
     std::thread::scope(|scope| {
-        let buffers = [ByteRange::new(ADDR + BLOCK, 10).unwrap()];
+        let buffers = [GpaRange::new(ADDR + BLOCK, 10).unwrap()];
         let mut reset = None;
         rig.controller.write_answer(&buffers, || {
             reset = Some(scope.spawn(|| rig.controller.system_reset().unwrap()));

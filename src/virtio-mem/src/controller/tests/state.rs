@@ -16,12 +16,12 @@ impl RamDiscardListener for Notes {
         "notes"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         self.0.lock().push(format!("+{}", section.start() / BLOCK));
         Ok(())
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         self.0.lock().push(format!("-{}", section.start() / BLOCK));
     }
 }

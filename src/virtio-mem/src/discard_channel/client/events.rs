@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ram_discard::{ByteRange, ListenerId, Listeners};
+use ram_discard::{ListenerId, Listeners, Section};
 use vmstate::printable;
 
 use super::requests::Answer;
@@ -33,7 +33,7 @@ pub(super) struct View {
 /// What a listener has populated: what it was told to, and not to discard since.
 pub(super) struct Told {
     id: ListenerId,
-    section: ByteRange,
+    section: Section,
     blocks: Blocks,
 }
 
@@ -42,7 +42,7 @@ impl Told {
     pub(super) fn populated<'a>(
         &'a self,
         geometry: &'a Geometry,
-    ) -> impl Iterator<Item = ByteRange> + 'a {
+    ) -> impl Iterator<Item = Section> + 'a {
         self.blocks.ranges(geometry, self.section, true)
     }
 }
@@ -50,7 +50,7 @@ impl Told {
 #[derive(Clone, Copy)]
 struct Event {
     number: u64,
-    section: ByteRange,
+    section: Section,
     populated: bool,
 }
 
@@ -61,7 +61,7 @@ impl View {
     }
 
     /// Takes note of what a new listener was told: all of `blocks` that is in its section.
-    pub(super) fn told(&mut self, id: ListenerId, section: ByteRange, blocks: Blocks) {
+    pub(super) fn told(&mut self, id: ListenerId, section: Section, blocks: Blocks) {
         self.told.push(Told { id, section, blocks });
     }
 
@@ -73,12 +73,12 @@ impl View {
 
     /// Calls `mark` with what the listeners were told after the event that a copy of the bitmap
     /// shows. A discard that the bitmap shows early is only marked again.
-    pub(super) fn overlay(&self, shown: u64, mut mark: impl FnMut(ByteRange, bool)) {
+    pub(super) fn overlay(&self, shown: u64, mut mark: impl FnMut(Section, bool)) {
         let later = self.unsettled.iter().filter(|event| event.number > shown);
         later.for_each(|event| mark(event.section, event.populated));
     }
 
-    fn note(&mut self, number: u64, sections: &[ByteRange], populated: bool, shown: u64) {
+    fn note(&mut self, number: u64, sections: &[Section], populated: bool, shown: u64) {
         while self.unsettled.front().is_some_and(|first| first.number <= shown) {
             self.unsettled.pop_front();
         }
@@ -149,9 +149,9 @@ impl Shared {
         }
     }
 
-    fn event(&self, number: u64, sections: &[ByteRange], populated: bool) -> Result<(), String> {
+    fn event(&self, number: u64, sections: &[Section], populated: bool) -> Result<(), String> {
         let aligned = |at: u64| at.is_multiple_of(self.geometry.block_size());
-        let are_blocks = |section: &ByteRange| {
+        let are_blocks = |section: &Section| {
             section.end() <= self.geometry.region_size()
                 && aligned(section.start())
                 && aligned(section.len())
@@ -196,18 +196,13 @@ impl Shared {
 
     /// How an event contradicts itself, what listeners were told before, or the bitmap. A block is
     /// populated once and then discarded once, and the bitmap shows it populated only in between.
-    fn contradiction(
-        &self,
-        view: &View,
-        sections: &[ByteRange],
-        populated: bool,
-    ) -> Option<String> {
+    fn contradiction(&self, view: &View, sections: &[Section], populated: bool) -> Option<String> {
         let mut sorted = sections.to_vec();
         sorted.sort_unstable_by_key(|section| section.start());
         if let Some(pair) = sorted.windows(2).find(|pair| pair[1].start() < pair[0].end()) {
             return Some(format!("is about parts of {} twice", pair[1]));
         }
-        let stays = |section: &&ByteRange| {
+        let stays = |section: &&Section| {
             view.told.iter().any(|told| {
                 let part = told.section.intersection(**section);
                 part.is_some_and(|part| !told.blocks.all(self.blocks_of(part), !populated))
@@ -224,7 +219,7 @@ impl Shared {
             return None;
         }
         // The bitmap shows a populate later than it is told, and a discard before the next event.
-        let shown = |section: &&ByteRange| {
+        let shown = |section: &&Section| {
             let blocks = self.blocks_of(**section);
             let snapshot = self.bitmap.try_copy(blocks.clone());
             snapshot.is_some_and(|snapshot| !Blocks::from(snapshot).all(blocks, false))

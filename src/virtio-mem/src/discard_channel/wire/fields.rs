@@ -1,7 +1,7 @@
 //! Fields of a frame, one after the other.
 
 use super::{HEADER_LEN, MAGIC, Sections, TEXT_MAX, WireError};
-use ram_discard::ByteRange;
+use ram_discard::Section;
 
 /// Appends fields; the length is put into the header as they come.
 pub(super) struct Builder<'a> {
@@ -37,7 +37,7 @@ impl<'a> Builder<'a> {
         self.bytes(&value.to_le_bytes())
     }
 
-    pub(super) fn sections(self, sections: &[ByteRange]) -> Self {
+    pub(super) fn sections(self, sections: &[Section]) -> Self {
         sections
             .iter()
             .fold(self, |builder, section| builder.u64(section.start()).u64(section.len()))
@@ -88,7 +88,7 @@ impl<'a> Fields<'a> {
         let mut sections = Sections::new();
         while !self.0.is_empty() {
             let (offset, size) = (self.u64(), self.u64());
-            let section = ByteRange::new(offset, size);
+            let section = Section::new(offset, size);
             sections.push(section.ok_or(WireError::Section { kind, offset, size })?);
         }
         Ok(sections)

@@ -7,12 +7,12 @@ fn geometry() -> Geometry {
 }
 
 fn sections() -> Sections {
-    Sections::from_elem(ByteRange::new(0x20_0000, 0x40_0000).unwrap(), 1)
+    Sections::from_elem(Section::new(0x20_0000, 0x40_0000).unwrap(), 1)
 }
 
 /// As many as there can be, each of a page.
 fn most_sections() -> Sections {
-    (0..SECTIONS_MAX as u64).map(|n| ByteRange::new(n << 13, 4096).unwrap()).collect()
+    (0..SECTIONS_MAX as u64).map(|n| Section::new(n << 13, 4096).unwrap()).collect()
 }
 
 /// Frames in hexadecimal, fields separated by spaces.
@@ -80,7 +80,7 @@ fn golden_frames_of_a_server() {
         &ServerMessage::Discard { event: 7, sections: sections() },
         "84000000 18000000 0700000000000000 0000200000000000 0000400000000000",
     );
-    let two = [ByteRange::new(0x20_0000, 0x40_0000).unwrap(), ByteRange::new(0, 0x1000).unwrap()];
+    let two = [Section::new(0x20_0000, 0x40_0000).unwrap(), Section::new(0, 0x1000).unwrap()];
     golden(
         &ServerMessage::Discard { event: 8, sections: Sections::from_slice(&two) },
         "84000000 28000000 0800000000000000 0000200000000000 0000400000000000 \

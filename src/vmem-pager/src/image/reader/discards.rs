@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use migration::inspect::VirtioMem;
 use migration::stream::TARGET_PAGE_SIZE;
-use ram_discard::ByteRange;
+use ram_discard::Section;
 use ram_discard::{LocalRamDiscardManager, RegisterError};
 
 /// The RamDiscardManager of a region in an image, whose source is the device's state in it.
@@ -47,8 +47,8 @@ impl Discards {
     }
 
     fn replay(&self, populated: bool, visit: &mut dyn FnMut(Range<u64>)) {
-        let Some(all) = ByteRange::new(0, self.manager.region_size()) else { return };
-        let visit = |range: ByteRange| {
+        let Some(all) = Section::new(0, self.manager.region_size()) else { return };
+        let visit = |range: Section| {
             visit(range.start() / TARGET_PAGE_SIZE..range.end() / TARGET_PAGE_SIZE);
             ControlFlow::Continue(())
         };

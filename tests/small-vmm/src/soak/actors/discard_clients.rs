@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use ram_discard::{ByteRange, FreezeFor, FrozenBlockState, RamDiscardListener, RamDiscardManager};
+use ram_discard::{FreezeFor, FrozenBlockState, RamDiscardListener, RamDiscardManager, Section};
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use crate::soak::host::{BLOCK, REGION};
@@ -38,7 +38,7 @@ pub(super) fn turn(world: &World, random: &mut Random) {
         Arc::new(Mutex::new(Told { blocks: vec![false; (REGION / BLOCK) as usize], wrong: None }));
     let random_of_listener = Random::of(random.next(), 0);
     let listener = Client { kind, told: told.clone(), random: random_of_listener, stream: handle };
-    let Some(region) = ByteRange::new(0, REGION) else { return };
+    let Some(region) = Section::new(0, REGION) else { return };
     if manager.register(region, Box::new(listener)).is_ok() {
         let mut hanging = Vec::new();
         for _ in 0..1 + random.below(4) {
@@ -67,7 +67,7 @@ fn freeze(
     let frozen = manager.freeze(FreezeFor::Source).ok()?;
     world.journal.did("discard clients freeze", "");
     let mut populated = vec![true; (REGION / BLOCK) as usize];
-    for discarded in ByteRange::new(0, REGION).iter().flat_map(|all| frozen.discarded(*all)) {
+    for discarded in Section::new(0, REGION).iter().flat_map(|all| frozen.discarded(*all)) {
         populated[blocks(discarded)].fill(false);
     }
     let told = lock(told).blocks.clone();
@@ -135,7 +135,7 @@ impl RamDiscardListener for Client {
         "soak"
     }
 
-    fn notify_populate(&mut self, section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         self.behave();
         let refuses = self.kind == Kind::Refusing && self.random.percent(30);
         let mut told = lock(&self.told);
@@ -149,12 +149,12 @@ impl RamDiscardListener for Client {
         Ok(())
     }
 
-    fn notify_discard(&mut self, section: ByteRange) {
+    fn notify_discard(&mut self, section: Section) {
         self.behave();
         lock(&self.told).blocks[blocks(section)].fill(false);
     }
 }
 
-fn blocks(section: ByteRange) -> std::ops::Range<usize> {
+fn blocks(section: Section) -> std::ops::Range<usize> {
     (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize
 }

@@ -39,11 +39,11 @@ impl RamDiscardListener for Mourner {
         self.0
     }
 
-    fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
         Ok(())
     }
 
-    fn notify_discard(&mut self, _section: ByteRange) {}
+    fn notify_discard(&mut self, _section: Section) {}
 
     fn notify_lost(&mut self, reason: &str) {
         self.1.send((self.0, reason.to_owned())).unwrap();
@@ -88,7 +88,7 @@ fn after_the_server_has_gone_everything_is_unavailable() {
 
 #[test]
 fn a_server_that_breaks_the_protocol_is_left() {
-    let unaligned = ByteRange::new(1, BLOCK).unwrap();
+    let unaligned = Section::new(1, BLOCK).unwrap();
     let populate = |event, section| ServerMessage::Populate {
         event,
         sections: Sections::from_slice(&[self::section(5, 6), section]),
