@@ -192,7 +192,7 @@ impl Looks {
         self.is_quiet()
     }
 
-    /// What a map and a chart show is told to those who cannot see or point at them, too.
+    /// What the map and the chart show, by keyboard and for screen readers.
     fn keyboard(&mut self) -> Result<()> {
         self.browser.evaluate("document.getElementById('map').focus()")?;
         self.browser.press("ArrowRight")?;

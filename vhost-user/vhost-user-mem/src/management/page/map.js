@@ -119,7 +119,7 @@ class RegionMap {
     this.scale.textContent = `Each cell is ${what}, filled by proportion; each row is ${across}.`;
   }
 
-  /** The map in words: for who cannot see it, and as a table. */
+  /** The map in words, for screen readers, and as a table. */
   tell() {
     const { addr, region_size: region, plugged_size: plugged, resident_size: resident } = this.device;
     const held = resident === null ? "guest memory is not mapped" : `${size(resident)} resident`;
