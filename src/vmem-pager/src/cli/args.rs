@@ -31,7 +31,8 @@ pub enum Command {
     ///
     /// Is the destination of the VMM's migration: `migrate unix:PATH` of QEMU, plain, multifd or
     /// postcopy, and `send-migration destination_url=unix:PATH,local=on` of Cloud Hypervisor. Until the image is whole and on the disk, a failure of any kind leaves the guest
-    /// running at its source, and nothing under the image's name.
+    /// running at its source, and nothing under the image's name; once QEMU has begun postcopy, paused there until this
+    /// is run again with --recover.
     Save(SaveArgs),
 
     /// Restore a guest from an image
