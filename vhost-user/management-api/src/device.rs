@@ -6,6 +6,8 @@ use serde::de::{Error, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
+use crate::Resize;
+
 /// The device. All sizes are bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DeviceInfo {
@@ -31,6 +33,10 @@ pub struct DeviceInfo {
     /// What the host really holds for the region; null when guest memory is not mapped.
     #[schema(required)]
     pub resident_size: Option<u64>,
+    /// How the guest is doing with the requested size; null from daemons that do not tell.
+    #[serde(default)]
+    #[schema(required)]
+    pub resize: Option<Resize>,
 }
 
 /// A part of the region.

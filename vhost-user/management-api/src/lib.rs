@@ -19,7 +19,11 @@
 mod device;
 mod event;
 mod problem;
+mod resize;
+mod time;
 
 pub use device::{Blocks, DeviceInfo, MigrationSetting, Range, RequestedSize, Resident};
 pub use event::Event;
 pub use problem::{PROBLEM_JSON, Problem};
+pub use resize::{Direction, LastRequest, Resize, ResizeState, StallKind, StallReason, Swept};
+pub use time::rfc3339;

@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::postcopy::Postcopy;
 use crate::queue::{self, AtomicMemory, UsableMemory};
 use crate::ram_blocks::RamBlocks;
+use crate::resize::ResizeWatch;
 use crate::vring::{Calls, Vring};
 use crate::worker::Watch;
 
@@ -61,6 +62,7 @@ struct Shared {
     transfers: Arc<Transfers>,
     blocks: RamBlocks,
     worker: OnceLock<Arc<Watch>>,
+    resize: OnceLock<Arc<ResizeWatch>>,
     postcopy: Postcopy,
     /// Whether PAGEFAULT is offered.
     offers_postcopy: AtomicBool,
@@ -93,6 +95,7 @@ impl MemBackend {
             transfers: Transfers::new(SILENCE_MAX)?,
             blocks: RamBlocks::default(),
             worker: OnceLock::new(),
+            resize: OnceLock::new(),
             postcopy,
             offers_postcopy: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
@@ -112,6 +115,13 @@ impl MemBackend {
     pub fn watch_worker(self, watch: Watch) -> Self {
         // There is one connection, and one worker.
         let _ = self.shared.worker.set(Arc::new(watch));
+        self
+    }
+
+    /// Has what the guest asks for noted, or does not.
+    #[must_use]
+    pub fn watch_resize(self, watch: Arc<ResizeWatch>) -> Self {
+        let _ = self.shared.resize.set(watch);
         self
     }
 
@@ -244,6 +254,9 @@ impl MemBackend {
                 let len = framed.answer(controller, response);
                 let finished = Instant::now();
                 metrics.request(framed.request, response, finished - started);
+                if let Some(resize) = self.shared.resize.get() {
+                    resize.answered(framed.request, response, finished);
+                }
                 tracing::trace!(request = ?framed.request, ?response);
                 (len, finished)
             }

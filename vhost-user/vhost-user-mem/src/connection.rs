@@ -116,6 +116,7 @@ impl Connections {
         )
         .context("cannot make a back-end")?
         .watch_worker(Watch::new(front.try_clone()?, Arc::clone(metrics)))
+        .watch_resize(Arc::clone(self.service.resize()))
         .allow_files(self.allows_files)
         .offer_postcopy(self.postcopy);
         let overdue = self.watch_end().context("cannot watch the connection's end")?;
@@ -263,6 +264,10 @@ impl ConnectionEvents for Events {
 
     fn running(&self) {
         self.service.controller().running();
+    }
+
+    fn driver(&self, features: u64, runs: bool) {
+        self.service.resize().driver(features, runs);
     }
 
     fn allows_files(&self) -> bool {

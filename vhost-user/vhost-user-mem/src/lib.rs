@@ -7,6 +7,7 @@
 //! - [`worker`]: the end of the queue's worker.
 //! - [`device_state`]: the device's state on its way to or from another daemon.
 //! - [`postcopy`]: guest memory that is used while it still arrives.
+//! - [`resize`]: how the guest is doing with the requested size, and why it stands still.
 //! - [`service`]: what the management API sees of the device.
 //! - [`discard_channel`]: tells VMMs in other processes what is populated and discarded.
 //! - [`management`]: the API's server; [`metrics`].
@@ -35,6 +36,7 @@ pub mod queue;
 mod ram_blocks;
 mod renew;
 mod reserve;
+pub mod resize;
 pub mod service;
 mod shared_file;
 mod socket;

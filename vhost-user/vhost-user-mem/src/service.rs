@@ -7,14 +7,15 @@ use management_api::{DeviceInfo, Event, Range};
 use ram_discard::Section;
 use tokio::sync::broadcast;
 use virtio_mem::controller::{
-    DeviceObserver, FreezeHolder, MemController, Reset, ResetError, ResizeError,
+    Busy, DeviceObserver, FreezeHolder, MemController, Reset, ResetError, ResizeError,
 };
-use virtio_mem::device::{BlockBitmap, Geometry};
+use virtio_mem::device::{BlockBitmap, Geometry, Request};
 
 use crate::front_door::Notifier;
 use crate::gate::Gate;
 use crate::management::{BlockRanges, Management, RangeList, Refusal};
 use crate::metrics::{Metrics, MetricsListener};
+use crate::resize::{Device, ResizeWatch};
 
 /// Events that a slow reader may lag behind before it is told that it missed some.
 const EVENT_BACKLOG: usize = 256;
@@ -30,29 +31,42 @@ pub struct Service {
     gate: Arc<Gate>,
     events: broadcast::Sender<Event>,
     connected: AtomicBool,
+    resize: Arc<ResizeWatch>,
 }
 
 /// Turns changes of the device into events, and has the guest told.
 struct Observer {
     events: broadcast::Sender<Event>,
     notifier: Arc<Notifier>,
+    resize: Arc<ResizeWatch>,
 }
 
 impl DeviceObserver for Observer {
     fn requested_size(&self, size: u64) {
+        self.resize.requested_size(size);
         send(&self.events, Event::RequestedSize(size));
     }
 
     fn plugged_size(&self, size: u64) {
+        self.resize.plugged_size(size);
         send(&self.events, Event::PluggedSize(size));
     }
 
     fn migration(&self, active: bool) {
+        self.resize.frozen(active);
         send(&self.events, Event::Migration(active));
     }
 
     fn config_changed(&self) {
         self.notifier.notify();
+    }
+
+    fn frozen_by(&self, holder: FreezeHolder, active: bool) {
+        self.resize.frozen_by(holder, active);
+    }
+
+    fn busy(&self, _request: Request, reason: &Busy) {
+        self.resize.busy(reason);
     }
 }
 
@@ -66,7 +80,7 @@ impl Service {
     ///
     /// # Errors
     ///
-    /// When a listener refuses what is plugged already.
+    /// When a listener refuses what is plugged already, or there is no thread to be had.
     pub fn new(
         controller: Arc<MemController>,
         notifier: Arc<Notifier>,
@@ -76,9 +90,19 @@ impl Service {
             controller.listen(Box::new(MetricsListener(Arc::clone(&metrics))))?;
         }
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
-        controller.observe(Arc::new(Observer { events: events.clone(), notifier }));
+        let config = controller.config();
+        let resize = ResizeWatch::new(config.plugged_size, config.requested_size);
+        resize.frozen(controller.migration_active());
+        let observer = Observer { events: events.clone(), notifier, resize: Arc::clone(&resize) };
+        controller.observe(Arc::new(observer));
+        resize.tell(&controller, events.clone())?;
         let connected = AtomicBool::new(false);
-        Ok(Arc::new(Self { controller, metrics, gate: Arc::default(), events, connected }))
+        Ok(Arc::new(Self { controller, metrics, gate: Arc::default(), events, connected, resize }))
+    }
+
+    /// What is seen of how the guest is doing with the requested size.
+    pub fn resize(&self) -> &Arc<ResizeWatch> {
+        &self.resize
     }
 
     /// The device.
@@ -99,10 +123,17 @@ impl Service {
     /// A front-end came or went.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Release);
+        self.resize.connected(connected);
         if connected {
             self.metrics.connection();
         }
         send(&self.events, if connected { Event::Connected } else { Event::Disconnected });
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.resize.end();
     }
 }
 
@@ -136,6 +167,7 @@ impl Management for Service {
             connected: self.connected.load(Ordering::Acquire),
             migration_active: self.controller.migration_active(),
             resident_size: self.controller.resident_size(),
+            resize: Some(self.resize.report(&Device::with(&self.controller, &config))),
         }
     }
 

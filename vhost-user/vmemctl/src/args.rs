@@ -51,6 +51,16 @@ pub enum Command {
         /// Wait no longer than this: 30s, 2m, 1h, or seconds
         #[arg(long, value_name = "T", requires = "wait", value_parser = parse_duration)]
         timeout: Option<Duration>,
+
+        /// Ask for this much more, or less, at a time, and go on when the guest has done it: for a
+        /// guest that cannot digest all of it at once. Rounded down to blocks. When this command ends
+        /// early, the guest is left with the size that it was asked for last
+        #[arg(long, value_name = "SIZE", requires = "wait", value_parser = parse_step)]
+        step: Option<u64>,
+
+        /// Go on no faster than this many bytes a second, in steps of a second's worth or of --step
+        #[arg(long, value_name = "RATE", requires = "wait", value_parser = parse_step)]
+        max_rate: Option<u64>,
     },
 
     /// Draw the region: what is plugged, resident and discarded
@@ -109,6 +119,14 @@ impl Command {
 
 fn parse_size_argument(text: &str) -> Result<u64, SizeError> {
     parse_size(text)
+}
+
+fn parse_step(text: &str) -> Result<u64, String> {
+    match parse_size(text) {
+        Ok(0) => Err("must be more than 0".to_owned()),
+        Ok(size) => Ok(size),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 #[cfg(test)]

@@ -1,18 +1,19 @@
 //! What ends a command early.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use management_api::Problem;
+use management_api::{Problem, Resize};
 use migration::inspect::InspectError;
 use program::size::format_size;
 use serde_json::{Value, json};
 use thiserror::Error;
 use vmstate::printable;
 
-use super::Console;
+use super::{Console, status};
 
 /// What ends a command early.
 #[derive(Debug, Error)]
@@ -34,7 +35,7 @@ pub enum Failure {
     Protocol(String),
     /// The guest was not done in time.
     #[error("timed out after {} s: plugged {} of the requested {}{}", waited.as_secs(),
-        format_size(*plugged_size), format_size(*requested_size), obstacle.unwrap_or_default())]
+        format_size(*plugged_size), format_size(*requested_size), what_of(*left_at, obstacle))]
     TimedOut {
         /// How long was waited.
         waited: Duration,
@@ -42,8 +43,10 @@ pub enum Failure {
         plugged_size: u64,
         /// What it was to be.
         requested_size: u64,
+        /// What the guest was asked for last, of a resize in steps that did not come to its end.
+        left_at: Option<u64>,
         /// What stood in the way, if that is known.
-        obstacle: Option<&'static str>,
+        obstacle: Option<Obstacle>,
     },
     /// Another client asked for another size meanwhile.
     #[error("superseded: the requested size is now {}, no longer {} (plugged: {})",
@@ -96,6 +99,30 @@ pub enum Failure {
     Runtime(io::Error),
 }
 
+/// What stands in a guest's way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// As the daemon says it.
+    Told(Box<Resize>),
+    /// As far as it is seen from here.
+    Seen(&'static str),
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Told(resize) => f.write_str(&status::resize(resize)),
+            Self::Seen(what) => f.write_str(what),
+        }
+    }
+}
+
+fn what_of(left_at: Option<u64>, obstacle: &Option<Obstacle>) -> String {
+    let left = left_at.map(|size| format!("; the guest is asked for {}", format_size(size)));
+    let obstacle = obstacle.as_ref().map(|obstacle| format!("; {obstacle}"));
+    left.into_iter().chain(obstacle).collect()
+}
+
 impl Failure {
     /// The exit status of the program.
     pub fn exit_status(&self) -> u8 {
@@ -120,8 +147,14 @@ impl Failure {
         let mut object = json!({ "error": self.to_string() });
         match self {
             Self::Refused(problem) => object["problem"] = json!(problem),
-            Self::TimedOut { plugged_size, requested_size, .. }
-            | Self::Superseded { plugged_size, requested_size, .. } => {
+            Self::TimedOut { plugged_size, requested_size, left_at, obstacle, .. } => {
+                object["plugged_size"] = json!(plugged_size);
+                object["requested_size"] = json!(left_at.unwrap_or(*requested_size));
+                if let Some(Obstacle::Told(resize)) = obstacle {
+                    object["resize"] = json!(resize);
+                }
+            }
+            Self::Superseded { plugged_size, requested_size, .. } => {
                 object["plugged_size"] = json!(plugged_size);
                 object["requested_size"] = json!(requested_size);
             }

@@ -25,7 +25,7 @@ mod ui;
 pub use args::{Args, Command};
 pub use client::{Client, Events, Take};
 pub use console::Console;
-pub use failure::Failure;
+pub use failure::{Failure, Obstacle};
 pub use man::{ManPage, man_pages};
 pub use range_stream::{Item, List};
 
@@ -128,11 +128,13 @@ async fn speak(
             let device = client.device().await?;
             console.show(&device, || status::table(&device))
         }
-        Command::Resize { size, wait, timeout } => {
-            let mut device = client.resize(size).await?;
-            if wait {
-                device = resize::wait(client, device, size, timeout, console).await?;
-            }
+        Command::Resize { size, wait, timeout, step, max_rate } => {
+            let device = if wait {
+                let plan = resize::Plan { target: size, timeout, step, max_rate };
+                resize::run(client, plan, console).await?
+            } else {
+                client.resize(size).await?
+            };
             console.show(&device, || status::sizes(&device))
         }
         Command::Blocks => {
@@ -191,7 +193,7 @@ async fn watch(client: &Client, console: &mut Console<'_>) -> Result<(), Failure
             }
             format!("{line}\n")
         } else {
-            format!("{time}  {}\n", status::event(event))
+            format!("{time}  {}\n", status::event(&event))
         };
         console.print(&line)?;
     }

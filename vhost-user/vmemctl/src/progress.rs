@@ -41,9 +41,9 @@ impl Progress {
         Self::Bar(bar)
     }
 
-    /// Shows this much as plugged.
-    pub(super) fn show(&mut self, console: &mut Console<'_>, way: Way, plugged: u64) {
-        let text = || format!("plugged {} of {}", format_size(plugged), format_size(way.to));
+    /// Shows this much as plugged, and its pace.
+    pub(super) fn show(&mut self, console: &mut Console<'_>, way: Way, plugged: u64, pace: &str) {
+        let text = || format!("plugged {} of {}{pace}", format_size(plugged), format_size(way.to));
         match self {
             Self::Bar(bar) => {
                 let length = way.to.abs_diff(way.from);

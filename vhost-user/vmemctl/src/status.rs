@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
-use management_api::{DeviceInfo, Event};
+use management_api::{DeviceInfo, Direction, Event, Resize, ResizeState};
 use program::size::format_size;
+use vmstate::printable;
 
 /// A table of everything.
 pub(super) fn table(device: &DeviceInfo) -> String {
@@ -21,8 +22,9 @@ pub(super) fn table(device: &DeviceInfo) -> String {
         ("front-end", if device.connected { "connected" } else { "not connected" }.to_owned()),
         ("migrating", yes_no(device.migration_active)),
     ];
+    let told = device.resize.as_ref().map(|told| ("resize", resize(told)));
     let mut table = String::new();
-    for (name, value) in rows {
+    for (name, value) in rows.into_iter().chain(told) {
         let _ = writeln!(table, "{name:<10} {value}");
     }
     table
@@ -35,13 +37,47 @@ pub(super) fn sizes(device: &DeviceInfo) -> String {
 }
 
 /// An event, without its time.
-pub(super) fn event(event: Event) -> String {
+pub(super) fn event(event: &Event) -> String {
     match event {
-        Event::RequestedSize(size) => format!("requested size: {}", format_size(size)),
-        Event::PluggedSize(size) => format!("plugged size: {}", format_size(size)),
+        Event::RequestedSize(size) => format!("requested size: {}", format_size(*size)),
+        Event::PluggedSize(size) => format!("plugged size: {}", format_size(*size)),
         Event::Migration(true) => "migration: active".to_owned(),
         Event::Migration(false) => "migration: not active".to_owned(),
         Event::Connected => "front-end: connected".to_owned(),
         Event::Disconnected => "front-end: not connected".to_owned(),
+        Event::Resize(told) => format!("resize: {}", resize(told)),
+        Event::Stray(size) => {
+            format!("discarded {} that the guest had in unplugged memory", format_size(*size))
+        }
     }
+}
+
+/// How a resize stands, in a line.
+pub(super) fn resize(resize: &Resize) -> String {
+    let left = format_size(resize.remaining_size);
+    let way = match resize.direction {
+        Some(Direction::Grow) => "to plug",
+        Some(Direction::Shrink) => "to unplug",
+        None => "left",
+    };
+    let since = resize.since.as_deref().unwrap_or_default();
+    match resize.state {
+        ResizeState::Done => "done".to_owned(),
+        ResizeState::Waiting => {
+            format!("the guest was asked at {}; {left} {way}", printable(since))
+        }
+        ResizeState::Progressing => format!("{left} {way}{}", pace(resize)),
+        ResizeState::Stalled => {
+            let reason = resize.reason.as_ref().map_or("no reason is known", |told| &told.text);
+            let (since, reason) = (printable(since), printable(reason));
+            format!("stands still since {since}, {left} {way}: {reason}")
+        }
+    }
+}
+
+/// Rate and expected end, as far as there are any.
+pub(super) fn pace(resize: &Resize) -> String {
+    let rate = resize.rate.map(|rate| format!(", {}/s", format_size(rate)));
+    let end = resize.expected_seconds.map(|seconds| format!(", about {seconds} s"));
+    rate.into_iter().chain(end).collect()
 }

@@ -1,5 +1,7 @@
 //! The client against a server with a fake device.
 
+mod resizes;
+
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;

@@ -55,6 +55,7 @@ impl MemController {
                 transaction.thaw(id);
                 return Err(error);
             }
+            state.observers.iter().for_each(|observer| observer.frozen_by(holder, true));
         }
         drop(state);
         if holder == FreezeHolder::Incoming {
@@ -84,6 +85,7 @@ impl MemController {
         }
         let saved = state.save_holders();
         state.thaw_unsaved = saved.is_err();
+        state.observers.iter().for_each(|observer| observer.frozen_by(holder, false));
         drop(state);
         transaction.thaw(id);
         if !transaction.is_frozen() {

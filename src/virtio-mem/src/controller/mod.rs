@@ -15,6 +15,7 @@
 //! that are committed as unplugged are swept when memory is mapped again, and a request that was
 //! committed but not answered is recognised when it comes again.
 
+mod busy;
 mod freeze;
 mod load_state;
 mod requests;
@@ -34,6 +35,7 @@ use ram_discard::{
 };
 use thiserror::Error;
 
+pub use busy::Busy;
 pub use freeze::FreezeHolder;
 pub use load_state::LoadStateError;
 use served::{DeviceSource, State, Sweep};
@@ -55,6 +57,11 @@ pub trait DeviceObserver: Send + Sync {
     fn migration(&self, _active: bool) {}
     /// The guest must be told to read its configuration again.
     fn config_changed(&self) {}
+    /// A holder has frozen block state, or has ended that. Other parties may still have it frozen:
+    /// [`migration`](Self::migration) tells. An observer that comes later is told of those there are.
+    fn frozen_by(&self, _holder: FreezeHolder, _active: bool) {}
+    /// A request is answered with BUSY for this reason.
+    fn busy(&self, _request: Request, _reason: &Busy) {}
 }
 
 /// Why the requested size was not set; nothing was changed.
@@ -202,7 +209,9 @@ impl MemController {
 
     /// Adds an observer.
     pub fn observe(&self, observer: Arc<dyn DeviceObserver>) {
-        self.state().observers.push(observer);
+        let mut state = self.state();
+        state.holders.keys().for_each(|&holder| observer.frozen_by(holder, true));
+        state.observers.push(observer);
     }
 
     /// Adds a listener for the whole region; see [`LocalRamDiscardManager::register`].

@@ -6,7 +6,7 @@ use std::ops::Range;
 use ram_discard::{GpaRange, RamDiscardSource, Section, Transaction};
 
 use super::served::Sweep;
-use super::{BlockUpdate, JournalUpdate, MemController, ResetError};
+use super::{BlockUpdate, Busy, JournalUpdate, MemController, ResetError};
 use crate::device::{Change, Request, Response, Verdict, VirtioMem};
 
 impl MemController {
@@ -73,16 +73,15 @@ impl MemController {
         let nothing_plugged = state.device.plugged_size() == 0;
         drop(state);
         let done = match change {
-            Change::UnplugAll if nothing_plugged => self.commit(&change, JournalUpdate::Forget),
-            _ if frozen => return Response::Busy,
+            Change::UnplugAll if nothing_plugged => {
+                self.commit_or(&change, JournalUpdate::Forget).map_err(Busy::from)
+            }
+            _ if frozen => Err(Busy::Frozen),
             Change::Plug(blocks) => self.plug(&mut transaction, request, blocks),
             Change::Unplug(blocks) => self.unplug(&mut transaction, request, blocks),
-            Change::UnplugAll => self.unplug_all(&mut transaction).map_err(|error| match error {
-                ResetError::Memory(error) => busy(request, &error),
-                ResetError::Store(error) => busy(request, &error),
-            }),
+            Change::UnplugAll => self.unplug_all(&mut transaction).map_err(Busy::from),
         };
-        if done.is_ok() { Response::Ack } else { Response::Busy }
+        done.map_or_else(|reason| self.busy(request, &reason), |()| Response::Ack)
     }
 
     /// Notes that the guest has the answer to the last request.
@@ -115,14 +114,14 @@ impl MemController {
         transaction: &mut Transaction<'_>,
         request: Request,
         blocks: Range<usize>,
-    ) -> Result<(), ()> {
-        let Some(section) = self.geometry.section_of(&blocks) else { return Err(()) };
-        self.memory.ready(section).map_err(|error| busy(request, &error))?;
-        transaction
-            .notify_populate(self.source, section)
-            .map_err(|refused| busy(request, &refused))?;
-        self.commit(&Change::Plug(blocks), JournalUpdate::Record(request))
-            .inspect_err(|()| transaction.notify_discard(self.source, section))
+    ) -> Result<(), Busy> {
+        let section = self.geometry.section_of(&blocks).ok_or(io::ErrorKind::InvalidInput);
+        let section = section.map_err(io::Error::from)?;
+        self.memory.ready(section)?;
+        transaction.notify_populate(self.source, section)?;
+        self.commit_or(&Change::Plug(blocks), JournalUpdate::Record(request))
+            .inspect_err(|_| transaction.notify_discard(self.source, section))?;
+        Ok(())
     }
 
     fn unplug(
@@ -130,10 +129,11 @@ impl MemController {
         transaction: &mut Transaction<'_>,
         request: Request,
         blocks: Range<usize>,
-    ) -> Result<(), ()> {
-        let Some(section) = self.geometry.section_of(&blocks) else { return Err(()) };
-        self.memory.ready(section).map_err(|error| busy(request, &error))?;
-        self.commit(&Change::Unplug(blocks), JournalUpdate::Record(request))?;
+    ) -> Result<(), Busy> {
+        let section = self.geometry.section_of(&blocks).ok_or(io::ErrorKind::InvalidInput);
+        let section = section.map_err(io::Error::from)?;
+        self.memory.ready(section)?;
+        self.commit_or(&Change::Unplug(blocks), JournalUpdate::Record(request))?;
         transaction.notify_discard(self.source, section);
         Ok(())
     }
@@ -148,12 +148,6 @@ impl MemController {
         self.commit_or(&Change::UnplugAll, JournalUpdate::Forget)?;
         transaction.notify_discard_all(self.source, &plugged);
         Ok(())
-    }
-
-    fn commit(&self, change: &Change, journal: JournalUpdate) -> Result<(), ()> {
-        self.commit_or(change, journal).map_err(|error| {
-            tracing::error!(%error, "cannot save the device state; answering BUSY");
-        })
     }
 
     /// Saves a change and then makes it.
@@ -182,9 +176,4 @@ impl MemController {
         }
         Ok(())
     }
-}
-
-/// Says why a request is answered with BUSY.
-fn busy(request: Request, reason: &dyn std::fmt::Display) {
-    tracing::warn!(request = request.name(), %reason, "answering BUSY");
 }

@@ -164,6 +164,11 @@ impl RegionMemory {
         })
     }
 
+    /// The first guest-physical range of the region at which no memory is mapped.
+    pub fn first_unmapped(&self) -> Option<ByteRange> {
+        self.geometry.section().and_then(|section| self.pieces(section).1)
+    }
+
     /// How often memory could not be discarded.
     pub fn discard_failures(&self) -> u64 {
         self.table.lock().failures

@@ -115,6 +115,9 @@ impl VhostUserBackend for MemBackend {
             .and_then(|new| set(new).map_err(|error: RamBlockError| io::Error::other(error)))
             // The relay lets no request use it before.
             .and_then(|()| postcopy.map(memory));
+        if let Some(resize) = self.shared.resize.get() {
+            resize.memory();
+        }
         result.inspect_err(|error| tracing::error!(%error, "refusing the front-end's memory"))
     }
 

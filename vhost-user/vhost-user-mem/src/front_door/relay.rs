@@ -30,6 +30,10 @@ pub trait ConnectionEvents: Send + Sync + 'static {
     /// A ring runs. Called again with every change of the rings, as long as one does.
     fn running(&self);
 
+    /// What the driver has accepted (0: nothing, as after a reset), and whether the first queue is
+    /// served. Called when that may have changed, before the front-end is answered.
+    fn driver(&self, features: u64, runs: bool);
+
     /// Whether files of any file system are taken for memory, logs and device state.
     fn allows_files(&self) -> bool;
 

@@ -68,6 +68,7 @@ impl Session<'_> {
                 if self.rings.suspended() {
                     self.notifier.suspend();
                 }
+                self.tell_driver();
                 self.pass(request, message)
             }
             R::GET_CONFIG | R::SET_CONFIG => self.config(request, message),
@@ -115,6 +116,7 @@ impl Session<'_> {
             }
             self.rings.reset();
             self.events.rings_reset();
+            self.tell_driver();
             drop(quiesced);
             self.set_log_all(false);
         }
@@ -129,6 +131,7 @@ impl Session<'_> {
         self.rings.reset();
         self.features = 0;
         self.events.rings_reset();
+        self.tell_driver();
         drop(quiesced);
         self.set_log_all(false);
         self.acknowledge(header, 0)

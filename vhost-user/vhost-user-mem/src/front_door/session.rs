@@ -267,8 +267,14 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Tells the device what the driver has done.
+    pub(super) fn tell_driver(&self) {
+        self.events.driver(self.features, self.rings.runs(0));
+    }
+
     /// Lets the notifier speak or not, as the rings say.
     pub(super) fn follow_rings(&self) {
+        self.tell_driver();
         if self.rings.suspended() {
             self.notifier.suspend();
         } else {

@@ -29,6 +29,7 @@ pub fn device() -> DeviceInfo {
         connected: false,
         migration_active: false,
         resident_size: None,
+        resize: None,
     }
 }
 

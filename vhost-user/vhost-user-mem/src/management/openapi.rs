@@ -1,7 +1,7 @@
 //! The OpenAPI document.
 
 use management_api::{
-    Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, Resident,
+    Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, Resident, Resize,
 };
 use utoipa::{OpenApi, ToResponse};
 
@@ -31,7 +31,16 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         router::document,
     ),
     components(
-        schemas(Blocks, DeviceInfo, MigrationSetting, Resident, Problem, Range, RequestedSize),
+        schemas(
+            Blocks,
+            DeviceInfo,
+            MigrationSetting,
+            Resident,
+            Problem,
+            Range,
+            RequestedSize,
+            Resize,
+        ),
         responses(Busy, Failure, Malformed, TooLarge, TooSlow, Wrong, WrongType),
     )
 )]

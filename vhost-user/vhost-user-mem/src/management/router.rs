@@ -238,7 +238,8 @@ pub(super) async fn set_migration(
 ///
 /// Events and their data: `requested-size` `{"requested_size": BYTES}`, `plugged-size`
 /// `{"plugged_size": BYTES}`, `migration` `{"active": BOOL}`, `connected` and `disconnected`
-/// `{"connected": BOOL}`.
+/// `{"connected": BOOL}`, `resize` with what the device has as `resize`, at each change of its state
+/// or of the kind of reason.
 #[utoipa::path(get, path = "/v1/events", operation_id = "getEvents", responses(
     (status = 200, description = "Events without end", body = String,
         content_type = "text/event-stream"),

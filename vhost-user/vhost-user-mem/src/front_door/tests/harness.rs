@@ -50,6 +50,7 @@ impl ConnectionEvents for Recorder {
         self.0.lock().push("release".into());
     }
     fn running(&self) {}
+    fn driver(&self, _features: u64, _runs: bool) {}
     fn allows_files(&self) -> bool {
         false
     }

@@ -20,7 +20,7 @@ fn the_device() {
         json!({
             "addr": 4u64 << 30, "region_size": 1 << 30, "block_size": 2 << 20, "node_id": null,
             "usable_region_size": 256 << 20, "plugged_size": 0, "requested_size": 0,
-            "connected": false, "migration_active": false, "resident_size": null,
+            "connected": false, "migration_active": false, "resident_size": null, "resize": null,
         })
     );
     *fake.device.lock() = management_api::DeviceInfo {
@@ -164,7 +164,7 @@ fn the_document_describes_every_resource() {
     let problem = &document["components"]["schemas"]["Problem"];
     assert_eq!(problem["required"], json!(["type", "title", "status", "detail"]));
     let device = &document["components"]["schemas"]["DeviceInfo"];
-    assert_eq!(device["required"].as_array().unwrap().len(), 10);
+    assert_eq!(device["required"].as_array().unwrap().len(), 11);
     check_references(&document, &document);
 }
 
