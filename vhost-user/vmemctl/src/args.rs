@@ -84,6 +84,44 @@ pub enum Command {
         listen: SocketAddr,
     },
 
+    /// Look for what would keep a guest from its memory, and say what to change
+    ///
+    /// Of the host: what addresses it has, memory and how it is handed out, huge pages, rights. With
+    /// --api-socket, of the region of a running daemon and how its guest does; with --addr and
+    /// --region-size, of a planned one. Run it as the user who runs the daemon. The exit status is 1
+    /// when there is a problem; warnings do not change it.
+    Doctor {
+        /// Guest-physical address of the region, as for the daemon
+        #[arg(long, value_name = "GPA", requires = "region_size", value_parser = parse_size_argument)]
+        addr: Option<u64>,
+
+        /// Size of the region, as for the daemon
+        #[arg(long, value_name = "SIZE", requires = "addr", value_parser = parse_size_argument)]
+        region_size: Option<u64>,
+
+        /// Size of a block, as for the daemon
+        #[arg(long, value_name = "SIZE", requires = "addr", value_parser = parse_size_argument)]
+        block_size: Option<u64>,
+
+        /// Bits of a physical address of the guest's CPU, where that is known
+        #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u32).range(32..=64))]
+        guest_phys_bits: Option<u32>,
+
+        /// Size of a memory block of the guest: /sys/devices/system/memory/block_size_bytes there,
+        /// which is hexadecimal
+        #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_step)]
+        guest_memory_block: u64,
+
+        /// The file behind the region, or the directory where it is to be; /proc/PID/fd/N of a VMM
+        /// works, too
+        #[arg(long, value_name = "PATH")]
+        memory_file: Option<PathBuf>,
+
+        /// Look at the host below this directory
+        #[arg(long, value_name = "DIR", hide = true)]
+        root: Option<PathBuf>,
+    },
+
     /// Show what a migration stream in a file holds
     ///
     /// Reads what this project writes and what QEMU's `migrate file:...` does, with and without
@@ -113,7 +151,13 @@ pub enum Command {
 impl Command {
     /// Whether the command is about a running daemon.
     pub fn needs_daemon(&self) -> bool {
-        !matches!(self, Self::Inspect { .. } | Self::Completions { .. } | Self::Man { .. })
+        !matches!(
+            self,
+            Self::Doctor { .. }
+                | Self::Inspect { .. }
+                | Self::Completions { .. }
+                | Self::Man { .. }
+        )
     }
 }
 

@@ -59,6 +59,14 @@ pub enum Failure {
         /// What is plugged.
         plugged_size: u64,
     },
+    /// `doctor` has found what must be changed.
+    #[error("{problems} problem{}, {warnings} warning{}", plural(*problems), plural(*warnings))]
+    Unfit {
+        /// What must be changed.
+        problems: usize,
+        /// What may have to be.
+        warnings: usize,
+    },
     /// A file cannot be written.
     #[error("cannot write {}: {source}", path.display())]
     File {
@@ -115,6 +123,10 @@ impl fmt::Display for Obstacle {
             Self::Seen(what) => f.write_str(what),
         }
     }
+}
+
+fn plural(number: usize) -> &'static str {
+    if number == 1 { "" } else { "s" }
 }
 
 fn what_of(left_at: Option<u64>, obstacle: &Option<Obstacle>) -> String {

@@ -8,6 +8,7 @@ mod args;
 mod client;
 mod clock;
 mod console;
+mod doctor;
 mod failure;
 mod inspect;
 mod man;
@@ -37,6 +38,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
+use management_api::DeviceInfo;
 use serde_json::json;
 
 use map::Map;
@@ -108,6 +110,9 @@ pub fn execute(args: Args, console: &mut Console<'_>) -> Result<(), Failure> {
         }
         Command::Inspect { file } => return inspect::run(&file, console),
         Command::Man { dir } => return write_man_pages(dir, console),
+        Command::Doctor { .. } if args.api_socket.is_none() => {
+            return examine(args.command, None, console);
+        }
         _ => {}
     }
     let client = Client::new(args.api_socket.unwrap_or_default());
@@ -157,8 +162,35 @@ async fn speak(
         }
         Command::Watch => watch(client, console).await,
         Command::Ui { listen } => ui::run(client, listen, console).await,
+        Command::Doctor { .. } => {
+            let device = client.device().await?;
+            examine(command, Some(&device), console)
+        }
         Command::Inspect { .. } | Command::Completions { .. } | Command::Man { .. } => Ok(()),
     }
+}
+
+fn examine(
+    command: Command,
+    daemon: Option<&DeviceInfo>,
+    console: &mut Console<'_>,
+) -> Result<(), Failure> {
+    let Command::Doctor {
+        addr,
+        region_size,
+        block_size,
+        guest_phys_bits,
+        guest_memory_block,
+        memory_file,
+        root,
+    } = command
+    else {
+        return Ok(());
+    };
+    let region = addr.zip(region_size);
+    let region = region.map(|(addr, size)| doctor::Region { addr, size, block_size });
+    let plan = doctor::Plan { region, guest_phys_bits, guest_memory_block, memory_file };
+    doctor::run(plan, daemon, root.as_deref(), console)
 }
 
 /// Writes the lists as they come: a region may have more of them than fit into memory.

@@ -1,5 +1,6 @@
 //! The client against a server with a fake device.
 
+mod doctor;
 mod resizes;
 
 use std::ffi::OsString;
