@@ -1,8 +1,10 @@
 //! The command line: strings in, a checked [`Config`] out.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Parser;
+use program::duration::parse_duration;
 use program::listener::Access;
 use program::size::parse_size;
 use thiserror::Error;
@@ -81,6 +83,10 @@ pub struct Args {
     #[command(flatten)]
     pub sandbox: sandbox::Options,
 
+    /// Discard what the guest has in unplugged memory this often: 30s, 2m, 1h, or seconds; 0 is never
+    #[arg(long, value_name = "T", default_value = "0", allow_hyphen_values = true)]
+    pub sweep_interval: String,
+
     /// Print the back-end's capabilities as JSON and exit; other options are ignored
     #[arg(long)]
     pub print_capabilities: bool,
@@ -114,6 +120,8 @@ pub struct Config {
     pub postcopy: bool,
     /// Who may connect to the sockets.
     pub access: Access,
+    /// How often unplugged memory is swept, if it is.
+    pub sweep_interval: Option<Duration>,
     /// Whether the front-end's files may be of any file system.
     pub allow_file_memory: bool,
     /// How this process confines itself.
@@ -213,6 +221,9 @@ impl TryFrom<Args> for Config {
                 }
             },
         };
+        let sweep_interval = parse_duration(&args.sweep_interval)
+            .map_err(|rule| ArgsError::new("sweep-interval", &args.sweep_interval, rule))?;
+        let sweep_interval = (!sweep_interval.is_zero()).then_some(sweep_interval);
         let postcopy = args.postcopy;
         Ok(Self {
             endpoint,
@@ -221,6 +232,7 @@ impl TryFrom<Args> for Config {
             api_socket,
             discard_socket,
             state_file,
+            sweep_interval,
             allow_file_memory: args.allow_file_memory,
             postcopy,
             access,
@@ -308,6 +320,8 @@ mod tests {
             ("--node-id 65536", "--node-id 65536: "),
             ("--node-id -1", "--node-id -1: "),
             ("--api-socket s", "--api-socket s: "),
+            ("--sweep-interval often", "--sweep-interval often: "),
+            ("--sweep-interval -1", "--sweep-interval -1: "),
             ("--socket-mode 0800", "--socket-mode 0800: "),
             ("--socket-mode +7", "--socket-mode +7: "),
             ("--socket-mode 1777", "--socket-mode 1777: "),

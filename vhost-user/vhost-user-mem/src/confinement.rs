@@ -21,6 +21,10 @@ pub(crate) const CONFIG_CHANGE: &str = "config-change";
 pub(crate) const MANAGEMENT: &str = "management";
 /// The threads of the discard channel.
 pub(crate) const DISCARD_CHANNEL: &str = "discard-channel";
+/// The thread that tells of resizes.
+pub(crate) const RESIZE: &str = "resize";
+/// The thread that discards what the guest has in unplugged memory.
+pub(crate) const SWEEP: &str = "sweep";
 /// The thread that serves the queue of the guest.
 pub(crate) const WORKER: &str = "worker";
 
@@ -125,6 +129,8 @@ const THREADS: &[Thread] = &[
             "unlinkat",
         ],
     },
+    Thread { name: RESIZE, opens_files: false, calls: &[] },
+    Thread { name: SWEEP, opens_files: false, calls: &["cachestat", "fallocate"] },
     Thread {
         name: WORKER,
         opens_files: false,

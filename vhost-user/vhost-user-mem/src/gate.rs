@@ -34,6 +34,17 @@ impl Gate {
         Inside(self)
     }
 
+    /// Waits until no thread is inside; `None` when the gate is closed meanwhile.
+    pub fn enter_if_open(&self) -> Option<Inside<'_>> {
+        let mut state = self.state.lock();
+        self.changed.wait_while(&mut state, |state| state.busy && state.closed == 0);
+        if state.closed != 0 {
+            return None;
+        }
+        state.busy = true;
+        Some(Inside(self))
+    }
+
     /// Closes the gate and waits until no thread is inside. Every call needs one of
     /// [`open`](Self::open).
     pub fn close(&self) {
@@ -89,6 +100,16 @@ impl Drop for Inside<'_> {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn who_enters_only_an_open_gate_does_not_wait_for_a_closed_one() {
+        let gate = Gate::default();
+        drop(gate.enter_if_open().unwrap());
+        gate.close();
+        assert!(gate.enter_if_open().is_none());
+        gate.open();
+        assert!(gate.enter_if_open().is_some());
+    }
 
     #[test]
     fn waiting_ends_when_it_is_hopeless() {

@@ -11,6 +11,7 @@
 //! - [`service`]: what the management API sees of the device.
 //! - [`discard_channel`]: tells VMMs in other processes what is populated and discarded.
 //! - [`management`]: the API's server; [`metrics`].
+//! - [`stray`]: sweeps of memory that the guest uses without having plugged it.
 //! - [`state_file`]: the device's state between two lives of the daemon.
 //! - [`log`]: lines on stderr that nothing waits for.
 //! - `confinement`: which system calls the daemon makes, by thread, and which files it opens.
@@ -42,6 +43,7 @@ mod shared_file;
 mod socket;
 mod start;
 pub mod state_file;
+pub mod stray;
 mod sys;
 pub mod vring;
 pub mod worker;
@@ -60,6 +62,7 @@ use front_door::Notifier;
 use management::Server;
 use service::Service;
 use socket::{FrontEnds, Shutdown};
+use stray::Sweeper;
 
 /// What `--print-capabilities` prints.
 pub const CAPABILITIES: &str = r#"{"type":"mem"}"#;
@@ -132,6 +135,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             Some(channel)
         }
     };
+    let sweeper = match config.sweep_interval {
+        None => None,
+        Some(interval) => Some(
+            Sweeper::start(Arc::clone(&service), interval).context("cannot start the sweeper")?,
+        ),
+    };
     let api = match &config.api_socket {
         None => None,
         Some(path) => {
@@ -172,6 +181,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         }
     }
     tracing::info!("ending");
+    drop(sweeper);
     connections.end();
     if let Some(channel) = &discard_channel {
         channel.shutdown();

@@ -64,6 +64,7 @@ pub struct Metrics {
     connections: Counter,
     populated_bytes: Counter,
     discarded_bytes: Counter,
+    stray_bytes: Counter,
     discard_failures: CopiedCounter,
     discard_clients_dropped: Counter,
     workers_lost: Counter,
@@ -146,6 +147,10 @@ impl Metrics {
         };
         let populated_bytes = bytes("populated", "Memory announced to the guest's use");
         let discarded_bytes = bytes("discarded", "Memory taken from the guest's use");
+        let stray_bytes = bytes(
+            "stray_swept",
+            "Memory that the guest had in unplugged blocks, found by sweeps and discarded",
+        );
         let mut size = |name, help| {
             let gauge = Gauge::default();
             registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
@@ -174,6 +179,7 @@ impl Metrics {
             connections,
             populated_bytes,
             discarded_bytes,
+            stray_bytes,
             discard_failures,
             discard_clients_dropped,
             workers_lost,
@@ -203,6 +209,11 @@ impl Metrics {
             self.latency.get_or_create_owned(&TypeLabel { r#type: request.name() })
         });
         histogram.observe(took.as_secs_f64());
+    }
+
+    /// Counts what a sweep has discarded, bytes.
+    pub fn stray(&self, size: u64) {
+        self.stray_bytes.inc_by(size);
     }
 
     /// Counts a chain that was no request.

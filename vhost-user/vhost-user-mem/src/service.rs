@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use management_api::{DeviceInfo, Event, Range};
+use management_api::{DeviceInfo, Event, Range, Swept};
 use ram_discard::Section;
 use tokio::sync::broadcast;
 use virtio_mem::controller::{
-    Busy, DeviceObserver, FreezeHolder, MemController, Reset, ResetError, ResizeError,
+    Busy, DeviceObserver, FreezeHolder, MemController, Reset, ResetError, ResizeError, SweepRefused,
 };
 use virtio_mem::device::{BlockBitmap, Geometry, Request};
 
@@ -16,6 +16,7 @@ use crate::gate::Gate;
 use crate::management::{BlockRanges, Management, RangeList, Refusal};
 use crate::metrics::{Metrics, MetricsListener};
 use crate::resize::{Device, ResizeWatch};
+use crate::stray::NotSwept;
 
 /// Events that a slow reader may lag behind before it is told that it missed some.
 const EVENT_BACKLOG: usize = 256;
@@ -103,6 +104,11 @@ impl Service {
     /// What is seen of how the guest is doing with the requested size.
     pub fn resize(&self) -> &Arc<ResizeWatch> {
         &self.resize
+    }
+
+    /// Tells readers of events.
+    pub(crate) fn tell(&self, event: Event) {
+        send(&self.events, event);
     }
 
     /// The device.
@@ -221,6 +227,18 @@ impl Management for Service {
                 detail: error.to_string(),
             }),
         }
+    }
+
+    fn sweep(&self) -> Result<Swept, Refusal> {
+        let swept = Self::sweep(self).map(|swept_size| Swept { swept_size });
+        swept.map_err(|error| Refusal {
+            status: match error {
+                NotSwept::Refused(SweepRefused::Memory(_)) => 500,
+                _ => 409,
+            },
+            title: "Sweep refused".to_owned(),
+            detail: error.to_string(),
+        })
     }
 
     fn set_migration(&self, active: bool) -> Result<DeviceInfo, Refusal> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use common::{ADDR, BLOCK, BOOT, PATIENCE, REGION, RING, Rig, daemon, gpa, options, ram, rig_with};
-use ram_discard::{ByteRange, RamDiscardListener, RamDiscardManager};
+use ram_discard::{RamDiscardListener, RamDiscardManager, Section};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use serde_json::Value;
 use small_vmm::api::EventStream;
@@ -58,12 +58,12 @@ fn a_guest_that_comes_up_is_told_of_step_by_step() {
     assert_eq!(kind(&daemon), "no-front-end");
     await_event(&mut events, "stalled", Some("no-front-end"));
     let frontend = Frontend::connect(&daemon.socket()).unwrap();
-    frontend.negotiate(0, USUAL_PROTOCOL_FEATURES).unwrap();
+    let agreed = frontend.negotiate(1 << 30, USUAL_PROTOCOL_FEATURES).unwrap();
     await_event(&mut events, "stalled", Some("no-memory"));
     assert!(text(&daemon).contains("0x140000000 to 0x180000000"), "{}", text(&daemon));
     frontend.set_mem_table(&ram).unwrap();
     await_event(&mut events, "stalled", Some("driver-absent"));
-    frontend.set_features(USUAL_FEATURES).unwrap();
+    frontend.set_features(agreed.offered & USUAL_FEATURES).unwrap();
     let mut driver = MemDriver::at(&ram, RING, 128, true).unwrap();
     frontend.start_ring(0, driver.ring()).unwrap();
     await_event(&mut events, "waiting", None);
@@ -90,11 +90,11 @@ impl RamDiscardListener for Refuser {
         "vfio"
     }
 
-    fn notify_populate(&mut self, _section: ByteRange) -> Result<(), String> {
+    fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
         Err("no IOMMU entries left".to_owned())
     }
 
-    fn notify_discard(&mut self, _section: ByteRange) {}
+    fn notify_discard(&mut self, _section: Section) {}
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn busy_names_the_client_that_refused_and_the_holder_of_a_freeze() {
     let mut events = rig.daemon.api().events().unwrap();
     let stream = UnixStream::connect(rig.daemon.discard_socket()).unwrap();
     let client = RemoteRamDiscardManager::attach(stream, PATIENCE).unwrap();
-    let all = ByteRange::new(0, REGION).unwrap();
+    let all = Section::new(0, REGION).unwrap();
     let listener = client.register(all, Box::new(Refuser)).unwrap();
     assert_eq!(rig.plug(0, 1), ResponseType::Busy);
     await_event(&mut events, "stalled", Some("refused"));
@@ -123,7 +123,7 @@ fn busy_names_the_client_that_refused_and_the_holder_of_a_freeze() {
     let size = (ADDR + REGION) / 4096 / 8;
     let log = memfd("log", size, MemfdFlags::CLOEXEC).unwrap();
     rig.frontend.set_log_base(&log, size, 0).unwrap();
-    rig.frontend.set_features(USUAL_FEATURES | 1 << 26).unwrap();
+    rig.frontend.set_features(rig.frontend.features() | 1 << 26).unwrap();
     assert!(text(&rig.daemon).contains("VHOST_F_LOG_ALL"), "{}", text(&rig.daemon));
 }
 

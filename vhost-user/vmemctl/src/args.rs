@@ -69,6 +69,9 @@ pub enum Command {
     /// Unplug and discard everything, as a reset of the virtual machine does
     SystemReset,
 
+    /// Discard what the guest has in memory that it has not plugged
+    Sweep,
+
     /// Print changes as they happen
     Watch,
 

@@ -8,7 +8,7 @@ use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
-use management_api::{DeviceInfo, Event, Problem};
+use management_api::{DeviceInfo, Event, Problem, Swept};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -96,6 +96,15 @@ impl Client {
     /// When the daemon refuses or cannot be reached.
     pub async fn system_reset(&self) -> Result<DeviceInfo, Failure> {
         self.call(Method::POST, "/v1/device/system-reset", None).await
+    }
+
+    /// Discards what the guest has in unplugged memory, however long that takes.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon refuses or cannot be reached.
+    pub async fn sweep(&self) -> Result<Swept, Failure> {
+        self.call(Method::POST, "/v1/device/sweep", None).await
     }
 
     /// The state, and changes as they happen.

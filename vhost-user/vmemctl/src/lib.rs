@@ -39,6 +39,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use management_api::DeviceInfo;
+use program::size::format_size;
 use serde_json::json;
 
 use map::Map;
@@ -159,6 +160,10 @@ async fn speak(
         Command::SystemReset => {
             let device = client.system_reset().await?;
             console.show(&device, || status::sizes(&device))
+        }
+        Command::Sweep => {
+            let swept = client.sweep().await?;
+            console.show(&swept, || format!("discarded {}\n", format_size(swept.swept_size)))
         }
         Command::Watch => watch(client, console).await,
         Command::Ui { listen } => ui::run(client, listen, console).await,

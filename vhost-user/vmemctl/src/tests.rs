@@ -175,6 +175,18 @@ fn blocks_and_reset() {
     assert_eq!((reset.status, reset.out.as_str()), (0, "requested 0 B, plugged 0 B\n"));
 }
 
+#[test]
+fn a_sweep_says_how_much_it_discarded_or_why_not() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let swept = vmemctl(&dir, &["sweep"]);
+    assert_eq!((swept.status, swept.out.as_str()), (0, "discarded 4 KiB\n"));
+    fake.set_migration(true).unwrap();
+    let refused = vmemctl(&dir, &["sweep"]);
+    assert_eq!(refused.status, 1);
+    assert_eq!(refused.err, "vmemctl: Sweep refused: migration is active\n");
+}
+
 /// Lists are read as they come: no bound on other answers is one on them.
 #[test]
 fn lists_that_are_longer_than_any_other_answer_may_be_are_drawn_and_written_in_full() {

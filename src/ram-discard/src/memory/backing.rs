@@ -256,6 +256,16 @@ impl Backing {
         Ok(Some(resident))
     }
 
+    /// Bytes that the host holds for the whole file.
+    ///
+    /// # Errors
+    ///
+    /// When the system does not tell.
+    pub fn held(&self) -> io::Result<u64> {
+        let blocks = fs::fstat(&self.file)?.st_blocks;
+        Ok(u64::try_from(blocks).unwrap_or(0).saturating_mul(512))
+    }
+
     /// Whether the kernel keeps count of what `range` holds: it is a whole file in memory. Files on disks
     /// also have blocks for what is no data.
     pub fn is_counted_by_the_kernel(&self, range: FileRange) -> bool {

@@ -21,6 +21,7 @@ mod load_state;
 mod requests;
 mod served;
 mod store;
+mod stray;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -40,6 +41,7 @@ pub use freeze::FreezeHolder;
 pub use load_state::LoadStateError;
 use served::{DeviceSource, State, Sweep};
 pub use store::{BlockUpdate, JournalUpdate, NoStateStore, StateRecord, StateStore};
+pub use stray::SweepRefused;
 
 use crate::device::{
     BlockBitmap, Change, ConfigSpace, Geometry, Request, RequestedSizeError, VirtioMem,

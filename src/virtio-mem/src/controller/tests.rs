@@ -1,5 +1,6 @@
 mod reset;
 mod state;
+mod stray;
 mod used_memory;
 
 use super::*;

@@ -165,7 +165,7 @@ impl RegionMemory {
     }
 
     /// The first guest-physical range of the region at which no memory is mapped.
-    pub fn first_unmapped(&self) -> Option<ByteRange> {
+    pub fn first_unmapped(&self) -> Option<GpaRange> {
         self.geometry.section().and_then(|section| self.pieces(section).1)
     }
 
@@ -280,6 +280,29 @@ impl RegionMemory {
             swept = swept.and(block.backing().sweep_all(ranges));
         }
         swept
+    }
+
+    /// As [`sweep`](Self::sweep), and counts the bytes that the host held. Costs one short search where
+    /// it held none.
+    ///
+    /// # Errors
+    ///
+    /// As [`sweep`](Self::sweep).
+    pub(crate) fn sweep_counted(&self, section: Section) -> io::Result<u64> {
+        let mut held = 0;
+        for (block, range) in self.pieces(section).0 {
+            let backing = block.backing();
+            if backing.kind() == BackingKind::Hugetlb {
+                // It does not tell its holes, but what it holds in all.
+                let before = backing.held()?;
+                backing.sweep(range)?;
+                held += before.saturating_sub(backing.held()?);
+            } else if backing.next_data(range.start())?.is_some_and(|data| data < range.end()) {
+                backing.for_each_resident(range, |data| held += data.len())?;
+                backing.sweep(range)?;
+            }
+        }
+        Ok(held)
     }
 
     /// Gives `section` back; what fails is owed, and tried again later.

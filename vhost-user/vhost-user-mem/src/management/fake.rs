@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use management_api::{Blocks, DeviceInfo, Event, Range, Resident};
+use management_api::{Blocks, DeviceInfo, Event, Range, Resident, Swept};
 use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::broadcast;
@@ -125,6 +125,16 @@ impl Management for Fake {
         self.calls.fetch_add(1, Ordering::Relaxed);
         self.plug(0);
         Ok(self.device())
+    }
+
+    fn sweep(&self) -> Result<Swept, Refusal> {
+        if self.device.lock().migration_active {
+            let (title, detail) = ("Sweep refused".to_owned(), "migration is active".to_owned());
+            return Err(Refusal { status: 409, title, detail });
+        }
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        let _ = self.events.send(Event::Stray(4096));
+        Ok(Swept { swept_size: 4096 })
     }
 
     fn set_migration(&self, active: bool) -> Result<DeviceInfo, Refusal> {

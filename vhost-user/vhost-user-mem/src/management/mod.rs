@@ -27,7 +27,7 @@ pub use range_lists::{RangeList, Ranges};
 pub use router::OPENMETRICS;
 pub use server::Server;
 
-use management_api::{DeviceInfo, Event};
+use management_api::{DeviceInfo, Event, Swept};
 use tokio::sync::broadcast;
 
 /// The whole region at one moment, as maximal ascending ranges.
@@ -64,6 +64,13 @@ pub trait Management: Send + Sync + 'static {
     ///
     /// When that is not possible now.
     fn system_reset(&self) -> Result<DeviceInfo, Refusal>;
+
+    /// Discards what the guest has in unplugged memory.
+    ///
+    /// # Errors
+    ///
+    /// When memory must stay as it is now, or cannot be discarded.
+    fn sweep(&self) -> Result<Swept, Refusal>;
 
     /// Starts or ends migration.
     ///

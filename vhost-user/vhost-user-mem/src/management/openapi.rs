@@ -1,7 +1,7 @@
 //! The OpenAPI document.
 
 use management_api::{
-    Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, Resident, Resize,
+    Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, Resident, Resize, Swept,
 };
 use utoipa::{OpenApi, ToResponse};
 
@@ -25,6 +25,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         router::blocks,
         router::resident,
         router::system_reset,
+        router::sweep,
         router::set_migration,
         router::events,
         router::metrics,
@@ -40,6 +41,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
             Range,
             RequestedSize,
             Resize,
+            Swept
         ),
         responses(Busy, Failure, Malformed, TooLarge, TooSlow, Wrong, WrongType),
     )

@@ -10,7 +10,9 @@ use axum::response::sse::{KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
-use management_api::{Blocks, DeviceInfo, MigrationSetting, Problem, RequestedSize, Resident};
+use management_api::{
+    Blocks, DeviceInfo, MigrationSetting, Problem, RequestedSize, Resident, Swept,
+};
 use tokio::sync::{Semaphore, watch};
 
 use super::caller::Caller;
@@ -97,6 +99,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/device/blocks", get(blocks))
         .route("/v1/device/resident", get(resident))
         .route("/v1/device/system-reset", post(system_reset))
+        .route("/v1/device/sweep", post(sweep))
         .route("/v1/migration", put(set_migration))
         .route("/v1/events", get(events))
         .route("/metrics", get(metrics))
@@ -205,6 +208,30 @@ pub(super) async fn system_reset(
     api.change(|management| management.system_reset()).await
 }
 
+/// Discards what the guest has in memory that it has not plugged, and tells how much that was.
+///
+/// What is plugged is not touched, also where it is plugged meanwhile.
+#[utoipa::path(post, path = "/v1/device/sweep", operation_id = "sweep", responses(
+    (status = 200, description = "What was discarded", body = Swept),
+    (status = 400, response = openapi::Malformed),
+    (status = 408, response = openapi::TooSlow),
+    (status = 409, description = "The guest does not run, or migration is active", body = Problem,
+        content_type = "application/problem+json"),
+    (status = 413, response = openapi::TooLarge),
+    (status = 415, response = openapi::WrongType),
+    (status = 422, response = openapi::Wrong),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
+))]
+pub(super) async fn sweep(
+    State(api): State<Api>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Swept>, ErrorAnswer> {
+    body::empty(&headers, body).await?;
+    Ok(Json(api.call(|management| management.sweep()).await??))
+}
+
 /// Starts or ends migration: block state is frozen while it is active.
 ///
 /// 500 when that cannot be saved. Nothing has changed then if it was to start; if it was to end, it
@@ -239,7 +266,7 @@ pub(super) async fn set_migration(
 /// Events and their data: `requested-size` `{"requested_size": BYTES}`, `plugged-size`
 /// `{"plugged_size": BYTES}`, `migration` `{"active": BOOL}`, `connected` and `disconnected`
 /// `{"connected": BOOL}`, `resize` with what the device has as `resize`, at each change of its state
-/// or of the kind of reason.
+/// or of the kind of reason, `stray` `{"swept_size": BYTES}`.
 #[utoipa::path(get, path = "/v1/events", operation_id = "getEvents", responses(
     (status = 200, description = "Events without end", body = String,
         content_type = "text/event-stream"),

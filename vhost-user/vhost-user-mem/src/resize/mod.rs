@@ -33,6 +33,8 @@ use tokio::sync::broadcast;
 use virtio_mem::controller::{Busy, FreezeHolder, MemController};
 use virtio_mem::device::{Request, Response};
 
+use crate::confinement;
+
 pub use reason::Reason;
 pub use seen::Seen;
 pub use verdict::{Device, QUIET, Verdict, judge};
@@ -159,6 +161,11 @@ impl ResizeWatch {
         }
     }
 
+    /// Whether the guest's queue is served.
+    pub fn runs(&self) -> bool {
+        self.noted.lock().seen.runs
+    }
+
     /// How the guest is doing.
     pub fn report(&self, device: &Device) -> Resize {
         verdict::report(&self.noted.lock().seen, device, Now::read())
@@ -182,8 +189,11 @@ impl ResizeWatch {
     ) -> std::io::Result<()> {
         let (watch, controller) = (Arc::clone(self), Arc::downgrade(controller));
         thread::Builder::new()
-            .name("resize".into())
-            .spawn(move || follow(&watch, &controller, &events))
+            .name(confinement::RESIZE.into())
+            .spawn(move || {
+                sandbox::confine_thread(confinement::RESIZE);
+                follow(&watch, &controller, &events);
+            })
             .map(drop)
     }
 

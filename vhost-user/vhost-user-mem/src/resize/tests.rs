@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use management_api::{Direction, ResizeState, StallKind};
-use ram_discard::{ByteRange, PopulateRefused};
+use ram_discard::{GpaRange, PopulateRefused, Section};
 use virtio_mem::controller::{Busy, FreezeHolder};
 use virtio_mem::device::{BlockSpan, Request, Response};
 use virtio_mem::region_memory::NotReady;
@@ -100,7 +100,7 @@ fn plug_at(offset: u64) -> Request {
 }
 
 fn refused(listener: &str, reason: &str) -> Busy {
-    let section = ByteRange::new(0, MIB).unwrap();
+    let section = Section::new(0, MIB).unwrap();
     let (listener, reason) = (listener.to_owned(), reason.to_owned());
     Busy::Refused(PopulateRefused { listener, section, reason })
 }
@@ -180,7 +180,7 @@ fn part_of_the_region_without_memory_is_named_when_the_guest_stops_there() {
     assert_eq!(world.state(), ResizeState::Waiting);
     world.pass(QUIET);
     assert_eq!(world.kind(), Some(StallKind::NoMemory));
-    let missing = ByteRange::new(ADDR, MIB).unwrap();
+    let missing = GpaRange::new(ADDR, MIB).unwrap();
     let mut world = World::asked(0, GIB);
     world.busy(&Busy::Memory(NotReady::NotMapped(missing)));
     assert_eq!(world.kind(), Some(StallKind::NoMemory));

@@ -20,7 +20,10 @@ fn the_doctor_has_a_running_daemon_tell_of_its_region_and_guest() {
     let guest = find("guest");
     assert_eq!(guest["status"], "problem");
     assert!(guest["found"].as_str().unwrap().contains("no \\u{1b}[31mdriver"), "{guest}");
-    assert_eq!(find("alignment")["found"], "with memory blocks of 128 MiB, the guest can use 1 GiB of 1 GiB");
+    assert_eq!(
+        find("alignment")["found"],
+        "with memory blocks of 128 MiB, the guest can use 1 GiB of 1 GiB"
+    );
     assert!(report["problems"].as_u64().unwrap() >= 2, "{report}");
     let text = vmemctl(&dir, &["doctor", "--root", root]);
     assert!(text.out.contains("PROBLEM  guest        stands still since"), "{}", text.out);

@@ -151,6 +151,7 @@ fn the_document_describes_every_resource() {
         ("/v1/device/blocks", "get", false),
         ("/v1/device/resident", "get", false),
         ("/v1/device/system-reset", "post", true),
+        ("/v1/device/sweep", "post", true),
         ("/v1/migration", "put", true),
         ("/v1/events", "get", false),
         ("/metrics", "get", false),
@@ -160,7 +161,7 @@ fn the_document_describes_every_resource() {
         assert!(responses["200"].is_object(), "{path}");
         assert_eq!(responses["422"].is_object(), refused, "{path}");
     }
-    assert_eq!(document["paths"].as_object().unwrap().len(), 10);
+    assert_eq!(document["paths"].as_object().unwrap().len(), 11);
     let problem = &document["components"]["schemas"]["Problem"];
     assert_eq!(problem["required"], json!(["type", "title", "status", "detail"]));
     let device = &document["components"]["schemas"]["DeviceInfo"];
