@@ -187,7 +187,7 @@ fn a_guest_is_saved_restored_in_each_way_and_handed_over() {
 }
 
 #[test]
-fn whoever_does_not_come_or_falls_silent_is_a_timeout() {
+fn a_peer_that_does_not_come_or_falls_silent_is_a_timeout() {
     let folder = Folder::new();
     let timed_out = |pager: Pager, what: &str| {
         let (status, err) = pager.end();
