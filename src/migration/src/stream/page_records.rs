@@ -321,7 +321,10 @@ mod tests {
         let at = format!("{:#x}", before.len());
         let record = |word: u64, rest: &[u8]| [&word.to_be_bytes(), rest].concat();
         for (bytes, what) in [
-            (record(4 * PAGE | 0x22, &[0]), "a page at 0x4000 of block \"ram\", which has 0x4000"),
+            (
+                record((4 * PAGE) | 0x22, &[0]),
+                "a page at 0x4000 of block \"ram\", which has 0x4000",
+            ),
             (record(!(PAGE - 1) | 0x22, &[0]), "a page at 0xfffffffffffff000 of block \"ram\""),
             (record(0x22, &[9]), "filled with 0x9"),
             (record(0x02, b"\x05other\0"), "\"other\""),
