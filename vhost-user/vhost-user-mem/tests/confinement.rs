@@ -47,7 +47,7 @@ fn every_thread_is_confined_and_has_no_capability() {
     ];
     for (key, value) in expected {
         let found = of_threads(&daemon, key);
-        for name in ["log", "signals", "config-change", "management", "discard-channel"] {
+        for name in ["log", "signals", "config-change", "resize", "management", "discard-channel"] {
             assert!(found.contains_key(name), "{name}: {found:?}");
         }
         assert!(found.values().all(|found| found == value), "{key}: {found:?}");
