@@ -53,6 +53,10 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
 
+    /// Serve GET /metrics alone on this Unix socket, to scrapers that are not to change anything
+    #[arg(long, value_name = "PATH")]
+    pub metrics_socket: Option<PathBuf>,
+
     /// Tell VMMs in other processes what is populated and discarded on this Unix socket
     #[arg(long, value_name = "PATH")]
     pub discard_socket: Option<PathBuf>,
@@ -112,6 +116,8 @@ pub struct Config {
     pub requested_size: u64,
     /// Where the management API is served.
     pub api_socket: Option<PathBuf>,
+    /// Where the metrics alone are served.
+    pub metrics_socket: Option<PathBuf>,
     /// Where the discard channel is served.
     pub discard_socket: Option<PathBuf>,
     /// Where the state is kept.
@@ -189,8 +195,8 @@ impl TryFrom<Args> for Config {
                 return Err(ArgsError::new("socket-path", "", "neither it nor --fd is given"));
             }
         };
-        let (api_socket, discard_socket, state_file) =
-            (args.api_socket, args.discard_socket, args.state_file);
+        let (api_socket, metrics_socket) = (args.api_socket, args.metrics_socket);
+        let (discard_socket, state_file) = (args.discard_socket, args.state_file);
         let socket_path = match &endpoint {
             Endpoint::Path(path) => Some(path),
             Endpoint::Fd(_) => None,
@@ -198,6 +204,7 @@ impl TryFrom<Args> for Config {
         let paths = [
             ("socket-path", socket_path),
             ("api-socket", api_socket.as_ref()),
+            ("metrics-socket", metrics_socket.as_ref()),
             ("discard-socket", discard_socket.as_ref()),
             ("state-file", state_file.as_ref()),
         ];
@@ -230,6 +237,7 @@ impl TryFrom<Args> for Config {
             geometry,
             requested_size,
             api_socket,
+            metrics_socket,
             discard_socket,
             state_file,
             sweep_interval,
@@ -327,6 +335,7 @@ mod tests {
             ("--socket-mode 1777", "--socket-mode 1777: "),
             ("--socket-group no-such-group", "--socket-group no-such-group: "),
             ("--api-socket a --discard-socket a", "--discard-socket a: "),
+            ("--api-socket a --metrics-socket a", "--metrics-socket a: "),
             ("--api-socket a --state-file a", "--state-file a: "),
         ] {
             let message = config(options).unwrap_err().to_string();

@@ -135,28 +135,30 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             Some(channel)
         }
     };
+    let mut servers = Vec::new();
+    if let Some(path) = &config.api_socket {
+        let server = Server::bind(path, Arc::clone(&service) as Arc<_>);
+        servers.push(server.with_context(|| format!("--api-socket {}", path.display()))?);
+    }
+    if let Some(path) = &config.metrics_socket {
+        let server = Server::bind_metrics(path, Arc::clone(&service) as Arc<_>);
+        servers.push(server.with_context(|| format!("--metrics-socket {}", path.display()))?);
+    }
+    let reach = confinement::reach(&config).context("cannot find out what to confine to")?;
+    for note in confined.enter(&reach)? {
+        tracing::warn!("{note}");
+    }
+    // Threads that are started from here on are confined.
     let sweeper = match config.sweep_interval {
         None => None,
         Some(interval) => Some(
             Sweeper::start(Arc::clone(&service), interval).context("cannot start the sweeper")?,
         ),
     };
-    let api = match &config.api_socket {
-        None => None,
-        Some(path) => {
-            let server = Server::bind(path, service as Arc<_>)
-                .with_context(|| format!("--api-socket {}", path.display()))?;
-            Some(server)
-        }
-    };
-    let reach = confinement::reach(&config).context("cannot find out what to confine to")?;
-    for note in confined.enter(&reach)? {
-        tracing::warn!("{note}");
-    }
     if let Some(channel) = &discard_channel {
         channel.start().context("cannot start the discard channel")?;
     }
-    if let Some(server) = &api {
+    for server in &servers {
         server.start().context("cannot start the management API")?;
     }
     tracing::info!(
@@ -186,9 +188,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     if let Some(channel) = &discard_channel {
         channel.shutdown();
     }
-    if let Some(server) = &api {
-        server.shutdown();
-    }
+    servers.iter().for_each(Server::shutdown);
     tracing::info!("ended");
     Ok(())
 }

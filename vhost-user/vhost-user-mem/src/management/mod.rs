@@ -4,6 +4,7 @@
 //! - [`Server`] has the socket; `router` the resources; [`ErrorAnswer`] every error.
 //! - [`openapi()`] describes all of it, and is served at `/openapi.json`; `page` is what a browser shows.
 
+mod audit;
 mod body;
 mod caller;
 mod event_stream;

@@ -9,12 +9,13 @@ use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::sse::{KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use management_api::{
     Blocks, DeviceInfo, MigrationSetting, Problem, RequestedSize, Resident, Swept,
 };
 use tokio::sync::{Semaphore, watch};
 
+use super::audit::Detail;
 use super::caller::Caller;
 use super::{
     BlockRanges, ErrorAnswer, Management, Refusal, body, event_stream, openapi, page, range_lists,
@@ -121,6 +122,15 @@ pub(super) async fn show() -> Result<Response, ErrorAnswer> {
     page::answer()
 }
 
+/// The metrics, with problem details for everything else.
+pub(super) fn metrics_router(api: Api) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .fallback(only_metrics)
+        .method_not_allowed_fallback(method_not_allowed)
+        .with_state(api)
+}
+
 /// The device.
 #[utoipa::path(get, path = "/v1/device", operation_id = "getDevice", responses(
     (status = 200, description = "The device", body = DeviceInfo),
@@ -147,10 +157,12 @@ pub(super) async fn set_requested_size(
     State(api): State<Api>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Json<DeviceInfo>, ErrorAnswer> {
+) -> Result<Response, ErrorAnswer> {
     let expected = r#"{"requested_size": BYTES}"#;
     let RequestedSize { requested_size } = body::json(&headers, body, expected).await?;
-    api.change(move |management| management.resize(requested_size)).await
+    let detail = Extension(Detail(format!("requested_size={requested_size}")));
+    let done = api.change(move |management| management.resize(requested_size)).await;
+    Ok((detail, done).into_response())
 }
 
 /// Which parts of the region are plugged and which are discarded.
@@ -252,10 +264,12 @@ pub(super) async fn set_migration(
     State(api): State<Api>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Json<DeviceInfo>, ErrorAnswer> {
+) -> Result<Response, ErrorAnswer> {
     let expected = r#"{"active": true} or {"active": false}"#;
     let MigrationSetting { active } = body::json(&headers, body, expected).await?;
-    api.change(move |management| management.set_migration(active)).await
+    let detail = Extension(Detail(format!("active={active}")));
+    let done = api.change(move |management| management.set_migration(active)).await;
+    Ok((detail, done).into_response())
 }
 
 /// Changes as they happen, as server-sent events.
@@ -307,6 +321,11 @@ pub(super) async fn document() -> Response {
 
 async fn not_found(uri: Uri) -> ErrorAnswer {
     let detail = format!("There is no {}; GET /openapi.json lists what there is.", uri.path());
+    ErrorAnswer::new(StatusCode::NOT_FOUND, detail)
+}
+
+async fn only_metrics() -> ErrorAnswer {
+    let detail = "This socket serves GET /metrics alone; all else is at --api-socket.".to_owned();
     ErrorAnswer::new(StatusCode::NOT_FOUND, detail)
 }
 

@@ -26,14 +26,16 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::audit::Audit;
 use super::caller::CALLS;
 use super::hangup::Hangup;
 use super::places::{Place, Places};
-use super::router::{Api, LISTS, router};
+use super::router::{Api, LISTS, metrics_router, router};
 use super::stream::PatientStream;
 use super::{ErrorAnswer, Management};
 use crate::confinement;
 use crate::reserve::{PAUSE, RESERVE};
+use crate::sys::peer_cred::peer_cred;
 
 /// Connections at a time. One more takes the place of the one that is idle for longest; when a
 /// request is served on each, it is told that there are too many.
@@ -57,8 +59,18 @@ const GRACE: Duration = Duration::from_millis(300);
 /// Dropping it shuts it down.
 pub struct Server {
     management: Arc<dyn Management>,
+    offers: Offers,
     state: Mutex<State>,
     shutdown: watch::Sender<bool>,
+}
+
+/// Which resources are served.
+#[derive(Clone, Copy)]
+enum Offers {
+    /// All of the API.
+    Everything,
+    /// The metrics alone, to clients that need not be able to change anything.
+    Metrics,
 }
 
 enum State {
@@ -75,9 +87,25 @@ impl Server {
     /// When the socket is served already, when the path is something else than a socket, or when
     /// it cannot be bound.
     pub fn bind(path: impl AsRef<Path>, management: Arc<dyn Management>) -> io::Result<Self> {
-        let (listener, file) = listener::bind(path.as_ref())?;
+        Self::bind_for(Offers::Everything, path.as_ref(), management)
+    }
+
+    /// As [`Server::bind`], for a socket that serves the metrics alone.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn bind_metrics(
+        path: impl AsRef<Path>,
+        management: Arc<dyn Management>,
+    ) -> io::Result<Self> {
+        Self::bind_for(Offers::Metrics, path.as_ref(), management)
+    }
+
+    fn bind_for(offers: Offers, path: &Path, management: Arc<dyn Management>) -> io::Result<Self> {
+        let (listener, file) = listener::bind(path)?;
         let state = Mutex::new(State::Bound(listener, file));
-        Ok(Self { management, state, shutdown: watch::Sender::new(false) })
+        Ok(Self { management, offers, state, shutdown: watch::Sender::new(false) })
     }
 
     /// Serves the socket on a thread of its own. Does nothing when that was done before.
@@ -105,13 +133,17 @@ impl Server {
             .build()?;
         let shutdown = self.shutdown.subscribe();
         let api = Api::new(Arc::clone(&self.management), shutdown.clone());
+        let router = match self.offers {
+            Offers::Everything => router(api),
+            Offers::Metrics => metrics_router(api),
+        };
         let listener = {
             let _inside = runtime.enter();
             tokio::net::UnixListener::from_std(listener)?
         };
         let thread = thread::Builder::new().name("management".to_owned()).spawn(move || {
             sandbox::confine_thread(confinement::MANAGEMENT);
-            runtime.block_on(serve(listener, router(api), shutdown));
+            runtime.block_on(serve(listener, router, shutdown));
             // A call to the device may still block; it ends with the process.
             runtime.shutdown_background();
         })?;
@@ -198,15 +230,22 @@ async fn connection(
     mut shutdown: watch::Receiver<bool>,
 ) {
     let hangup = Hangup::of(&stream);
+    let peer = peer_cred(&stream).ok();
     let io = TokioIo::new(PatientStream::new(stream, WRITE_PATIENCE));
     let router = TowerToHyperService::new(router);
     let service = service_fn(|request: Request<Incoming>| {
+        let audit = Audit::of(&request, peer);
         let serving = place.serve();
         let answer = serving.is_some().then(|| router.call(request));
         async move {
-            let Some(answer) = answer else { return Ok(too_many().into_response()) };
             // The answer's body is a part of the service: it may be a stream of events.
-            let answer = answer.await?;
+            let answer = match answer {
+                Some(answer) => answer.await?,
+                None => too_many().into_response(),
+            };
+            if let Some(audit) = audit {
+                audit.answered(&answer);
+            }
             Ok::<_, std::convert::Infallible>(answer.map(|body| {
                 Body::new(body.map_frame(move |frame| {
                     let _serving = &serving;

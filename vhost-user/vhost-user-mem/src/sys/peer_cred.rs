@@ -1,8 +1,7 @@
 //! The process at the other end of a Unix socket.
 
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// The process that connected, as it was when it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,14 +18,14 @@ pub(crate) struct PeerCred {
 /// # Errors
 ///
 /// When the kernel does not tell.
-pub(crate) fn peer_cred(stream: &UnixStream) -> io::Result<PeerCred> {
+pub(crate) fn peer_cred(stream: &impl AsFd) -> io::Result<PeerCred> {
     let mut cred = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: getsockopt needs an open descriptor, which `stream` holds, and writes at most `len`
     // bytes to the value, which is as large and takes any bytes, and the length to `len`.
     let done = unsafe {
         libc::getsockopt(
-            stream.as_raw_fd(),
+            stream.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_PEERCRED,
             (&raw mut cred).cast(),
@@ -42,6 +41,7 @@ pub(crate) fn peer_cred(stream: &UnixStream) -> io::Result<PeerCred> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_pair_of_sockets_belongs_to_this_process() {
