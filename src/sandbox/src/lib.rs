@@ -23,7 +23,6 @@ mod runtime;
 mod sys;
 
 use std::collections::HashMap;
-use std::io;
 use std::sync::OnceLock;
 
 use seccompiler::BpfProgram;
@@ -79,14 +78,6 @@ pub enum SandboxError {
         user: String,
         /// Why not.
         reason: String,
-    },
-    /// A path to which the process is to be confined cannot be looked at.
-    #[error("--sandbox: cannot look at {path}: {source}")]
-    Path {
-        /// Which.
-        path: String,
-        /// Why.
-        source: io::Error,
     },
     /// A step failed.
     #[error("--sandbox: cannot {what}: {reason}")]

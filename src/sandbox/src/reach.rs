@@ -14,7 +14,7 @@ use crate::{SandboxError, own_code};
 /// What is handled where the kernel can; an older one handles less of it.
 const HANDLED: ABI = ABI::V6;
 
-/// Files, ports and processes that may be reached by name. What is open already stays so.
+/// Files, ports and processes that may be reached by name, where they are there. What is open already stays so.
 #[derive(Clone, Debug, Default)]
 pub struct Reach {
     files: Vec<Rule>,
@@ -28,8 +28,6 @@ pub struct Reach {
 struct Rule {
     path: PathBuf,
     access: BitFlags<AccessFs>,
-    /// Nothing is allowed where the path is not there.
-    optional: bool,
 }
 
 /// The folder of a path.
@@ -44,27 +42,21 @@ impl Reach {
         Self::default()
     }
 
-    fn rule(mut self, path: &Path, access: BitFlags<AccessFs>, optional: bool) -> Self {
-        self.files.push(Rule { path: path.to_owned(), access, optional });
+    fn rule(mut self, path: &Path, access: BitFlags<AccessFs>) -> Self {
+        self.files.push(Rule { path: path.to_owned(), access });
         self
     }
 
     /// Reads a file, or everything in a folder.
     #[must_use]
     pub fn read(self, path: &Path) -> Self {
-        self.rule(path, make_bitflags!(AccessFs::{ReadFile | ReadDir}), false)
+        self.rule(path, make_bitflags!(AccessFs::{ReadFile | ReadDir}))
     }
 
-    /// Reads a file, or everything in a folder, if it is there.
+    /// Uses a device.
     #[must_use]
-    pub fn read_if_there(self, path: &Path) -> Self {
-        self.rule(path, make_bitflags!(AccessFs::{ReadFile | ReadDir}), true)
-    }
-
-    /// Uses a device, if it is there.
-    #[must_use]
-    pub fn device_if_there(self, path: &Path) -> Self {
-        self.rule(path, make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}), true)
+    pub fn device(self, path: &Path) -> Self {
+        self.rule(path, make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}))
     }
 
     /// Executes this program once more, with its libraries.
@@ -75,16 +67,15 @@ impl Reach {
     pub fn execute_itself(self) -> io::Result<Self> {
         let access = make_bitflags!(AccessFs::{ReadFile | ReadDir | Execute});
         let own = own_code::paths()?;
-        let reach = own.iter().fold(self, |reach, path| reach.rule(path, access, false));
+        let reach = own.iter().fold(self, |reach, path| reach.rule(path, access));
         // Where the loader looks for them first.
-        Ok(reach.read_if_there(Path::new("/etc/ld.so.cache")))
+        Ok(reach.read(Path::new("/etc/ld.so.cache")))
     }
 
     /// Removes the file at `path`: any file in its folder, since Landlock knows folders only.
     #[must_use]
     pub fn remove(self, path: &Path) -> Self {
-        // Where there is no folder, the socket has come with the start under another name.
-        self.rule(&folder_of(path), AccessFs::RemoveFile.into(), true)
+        self.rule(&folder_of(path), AccessFs::RemoveFile.into())
     }
 
     /// Makes the file at `path`, or another one in its place: any file in its folder.
@@ -93,7 +84,7 @@ impl Reach {
         let access = make_bitflags!(AccessFs::{
             ReadFile | ReadDir | WriteFile | Truncate | MakeReg | RemoveFile
         });
-        self.rule(&folder_of(path), access, false)
+        self.rule(&folder_of(path), access)
     }
 
     /// Listens on a Unix socket at `path`, with a lock beside it: any in its folder.
@@ -102,7 +93,7 @@ impl Reach {
         let access = make_bitflags!(AccessFs::{
             ReadFile | WriteFile | MakeReg | MakeSock | RemoveFile
         });
-        self.rule(&folder_of(path), access, false)
+        self.rule(&folder_of(path), access)
     }
 
     /// Listens on a TCP port.
@@ -171,15 +162,9 @@ impl Reach {
             ruleset = ruleset.scope(scopes).map_err(failed())?;
         }
         let mut created = ruleset.create().map_err(failed())?;
-        for Rule { path, access, optional } in &self.files {
-            let file = match PathFd::new(path) {
-                Ok(file) => file,
-                Err(_) if *optional => continue,
-                Err(error) => {
-                    let source = io::Error::other(error.to_string());
-                    return Err(SandboxError::Path { path: path.display().to_string(), source });
-                }
-            };
+        for Rule { path, access } in &self.files {
+            // Nothing can be done with what is not there, or out of reach anyway; that is told when it is tried.
+            let Ok(file) = PathFd::new(path) else { continue };
             // Rights that only folders have are none of a file's.
             let access =
                 if path.is_dir() { *access } else { *access & AccessFs::from_file(HANDLED) };

@@ -48,6 +48,9 @@ pub enum PagerError {
         /// Why.
         source: io::Error,
     },
+    /// This process cannot be confined.
+    #[error(transparent)]
+    Sandbox(sandbox::SandboxError),
     /// An image is not one that could be restored.
     #[error("{}: {what}", path.display())]
     Image {

@@ -10,6 +10,7 @@
 //! - [`working_set`]: the order in which a guest touches its memory.
 //! - [`run`]: the end of a run: a signal, a time that has passed. [`socket`]: where VMMs are met.
 //! - [`metrics`]: what scrapers are told.
+//! - [`confinement`]: which system calls the pager makes, and what it reaches.
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
@@ -19,6 +20,7 @@ mod huge_page_pool;
 
 pub mod cli;
 pub mod cloud_hypervisor;
+pub mod confinement;
 pub mod error;
 pub mod firecracker;
 pub mod image;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use program::listener::{self, SocketFile};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -84,7 +85,7 @@ impl Listener {
                 (Inner::Unix(listener), Some(file))
             }
             Address::Tcp(text) => {
-                let listener = TcpListener::bind(text);
+                let listener = resolve(text).and_then(|all| TcpListener::bind(&all[..]));
                 let listener = listener.map_err(failed("cannot listen on", address))?;
                 (Inner::Tcp(listener), None)
             }
@@ -218,7 +219,7 @@ pub fn try_connect(address: &Address, run: &Run) -> io::Result<OwnedFd> {
         Address::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
         Address::Tcp(text) => {
             let mut last = io::Error::from(io::ErrorKind::NotFound);
-            for address in text.to_socket_addrs()? {
+            for address in resolve(text)? {
                 let bound = run.left().unwrap_or(run.silence()).clamp(POLL, run.silence());
                 match TcpStream::connect_timeout(&address, bound) {
                     Ok(stream) => {
@@ -231,6 +232,40 @@ pub fn try_connect(address: &Address, run: &Run) -> io::Result<OwnedFd> {
             Err(last)
         }
     }
+}
+
+/// What names of hosts stand for, found before the process was confined.
+static RESOLVED: Mutex<Vec<(String, Vec<SocketAddr>)>> = Mutex::new(Vec::new());
+
+fn resolve(text: &str) -> io::Result<Vec<SocketAddr>> {
+    let resolved = RESOLVED.lock();
+    match resolved.iter().find(|(name, _)| name == text) {
+        Some((_, addresses)) => Ok(addresses.clone()),
+        None => Ok(text.to_socket_addrs()?.collect()),
+    }
+}
+
+/// Looks up the name of a host now, for later: a confined process cannot.
+///
+/// # Errors
+///
+/// When the name is not known.
+pub fn resolve_ahead(address: &Address) -> Result<(), PagerError> {
+    let Address::Tcp(text) = address else { return Ok(()) };
+    let found = text.to_socket_addrs().map_err(failed("cannot look up", address))?;
+    RESOLVED.lock().push((text.clone(), found.collect()));
+    Ok(())
+}
+
+/// The TCP ports of an address.
+///
+/// # Errors
+///
+/// When its name is not known.
+pub fn ports(address: &Address) -> Result<Vec<u16>, PagerError> {
+    let Address::Tcp(text) = address else { return Ok(Vec::new()) };
+    let found = resolve(text).map_err(failed("cannot look up", address))?;
+    Ok(found.iter().map(SocketAddr::port).collect())
 }
 
 /// Makes an error of a socket.

@@ -158,7 +158,12 @@ pub(crate) fn reach(config: &Config) -> io::Result<Reach> {
         Endpoint::Path(path) => Some(path),
         Endpoint::Fd(_) => None,
     };
-    let sockets = [socket, config.api_socket.as_ref(), config.discard_socket.as_ref()];
+    let sockets = [
+        socket,
+        config.api_socket.as_ref(),
+        config.metrics_socket.as_ref(),
+        config.discard_socket.as_ref(),
+    ];
     let mut reach = sockets.into_iter().flatten().fold(Reach::new(), |reach, path| {
         // At the end.
         reach.remove(path)
@@ -168,7 +173,7 @@ pub(crate) fn reach(config: &Config) -> io::Result<Reach> {
     reach = reach
         .read(Path::new("/proc"))
         // glibc counts processors.
-        .read_if_there(Path::new("/sys/devices/system/cpu"));
+        .read(Path::new("/sys/devices/system/cpu"));
     if let Some(path) = &config.state_file {
         // A load of device state puts another file in its place.
         reach = reach.replace(&std::fs::canonicalize(path)?);
@@ -179,7 +184,7 @@ pub(crate) fn reach(config: &Config) -> io::Result<Reach> {
     if config.postcopy {
         // What the size of a block is by default.
         let huge_pages = Path::new("/sys/kernel/mm/transparent_hugepage");
-        reach = reach.read_if_there(huge_pages).execute_itself()?;
+        reach = reach.read(huge_pages).execute_itself()?;
     }
     Ok(reach)
 }

@@ -72,12 +72,12 @@ impl Command {
         }
     }
 
-    /// Whether this process confines itself.
-    pub fn sandbox(&self) -> Sandbox {
+    /// How this process confines itself.
+    pub fn sandbox(&self) -> &sandbox::Options {
         match self {
-            Self::Save(args) => args.common.sandbox,
-            Self::Restore(args) => args.common.sandbox,
-            Self::Handover(args) => args.sandbox,
+            Self::Save(args) => &args.common.sandbox,
+            Self::Restore(args) => &args.common.sandbox,
+            Self::Handover(args) => &args.sandbox,
         }
     }
 }
@@ -91,18 +91,6 @@ pub enum Vmm {
     CloudHypervisor,
     /// Firecracker, of which guests are restored.
     Firecracker,
-}
-
-/// Whether this process confines itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Sandbox {
-    /// It does not.
-    #[default]
-    Off,
-    /// It tells what it would have refused itself.
-    Log,
-    /// It does.
-    On,
 }
 
 /// What both commands have.
@@ -138,9 +126,9 @@ pub struct Common {
     #[arg(long, value_name = "T", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
 
-    /// Confine this process; not in this version, which says so
-    #[arg(long, value_name = "WHETHER", default_value = "off")]
-    pub sandbox: Sandbox,
+    /// How this process confines itself.
+    #[command(flatten)]
+    pub sandbox: sandbox::Options,
 }
 
 /// The command line of `save`.
@@ -241,9 +229,9 @@ pub struct HandoverArgs {
     #[arg(long, value_name = "T", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
 
-    /// Confine this process; not in this version, which says so
-    #[arg(long, value_name = "WHETHER", default_value = "off")]
-    pub sandbox: Sandbox,
+    /// How this process confines itself.
+    #[command(flatten)]
+    pub sandbox: sandbox::Options,
 }
 
 /// Bytes a second, of which there must be some.
@@ -274,7 +262,7 @@ mod tests {
         let Command::Save(save) = parse(words).unwrap().command else { panic!("not a save") };
         assert_eq!(save.common.socket, Address::Unix("s".into()));
         assert_eq!(save.common.timeout, Some(Duration::from_secs(120)));
-        assert!(save.common.json && save.common.sandbox == Sandbox::Off);
+        assert!(save.common.json && save.common.sandbox.sandbox == sandbox::Mode::On);
         let words = "vmem-pager restore --vmm qemu --socket tcp:h:1 --image i --bandwidth 64M";
         let Command::Restore(restore) = parse(words).unwrap().command else { panic!("a save") };
         assert_eq!(restore.bandwidth, Some(64 << 20));

@@ -10,10 +10,11 @@ use std::process::ExitCode;
 use clap::Parser;
 use program::signals::Signals;
 
+use crate::confinement;
 use crate::error::PagerError;
 use crate::metrics::MetricsServer;
 use crate::run::Run;
-use args::{Args, Command, Common, Sandbox, Vmm};
+use args::{Args, Command, Common, Vmm};
 use report::Report;
 
 /// Exit status of a wrong use.
@@ -35,6 +36,9 @@ pub fn main() -> ExitCode {
     };
     let report = Report::of_process(args.command.json());
     let done = signals.map_err(PagerError::system("watch signals")).and_then(|signals| {
+        for note in confinement::confine(&args.command)? {
+            report.warn(&note);
+        }
         let run = Run::new(args.command.timeout());
         run.watch(signals)?;
         execute(&args.command, &run, &report)
@@ -42,6 +46,9 @@ pub fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            if let Some(hint) = confinement::hint(args.command.sandbox(), &error) {
+                report.warn(hint);
+            }
             report.fail(&error.to_string());
             ExitCode::from(error.exit_status())
         }
@@ -58,7 +65,6 @@ pub fn execute(
     run: &std::sync::Arc<Run>,
     report: &Report,
 ) -> Result<(), PagerError> {
-    confine(command.sandbox(), report);
     match command {
         Command::Save(options) => {
             let metrics = crate::qemu::save::SaveMetrics::new();
@@ -102,13 +108,6 @@ fn serve_metrics(
 ) -> Result<Option<MetricsServer>, PagerError> {
     let socket = common.metrics_socket.as_deref();
     socket.map(|path| MetricsServer::start(path, registry())).transpose()
-}
-
-/// Confining this process is a matter of its own; until it is there, what was asked for is said to be missing.
-fn confine(sandbox: Sandbox, report: &Report) {
-    if sandbox != Sandbox::Off {
-        report.warn("--sandbox: this version does not confine itself; continuing without");
-    }
 }
 
 /// The sentence of an error of clap's, without its hints on usage.

@@ -1,0 +1,234 @@
+//! What the pager may do: which system calls, and which files, sockets and processes it may reach.
+//!
+//! It confines itself before it opens anything that the command line names. A call that is needed and not listed
+//! ends it with a line that names it; `CONTRIBUTING.md` says how to find such calls before that.
+
+use std::path::Path;
+
+use sandbox::{Options, Policy, Reach, SandboxError};
+
+use crate::cli::args::{Command, Common, RestoreArgs, Vmm};
+use crate::error::PagerError;
+use crate::firecracker::is_supervisor;
+use crate::socket::{self, Address};
+
+/// Images, guest memory, channels to VMMs, page faults.
+const PROCESS: &[&str] = &[
+    // VMMs, QMP, scrapers, the service manager.
+    "accept",
+    "accept4",
+    "bind",
+    "connect",
+    "listen",
+    "socket:unix",
+    "socketpair:unix",
+    // Guest memory, of VMMs and of its own, and what of it is resident. Pages go to a socket without a copy.
+    "cachestat",
+    "fallocate",
+    "fstatfs",
+    "ftruncate",
+    "ioctl:pagemap",
+    "memfd_create",
+    "mincore",
+    "vmsplice",
+    // Page faults.
+    "ioctl:userfaultfd",
+    "userfaultfd",
+    // Images and working sets, under their names once they are whole. Sockets and their locks.
+    "chmod",
+    "fadvise64",
+    "fchmod",
+    "fchmodat",
+    "fdatasync",
+    "flock",
+    "fsync",
+    "getdents64",
+    "link",
+    "linkat",
+    "readlink",
+    "readlinkat",
+    "rename",
+    "renameat",
+    "renameat2",
+    "sync_file_range",
+    "unlink",
+    "unlinkat",
+];
+
+/// With a TCP socket. Names of hosts were looked up before.
+const TCP: &[&str] = &["socket:inet"];
+
+/// Of Firecracker: whether it has ended, and its end when its memory cannot be had.
+const FIRECRACKER: &[&str] = &["pidfd_open", "pidfd_send_signal"];
+
+/// With --supervise: a worker is started, which confines itself once more, without this list.
+const SUPERVISE: &[&str] = &[
+    "access",
+    "arch_prctl",
+    "clone",
+    "dup2",
+    "dup3",
+    "execve",
+    "faccessat",
+    "faccessat2",
+    "kill",
+    "landlock_add_rule",
+    "landlock_create_ruleset",
+    "landlock_restrict_self",
+    "mmap",
+    "mprotect",
+    "prlimit64",
+    "riscv_flush_icache",
+    "signalfd4",
+    // Of the worker, which has another number.
+    "tgkill",
+    "vfork",
+    "wait4",
+    "waitid",
+];
+
+/// Confines this process to what a command needs. Returns what is to be told.
+///
+/// # Errors
+///
+/// When the kernel cannot, or a name of a host is not known.
+pub fn confine(command: &Command) -> Result<Vec<String>, PagerError> {
+    let failed = |error| match error {
+        SandboxError::User { .. } => PagerError::Usage(error.to_string()),
+        error => PagerError::Sandbox(error),
+    };
+    for address in addresses(command) {
+        socket::resolve_ahead(address)?;
+    }
+    let sandbox = sandbox::begin(command.sandbox(), &policy(command), false).map_err(failed)?;
+    sandbox.enter(&reach(command)?).map_err(failed)
+}
+
+/// Where VMMs are met.
+fn addresses(command: &Command) -> Vec<&Address> {
+    match command {
+        Command::Save(save) => vec![&save.common.socket],
+        Command::Restore(restore) => vec![&restore.common.socket],
+        Command::Handover(handover) => vec![&handover.socket, &handover.to],
+    }
+}
+
+/// The command, if it is a restore of Firecracker.
+fn firecracker(command: &Command) -> Option<&RestoreArgs> {
+    match command {
+        Command::Restore(args) if args.common.vmm == Vmm::Firecracker => Some(args),
+        _ => None,
+    }
+}
+
+/// Which system calls are made.
+fn policy(command: &Command) -> Policy {
+    let mut process = vec![PROCESS];
+    if addresses(command).iter().any(|address| matches!(address, Address::Tcp(_))) {
+        process.push(TCP);
+    }
+    if let Some(args) = firecracker(command) {
+        process.push(FIRECRACKER);
+        if is_supervisor(args) {
+            process.push(SUPERVISE);
+        }
+    }
+    Policy { program: "vmem-pager", process, threads: &[] }
+}
+
+/// What is reached.
+fn reach(command: &Command) -> Result<Reach, PagerError> {
+    // procfs makes files anew when memory is short, and a rule for one of them would be lost. Of other processes nothing
+    // is shown that is not shown to all: Landlock counts as tracing.
+    let mut reach = Reach::new()
+        .read(Path::new("/proc"))
+        .read(Path::new("/sys/devices/system/cpu"))
+        .device(Path::new("/dev/userfaultfd"));
+    let listens = |reach: Reach, address: &Address| -> Result<Reach, PagerError> {
+        Ok(match address {
+            Address::Unix(path) => reach.listen(path),
+            Address::Tcp(_) => socket::ports(address)?.into_iter().fold(reach, Reach::listen_tcp),
+        })
+    };
+    let connects = |reach: Reach, address: &Address| -> Result<Reach, PagerError> {
+        Ok(socket::ports(address)?.into_iter().fold(reach, Reach::connect_tcp))
+    };
+    let metrics = |reach: Reach, common: &Common| match &common.metrics_socket {
+        Some(path) => reach.listen(path),
+        None => reach,
+    };
+    match command {
+        Command::Save(args) => {
+            reach = metrics(listens(reach, &args.common.socket)?, &args.common);
+            reach = reach.replace(&args.common.image);
+        }
+        Command::Restore(args) => {
+            reach = metrics(reach, &args.common).read(&args.common.image);
+            reach = args.memory_file.iter().fold(reach, |reach, path| reach.read(path));
+            reach = args.replay.iter().fold(reach, |reach, path| reach.read(path));
+            reach = args.record.iter().fold(reach, |reach, path| reach.replace(path));
+            reach = if firecracker(command).is_some() {
+                listens(reach, &args.common.socket)?.signal()
+            } else {
+                connects(reach, &args.common.socket)?
+            };
+            if is_supervisor(args) {
+                let failed = PagerError::system("find out what this program is made of");
+                reach = reach.execute_itself().map_err(failed)?;
+            }
+        }
+        Command::Handover(args) => {
+            reach = connects(listens(reach, &args.socket)?, &args.to)?;
+        }
+    }
+    Ok(reach)
+}
+
+/// What is added to an error of a confined process that is about permissions.
+pub fn hint(options: &Options, error: &PagerError) -> Option<&'static str> {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    let is_permission = std::iter::from_fn(|| {
+        let this = source?;
+        source = this.source();
+        Some(this)
+    })
+    .filter_map(|error| error.downcast_ref::<std::io::Error>())
+    .any(|error| error.kind() == std::io::ErrorKind::PermissionDenied);
+    let confined = options.sandbox == sandbox::Mode::On && rustix::process::geteuid().is_root();
+    (confined && is_permission).then_some(
+        "--sandbox on: root passes over no permissions here; with --user and the VMM's user it is that user",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::args::Args;
+
+    #[test]
+    fn each_call_of_the_lists_exists() {
+        let lists = [PROCESS, TCP, FIRECRACKER, SUPERVISE];
+        let elsewhere = ["riscv_flush_icache"];
+        let unknown = sandbox::unknown(&lists);
+        let unknown: Vec<_> = unknown.iter().filter(|call| !elsewhere.contains(call)).collect();
+        assert_eq!(unknown, Vec::<&&str>::new());
+    }
+
+    #[test]
+    fn only_what_needs_it_may_start_processes_or_use_the_network() {
+        let has = |words: &str, call: &str| {
+            let args = Args::try_parse_from(format!("vmem-pager {words}").split(' ')).unwrap();
+            policy(&args.command).process.concat().contains(&call)
+        };
+        let save = "save --vmm qemu --socket s --image i";
+        let firecracker = "restore --vmm firecracker --socket s --image i --memory-file m";
+        let supervise = format!("{firecracker} --supervise");
+        let worker = format!("{supervise} --worker");
+        assert!(!has(save, "execve") && !has(save, "socket:inet") && !has(save, "pidfd_open"));
+        assert!(has("save --vmm qemu --socket tcp:127.0.0.1:1 --image i", "socket:inet"));
+        assert!(!has(firecracker, "execve") && has(firecracker, "pidfd_send_signal"));
+        assert!(has(&supervise, "execve") && !has(&worker, "execve"));
+    }
+}
