@@ -44,7 +44,8 @@ fn notes(folder: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn every_test_that_a_note_names_exists() {
-    let files = notes(&root().join("spec-notes"));
+    let mut files = notes(&root().join("spec-notes"));
+    files.push(root().join("SECURITY.md"));
     assert!(!files.is_empty());
     let missing: Vec<String> = files.iter().flat_map(|path| missing(path)).collect();
     assert!(missing.is_empty(), "tests that do not exist:\n{}", missing.join("\n"));
@@ -89,7 +90,7 @@ fn linked(text: &str) -> Vec<&str> {
 fn every_path_that_a_document_names_exists() {
     let root = root();
     let mut files = vec![];
-    for name in ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md"] {
+    for name in ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md"] {
         files.push(root.join(name));
     }
     for folder in ["spec-notes", "vhost-user", "benches", "tests"] {

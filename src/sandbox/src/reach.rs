@@ -117,10 +117,12 @@ impl Reach {
         self
     }
 
-    /// Connects to abstract Unix sockets of other processes.
+    /// Tells the service manager, which may be at an abstract socket, if there is one.
     #[must_use]
-    pub fn abstract_sockets(mut self) -> Self {
-        self.abstract_sockets = true;
+    pub fn service_manager(mut self) -> Self {
+        let socket = std::env::var_os("NOTIFY_SOCKET");
+        self.abstract_sockets |=
+            socket.is_some_and(|name| name.as_encoded_bytes().starts_with(b"@"));
         self
     }
 

@@ -58,8 +58,8 @@ const PROCESS: &[&str] = &[
 /// With a TCP socket. Names of hosts were looked up before.
 const TCP: &[&str] = &["socket:inet"];
 
-/// Of Firecracker: whether it has ended, and its end when its memory cannot be had.
-const FIRECRACKER: &[&str] = &["pidfd_open", "pidfd_send_signal"];
+/// Where a VMM is ended whose guest cannot have its memory, or runs elsewhere: Firecracker, a handover.
+const ENDS_VMM: &[&str] = &["pidfd_open", "pidfd_send_signal"];
 
 /// With --supervise: a worker is started, which confines itself once more, without this list.
 const SUPERVISE: &[&str] = &[
@@ -121,17 +121,21 @@ fn firecracker(command: &Command) -> Option<&RestoreArgs> {
     }
 }
 
+fn ends_vmm(command: &Command) -> bool {
+    firecracker(command).is_some() || matches!(command, Command::Handover(_))
+}
+
 /// Which system calls are made.
 fn policy(command: &Command) -> Policy {
     let mut process = vec![PROCESS];
     if addresses(command).iter().any(|address| matches!(address, Address::Tcp(_))) {
         process.push(TCP);
     }
-    if let Some(args) = firecracker(command) {
-        process.push(FIRECRACKER);
-        if is_supervisor(args) {
-            process.push(SUPERVISE);
-        }
+    if ends_vmm(command) {
+        process.push(ENDS_VMM);
+    }
+    if firecracker(command).is_some_and(is_supervisor) {
+        process.push(SUPERVISE);
     }
     Policy { program: "vmem-pager", process, threads: &[] }
 }
@@ -141,6 +145,7 @@ fn reach(command: &Command) -> Result<Reach, PagerError> {
     // procfs makes files anew when memory is short, and a rule for one of them would be lost. Of other processes nothing
     // is shown that is not shown to all: Landlock counts as tracing.
     let mut reach = Reach::new()
+        .service_manager()
         .read(Path::new("/proc"))
         .read(Path::new("/sys/devices/system/cpu"))
         .device(Path::new("/dev/userfaultfd"));
@@ -168,7 +173,7 @@ fn reach(command: &Command) -> Result<Reach, PagerError> {
             reach = args.replay.iter().fold(reach, |reach, path| reach.read(path));
             reach = args.record.iter().fold(reach, |reach, path| reach.replace(path));
             reach = if firecracker(command).is_some() {
-                listens(reach, &args.common.socket)?.signal()
+                listens(reach, &args.common.socket)?
             } else {
                 connects(reach, &args.common.socket)?
             };
@@ -181,7 +186,7 @@ fn reach(command: &Command) -> Result<Reach, PagerError> {
             reach = connects(listens(reach, &args.socket)?, &args.to)?;
         }
     }
-    Ok(reach)
+    Ok(if ends_vmm(command) { reach.signal() } else { reach })
 }
 
 /// What is added to an error of a confined process that is about permissions.
@@ -209,7 +214,7 @@ mod tests {
 
     #[test]
     fn each_call_of_the_lists_exists() {
-        let lists = [PROCESS, TCP, FIRECRACKER, SUPERVISE];
+        let lists = [PROCESS, TCP, ENDS_VMM, SUPERVISE];
         let elsewhere = ["riscv_flush_icache"];
         let unknown = sandbox::unknown(&lists);
         let unknown: Vec<_> = unknown.iter().filter(|call| !elsewhere.contains(call)).collect();
@@ -229,6 +234,7 @@ mod tests {
         assert!(!has(save, "execve") && !has(save, "socket:inet") && !has(save, "pidfd_open"));
         assert!(has("save --vmm qemu --socket tcp:127.0.0.1:1 --image i", "socket:inet"));
         assert!(!has(firecracker, "execve") && has(firecracker, "pidfd_send_signal"));
+        assert!(has("handover --socket s --to t", "pidfd_send_signal"));
         assert!(has(&supervise, "execve") && !has(&worker, "execve"));
     }
 }

@@ -3,7 +3,6 @@
 //! A call that is needed and not listed ends the daemon with a line that names it and the thread. `CONTRIBUTING.md`
 //! says how to find such calls before that.
 
-use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 
@@ -171,6 +170,7 @@ pub(crate) fn reach(config: &Config) -> io::Result<Reach> {
     // procfs makes files anew when memory is short, and a rule for one of them would be lost. Of other processes nothing
     // is shown that is not shown to all: Landlock counts as tracing.
     reach = reach
+        .service_manager()
         .read(Path::new("/proc"))
         // glibc counts processors.
         .read(Path::new("/sys/devices/system/cpu"));
@@ -178,19 +178,12 @@ pub(crate) fn reach(config: &Config) -> io::Result<Reach> {
         // A load of device state puts another file in its place.
         reach = reach.replace(&std::fs::canonicalize(path)?);
     }
-    if std::env::var_os("NOTIFY_SOCKET").is_some_and(|name| is_abstract(&name)) {
-        reach = reach.abstract_sockets();
-    }
     if config.postcopy {
         // What the size of a block is by default.
         let huge_pages = Path::new("/sys/kernel/mm/transparent_hugepage");
         reach = reach.read(huge_pages).execute_itself()?;
     }
     Ok(reach)
-}
-
-fn is_abstract(name: &OsString) -> bool {
-    name.as_encoded_bytes().starts_with(b"@")
 }
 
 #[cfg(test)]
