@@ -44,6 +44,15 @@ fn nothing_is_swept_while_migration_is_active_or_a_state_may_come() {
     assert!(matches!(rig.controller.sweep_stray(all()), Err(SweepRefused::NotRunning)));
 }
 
+/// Ends the sweeps, also of a test that fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn blocks_that_are_plugged_while_sweeps_go_on_lose_nothing() {
     const ROUNDS: u64 = 400;
@@ -58,6 +67,7 @@ fn blocks_that_are_plugged_while_sweeps_go_on_lose_nothing() {
             }
             swept
         });
+        let ended = End(&end);
         for round in 1..=ROUNDS {
             let (block, stray) = (round % 8, 16 + round % 8);
             rig.file.write_all_at(&[0xff; 4096], stray * BLOCK).unwrap();
@@ -74,7 +84,7 @@ fn blocks_that_are_plugged_while_sweeps_go_on_lose_nothing() {
             }
             assert_eq!(rig.execute(unplug(block, 1)), Response::Ack);
         }
-        end.store(true, Ordering::Relaxed);
+        drop(ended);
         let swept = swept.join().unwrap() + rig.controller.sweep_stray(all()).unwrap();
         assert!(swept >= 4096, "{swept}");
     });
