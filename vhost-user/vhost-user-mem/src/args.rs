@@ -21,8 +21,9 @@ use crate::{renew, sys};
 #[derive(Debug, Parser)]
 #[command(name = "vhost-user-mem", version, max_term_width = 100)]
 pub struct Args {
-    /// Listen for the front-end on this Unix socket
-    #[arg(long, value_name = "PATH", conflicts_with = "fd", required_unless_present = "fd")]
+    /// Listen for the front-end on this Unix socket; without it and --fd, on the one that the service
+    /// manager passes as front-end
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
 
     /// Use this inherited file descriptor: a connected or a listening Unix socket
@@ -103,6 +104,8 @@ pub enum Endpoint {
     Path(PathBuf),
     /// An inherited descriptor.
     Fd(i32),
+    /// A socket that the service manager passes.
+    Passed,
 }
 
 /// A checked command line.
@@ -136,7 +139,7 @@ pub struct Config {
 
 /// An option that breaks a rule.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("--{option} {value}: {rule}")]
+#[error("--{option}{}{value}: {rule}", if value.is_empty() { "" } else { " " })]
 pub struct ArgsError {
     option: &'static str,
     value: String,
@@ -191,15 +194,13 @@ impl TryFrom<Args> for Config {
                 ArgsError::new("fd", text, "not the number of a file descriptor")
             })?),
             (Some(path), None) => Endpoint::Path(path),
-            (None, None) => {
-                return Err(ArgsError::new("socket-path", "", "neither it nor --fd is given"));
-            }
+            (None, None) => Endpoint::Passed,
         };
         let (api_socket, metrics_socket) = (args.api_socket, args.metrics_socket);
         let (discard_socket, state_file) = (args.discard_socket, args.state_file);
         let socket_path = match &endpoint {
             Endpoint::Path(path) => Some(path),
-            Endpoint::Fd(_) => None,
+            Endpoint::Fd(_) | Endpoint::Passed => None,
         };
         let paths = [
             ("socket-path", socket_path),

@@ -21,6 +21,7 @@ use crate::queue::{self, AtomicMemory, UsableMemory};
 use crate::ram_blocks::RamBlocks;
 use crate::resize::ResizeWatch;
 use crate::vring::{Calls, Vring};
+use crate::watchdog::Watchdog;
 use crate::worker::Watch;
 
 /// Number of entries a queue may have.
@@ -29,6 +30,8 @@ pub const MAX_QUEUE_SIZE: usize = 128;
 const NUM_QUEUES: usize = 1;
 /// Token of the event that ends the worker; above the crate's own for queues and its exit event.
 pub const END_EVENT: u16 = NUM_QUEUES as u16 + 1;
+/// Token of the service manager's watchdog.
+pub const WATCHDOG_EVENT: u16 = END_EVENT + 1;
 /// While a batch of requests goes on, the guest hears of finished ones at least this often.
 const MAX_SILENCE: Duration = Duration::from_micros(200);
 
@@ -63,6 +66,7 @@ struct Shared {
     blocks: RamBlocks,
     worker: OnceLock<Arc<Watch>>,
     resize: OnceLock<Arc<ResizeWatch>>,
+    watchdog: OnceLock<Arc<Watchdog>>,
     postcopy: Postcopy,
     /// Whether PAGEFAULT is offered.
     offers_postcopy: AtomicBool,
@@ -96,6 +100,7 @@ impl MemBackend {
             blocks: RamBlocks::default(),
             worker: OnceLock::new(),
             resize: OnceLock::new(),
+            watchdog: OnceLock::new(),
             postcopy,
             offers_postcopy: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
@@ -122,6 +127,16 @@ impl MemBackend {
     #[must_use]
     pub fn watch_resize(self, watch: Arc<ResizeWatch>) -> Self {
         let _ = self.shared.resize.set(watch);
+        self
+    }
+
+    /// The watchdog that the worker of the ring feeds, if there is one.
+    #[must_use]
+    pub fn watched_by(self, watchdog: Option<Arc<Watchdog>>) -> Self {
+        if let Some(watchdog) = watchdog {
+            // There is one connection.
+            let _ = self.shared.watchdog.set(watchdog);
+        }
         self
     }
 
@@ -234,6 +249,9 @@ impl MemBackend {
         };
         drop(ring);
         self.shared.served.fetch_add(1, Ordering::Relaxed);
+        if let Some(watchdog) = self.shared.watchdog.get() {
+            watchdog.progress();
+        }
         let started = Instant::now();
         let head = chain.head_index();
         let framed = queue::parse(chain, controller);

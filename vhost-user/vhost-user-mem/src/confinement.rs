@@ -155,7 +155,7 @@ pub(crate) fn policy(config: &Config) -> Policy {
 pub(crate) fn reach(config: &Config) -> io::Result<Reach> {
     let socket = match &config.endpoint {
         Endpoint::Path(path) => Some(path),
-        Endpoint::Fd(_) => None,
+        Endpoint::Fd(_) | Endpoint::Passed => None,
     };
     let sockets = [
         socket,

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,12 +16,13 @@ use virtio_mem::controller::FreezeHolder;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use crate::backend::{END_EVENT, MemBackend};
+use crate::backend::{END_EVENT, MemBackend, WATCHDOG_EVENT};
 use crate::front_door::{ConnectionEvents, Notifier, Relay, RelayError};
 use crate::overdue::{Overdue, Patience};
 use crate::private_socket;
 use crate::queue::{AtomicMemory, Memory};
 use crate::service::Service;
+use crate::watchdog::Watchdog;
 use crate::worker::Watch;
 
 /// How long the end of a connection may take. What a guest request does is not waited for by a
@@ -37,6 +38,7 @@ pub struct Connections {
     /// A front-end was given the page faults of this process.
     exposed: AtomicBool,
     allows_files: bool,
+    watchdog: Option<Arc<Watchdog>>,
 }
 
 #[derive(Default)]
@@ -49,7 +51,21 @@ impl Connections {
     /// No front-end is connected yet.
     pub fn new(service: Arc<Service>, notifier: Arc<Notifier>) -> Self {
         let (current, exposed) = (Mutex::default(), AtomicBool::new(false));
-        Self { service, notifier, current, postcopy: false, exposed, allows_files: false }
+        Self {
+            service,
+            notifier,
+            current,
+            postcopy: false,
+            exposed,
+            allows_files: false,
+            watchdog: None,
+        }
+    }
+
+    /// The watchdog that the workers of rings feed, if there is one.
+    #[must_use]
+    pub fn watched_by(self, watchdog: Option<Arc<Watchdog>>) -> Self {
+        Self { watchdog, ..self }
     }
 
     /// Whether front-ends may send files of any file system, and not memory only.
@@ -118,13 +134,15 @@ impl Connections {
         .watch_worker(Watch::new(front.try_clone()?, Arc::clone(metrics)))
         .watch_resize(Arc::clone(self.service.resize()))
         .allow_files(self.allows_files)
+        .watched_by(self.watchdog.clone())
         .offer_postcopy(self.postcopy);
         let overdue = self.watch_end().context("cannot watch the connection's end")?;
-        let mut threads = CrateThreads::new(&backend, memory)?;
+        let mut threads = CrateThreads::new(&backend, memory, self.watchdog.as_deref())?;
         let events = Arc::new(Events {
             service: Arc::clone(&self.service),
             backend: backend.clone(),
             allows_files: self.allows_files,
+            watchdog: self.watchdog.clone(),
         });
         let result = threads.connect().and_then(|crate_side| {
             Relay::run(front, crate_side, events, Arc::clone(&self.notifier))
@@ -147,6 +165,7 @@ impl Connections {
         // The crate's thread may wait for a transfer.
         backend.end_transfers();
         let reason = threads.end();
+        self.excuse_worker(false);
         // After this, nothing uses the front-end's memory.
         drop(threads);
         backend.postcopy().close();
@@ -158,6 +177,12 @@ impl Connections {
                 Err(anyhow::anyhow!("{error:#}: {reason}"))
             }
             (result, _) => result,
+        }
+    }
+
+    fn excuse_worker(&self, excused: bool) {
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.excuse(excused);
         }
     }
 
@@ -183,14 +208,23 @@ struct CrateThreads {
 }
 
 impl CrateThreads {
-    fn new(backend: &MemBackend, memory: AtomicMemory) -> anyhow::Result<Self> {
+    fn new(
+        backend: &MemBackend,
+        memory: AtomicMemory,
+        watchdog: Option<&Watchdog>,
+    ) -> anyhow::Result<Self> {
         // Before there is a worker, which nothing else ends.
         let end = EventFd::new(EFD_CLOEXEC)?;
         let daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend.clone(), memory)
             .map_err(|error| anyhow::anyhow!("cannot set up the back-end: {error}"))?;
         for worker in daemon.get_epoll_handlers() {
-            let event = u64::from(END_EVENT);
-            if let Err(error) = worker.register_listener(end.as_raw_fd(), EventSet::IN, event) {
+            let register = |fd: RawFd, event: u16| {
+                worker.register_listener(fd, EventSet::IN, u64::from(event))
+            };
+            let timer = watchdog.map(|watchdog| watchdog.as_fd().as_raw_fd());
+            let registered = register(end.as_raw_fd(), END_EVENT)
+                .and_then(|()| timer.map_or(Ok(()), |timer| register(timer, WATCHDOG_EVENT)));
+            if let Err(error) = registered {
                 // Dropped, it would wait for a worker that cannot be ended. It needs no
                 // descriptor, so that this is a kernel out of memory.
                 std::mem::forget(daemon);
@@ -247,6 +281,16 @@ struct Events {
     service: Arc<Service>,
     backend: MemBackend,
     allows_files: bool,
+    watchdog: Option<Arc<Watchdog>>,
+}
+
+impl Events {
+    /// Says whether the worker may wait for memory that arrives.
+    fn excuse_worker(&self) {
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.excuse(self.backend.postcopy().is_listening());
+        }
+    }
 }
 
 impl ConnectionEvents for Events {
@@ -286,11 +330,15 @@ impl ConnectionEvents for Events {
     }
 
     fn postcopy_listen(&self) -> io::Result<()> {
-        self.backend.postcopy_listen()
+        let listening = self.backend.postcopy_listen();
+        self.excuse_worker();
+        listening
     }
 
     fn postcopy_end(&self) -> io::Result<()> {
-        self.backend.postcopy().end()
+        let ended = self.backend.postcopy().end();
+        self.excuse_worker();
+        ended
     }
 
     fn mapped_at(&self, gpa: u64) -> Option<u64> {

@@ -13,6 +13,7 @@
 //! - [`management`]: the API's server; [`metrics`].
 //! - [`stray`]: sweeps of memory that the guest uses without having plugged it.
 //! - [`state_file`]: the device's state between two lives of the daemon.
+//! - [`supervision`], [`watchdog`]: the service manager.
 //! - [`log`]: lines on stderr that nothing waits for.
 //! - `confinement`: which system calls the daemon makes, by thread, and which files it opens.
 
@@ -44,8 +45,10 @@ mod socket;
 mod start;
 pub mod state_file;
 pub mod stray;
+pub mod supervision;
 mod sys;
 pub mod vring;
+pub mod watchdog;
 pub mod worker;
 
 use std::sync::Arc;
@@ -63,6 +66,7 @@ use management::Server;
 use service::Service;
 use socket::{FrontEnds, Shutdown};
 use stray::Sweeper;
+use supervision::Supervision;
 
 /// What `--print-capabilities` prints.
 pub const CAPABILITIES: &str = r#"{"type":"mem"}"#;
@@ -83,7 +87,7 @@ pub fn survive_lost_memory() -> std::io::Result<()> {
 ///
 /// When it cannot start: a socket or the state file is not to be had. An [`ArgsError`] when the
 /// descriptor is none that could be used.
-pub fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(mut config: Config) -> anyhow::Result<()> {
     // Before there is a second thread, which would not know what is blocked.
     let signals = Signals::watch().context("cannot watch signals")?;
     let continued = renew::is_continued();
@@ -103,7 +107,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     descriptors::raise_limit();
     reserve::RESERVE.fill();
     listener::allow(config.access);
+    let supervision = Supervision::from_env();
     let left = renew::left()?;
+    supervision.take_sockets(&mut config)?;
+    let watchdog = supervision.watchdog()?;
     let (start, state) = start::open(&config, left)?;
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
@@ -114,10 +121,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let service = Service::new(controller, Arc::clone(&notifier))?;
     let connections = Connections::new(Arc::clone(&service), notifier)
         .offer_postcopy(config.postcopy && can_postcopy())
-        .allow_files(config.allow_file_memory);
+        .allow_files(config.allow_file_memory)
+        .watched_by(watchdog.clone());
     let connections = Arc::new(connections);
     // Before there is a socket that a signal would leave behind.
-    let shutdown = Shutdown::on_signals(signals, Arc::clone(&connections))
+    let shutdown = Shutdown::on_signals(signals, Arc::clone(&connections), supervision.clone())
         .context("cannot wait for signals")?;
     let front_ends =
         match &config.endpoint {
@@ -125,6 +133,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
                 .with_context(|| format!("--socket-path {}", path.display()))?,
             Endpoint::Fd(fd) => FrontEnds::inherit(*fd)
                 .map_err(|error| ArgsError::new("fd", &fd.to_string(), error))?,
+            Endpoint::Passed => anyhow::bail!("no socket for front-ends"),
         };
     let discard_channel = match &config.discard_socket {
         None => None,
@@ -144,6 +153,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let server = Server::bind_metrics(path, Arc::clone(&service) as Arc<_>);
         servers.push(server.with_context(|| format!("--metrics-socket {}", path.display()))?);
     }
+    supervision.store_sockets(&mut config)?;
     let reach = confinement::reach(&config).context("cannot find out what to confine to")?;
     for note in confined.enter(&reach)? {
         tracing::warn!("{note}");
@@ -161,13 +171,14 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     for server in &servers {
         server.start().context("cannot start the management API")?;
     }
+    supervision.ready();
     tracing::info!(
         addr = config.geometry.addr(),
         region_size = config.geometry.region_size(),
         block_size = config.geometry.block_size(),
         "ready"
     );
-    while let Some(front_end) = front_ends.next(&shutdown)? {
+    while let Some(front_end) = front_ends.next(&shutdown, watchdog.as_deref())? {
         match connections.serve(front_end) {
             Ok(()) => tracing::info!("front-end disconnected"),
             Err(error) => tracing::warn!(error = format!("{error:#}"), "connection ended"),
@@ -183,6 +194,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         }
     }
     tracing::info!("ending");
+    supervision.stopping();
     drop(sweeper);
     connections.end();
     if let Some(channel) = &discard_channel {

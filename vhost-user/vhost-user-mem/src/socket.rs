@@ -14,10 +14,13 @@ use program::signals::{SIGINT, SIGTERM, Signals};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use smallvec::{SmallVec, smallvec};
 
 use crate::confinement;
 use crate::connection::Connections;
 use crate::reserve::{PAUSE, RESERVE};
+use crate::supervision::Supervision;
+use crate::watchdog::Watchdog;
 use program::inherited;
 
 /// A signal ends the daemon within 2 s; what has not ended by itself until then is left.
@@ -89,20 +92,30 @@ impl FrontEnds {
     /// # Errors
     ///
     /// When the socket fails.
-    pub fn next(&self, shutdown: &Shutdown) -> anyhow::Result<Option<UnixStream>> {
+    pub fn next(
+        &self,
+        shutdown: &Shutdown,
+        watchdog: Option<&Watchdog>,
+    ) -> anyhow::Result<Option<UnixStream>> {
         match self {
             Self::Connected(stream) => Ok(stream.lock().take()),
             Self::Listening { listener, .. } => loop {
                 if shutdown.is_requested() {
                     return Ok(None);
                 }
-                let mut fds = [
+                let mut fds: SmallVec<[PollFd<'_>; 3]> = smallvec![
                     PollFd::new(listener, PollFlags::IN),
                     PollFd::from_borrowed_fd(shutdown.wake.as_fd(), PollFlags::IN),
                 ];
+                fds.extend(watchdog.map(|watchdog| PollFd::new(watchdog, PollFlags::IN)));
                 match poll(&mut fds, None) {
                     Ok(_) | Err(Errno::INTR) => {}
                     Err(errno) => return Err(errno).context("cannot wait for a front-end"),
+                }
+                if let (Some(watchdog), Some(timer)) = (watchdog, fds.get(2))
+                    && !timer.revents().is_empty()
+                {
+                    watchdog.tick();
                 }
                 if fds[0].revents().is_empty() {
                     continue;
@@ -131,6 +144,7 @@ struct State {
     /// Locked from before a signal is read until it is seen to, so that none is lost when the
     /// process is replaced.
     requested: Mutex<bool>,
+    supervision: Supervision,
 }
 
 impl Shutdown {
@@ -139,13 +153,18 @@ impl Shutdown {
     /// # Errors
     ///
     /// When there is no thread to be had.
-    pub fn on_signals(signals: Signals, connections: Arc<Connections>) -> io::Result<Self> {
+    pub fn on_signals(
+        signals: Signals,
+        connections: Arc<Connections>,
+        supervision: Supervision,
+    ) -> io::Result<Self> {
         let (wake, waker) = UnixStream::pair()?;
-        let state = Arc::new(State { signals, requested: Mutex::new(false) });
+        let state = Arc::new(State { signals, requested: Mutex::new(false), supervision });
         let watched = Arc::clone(&state);
         std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
             sandbox::confine_thread(confinement::SIGNALS);
             watched.wait_for_end();
+            watched.supervision.stopping();
             drop(waker);
             // Not on this thread, which may wait for nothing.
             let ending = Arc::clone(&connections);
@@ -187,8 +206,9 @@ impl State {
                     *requested = true;
                     return;
                 }
-                Ok(Some(signal)) => {
-                    tracing::info!(signal, "ignoring a signal: nothing is read anew");
+                Ok(Some(_)) => {
+                    drop(requested);
+                    self.supervision.reload(reload);
                 }
                 Ok(None) => {}
                 Err(error) => {
@@ -198,4 +218,9 @@ impl State {
             }
         }
     }
+}
+
+/// SIGHUP. All that the daemon is told is on its command line, which stays.
+fn reload() {
+    tracing::info!("ignoring a signal: nothing is read anew");
 }

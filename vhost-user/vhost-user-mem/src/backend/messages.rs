@@ -17,7 +17,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
-use super::{END_EVENT, MAX_QUEUE_SIZE, MemBackend, NUM_QUEUES, Shared};
+use super::{END_EVENT, MAX_QUEUE_SIZE, MemBackend, NUM_QUEUES, Shared, WATCHDOG_EVENT};
 use crate::device_state::blob;
 use crate::queue::AtomicMemory;
 use crate::ram_blocks::Kept;
@@ -179,6 +179,11 @@ impl VhostUserBackend for MemBackend {
                     worker.plan();
                 }
                 return Err(io::Error::other("connection ended"));
+            }
+            None if device_event == WATCHDOG_EVENT => {
+                if let Some(watchdog) = self.shared.watchdog.get() {
+                    watchdog.tick();
+                }
             }
             None => tracing::warn!(device_event, "unknown event"),
         }
