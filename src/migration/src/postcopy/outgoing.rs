@@ -119,10 +119,13 @@ impl OutgoingPages<'_> {
     ) -> Result<(), MigrationError> {
         let Self { memory, section_id, mut asked, mut reconnect, max_bandwidth, progress } = self;
         let memory = Mutex::new(memory);
+        // One for all channels: what is owed is not forgiven by a recovery.
+        let bucket = Mutex::new(TokenBucket::new(Instant::now(), max_bandwidth.unwrap_or(0)));
         let mut channels = channels;
         let mut back = Some(back);
         loop {
-            let stream = Stream { memory: &memory, section_id, max_bandwidth, progress: &progress };
+            let (memory, bucket, progress) = (&memory, &bucket, &progress);
+            let stream = Stream { memory, section_id, bucket, progress };
             let error = match stream.send_all(channels, back.take(), &mut asked) {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
@@ -141,7 +144,8 @@ impl OutgoingPages<'_> {
 struct Stream<'a, 'm> {
     memory: &'a Memory<'m>,
     section_id: u32,
-    max_bandwidth: Option<u64>,
+    /// What may be sent in the background; none without a limit.
+    bucket: &'a Mutex<Option<TokenBucket>>,
     progress: &'a Progress,
 }
 
@@ -232,8 +236,7 @@ impl Stream<'_, '_> {
         requests: &Requests,
     ) -> Result<(), MigrationError> {
         let mut gathered = GatherWrite::new();
-        let rate = self.max_bandwidth.unwrap_or(0);
-        let mut bucket = TokenBucket::new(Instant::now(), rate);
+        let mut bucket = self.bucket.lock();
         loop {
             let due = bucket.as_mut().map_or(BATCH, |bucket| bucket.budget(Instant::now()));
             let pause = bucket.as_ref().map_or(Duration::ZERO, TokenBucket::pause);
@@ -252,7 +255,7 @@ impl Stream<'_, '_> {
                     let before = gathered.len_bytes();
                     any |= memory.next(due.min(BATCH), &mut gathered)?;
                     // What was asked for is not limited, and does not use up what is.
-                    if let Some(bucket) = &mut bucket {
+                    if let Some(bucket) = &mut *bucket {
                         bucket.charge(gathered.len_bytes() - before);
                     }
                 }

@@ -1,10 +1,13 @@
 //! `max_postcopy_bandwidth`: of what is not asked for, and of nothing else.
 
+use std::io::Write;
 use std::time::Instant;
 
-use super::incoming::send_at;
+use super::super::received;
+use super::incoming::{send_again, send_at};
 use super::peers::RawDestination;
 use super::*;
+use crate::page_bitmap::PageBitmap;
 use crate::stream::{
     Command, PageHeader, PageKind, ReturnMessage, SectionKind, put_continued, put_end_of_section,
     put_eof, put_footer,
@@ -128,4 +131,70 @@ fn a_limit_of_0_is_none() {
     run.outgoing.unwrap();
     run.incoming.unwrap();
     assert_eq!((run.sent.normal, run.sent.postcopy_requests), (PAGES, 0));
+}
+
+/// Connects by what the test has made.
+struct Made(mpsc::Receiver<Channels>);
+
+impl Reconnect for Made {
+    fn reconnect(&mut self, _: &MigrationError) -> Option<Channels> {
+        self.0.recv().ok()
+    }
+}
+
+/// Minutes are owed for the first page when the channel breaks.
+#[test]
+fn what_is_owed_is_not_forgiven_by_a_recovery() {
+    let from = Side::of_region(PAGES * PAGE);
+    fill(&from.region, 0..PAGES, 7);
+    let (near, far) = UnixStream::pair().unwrap();
+    let (near_again, far_again) = UnixStream::pair().unwrap();
+    let progress = Arc::new(Progress::new());
+    let (connect, made) = mpsc::channel();
+    let main = Channel::new(near_again, Arc::clone(&progress)).unwrap();
+    connect.send(Channels { main, urgent: None }).unwrap();
+    let there = thread::spawn(move || {
+        let mut destination = RawDestination(far);
+        destination.read_to_command(&Command::Ping(PING_PACKAGE_LOADED));
+        destination.say(&ReturnMessage::Pong(PING_PACKAGE_LOADED));
+        destination.read_to_command(&Command::PostcopyRun);
+        destination.say(&ReturnMessage::SwitchoverAck);
+        let first = PageHeader::page_word(PageKind::Normal, 0, false);
+        destination.read_to(&first.to_be_bytes());
+        drop(destination);
+        far_again.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let mut destination = RawDestination(far_again);
+        let block = "vmem0".to_owned();
+        destination.read_to_command(&Command::RecvBitmap { block: block.clone() });
+        let mut outstanding = PageBitmap::new(PAGES);
+        (0..PAGES).for_each(|page| {
+            outstanding.set(page);
+        });
+        let mut bitmap = Vec::new();
+        received::put(&mut bitmap, &block, &outstanding);
+        destination.0.write_all(&bitmap).unwrap();
+        destination.read_to_command(&Command::PostcopyResume);
+        destination.say(&ReturnMessage::ResumeAck);
+        // In it, a source that pays nothing back would send a page.
+        thread::sleep(Duration::from_millis(300));
+        let unread = rustix::io::ioctl_fionread(&destination.0).unwrap();
+        for page in 0..PAGES {
+            let (block, start) = (Some(block.clone()), page * PAGE);
+            destination.say(&ReturnMessage::RequestPages { block, start, len: PAGE as u32 });
+        }
+        let mut end = Vec::new();
+        put_continued(&mut end, SectionKind::End, 0);
+        put_end_of_section(&mut end);
+        put_footer(&mut end, 0);
+        put_eof(&mut end);
+        destination.read_to(&end);
+        destination.say(&ReturnMessage::Shut(0));
+        unread
+    });
+    let reconnect = Box::new(Made(made));
+    let (sent, _) = send_again(Some(10), &from, (near, None), reconnect, &progress);
+    let unread = there.join().unwrap();
+    sent.unwrap();
+    assert!(unread < PAGE, "{unread} bytes came unasked after the recovery");
+    assert_eq!(progress.snapshot().postcopy_recoveries, 1);
 }

@@ -161,15 +161,23 @@ pub(super) fn send_at(
     urgent: Option<UnixStream>,
     progress: &Arc<Progress>,
 ) -> (Outcome, usize) {
+    send_again(max_postcopy_bandwidth, from, (main, urgent), Box::new(GiveUp), progress)
+}
+
+/// As [`send_at`], with `reconnect` when the channel breaks.
+pub(super) fn send_again(
+    max_postcopy_bandwidth: Option<u64>,
+    from: &Side,
+    (main, urgent): (UnixStream, Option<UnixStream>),
+    reconnect: Box<dyn Reconnect>,
+    progress: &Arc<Progress>,
+) -> (Outcome, usize) {
     let channel = |stream| Channel::new(stream, Arc::clone(progress)).unwrap();
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
     let ram = RamSave::new(&from.blocks, OPTIONS, Arc::clone(progress), tracker).unwrap();
     let vmm = Arc::new(Vmm::default());
-    let postcopy = PostcopyOutgoing {
-        when: SwitchWhen::AtOnce,
-        urgent: urgent.map(channel),
-        reconnect: Box::new(GiveUp),
-    };
+    let postcopy =
+        PostcopyOutgoing { when: SwitchWhen::AtOnce, urgent: urgent.map(channel), reconnect };
     let mut parameters = Parameters::new(Configuration::new("test"));
     parameters.switchover_timeout = Duration::from_secs(60);
     parameters.max_postcopy_bandwidth = max_postcopy_bandwidth;
