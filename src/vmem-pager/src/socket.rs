@@ -114,6 +114,28 @@ impl Listener {
         }
     }
 
+    /// Waits until a connection can be accepted, or another process has accepted it.
+    ///
+    /// # Errors
+    ///
+    /// When the run ends.
+    pub fn wait(&self, run: &Run) -> Result<(), PagerError> {
+        while !self.poll()? {
+            run.check(&format!("no VMM has connected to {}", self.address))?;
+        }
+        Ok(())
+    }
+
+    /// Waits a little; whether there is a connection.
+    fn poll(&self) -> Result<bool, PagerError> {
+        let wait = Timespec { tv_sec: 0, tv_nsec: POLL.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(self, PollFlags::IN)], Some(&wait)) {
+            Ok(ready) => Ok(ready != 0),
+            Err(Errno::INTR) => Ok(false),
+            Err(errno) => Err(failed("cannot wait at", &self.address)(errno.into())),
+        }
+    }
+
     /// The next connection.
     ///
     /// # Errors
@@ -130,13 +152,7 @@ impl Listener {
             if let Some(after) = patience.filter(|patience| begun.elapsed() >= *patience) {
                 return Err(PagerError::TimedOut { what: waited_for(), after });
             }
-            let wait = Timespec { tv_sec: 0, tv_nsec: POLL.subsec_nanos().into() };
-            match poll(&mut [PollFd::new(self, PollFlags::IN)], Some(&wait)) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => {
-                    return Err(failed("cannot wait at", &self.address)(errno.into()));
-                }
-            }
+            self.poll()?;
         }
     }
 

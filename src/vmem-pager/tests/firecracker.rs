@@ -4,10 +4,6 @@
 #[path = "common/service_manager.rs"]
 mod service_manager;
 
-#[path = "../src/firecracker/tests/vm.rs"]
-#[allow(dead_code, reason = "the tests inside the crate need the rest")]
-mod vm;
-
 use std::fs::File;
 use std::io::{BufRead, BufReader, Lines};
 use std::os::unix::fs::FileExt;
@@ -18,9 +14,9 @@ use std::thread;
 use std::time::Duration;
 
 use ram_discard::ByteRange;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use service_manager::ServiceManager;
-use vm::{PAGE, Vm};
+use small_vmm::firecracker::{PAGE, Vm};
 
 const PAGES: u64 = 64;
 const PAGER: &str = env!("CARGO_BIN_EXE_vmem-pager");
@@ -339,4 +335,47 @@ fn a_vmm_that_ended_while_it_had_no_pager_is_noticed() {
     assert_eq!(status, Some(1), "{complaints}");
     assert!(complaints.contains("ended before it had all of its memory"), "{complaints}");
     manager.wait(|manager| manager.kept.is_empty());
+}
+
+/// Descriptors that are left when the VMM connects: for the connection and its process; for the userfaultfd as well; and
+/// for the states of pages.
+#[test]
+fn a_vmm_whose_pager_has_too_few_descriptors_is_ended() {
+    wait_as_vmm();
+    let dir = tempfile::tempdir().unwrap();
+    snapshot(dir.path());
+    let name = "a_vmm_whose_pager_has_too_few_descriptors_is_ended";
+    for left in 2..=4 {
+        let mut pager = Pager::start(dir.path(), &SLOW);
+        pager.wait_for("listening");
+        let id = pager.child.id();
+        let reserved = std::fs::read_dir(format!("/proc/{id}/fd")).unwrap().filter_map(|entry| {
+            let path = entry.unwrap().path();
+            let is_reserved = std::fs::read_link(&path).ok()? == Path::new("/dev/null");
+            let number: u64 = path.file_name()?.to_str()?.parse().ok()?;
+            Some(number).filter(|number| is_reserved && *number > 2)
+        });
+        let first = reserved.min().unwrap();
+        let pid = Pid::from_raw(id.try_into().unwrap()).unwrap();
+        let limit = Rlimit { current: Some(first + left), maximum: Some(first + left) };
+        prlimit(Some(pid), Resource::Nofile, limit).unwrap();
+        let mut vmm = vmm(name, dir.path());
+        let (status, complaints) = pager.end();
+        assert_eq!(status, Some(1), "{left}: {complaints}");
+        assert!(complaints.contains("was ended"), "{left}: {complaints}");
+        assert_eq!(vmm.wait().unwrap().signal(), Some(9), "{left}: {complaints}");
+    }
+}
+
+#[test]
+fn too_few_descriptors_are_noticed_before_a_vmm_is_met() {
+    let dir = tempfile::tempdir().unwrap();
+    snapshot(dir.path());
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 16; exec \"$@\"", "sh", PAGER]);
+    let pager = Pager::of(spawn(&mut command, dir.path(), &[]));
+    let (status, complaints) = pager.end();
+    assert_eq!(status, Some(1), "{complaints}");
+    assert!(complaints.contains("ulimit -n"), "{complaints}");
+    assert!(!dir.path().join("uffd.sock").exists());
 }

@@ -11,7 +11,7 @@
 //! [`dma`] is a user of the guest's memory beside the guest.
 //!
 //! [`cloud_hypervisor`] is another VMM, as a pager meets it: both ends of its local migration, with switches for what
-//! goes wrong.
+//! goes wrong. [`firecracker`] is a third one: its memory, as a page-fault handler fills it.
 
 pub mod api;
 pub mod backend_channel;
@@ -23,6 +23,7 @@ pub mod demo;
 pub mod device_state;
 pub mod dma;
 pub mod driver;
+pub mod firecracker;
 pub mod frontend;
 pub mod guest;
 pub mod guest_driver;

@@ -29,8 +29,21 @@ pub struct MemoryFiles {
 struct Layer {
     path: PathBuf,
     file: File,
+    /// Bytes with data, also where a layer above has some.
+    data: u64,
     /// Time of the last change, when it was opened.
     changed: (i64, i64),
+}
+
+/// What a file has, and how much of it a guest sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerFigures<'a> {
+    /// Its path.
+    pub path: &'a Path,
+    /// Bytes with data.
+    pub data: u64,
+    /// Those of them that no file above covers.
+    pub used: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +91,18 @@ impl MemoryFiles {
     /// Bytes with data.
     pub fn data_bytes(&self) -> u64 {
         self.extents.iter().map(|extent| extent.bytes.end - extent.bytes.start).sum()
+    }
+
+    /// The files, the base first.
+    pub fn layers(&self) -> impl Iterator<Item = LayerFigures<'_>> {
+        let mut used = vec![0; self.layers.len()];
+        for extent in &self.extents {
+            used[extent.layer] += extent.bytes.end - extent.bytes.start;
+        }
+        self.layers.iter().zip(used).map(|(layer, used)| {
+            let Layer { path, data, .. } = layer;
+            LayerFigures { path, data: *data, used }
+        })
     }
 
     /// Where there is data inside `bytes`, ascending.
@@ -162,7 +187,8 @@ fn open(path: &Path) -> Result<(Opened, Vec<Range<u64>>), PagerError> {
     }
     let data = data_of(&file, len).map_err(failed())?;
     let changed = (metadata.mtime(), metadata.mtime_nsec());
-    let layer = Layer { path: path.to_owned(), file, changed };
+    let bytes = data.iter().map(|range| range.end - range.start).sum();
+    let layer = Layer { path: path.to_owned(), file, data: bytes, changed };
     Ok((Opened { layer, len }, data))
 }
 

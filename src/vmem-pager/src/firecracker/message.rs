@@ -125,6 +125,8 @@ pub struct Received {
     pub regions: Result<Vec<Region>, String>,
     /// Descriptors that came with it.
     pub fds: Vec<OwnedFd>,
+    /// Others came that could not be received.
+    pub is_truncated: bool,
 }
 
 /// Receives the message. `None` when the peer closes before a byte: it was not Firecracker, or has ended.
@@ -140,7 +142,9 @@ pub fn receive(
     let begun = Instant::now();
     let (mut text, mut fds) = (Vec::new(), Vec::new());
     let mut buffer = vec![0; 64 << 10];
-    let refused = |what: String, text, fds| Ok(Some(Received { text, regions: Err(what), fds }));
+    let refused = |what: String, text, fds| {
+        Ok(Some(Received { text, regions: Err(what), fds, is_truncated: false }))
+    };
     loop {
         if text.is_empty() {
             run.check("the VMM has connected and sent nothing")?;
@@ -174,7 +178,13 @@ pub fn receive(
                 fds.extend(rights);
             }
         }
-        if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > 2 {
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            let what = "not all of its descriptors could be received: more than 8 came, or this process may not open \
+                        more files (see ulimit -n)";
+            let regions = Err(what.to_owned());
+            return Ok(Some(Received { text, regions, fds, is_truncated: true }));
+        }
+        if fds.len() > 2 {
             let what = "more descriptors than a userfaultfd and a memfd came".to_owned();
             return refused(what, text, fds);
         }
@@ -199,7 +209,9 @@ pub fn receive(
         }
         match parse(&text, memory_len) {
             Ok(None) => {}
-            Ok(Some(regions)) => return Ok(Some(Received { text, regions: Ok(regions), fds })),
+            Ok(Some(regions)) => {
+                return Ok(Some(Received { text, regions: Ok(regions), fds, is_truncated: false }));
+            }
             Err(what) => return refused(what, text, fds),
         }
     }

@@ -14,13 +14,13 @@ mod kept;
 pub mod memory_files;
 pub mod message;
 pub mod order;
+pub mod state_file;
 mod supervisor;
 #[cfg(test)]
 mod tests;
 mod vmm;
 
 use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -44,10 +44,11 @@ use guest::Guest;
 use kept::Left;
 use memory_files::MemoryFiles;
 use message::Received;
+use state_file::StateFile;
 use vmm::Vmm;
 
-/// Bytes of a state file that Firecracker reads at most.
-const STATE_MAX: u64 = 10 << 20;
+/// Descriptors that a guest needs, and some more.
+const DESCRIPTORS: usize = 16;
 
 /// What is measured of a restore.
 pub struct RestoreMetrics {
@@ -127,11 +128,12 @@ fn begin(
     }
     let replay = args.replay.as_deref().map(|path| replay(path, &files, report)).transpose()?;
     let replay = replay.flatten();
+    let spare = reserve()?;
     let listener = Listener::bind(&args.common.socket)?;
     let details = json!({ "memory_bytes": files.len(), "data_bytes": files.data_bytes() });
     report.event("listening", &details);
     ready(report);
-    let loaded = accept(&listener, run, report, &files)?;
+    let loaded = accept(&listener, run, report, &files, spare)?;
     // One guest a pager: what connects next is told so.
     drop(listener);
     kept::keep(&loaded, report);
@@ -200,30 +202,10 @@ fn check(args: &RestoreArgs) -> Result<(), PagerError> {
 /// Firecracker reads its state file itself, and refuses it. Here it is only looked at, so that a wrong one is told
 /// before.
 fn check_state_file(path: &Path, report: &Report) -> Result<(), PagerError> {
-    let mut bytes = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(STATE_MAX + 1).read_to_end(&mut bytes));
-    read.map_err(PagerError::file("read the snapshot's state from", path))?;
-    if bytes.len() <= size_of::<u64>() || bytes.len() as u64 > STATE_MAX {
-        let what =
-            "not a state file of Firecracker, which --image names; its memory is --memory-file";
-        return Err(PagerError::Image { path: path.to_owned(), what: what.to_owned() });
-    }
-    if crc64(&bytes) != 0 {
-        let path = path.display();
-        report.warn(&format!(
-            "{path}: not a whole state file of Firecracker, as far as its checksum tells; Firecracker may refuse it"
-        ));
+    if let Some(warning) = StateFile::read(path)?.warning(path) {
+        report.warn(&warning);
     }
     Ok(())
-}
-
-/// CRC-64 (Jones). 0 for what ends with its own.
-fn crc64(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |crc, byte| {
-        (0..8).fold(crc ^ u64::from(*byte), |crc, _| {
-            (crc >> 1) ^ if crc & 1 == 1 { 0x95ac_9329_ac4b_c9b5 } else { 0 }
-        })
-    })
 }
 
 /// Ids and pages by which working sets know a guest.
@@ -244,18 +226,33 @@ fn replay(
     Ok(set)
 }
 
+/// Descriptors that no other part of this process can use up, as connections of scrapers do. When they cannot be had,
+/// a VMM could connect and have no memory.
+fn reserve() -> Result<Vec<File>, PagerError> {
+    let spare = (0..DESCRIPTORS).map(|_| File::open("/dev/null")).collect::<Result<_, _>>();
+    spare.map_err(PagerError::system("open as many files as a guest needs (see ulimit -n)"))
+}
+
 /// Waits for Firecracker and takes its message.
 fn accept(
     listener: &Listener,
     run: &Run,
     report: &Report,
     files: &MemoryFiles,
+    spare: Vec<File>,
 ) -> Result<Loaded, PagerError> {
+    let mut spare = Some(spare);
     loop {
+        listener.wait(run)?;
+        // What follows needs them.
+        drop(spare.take());
         let socket = listener.accept(run, None)?;
         let vmm = Vmm::of(socket);
         // A client that only probes the socket leaves without a word.
-        let Some(received) = message::receive(vmm.socket(), run, files.len())? else { continue };
+        let Some(received) = message::receive(vmm.socket(), run, files.len())? else {
+            spare = reserve().ok();
+            continue;
+        };
         let (pid, kilobytes) = (vmm.pid(), received.text.len() >> 10);
         let loaded = load(&vmm, received, files);
         return match loaded {
@@ -279,11 +276,12 @@ fn load(
     received: Received,
     files: &MemoryFiles,
 ) -> Result<(VmmFaults, Guest), (PagerError, bool)> {
-    let Received { text, regions, fds } = received;
+    let Received { text, regions, fds, is_truncated } = received;
     let count = fds.len();
     // Of the two, in whatever order; a memfd that comes along is not needed, since pages are copied.
     let uffd = fds.into_iter().find_map(|fd| VmmFaults::new(fd).ok());
-    let waits = uffd.is_some();
+    // What did not arrive may have been one.
+    let waits = uffd.is_some() || is_truncated;
     let refused = |what: String| {
         let pid = vmm.pid().map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
         (PagerError::Protocol(format!("the message of process {pid} is refused: {what}")), waits)

@@ -2,10 +2,8 @@
 
 mod model;
 mod processes;
-mod vm;
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +19,7 @@ use crate::cli::args::{Args, Command, RestoreArgs};
 use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::run::Run;
-use vm::{HUGE, PAGE, Vm};
+use small_vmm::firecracker::{self as vm, HUGE, PAGE, Trap, Vm};
 
 /// A snapshot in a folder, and the pager for it.
 struct Snapshot {
@@ -228,20 +226,16 @@ fn huge_pages_are_served_whole_and_discarded_whole() {
 }
 
 #[test]
-fn two_descriptors_and_keys_of_newer_releases_are_accepted() {
-    let snapshot = Snapshot::new(8 * PAGE, &[1]);
-    let restore = snapshot.restore("");
-    let vm = Vm::new(&[(8, PAGE)]);
-    let text = vm.text().replace("{", "{\"newer\": [{\"x\": []}], ");
-    let memfd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    // In two pieces, of which the first has the descriptors.
-    let (first, rest) = text.split_at(text.len() / 2);
-    let socket = vm::connect(&snapshot.socket());
-    vm::send(&socket, first.as_bytes(), &[vm.uffd().as_fd(), memfd.as_fd()]);
-    thread::sleep(Duration::from_millis(5));
-    vm::send(&socket, rest.as_bytes(), &[]);
-    assert_eq!((vm.read(1), vm.read(2)), (content(1), 0));
-    restore.end().unwrap();
+fn what_releases_and_dialects_send_is_served() {
+    for trap in Trap::SERVED {
+        let snapshot = Snapshot::new(8 * PAGE, &[1]);
+        let restore = snapshot.restore("");
+        let vm = Vm::new(&[(1, PAGE), (7, PAGE)]);
+        vm.load_with(&snapshot.socket(), trap);
+        assert_eq!((vm.read(1), vm.read(2)), (content(1), 0), "{trap:?}");
+        let ended = restore.end();
+        assert!(ended.is_ok(), "{trap:?}: {ended:?}");
+    }
 }
 
 #[test]
@@ -289,15 +283,16 @@ fn what_is_not_a_message_is_refused_and_a_look_at_the_socket_is_not_minded() {
 }
 
 #[test]
-fn right_regions_without_a_userfaultfd_are_refused() {
-    let snapshot = Snapshot::new(8 * PAGE, &[1]);
-    let restore = snapshot.restore("");
-    let vm = Vm::new(&[(8, PAGE)]);
-    let socket = vm::connect(&snapshot.socket());
-    let memfd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    vm::send(&socket, vm.text().as_bytes(), &[memfd.as_fd()]);
-    let error = restore.end().unwrap_err();
-    assert!(error.to_string().contains("none is a userfaultfd"), "{error}");
+fn a_message_without_a_userfaultfd_is_refused_and_ends_no_vmm() {
+    for trap in Trap::REFUSED.into_iter().filter(|trap| !trap.brings_userfaultfd()) {
+        let snapshot = Snapshot::new(8 * PAGE, &[1]);
+        let restore = snapshot.restore("");
+        let vm = Vm::new(&[(1, PAGE), (7, PAGE)]);
+        // This process would be ended.
+        vm.load_with(&snapshot.socket(), trap);
+        let error = restore.end().unwrap_err();
+        assert!(error.to_string().contains("none is a userfaultfd"), "{trap:?}: {error}");
+    }
 }
 
 #[test]
@@ -342,14 +337,6 @@ fn wrong_words_and_files_are_refused_before_a_vmm_is_met() {
     snapshot.files.push(snapshot.dir.path().join("none"));
     assert!(refused(&snapshot.args("")).to_string().contains("none"));
     assert!(!snapshot.socket().exists());
-}
-
-#[test]
-fn the_checksum_of_state_files_is_jones() {
-    assert_eq!(super::crc64(b"123456789"), 0xe9c6_d914_c4b8_d9ca);
-    let mut whole = b"123456789".to_vec();
-    whole.extend(super::crc64(&whole).to_le_bytes());
-    assert_eq!(super::crc64(&whole), 0);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The states of pages, against a naive model of the kernel's side: any order of touches, discards, their reading
-//! and their effect, of the background, and of copies that stop half-way.
+//! and their effect, of the background, of copies that stop half-way, of faults that are told twice or for nothing, and
+//! of a memory file that is cut.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -12,12 +13,15 @@ use proptest::prelude::*;
 use ram_discard::memory::HostMapping;
 
 use super::super::figures::Figures;
-use super::super::fill::{Filling, Step, Uffd, Waiting};
+use super::super::fill::{Filling, Step, Uffd, Unplaced, Waiting};
 use super::super::guest::Guest;
 use super::super::memory_files::MemoryFiles;
 use super::super::message::parse;
 use super::super::order::Order;
-use super::{PAGE, Snapshot, content};
+use small_vmm::firecracker::PAGE;
+
+use super::{Snapshot, content};
+use crate::error::PagerError;
 
 const BASE: u64 = 0x10_0000;
 const PAGES: u64 = 70;
@@ -171,6 +175,10 @@ enum Op {
     Background,
     /// The pager dies, and another one takes over.
     Restart,
+    /// A fault is told that was told before, or of a page that is there.
+    FaultAgain(u64),
+    /// The memory file is cut to so many pages.
+    Cut(u64),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -183,6 +191,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => Just(Op::Events),
         2 => Just(Op::Background),
         1 => Just(Op::Restart),
+        2 => (0..PAGES).prop_map(Op::FaultAgain),
     ]
 }
 
@@ -192,7 +201,12 @@ proptest! {
     fn a_guest_reads_the_file_or_what_it_wrote_or_zeros_after_a_discard(
         data in prop::collection::btree_set(0..PAGES, 0..60),
         ops in prop::collection::vec(op(), 0..120),
+        cut in prop::option::weighted(0.3, (any::<prop::sample::Index>(), 1..PAGES)),
     ) {
+        let mut ops = ops;
+        if let Some((at, pages)) = cut {
+            ops.insert(at.index(ops.len() + 1), Op::Cut(pages));
+        }
         let data: Vec<u64> = data.into_iter().collect();
         let snapshot = Snapshot::new(PAGES * PAGE, &data);
         let files = || MemoryFiles::open(&snapshot.files).unwrap();
@@ -222,6 +236,17 @@ proptest! {
         let guest = Guest::new(text.as_bytes(), &regions, &files()).unwrap();
         let (mut filling, mut order, mut waiting) = start(guest);
         let (mut buffer, mut ahead) = (Vec::new(), Vec::new());
+        let mut is_cut = false;
+        // A page that is lost ends the VM, which has read nothing wrong by then.
+        macro_rules! placed {
+            ($result:expr) => {
+                match $result {
+                    Ok(value) => value,
+                    Err(Unplaced::Failed(PagerError::File { .. })) if is_cut => return Ok(()),
+                    Err(error) => return Err(TestCaseError::fail(format!("{error:?}"))),
+                }
+            };
+        }
         for op in ops {
             match op {
                 Op::Touch(page) => kernel.lock().touch(page),
@@ -242,10 +267,25 @@ proptest! {
                 Op::Effect => kernel.lock().discard(),
                 Op::StopAfter(pages) => kernel.lock().stop_after = Some(pages),
                 Op::Events => {
-                    filling.take_events(&mut waiting).unwrap();
-                    filling.serve(&mut waiting, &mut buffer).unwrap();
+                    placed!(filling.take_events(&mut waiting));
+                    placed!(filling.serve(&mut waiting, &mut buffer));
                 }
-                Op::Background => drop(filling.step(&order, &mut ahead, 3 * PAGE).unwrap()),
+                Op::Background => {
+                    placed!(filling.step(&order, &mut ahead, 3 * PAGE));
+                }
+                Op::FaultAgain(page) => {
+                    let mut kernel = kernel.lock();
+                    if kernel.registered[page as usize] {
+                        kernel.faults.push_back(page);
+                    }
+                }
+                Op::Cut(pages) => {
+                    let file = std::fs::File::options().write(true).open(&snapshot.files[0]);
+                    file.unwrap().set_len(pages * PAGE).unwrap();
+                    is_cut = true;
+                }
+                // One that finds other files than the one before ends the VM.
+                Op::Restart if is_cut => {}
                 Op::Restart => {
                     let journal = filling.guest().journal().try_clone_to_owned().unwrap();
                     // As one that is killed after it has read and before it has done anything.
@@ -260,10 +300,10 @@ proptest! {
         // In the end all is with the VMM, and no one waits.
         for round in 0.. {
             prop_assert!(round < 1000, "it never ends");
-            filling.take_events(&mut waiting).unwrap();
+            placed!(filling.take_events(&mut waiting));
             kernel.lock().discard();
-            filling.serve(&mut waiting, &mut buffer).unwrap();
-            let step = filling.step(&order, &mut ahead, 3 * PAGE).unwrap();
+            placed!(filling.serve(&mut waiting, &mut buffer));
+            let step = placed!(filling.step(&order, &mut ahead, 3 * PAGE));
             if step == Step::Nothing && waiting.is_empty() && filling.is_complete().unwrap() {
                 break;
             }

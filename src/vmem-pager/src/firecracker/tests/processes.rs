@@ -6,21 +6,25 @@ use std::env;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 
-use super::vm::{PAGE, Vm};
 use super::{Snapshot, content};
 use crate::run::Run;
+use small_vmm::firecracker::{PAGE, Trap, Vm};
 use std::time::Duration;
 
 const SOCKET: &str = "VMEM_PAGER_TEST_SOCKET";
 
 /// Has a VMM run the test `name`, with the socket.
 fn vmm(name: &str, snapshot: &Snapshot) -> Child {
-    Command::new(env::current_exe().unwrap())
+    command(name, snapshot).spawn().unwrap()
+}
+
+fn command(name: &str, snapshot: &Snapshot) -> Command {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command
         .args(["--exact", &format!("firecracker::tests::processes::{name}"), "--nocapture"])
         .env(SOCKET, snapshot.socket())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap()
+        .stdout(Stdio::null());
+    command
 }
 
 /// In that process: the VMM, loaded.
@@ -61,6 +65,29 @@ fn a_vmm_whose_message_is_refused_is_ended_if_it_would_wait() {
     let error = restore.end().unwrap_err();
     assert_eq!(vmm.wait().unwrap().signal(), Some(9));
     assert!(error.to_string().contains("is it the snapshot's own?"), "{error}");
+}
+
+#[test]
+fn a_vmm_that_would_wait_for_a_message_that_is_refused_is_ended() {
+    const NAME: &str = "a_vmm_that_would_wait_for_a_message_that_is_refused_is_ended";
+    const TRAP: &str = "VMEM_PAGER_TEST_TRAP";
+    let traps = || Trap::REFUSED.into_iter().filter(|trap| trap.brings_userfaultfd());
+    if let (Some(socket), Ok(index)) = (env::var_os(SOCKET), env::var(TRAP)) {
+        let vm = Vm::new(&[(1, PAGE), (63, PAGE)]);
+        vm.load_with(socket.as_ref(), traps().nth(index.parse().unwrap()).unwrap());
+        vm.read(1);
+        unreachable!("a page without a pager was read");
+    }
+    for (index, trap) in traps().enumerate() {
+        let snapshot = Snapshot::new(64 * PAGE, &[1]);
+        let run = Run::with_silence(None, Duration::from_millis(300));
+        let restore = snapshot.restore_in("", run);
+        let mut vmm = command(NAME, &snapshot).env(TRAP, index.to_string()).spawn().unwrap();
+        let error = restore.end().unwrap_err();
+        assert_eq!(vmm.wait().unwrap().signal(), Some(9), "{trap:?}: {error}");
+        assert_eq!(error.exit_status(), 1, "{trap:?}: {error}");
+        assert!(error.to_string().contains("is refused"), "{trap:?}: {error}");
+    }
 }
 
 #[test]
