@@ -135,6 +135,11 @@ pub enum Command {
         /// The file
         #[arg(value_name = "FILE")]
         file: PathBuf,
+
+        /// Memory of a Firecracker snapshot, of which FILE is the state. Given more than once: the full
+        /// snapshot first, then the diffs in the order in which they were made
+        #[arg(long, value_name = "FILE")]
+        memory_file: Vec<PathBuf>,
     },
 
     /// Print a completion script

@@ -11,6 +11,7 @@ use migration::inspect::InspectError;
 use program::size::format_size;
 use serde_json::{Value, json};
 use thiserror::Error;
+use vmem_pager::PagerError;
 use vmstate::printable;
 
 use super::{Console, status};
@@ -91,6 +92,15 @@ pub enum Failure {
         /// Why.
         source: Box<InspectError>,
     },
+    /// A snapshot of Firecracker's cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] PagerError),
+    /// A state file of Firecracker's alone.
+    #[error(
+        "{}: a state file of Firecracker, which has no memory in it; give its memory file with --memory-file FILE",
+        .0.display()
+    )]
+    NoMemory(PathBuf),
     /// The page cannot be served there.
     #[error("cannot listen on {address}: {source}")]
     Listen {

@@ -109,7 +109,9 @@ pub fn execute(args: Args, console: &mut Console<'_>) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut Args::command(), "vmemctl", &mut script);
             return console.print(&String::from_utf8_lossy(&script));
         }
-        Command::Inspect { file } => return inspect::run(&file, console),
+        Command::Inspect { file, memory_file } => {
+            return inspect::run(&file, &memory_file, console);
+        }
         Command::Man { dir } => return write_man_pages(dir, console),
         Command::Doctor { .. } if args.api_socket.is_none() => {
             return examine(args.command, None, console);

@@ -1,25 +1,37 @@
-//! What a migration stream in a file holds.
+//! What a migration stream in a file holds, or the files of a snapshot.
 
+mod firecracker;
 mod json;
 #[cfg(test)]
 mod tests;
 mod text;
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use migration::inspect;
 use migration::stream::Command;
+use vmem_pager::firecracker::state_file::StateFile;
 
 use super::{Console, Failure};
 
-/// Prints what is in a file. What could be read of a damaged one is printed before the error.
-pub(super) fn run(path: &Path, console: &mut Console<'_>) -> Result<(), Failure> {
+/// Prints what is in a file; with memory files, in a snapshot of Firecracker's, of which it is the state. What could be read of a damaged one is printed before the error.
+pub(super) fn run(
+    path: &Path,
+    memory: &[PathBuf],
+    console: &mut Console<'_>,
+) -> Result<(), Failure> {
+    if !memory.is_empty() {
+        return firecracker::run(path, memory, console);
+    }
     let unreadable = |source| Failure::Unreadable { path: path.to_owned(), source };
     let file = File::open(path).map_err(unreadable)?;
     // Reading a directory would give an error without a reason; a pipe has no end to look at.
     if !file.metadata().map_err(unreadable)?.is_file() {
         return Err(unreadable(std::io::Error::other("not a file")));
+    }
+    if StateFile::read(path).is_ok_and(|state| state.is_whole) {
+        return Err(Failure::NoMemory(path.to_owned()));
     }
     let mut inspection = inspect::inspect(file);
     let error = inspection.error.take();

@@ -188,7 +188,7 @@ fn scalar(value: &Value) -> String {
 }
 
 /// A name of a file's, which must not reach a terminal as it is.
-fn safe(name: &str) -> String {
+pub(super) fn safe(name: &str) -> String {
     name.chars()
         .flat_map(|c| match c.is_control() {
             true => c.escape_default().collect::<Vec<_>>(),
