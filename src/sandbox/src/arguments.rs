@@ -75,6 +75,8 @@ fn alternatives(call: &str, part: &str, pid: u32) -> Option<Alternatives> {
                 libc::FIOCLEX as u64,
                 libc::FIONBIO as u64,
                 libc::FIONREAD as u64,
+                // What the other side of a socket has not read.
+                libc::TIOCOUTQ as u64,
                 libc::TCGETS as u64,
                 libc::TIOCGWINSZ as u64,
                 TCGETS2,
