@@ -1,5 +1,15 @@
 //! What the programs of this project share, and what is of no guest: sizes and times as people
 //! write them, sockets to listen on, signals, the service manager.
+//!
+//! ```
+//! use program::duration::parse_duration;
+//! use program::size::{format_size, parse_size};
+//!
+//! assert_eq!(parse_size("0x40000000"), parse_size("1G"));
+//! assert_eq!(format_size(3 << 29), "1.5 GiB");
+//! assert_eq!(parse_duration("2m").unwrap().as_secs(), 120);
+//! assert!(parse_size("1.5 apples").is_err());
+//! ```
 
 pub mod duration;
 pub mod listener;

@@ -12,6 +12,28 @@
 //!
 //! A system call that is not listed ends the process by SIGSYS, after a line on stderr that names the call and
 //! the thread. What is listed has no other effect than without the sandbox.
+//!
+//! ```text
+//!   start ──> begin ──> open sockets, files, devices ──> enter ──> serve
+//!               │                 │                        │
+//!               │                 └─ threads that start    └─ capabilities gone, files by Landlock,
+//!               │                    here confine               system calls by seccomp
+//!               └─ another user,     themselves
+//!                  no new privileges
+//! ```
+//!
+//! ```no_run
+//! use sandbox::{Options, Policy, Reach};
+//!
+//! let policy = Policy { program: "summer", process: vec![&["openat", "unlink"]], threads: &[] };
+//! let sandbox = sandbox::begin(&Options::default(), &policy, false)?;
+//! // Here the program opens its sockets.
+//! for note in sandbox.enter(&Reach::new().read("/etc/summer".as_ref()))? {
+//!     eprintln!("{note}");
+//! }
+//! // From here on it reads below /etc/summer, and nothing else by name.
+//! # Ok::<(), sandbox::SandboxError>(())
+//! ```
 
 mod arguments;
 mod calls;
@@ -59,6 +81,7 @@ pub struct Thread {
 
 /// Why a process cannot be confined.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum SandboxError {
     /// The kernel has not got a part of it.
     #[error(

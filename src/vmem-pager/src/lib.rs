@@ -1,5 +1,16 @@
 //! `vmem-pager`: saves and restores guests of stock VMMs, by the migration protocols that they have.
 //!
+//! ```text
+//!            migrate (QEMU), offload (Cloud Hypervisor)
+//!   VMM ───────────────────────────────────────────────> save ──┐
+//!                                                               │  image: mapped-ram, holes where
+//!   VMM <─────────────────────────────────────────────── restore ┘  memory is absent or discarded
+//!    │    state at once, then pages: those that are touched,
+//!    │    those that were touched last time, all others
+//!    └──> page faults: postcopy requests (QEMU), fault connection (Cloud Hypervisor),
+//!         userfaultfd (Firecracker)
+//! ```
+//!
 //! - [`cli`]: the command line, and what is told while it runs.
 //! - [`qemu`]: the two ends of QEMU's migration: [`save`](qemu::save) is the destination of
 //!   `migrate`, [`restore`](qemu::restore) a source of postcopy.

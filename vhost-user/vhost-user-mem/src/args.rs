@@ -181,9 +181,8 @@ impl TryFrom<Args> for Config {
                     ("block-size", &block_text)
                 }
                 GeometryError::AddrUnaligned { .. } => ("addr", &args.addr),
-                GeometryError::RegionSizeUnaligned { .. }
-                | GeometryError::RegionWraps { .. }
-                | GeometryError::TooManyBlocks(_) => ("region-size", &args.region_size),
+                // All others are of the region's size.
+                _ => ("region-size", &args.region_size),
             };
             ArgsError::new(option, value, error)
         })?;

@@ -183,7 +183,7 @@ impl Management for Service {
             Err(error) => Err(Refusal {
                 status: match error {
                     ResizeError::Size(_) => 422,
-                    ResizeError::Store(_) => 500,
+                    _ => 500,
                 },
                 title: "Requested size refused".to_owned(),
                 detail: error.to_string(),
@@ -221,7 +221,7 @@ impl Management for Service {
             Err(error) => Err(Refusal {
                 status: match error {
                     ResetError::Memory(_) => 409,
-                    ResetError::Store(_) => 500,
+                    _ => 500,
                 },
                 title: "System reset refused".to_owned(),
                 detail: error.to_string(),

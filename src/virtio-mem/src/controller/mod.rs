@@ -68,6 +68,7 @@ pub trait DeviceObserver: Send + Sync {
 
 /// Why the requested size was not set; nothing was changed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ResizeError {
     /// It breaks a rule.
     #[error(transparent)]
@@ -79,6 +80,7 @@ pub enum ResizeError {
 
 /// Why a system reset was not done; nothing was changed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ResetError {
     /// Memory cannot be discarded.
     #[error(transparent)]

@@ -21,6 +21,7 @@ pub const MIN_BLOCK_SIZE: u64 = 4096;
 
 /// Why a geometry is refused.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GeometryError {
     /// Block size zero or not a power of two (5.15.4).
     #[error("block size {0:#x} is not a power of two")]
