@@ -98,8 +98,8 @@ pub enum FormatError {
     },
     /// A page that its block does not have.
     #[error(
-        "byte {offset:#x} of the stream: a page at {page:#x} of block {id:?}, which has \
-         {used_length:#x} bytes"
+        "byte {offset:#x} of the stream: a page at {page:#x} of block {id:?} is past its end: \
+         the block has {used_length:#x} bytes"
     )]
     PagePastEnd {
         /// Bytes from the start of the stream.

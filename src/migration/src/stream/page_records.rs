@@ -323,7 +323,7 @@ mod tests {
         for (bytes, what) in [
             (
                 record((4 * PAGE) | 0x22, &[0]),
-                "a page at 0x4000 of block \"ram\", which has 0x4000",
+                "a page at 0x4000 of block \"ram\" is past its end: the block has 0x4000",
             ),
             (record(!(PAGE - 1) | 0x22, &[0]), "a page at 0xfffffffffffff000 of block \"ram\""),
             (record(0x22, &[9]), "filled with 0x9"),
