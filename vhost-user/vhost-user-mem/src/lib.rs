@@ -63,6 +63,7 @@ use connection::Connections;
 use discard_channel::DiscardChannel;
 use front_door::Notifier;
 use management::Server;
+use metrics::{CountedStore, Metrics};
 use service::Service;
 use socket::{FrontEnds, Shutdown};
 use stray::Sweeper;
@@ -111,14 +112,16 @@ pub fn run(mut config: Config) -> anyhow::Result<()> {
     let left = renew::left()?;
     supervision.take_sockets(&mut config)?;
     let watchdog = supervision.watchdog()?;
-    let (start, state) = start::open(&config, left)?;
+    let (mut start, state) = start::open(&config, left)?;
+    let metrics = Arc::new(Metrics::new());
+    start.store = Box::new(CountedStore::new(start.store, Arc::clone(&metrics)));
     let controller = Arc::new(virtio_mem::controller::MemController::new(start));
     let notifier = Arc::new(Notifier::new().context("cannot start the notifier")?);
     if state.is_some() {
         // The process before may have ended between a change and its message.
         notifier.notify();
     }
-    let service = Service::new(controller, Arc::clone(&notifier))?;
+    let service = Service::with_metrics(controller, Arc::clone(&notifier), metrics)?;
     let connections = Connections::new(Arc::clone(&service), notifier)
         .offer_postcopy(config.postcopy && can_postcopy())
         .allow_files(config.allow_file_memory)

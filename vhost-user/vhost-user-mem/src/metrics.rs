@@ -1,19 +1,35 @@
 //! Metrics in the OpenMetrics text format.
+//!
+//! - `process`: what every process can tell, by the names that exporters agree on.
+//! - `store`: counts what the state file does not take.
+//!
+//! What is not known has no sample. `dist/prometheus` has rules and a dashboard that use the names.
 
+mod process;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use ram_discard::{RamDiscardListener, Section};
 use virtio_mem::controller::MemController;
-use virtio_mem::device::{Request, Response};
+use virtio_mem::device::{BlockSpan, Request, Response};
+
+use process::Process;
+pub use store::CountedStore;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
@@ -24,6 +40,20 @@ struct RequestLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TypeLabel {
     r#type: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BuildLabels {
+    version: &'static str,
+}
+
+/// What of the device's watchers is told with its metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Watched {
+    /// Whether a front-end is connected.
+    pub connected: bool,
+    /// Whether the guest stands still on its way to the requested size.
+    pub resize_stalled: bool,
 }
 
 /// From 1 us, for STATE, to 17 s, for UNPLUG of much memory.
@@ -48,9 +78,38 @@ impl CopiedCounter {
     }
 }
 
+/// What is resident, bytes: no sample while guest memory is not mapped.
+#[derive(Debug, Default)]
+struct Resident(Mutex<Option<u64>>);
+
+impl Collector for Resident {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(size) = *self.0.lock() else { return Ok(()) };
+        let gauge = ConstGauge::new(size);
+        let (name, help) = ("resident_size", "Memory that is resident on the host");
+        let unit = Some(&Unit::Bytes);
+        gauge.encode(encoder.encode_descriptor(name, help, unit, gauge.metric_type())?)
+    }
+}
+
 /// Types of requests, and of responses.
 const TYPES: usize = 5;
 const RESPONSES: usize = 4;
+
+const NO_BLOCK: BlockSpan = BlockSpan { addr: 0, nb_blocks: 0 };
+
+/// A request of each type.
+const TYPES_TOLD: [Request; TYPES] = [
+    Request::Plug(NO_BLOCK),
+    Request::Unplug(NO_BLOCK),
+    Request::UnplugAll,
+    Request::State(NO_BLOCK),
+    Request::Unsupported(u16::MAX),
+];
+
+/// A response of each type.
+const RESPONSES_TOLD: [Response; RESPONSES] =
+    [Response::Ack, Response::Nack, Response::Busy, Response::Error];
 
 /// The daemon's counters. Sizes are read from the device when asked for.
 pub struct Metrics {
@@ -76,9 +135,12 @@ pub struct Metrics {
     usable: Gauge,
     plugged: Gauge,
     requested: Gauge,
-    resident: Gauge,
+    resident: Arc<Resident>,
     connected: Gauge,
     migration: Gauge,
+    workers: Gauge,
+    resize_stalled: Gauge,
+    state_file_errors: Counter,
 }
 
 impl Default for Metrics {
@@ -90,8 +152,29 @@ impl Default for Metrics {
 impl Metrics {
     /// All zero.
     pub fn new() -> Self {
-        let mut registry = Registry::with_prefix("virtio_mem");
-        let requests = Family::default();
+        let mut root = Registry::default();
+        root.register_collector(Box::new(Process));
+        let registry = root.sub_registry_with_prefix("virtio_mem");
+        let build = Info::new(BuildLabels { version: env!("CARGO_PKG_VERSION") });
+        registry.register("build", "The program", build);
+        let start_time: Gauge<f64, AtomicU64> = Gauge::default();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        start_time.set(now.as_secs_f64());
+        registry.register_with_unit(
+            "start_time",
+            "When counters began at 0, since 1970: later than the process where the daemon has \
+             started itself anew",
+            Unit::Seconds,
+            start_time,
+        );
+        let requests: Family<RequestLabels, Counter> = Family::default();
+        // A first increase is seen only of what was 0 before.
+        for request in TYPES_TOLD {
+            for response in RESPONSES_TOLD {
+                let labels = RequestLabels { r#type: request.name(), response: response.name() };
+                requests.get_or_create_owned(&labels);
+            }
+        }
         registry.register("requests", "Guest requests by type and response", requests.clone());
         let latency: Family<TypeLabel, Histogram> =
             Family::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS));
@@ -129,6 +212,11 @@ impl Metrics {
             "discard_clients_turned_away",
             "Connections to the discard channel that were refused as too many or too soon",
         );
+        let state_file_errors = counter(
+            "state_file_errors",
+            "Times that the state file did not take a change, which was then refused, or the note \
+             that a request was answered",
+        );
         let discard_freezes_expired = counter(
             "discard_freezes_expired",
             "Freezes of discard-channel clients that ended since they were not renewed",
@@ -160,8 +248,8 @@ impl Metrics {
         let usable = size("usable_region_size", "Size of the part that requests may name");
         let plugged = size("plugged_size", "Sum of the plugged blocks");
         let requested = size("requested_size", "What the guest is asked to plug");
-        let resident =
-            size("resident_size", "Memory that is resident on the host; -1 while unmapped");
+        let resident = Arc::new(Resident::default());
+        registry.register_collector(Box::new(Arc::clone(&resident)));
         let mut flag = |name, help| {
             let gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -169,8 +257,17 @@ impl Metrics {
         };
         let connected = flag("connected", "Whether a front-end is connected");
         let migration = flag("migration_active", "Whether block state is frozen");
+        let workers = flag(
+            "workers",
+            "Threads that serve the guest's queue: 1 from the first request of a connection to \
+             its end",
+        );
+        let resize_stalled = flag(
+            "resize_stalled",
+            "Whether the guest stands still on its way to the requested size",
+        );
         Self {
-            registry,
+            registry: root,
             counted: Default::default(),
             timed: Default::default(),
             requests,
@@ -194,6 +291,9 @@ impl Metrics {
             resident,
             connected,
             migration,
+            workers,
+            resize_stalled,
+            state_file_errors,
         }
     }
 
@@ -219,6 +319,22 @@ impl Metrics {
     /// Counts a chain that was no request.
     pub fn malformed(&self) {
         self.malformed.inc();
+    }
+
+    /// A thread begins to serve a ring.
+    pub fn worker_begins(&self) {
+        self.workers.inc();
+    }
+
+    /// A thread that served a ring ends.
+    pub fn worker_ends(&self) {
+        self.workers.dec();
+    }
+
+    /// Threads that serve a ring now.
+    #[cfg(test)]
+    pub(crate) fn workers(&self) -> i64 {
+        self.workers.get()
     }
 
     /// The worker of a ring ended by itself.
@@ -251,10 +367,14 @@ impl Metrics {
         self.discard_client_wait.inc_by(took.as_secs_f64());
     }
 
+    /// Counts what the state file did not take.
+    pub fn state_file_error(&self) {
+        self.state_file_errors.inc();
+    }
+
     /// The text of all metrics, with the sizes as they are now.
-    pub fn encode(&self, controller: &MemController, connected: bool) -> String {
+    pub fn encode(&self, controller: &MemController, watched: Watched) -> String {
         let config = controller.config();
-        let resident_size = controller.resident_size();
         let gauge = |gauge: &Gauge, value: u64| {
             gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
         };
@@ -262,13 +382,9 @@ impl Metrics {
         gauge(&self.usable, config.usable_region_size);
         gauge(&self.plugged, config.plugged_size);
         gauge(&self.requested, config.requested_size);
-        match resident_size {
-            Some(size) => gauge(&self.resident, size),
-            None => {
-                self.resident.set(-1);
-            }
-        }
-        self.connected.set(i64::from(connected));
+        *self.resident.0.lock() = controller.resident_size();
+        self.connected.set(i64::from(watched.connected));
+        self.resize_stalled.set(i64::from(watched.resize_stalled));
         self.migration.set(i64::from(controller.migration_active()));
         self.discard_failures.copy(controller.memory().discard_failures());
         self.log_lines_lost.copy(crate::log::lost());
@@ -312,23 +428,5 @@ impl RamDiscardListener for MetricsListener {
 
     fn notify_discard(&mut self, section: Section) {
         self.0.discarded_bytes.inc_by(section.len());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::thread;
-
-    #[test]
-    fn scrapes_at_once_do_not_count_twice() {
-        const TOTAL: u64 = 20_000;
-        let copied = CopiedCounter::new(Counter::default());
-        thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| (0..=TOTAL).for_each(|total| copied.copy(total)));
-            }
-        });
-        assert_eq!(copied.counter.get(), TOTAL);
     }
 }

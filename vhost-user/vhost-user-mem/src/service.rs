@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use management_api::{DeviceInfo, Event, Range, Swept};
+use management_api::{DeviceInfo, Event, Range, ResizeState, Swept};
 use ram_discard::Section;
 use tokio::sync::broadcast;
 use virtio_mem::controller::{
@@ -14,7 +14,7 @@ use virtio_mem::device::{BlockBitmap, Geometry, Request};
 use crate::front_door::Notifier;
 use crate::gate::Gate;
 use crate::management::{BlockRanges, Management, RangeList, Refusal};
-use crate::metrics::{Metrics, MetricsListener};
+use crate::metrics::{Metrics, MetricsListener, Watched};
 use crate::resize::{Device, ResizeWatch};
 use crate::stray::NotSwept;
 
@@ -86,7 +86,19 @@ impl Service {
         controller: Arc<MemController>,
         notifier: Arc<Notifier>,
     ) -> anyhow::Result<Arc<Self>> {
-        let metrics = Arc::new(Metrics::new());
+        Self::with_metrics(controller, notifier, Arc::default())
+    }
+
+    /// The same with counters that are in use already.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn with_metrics(
+        controller: Arc<MemController>,
+        notifier: Arc<Notifier>,
+        metrics: Arc<Metrics>,
+    ) -> anyhow::Result<Arc<Self>> {
         if controller.geometry().region_size() != 0 {
             controller.listen(Box::new(MetricsListener(Arc::clone(&metrics))))?;
         }
@@ -265,7 +277,12 @@ impl Management for Service {
     }
 
     fn metrics(&self) -> String {
-        self.metrics.encode(&self.controller, self.connected.load(Ordering::Acquire))
+        let device = Device::of(&self.controller);
+        let watched = Watched {
+            connected: self.connected.load(Ordering::Acquire),
+            resize_stalled: self.resize.report(&device).state == ResizeState::Stalled,
+        };
+        self.metrics.encode(&self.controller, watched)
     }
 
     fn subscribe(&self) -> broadcast::Receiver<Event> {

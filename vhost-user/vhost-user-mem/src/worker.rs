@@ -37,6 +37,7 @@ impl Watch {
         WATCHED.with_borrow_mut(|watched| {
             watched.get_or_insert_with(|| {
                 sandbox::confine_thread(confinement::WORKER);
+                self.metrics.worker_begins();
                 Watched(Arc::clone(self))
             });
         });
@@ -56,6 +57,7 @@ impl Watch {
 impl Drop for Watched {
     fn drop(&mut self) {
         let watch = &self.0;
+        watch.metrics.worker_ends();
         if watch.planned.load(Ordering::Acquire) {
             return;
         }
@@ -94,9 +96,11 @@ mod tests {
             let worker = thread::spawn(move || {
                 watched.attend();
                 watched.attend();
+                assert_eq!(watched.metrics.workers(), 1);
                 assert!(!panics, "as expected");
             });
             assert_eq!(worker.join().is_err(), panics);
+            assert_eq!(watch.metrics.workers(), 0);
             assert!(watch.is_lost());
             assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
         }

@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use common::{PATIENCE, connect, gpa, options, ram};
+use common::{BLOCK, PATIENCE, REGION, connect, gpa, options, ram};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use small_vmm::daemon::Daemon;
@@ -55,6 +55,35 @@ fn every_thread_is_confined_and_has_no_capability() {
     let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+}
+
+#[test]
+fn the_metrics_of_the_process_can_be_read_in_the_sandbox() {
+    let daemon = common::daemon(options());
+    let value = |name: &str| -> f64 {
+        let text = daemon.api().get("/metrics").unwrap().text;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("{name}: {text}")).parse().unwrap()
+    };
+    let open = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count() as f64;
+    // A scraper's connection has a few of its own, and so may the one before.
+    let told = value("process_open_fds");
+    assert!((open - 8.0..=open + 8.0).contains(&told), "{told} {open}");
+    let tasks = || fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().count() as f64;
+    let (before, told, after) = (tasks(), value("process_threads"), tasks());
+    assert!((before.min(after)..=before.max(after) + 3.0).contains(&told), "{before} {told}");
+    assert!(value("process_max_fds") >= open);
+    assert!(value("process_cpu_seconds_total") < PATIENCE.as_secs_f64() * 10.0);
+    assert!(value("process_resident_memory_bytes") > 65536.0);
+    assert!(value("virtio_mem_start_time_seconds") - value("process_start_time_seconds") < 60.0);
+    // What only the whole daemon knows.
+    assert_eq!((value("virtio_mem_workers"), value("virtio_mem_resize_stalled")), (0.0, 1.0));
+    let (_frontend, _channel, mut driver) = connect(&daemon, &ram());
+    for block in 0..REGION / BLOCK {
+        assert_eq!(driver.plug(gpa(block), 1).unwrap().kind(), ResponseType::Ack);
+    }
+    assert_eq!((value("virtio_mem_workers"), value("virtio_mem_resize_stalled")), (1.0, 0.0));
+    assert!(value("virtio_mem_resident_size_bytes") >= 0.0);
 }
 
 #[test]

@@ -78,7 +78,7 @@ impl Rig {
     }
 
     fn metric(&self, name: &str) -> f64 {
-        let text = self.metrics.encode(&self.controller, false);
+        let text = self.metrics.encode(&self.controller, crate::metrics::Watched::default());
         let line = text.lines().find(|line| line.starts_with(&format!("virtio_mem_{name} ")));
         line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
     }

@@ -16,6 +16,7 @@ use virtio_mem::device::{Geometry, VirtioMem};
 use super::http::{get, put, send};
 use crate::front_door::Notifier;
 use crate::management::Server;
+use crate::metrics::{CountedStore, Metrics};
 use crate::service::Service;
 
 /// A disk that fails on demand, and takes as long as a lock is held.
@@ -48,7 +49,10 @@ fn serve(disk: &Disk) -> (Server, TempDir) {
     let mut start = InitialState::volatile(VirtioMem::new(geometry, 0).unwrap());
     start.store = Box::new(disk.clone());
     let notifier = Arc::new(Notifier::new().unwrap());
-    let service = Service::new(Arc::new(MemController::new(start)), notifier).unwrap();
+    let metrics = Arc::new(Metrics::new());
+    start.store = Box::new(CountedStore::new(start.store, Arc::clone(&metrics)));
+    let controller = Arc::new(MemController::new(start));
+    let service = Service::with_metrics(controller, notifier, metrics).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let server = Server::bind(dir.path().join("api"), service).unwrap();
     server.start().unwrap();
@@ -84,6 +88,12 @@ fn a_change_that_cannot_be_saved_is_a_failure_with_its_cause() {
     let active = || get(dir.path(), "/v1/device").json()["migration_active"].clone();
     let set = |active| put(dir.path(), "/v1/migration", &json!({ "active": active }).to_string());
 
+    let is_counted = |errors: u32| {
+        let text = get(dir.path(), "/metrics").body;
+        text.contains(&format!("virtio_mem_state_file_errors_total {errors}\n"))
+    };
+    assert!(is_counted(0));
+
     gone.store(true, Ordering::Relaxed);
     let detail = set(true).problem(500);
     assert!(detail.contains("the disk is gone; nothing was changed"), "{detail}");
@@ -93,6 +103,7 @@ fn a_change_that_cannot_be_saved_is_a_failure_with_its_cause() {
     assert!(resize.problem(500).contains("the disk is gone"));
     let reset = send(dir.path(), "POST", "/v1/device/system-reset", "", b"");
     assert!(reset.problem(500).contains("the disk is gone"));
+    assert!(is_counted(3));
 
     gone.store(false, Ordering::Relaxed);
     assert_eq!(set(true).json()["migration_active"], true);
@@ -103,6 +114,7 @@ fn a_change_that_cannot_be_saved_is_a_failure_with_its_cause() {
         assert!(detail.contains("the disk is gone; block state is no longer frozen"), "{detail}");
         assert_eq!(active(), false);
     }
+    assert!(is_counted(5));
     gone.store(false, Ordering::Relaxed);
     assert_eq!(set(false).json()["migration_active"], false);
 }
