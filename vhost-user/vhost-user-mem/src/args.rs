@@ -10,6 +10,7 @@ use program::size::parse_size;
 use thiserror::Error;
 use virtio_mem::device::{Geometry, GeometryError, VirtioMem};
 
+use crate::log::Format;
 use crate::{renew, sys};
 
 /// vhost-user back-end for virtio-mem.
@@ -84,6 +85,10 @@ pub struct Args {
     #[arg(long)]
     pub allow_file_memory: bool,
 
+    /// What lines of the log are written as
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    pub log_format: Format,
+
     /// How this process confines itself.
     #[command(flatten)]
     pub sandbox: sandbox::Options,
@@ -133,6 +138,8 @@ pub struct Config {
     pub sweep_interval: Option<Duration>,
     /// Whether the front-end's files may be of any file system.
     pub allow_file_memory: bool,
+    /// What lines of the log are written as.
+    pub log_format: Format,
     /// How this process confines itself.
     pub sandbox: sandbox::Options,
 }
@@ -244,6 +251,7 @@ impl TryFrom<Args> for Config {
             allow_file_memory: args.allow_file_memory,
             postcopy,
             access,
+            log_format: args.log_format,
             sandbox: args.sandbox,
         })
     }

@@ -98,7 +98,7 @@ pub fn run(mut config: Config) -> anyhow::Result<()> {
             SandboxError::User { user, reason } => ArgsError::new("user", &user, reason).into(),
             error => anyhow::Error::from(error),
         })?;
-    log::start().context("cannot start the log")?;
+    log::start(config.log_format).context("cannot start the log")?;
     survive_lost_memory().context(
         "/proc/self/maps is needed to survive memory that a front-end takes away: mount /proc",
     )?;

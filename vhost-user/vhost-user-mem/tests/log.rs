@@ -5,6 +5,7 @@ mod common;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -33,6 +34,15 @@ impl Daemon {
     }
 
     fn start_logging(filter: &str, stderr: impl Into<Stdio>) -> Self {
+        Self::start_with(filter, stderr, &[], None)
+    }
+
+    fn start_with(
+        filter: &str,
+        stderr: impl Into<Stdio>,
+        options: &[&str],
+        journal: Option<&str>,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let child = Command::new(DAEMON)
             .args(["--addr", &ADDR.to_string(), "--region-size", &REGION.to_string()])
@@ -41,7 +51,9 @@ impl Daemon {
             .arg(dir.path().join("vhost.sock"))
             .arg("--api-socket")
             .arg(dir.path().join("api.sock"))
+            .args(options)
             .env("RUST_LOG", filter)
+            .envs(journal.map(|stream| ("JOURNAL_STREAM", stream)))
             .stderr(stderr)
             .spawn()
             .unwrap();
@@ -213,6 +225,74 @@ fn a_guest_and_a_front_end_that_cause_lines_without_end_are_counted() {
         crates.partition(|line| line.contains("more like this"));
     assert!(first.len() == 30 && !counts.is_empty(), "{said}");
     assert!(said.lines().any(|line| line.ends_with(": ended")), "{said}");
+}
+
+#[test]
+fn every_line_of_a_daemon_that_logs_json_is_an_object() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let json = &["--log-format", "json"];
+    let mut daemon = Daemon::start_with("info", file.reopen().unwrap(), json, None);
+    let (frontend, mut driver) = daemon.guest_without_region();
+    for _ in 0..100 {
+        assert_eq!(driver.plug(gpa(0), 1).unwrap().kind(), ResponseType::Busy);
+    }
+    drop(frontend);
+    assert!(daemon.terminate().success());
+    let said = fs::read_to_string(file.path()).unwrap();
+    let read = |line| serde_json::from_str::<serde_json::Value>(line).unwrap();
+    let lines: Vec<_> = said.lines().map(read).collect();
+    let with = |text: &str| {
+        let is_it = |line: &&serde_json::Value| {
+            line["fields"]["message"].as_str().is_some_and(|message| message.contains(text))
+        };
+        lines.iter().find(is_it).unwrap_or_else(|| panic!("{text}: {said}"))
+    };
+    let ready = with("ready");
+    assert_eq!((&ready["level"], &ready["fields"]["addr"]), (&"INFO".into(), &ADDR.into()));
+    assert_eq!(with("70 more like this: answering BUSY")["fields"]["count"], 70);
+    assert!(lines.iter().all(|line| line["target"].is_string() && line["timestamp"].is_string()));
+}
+
+#[test]
+fn a_daemon_that_cannot_start_says_so_in_the_format_of_its_log() {
+    let args = ["--socket-path", "/no/such/folder", "--addr", "4G", "--region-size", "1G"];
+    let failed = |more: &[&str]| {
+        let output = Command::new(DAEMON).args(args).args(more).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = failed(&["--log-format", "json"]);
+    let line = said.lines().last().unwrap();
+    let read: serde_json::Value = serde_json::from_str(line).unwrap();
+    assert_eq!(read["level"], "ERROR");
+    let message = read["fields"]["message"].as_str().unwrap();
+    assert!(message.contains("--socket-path /no/such/folder"), "{said}");
+    let said = failed(&[]);
+    assert!(said.lines().last().unwrap().starts_with("vhost-user-mem: --socket-path"), "{said}");
+}
+
+#[test]
+fn the_journal_gets_the_level_of_each_line_and_another_file_does_not() {
+    for is_it in [true, false] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let metadata = file.as_file().metadata().unwrap();
+        let inode = metadata.ino() + u64::from(!is_it);
+        let stream = format!("{}:{inode}", metadata.dev());
+        let stderr = file.reopen().unwrap();
+        let mut daemon = Daemon::start_with("info", stderr, &[], Some(&stream));
+        let (frontend, mut driver) = daemon.guest_without_region();
+        assert_eq!(driver.plug(gpa(0), 1).unwrap().kind(), ResponseType::Busy);
+        drop(frontend);
+        assert!(daemon.terminate().success());
+        let said = fs::read_to_string(file.path()).unwrap();
+        assert!(said.lines().count() > 2, "{said}");
+        for line in said.lines() {
+            let level = line.split_whitespace().nth(1).unwrap();
+            let priority = if level == "INFO" { "<6>2" } else { "<4>2" };
+            assert_eq!(line.starts_with(priority), is_it, "{line}");
+            assert_eq!(line.starts_with('2'), !is_it, "{line}");
+        }
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{self, Context};
 
-use super::notice;
+use super::form::Form;
 
 /// Lines of one kind that are told one by one. Their reasons may differ.
 const FIRST: u32 = 30;
@@ -85,12 +85,12 @@ impl Limit {
     }
 
     /// The counts since the last call, as lines.
-    pub(super) fn repeated(&self) -> Vec<String> {
+    pub(super) fn repeated(&self, form: Form) -> Vec<Vec<u8>> {
         let mut lines = Vec::new();
         self.kinds.lock().retain(|_, count| {
             if count.untold != 0 {
                 let text = format!("{} more like this: {}", count.untold, count.message);
-                lines.push(notice(count.level, &count.target, &text));
+                lines.push(form.notice(count.level, &count.target, &text, Some(count.untold)));
                 count.untold = 0;
             }
             !std::mem::replace(&mut count.quiet, true)
@@ -160,6 +160,11 @@ mod tests {
         *passed.0.lock()
     }
 
+    fn repeated(limit: &Limit) -> Vec<String> {
+        let lines = limit.repeated(Form::default()).into_iter();
+        lines.map(|line| String::from_utf8(line).unwrap()).collect()
+    }
+
     fn flood(times: u32) {
         for round in 0..times {
             tracing::warn!(round, "a guest does it again");
@@ -170,12 +175,12 @@ mod tests {
     fn a_flood_of_one_kind_is_counted_after_the_first_lines() {
         let passed = limited(|limit| {
             flood(1000);
-            let [line] = &limit.repeated()[..] else { panic!("one kind") };
+            let [line] = &repeated(limit)[..] else { panic!("one kind") };
             let told = "970 more like this: a guest does it again\n";
             assert!(line.contains("WARN") && line.contains(module_path!()), "{line}");
             assert!(line.ends_with(told), "{line}");
             flood(5);
-            assert!(limit.repeated()[0].contains(" 5 more like this"));
+            assert!(repeated(limit)[0].contains(" 5 more like this"));
         });
         assert_eq!(passed, FIRST);
     }
@@ -184,8 +189,8 @@ mod tests {
     fn a_kind_begins_anew_after_a_quiet_interval() {
         let passed = limited(|limit| {
             flood(1000);
-            assert_eq!(limit.repeated().len(), 1);
-            assert!(limit.repeated().is_empty() && limit.is_idle());
+            assert_eq!(repeated(limit).len(), 1);
+            assert!(repeated(limit).is_empty() && limit.is_idle());
             flood(3);
         });
         assert_eq!(passed, FIRST + 3);
@@ -199,7 +204,7 @@ mod tests {
             for _ in 0..40 {
                 tracing::debug!("asked for");
             }
-            assert_eq!(limit.repeated().len(), 1);
+            assert_eq!(repeated(limit).len(), 1);
         });
         assert_eq!(passed, FIRST + 1 + 40);
     }

@@ -2,13 +2,14 @@
 //!
 //! - `queue`: bounded, to a thread that alone writes to stderr. Lines that do not fit, or that
 //!   stderr does not take, are lost, counted, and told once there is room again.
+//! - `form`: how lines look, as text or JSON, on a terminal or in the journal.
 //! - `limit`: lines of one kind in a row, told one by one at first and then as a count, since guest,
 //!   front-end and clients cause many of them.
 
+mod form;
 mod limit;
 mod queue;
 
-use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
@@ -16,14 +17,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use tracing::Level;
+use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, fmt, registry};
+use tracing_subscriber::{EnvFilter, Layer, fmt, registry};
 
+use form::{Form, is_journal};
 use limit::Limit;
 use queue::Queue;
 
@@ -40,6 +40,16 @@ const SAY: Duration = Duration::from_secs(1);
 /// What a pipe takes at once whenever it says that it takes anything (PIPE_BUF).
 const AT_ONCE: usize = 4096;
 
+/// What lines are written as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// An object a line: timestamp, level, target, and fields, of which message is one.
+    Json,
+}
+
 static QUEUE: OnceLock<Arc<Queue>> = OnceLock::new();
 
 /// Starts the log of this process, and has panics told in it.
@@ -51,10 +61,12 @@ static QUEUE: OnceLock<Arc<Queue>> = OnceLock::new();
 /// # Panics
 ///
 /// When it was started before.
-pub fn start() -> io::Result<()> {
+pub fn start(format: Format) -> io::Result<()> {
     let limit = Arc::new(Limit::default());
-    let colours = io::stderr().is_terminal();
-    let queue = Arc::new(Queue::start(Stderr, Arc::clone(&limit), colours)?);
+    let json = format == Format::Json;
+    let colours = !json && io::stderr().is_terminal();
+    let form = Form { json, colours, journal: is_journal() };
+    let queue = Arc::new(Queue::start(Stderr, Arc::clone(&limit), form)?);
     assert!(QUEUE.set(Arc::clone(&queue)).is_ok(), "the log is started once");
     let (filter, wrong) = match EnvFilter::try_from_default_env() {
         Ok(filter) => (filter, None),
@@ -63,6 +75,7 @@ pub fn start() -> io::Result<()> {
     // Otherwise an error in formatting would be written to stderr directly, and panic there.
     let lines =
         fmt::layer().log_internal_errors(false).with_ansi(colours).with_writer(Lines(queue));
+    let lines = if json { lines.json().boxed() } else { lines.boxed() };
     registry().with(filter).with(limit::Layer(limit)).with(lines).init();
     // Without the variable there is an error, too.
     if let (Some(error), true) = (wrong, std::env::var_os(EnvFilter::DEFAULT_ENV).is_some()) {
@@ -84,12 +97,17 @@ pub fn lost() -> u64 {
     QUEUE.get().map_or(0, |queue| queue.lost())
 }
 
-/// Writes a line to stderr before the log is started, or after all of it. Errors are ignored, and
-/// a pipe that nothing is read from is waited for only so long.
+/// Writes a line about a failure to stderr before the log is started, or after all of it. Errors are
+/// ignored, and a pipe that nothing is read from is waited for only so long.
 pub fn say(text: &str) {
-    let (line, stderr) = (format!("{text}\n"), io::stderr());
+    let line = match QUEUE.get().map(|queue| queue.form()) {
+        Some(form) if form.json => form.notice(Level::ERROR, "vhost_user_mem", text, None),
+        Some(form) => form.line(Level::ERROR, text.as_bytes()),
+        None => format!("{text}\n").into_bytes(),
+    };
+    let stderr = io::stderr();
     let deadline = Instant::now() + SAY;
-    for part in line.as_bytes().chunks(AT_ONCE) {
+    for part in line.chunks(AT_ONCE) {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec::try_from(left).unwrap_or_default();
         let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
@@ -133,28 +151,30 @@ impl io::Write for Stderr {
 struct Lines(Arc<Queue>);
 
 impl<'a> MakeWriter<'a> for Lines {
-    type Writer = &'a Queue;
+    type Writer = Line<'a>;
 
-    fn make_writer(&'a self) -> &'a Queue {
-        &self.0
+    fn make_writer(&'a self) -> Line<'a> {
+        Line { queue: &self.0, level: Level::INFO }
+    }
+
+    fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> Line<'a> {
+        Line { queue: &self.0, level: *metadata.level() }
     }
 }
 
-impl io::Write for &Queue {
+/// A line of this level is put in as a whole.
+struct Line<'a> {
+    queue: &'a Queue,
+    level: Level,
+}
+
+impl io::Write for Line<'_> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.push(line);
+        self.queue.push(self.level, line);
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// A line of the log about itself, in the format of the others.
-fn notice(level: Level, target: &str, text: &str) -> String {
-    let mut line = String::new();
-    let _ = SystemTime.format_time(&mut Writer::new(&mut line));
-    let _ = writeln!(line, " {level:>5} {target}: {text}");
-    line
 }

@@ -9,15 +9,12 @@ use std::time::{Duration, Instant};
 
 use tracing::Level;
 
+use super::form::Form;
 use super::limit::{INTERVAL, Limit};
-use super::notice;
 use crate::confinement;
 
 /// Lines that wait, at most.
 const LINES: usize = 1024;
-
-/// Bytes of a line, at most: it may hold what a peer has sent.
-const LINE: usize = 4096;
 
 /// Between two looks at a queue that is full.
 const RETRY: Duration = Duration::from_millis(5);
@@ -26,7 +23,7 @@ const RETRY: Duration = Duration::from_millis(5);
 pub(super) struct Queue {
     entries: SyncSender<Entry>,
     lost: Arc<Lost>,
-    colours: bool,
+    form: Form,
 }
 
 enum Entry {
@@ -43,26 +40,30 @@ struct Lost {
 }
 
 impl Queue {
-    /// Starts the thread that writes to `sink`, which may block and fail. `colours` says whether
-    /// lines have them.
+    /// Starts the thread that writes to `sink`, which may block and fail.
     pub(super) fn start(
         sink: impl Write + Send + 'static,
         limit: Arc<Limit>,
-        colours: bool,
+        form: Form,
     ) -> io::Result<Self> {
         let (entries, taken) = sync_channel(LINES);
         let lost = Arc::new(Lost::default());
-        let mut thread = Thread { sink, limit, lost: Arc::clone(&lost), torn: false };
+        let mut thread = Thread { sink, limit, form, lost: Arc::clone(&lost), torn: false };
         thread::Builder::new().name("log".to_owned()).spawn(move || {
             sandbox::confine_thread(confinement::LOG);
             thread.run(&taken);
         })?;
-        Ok(Self { entries, lost, colours })
+        Ok(Self { entries, lost, form })
+    }
+
+    /// How its lines look.
+    pub(super) fn form(&self) -> Form {
+        self.form
     }
 
     /// Puts a line in, or counts it as lost. Never waits.
-    pub(super) fn push(&self, line: &[u8]) {
-        if self.entries.try_send(Entry::Line(one_line(line, self.colours))).is_err() {
+    pub(super) fn push(&self, level: Level, line: &[u8]) {
+        if self.entries.try_send(Entry::Line(self.form.line(level, line))).is_err() {
             self.lost.total.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -91,6 +92,7 @@ impl Queue {
 struct Thread<W> {
     sink: W,
     limit: Arc<Limit>,
+    form: Form,
     lost: Arc<Lost>,
     /// A line was written in part.
     torn: bool,
@@ -129,8 +131,8 @@ impl<W: Write> Thread<W> {
     }
 
     fn tell_repeated(&mut self) {
-        for line in self.limit.repeated() {
-            self.write(line.as_bytes());
+        for line in self.limit.repeated(self.form) {
+            self.write(&line);
         }
     }
 
@@ -141,7 +143,7 @@ impl<W: Write> Thread<W> {
             return;
         }
         let text = format!("{lines} lines were lost: stderr did not take them in time");
-        if self.put(notice(Level::WARN, "log", &text).as_bytes()).is_ok() {
+        if self.put(&self.form.notice(Level::WARN, "log", &text, Some(lines))).is_ok() {
             self.lost.told.store(total, Ordering::Relaxed);
         }
     }
@@ -162,30 +164,6 @@ impl<W: Write> Thread<W> {
         self.torn = false;
         Ok(())
     }
-}
-
-/// One line of bounded length without control characters, whatever was formatted: a peer's text
-/// may not pass for another line, nor change a terminal.
-fn one_line(text: &[u8], colours: bool) -> Vec<u8> {
-    let text = text.strip_suffix(b"\n").unwrap_or(text);
-    let (text, cut) = match text.get(..LINE) {
-        Some(start) if start.len() < text.len() => (start, true),
-        _ => (text, false),
-    };
-    let mut line = String::with_capacity(text.len() + 4);
-    for char in String::from_utf8_lossy(text).chars() {
-        // The formatter's colours are the only ones: it escapes those of a message.
-        if char.is_control() && char != '\t' && !(colours && char == '\u{1b}') {
-            line.extend(char.escape_default());
-        } else {
-            line.push(char);
-        }
-    }
-    if cut {
-        line.push_str("...");
-    }
-    line.push('\n');
-    line.into_bytes()
 }
 
 #[cfg(test)]
@@ -219,7 +197,7 @@ mod tests {
     }
 
     fn queue(sink: &Sink) -> Queue {
-        Queue::start(sink.clone(), Arc::default(), false).unwrap()
+        Queue::start(sink.clone(), Arc::default(), Form::default()).unwrap()
     }
 
     #[test]
@@ -229,7 +207,7 @@ mod tests {
         let stuck = sink.0.lock();
         // One more may be in the hands of the thread.
         for _ in 0..LINES + 1 + 50 {
-            queue.push(b"a line\n");
+            queue.push(Level::INFO, b"a line\n");
         }
         let lost = queue.lost();
         assert!((50..=51).contains(&lost), "{lost}");
@@ -246,12 +224,12 @@ mod tests {
         let queue = queue(&sink);
         sink.0.lock().1 = true;
         for _ in 0..3 {
-            queue.push(b"lost\n");
+            queue.push(Level::INFO, b"lost\n");
         }
         queue.flush(Duration::from_secs(60));
         assert_eq!(queue.lost(), 3);
         sink.0.lock().1 = false;
-        queue.push(b"written\n");
+        queue.push(Level::INFO, b"written\n");
         queue.flush(Duration::from_secs(60));
         let text = sink.text();
         assert!(text.contains("3 lines were lost") && text.ends_with("written\n"), "{text}");
@@ -264,18 +242,8 @@ mod tests {
         let queue = queue(&sink);
         let _stuck = sink.0.lock();
         for _ in 0..2 * LINES {
-            queue.push(b"a line\n");
+            queue.push(Level::INFO, b"a line\n");
         }
         queue.flush(Duration::from_millis(1));
-    }
-
-    #[test]
-    fn a_line_stays_one_line() {
-        let line = |text: &[u8], colours| String::from_utf8(one_line(text, colours)).unwrap();
-        assert_eq!(line(b"a\nb\r\x1b[31m\xff\n", false), "a\\nb\\r\\u{1b}[31m\u{fffd}\n");
-        assert_eq!(line(b"\x1b[2mtime\x1b[0m a\nb\n", true), "\x1b[2mtime\x1b[0m a\\nb\n");
-        let long = line(&[b'x'; LINE + 1], false);
-        assert_eq!(long, format!("{}...\n", "x".repeat(LINE)));
-        assert_eq!(line(&[b'x'; LINE], false).len(), LINE + 1);
     }
 }
