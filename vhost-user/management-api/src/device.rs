@@ -85,6 +85,14 @@ pub struct MigrationSetting {
     pub active: bool,
 }
 
+/// Body of `PUT /v1/log-level`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LogLevel {
+    /// off, error, warn, info, debug or trace; or a list of them and of TARGET=LEVEL, as in `RUST_LOG`.
+    pub level: String,
+}
+
 fn requested_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     deserializer.deserialize_any(SizeVisitor)
 }

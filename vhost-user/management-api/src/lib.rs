@@ -22,7 +22,7 @@ mod problem;
 mod resize;
 mod time;
 
-pub use device::{Blocks, DeviceInfo, MigrationSetting, Range, RequestedSize, Resident};
+pub use device::{Blocks, DeviceInfo, LogLevel, MigrationSetting, Range, RequestedSize, Resident};
 pub use event::Event;
 pub use problem::{PROBLEM_JSON, Problem};
 pub use resize::{Direction, LastRequest, Resize, ResizeState, StallKind, StallReason, Swept};

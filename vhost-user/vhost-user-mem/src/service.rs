@@ -13,6 +13,7 @@ use virtio_mem::device::{BlockBitmap, Geometry, Request};
 
 use crate::front_door::Notifier;
 use crate::gate::Gate;
+use crate::log::{self, LevelError};
 use crate::management::{BlockRanges, Management, RangeList, Refusal};
 use crate::metrics::{Metrics, MetricsListener, Watched};
 use crate::resize::{Device, ResizeWatch};
@@ -274,6 +275,17 @@ impl Management for Service {
                 })
             }
         }
+    }
+
+    fn set_log_level(&self, level: &str) -> Result<(), Refusal> {
+        log::set_level(level).map_err(|error| Refusal {
+            status: match error {
+                LevelError::Wrong(_) => 422,
+                LevelError::NoLog => 500,
+            },
+            title: "Log level refused".to_owned(),
+            detail: error.to_string(),
+        })
     }
 
     fn metrics(&self) -> String {

@@ -296,6 +296,65 @@ fn the_journal_gets_the_level_of_each_line_and_another_file_does_not() {
 }
 
 #[test]
+fn the_level_is_changed_while_the_daemon_runs() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut daemon = Daemon::start(file.reopen().unwrap());
+    let set = |level: &str| {
+        daemon.api().put("/v1/log-level", &serde_json::json!({ "level": level })).unwrap()
+    };
+    let said = || fs::read_to_string(file.path()).unwrap();
+    // Lines come by way of a queue.
+    let wait = |text: &str, times: usize| {
+        let deadline = Instant::now() + PATIENCE;
+        while said().matches(text).count() != times {
+            assert!(Instant::now() < deadline, "{text}, {times} times: {}", said());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    daemon.frontend();
+    wait("front-end disconnected", 1);
+    for wrong in ["inof", "", "vhost_user_mem"] {
+        assert_eq!(set(wrong).status, 422, "{wrong}");
+    }
+    // Not told any more, but what it is set to is.
+    assert!(set("warn").is_success());
+    wait("the level of the log is set", 1);
+    for _ in 0..3 {
+        daemon.frontend();
+    }
+    let (frontend, mut driver) = daemon.guest_without_region();
+    assert_eq!(driver.plug(gpa(0), 1).unwrap().kind(), ResponseType::Busy);
+    frontend.disconnect();
+    wait("answering BUSY", 1);
+    assert_eq!(said().matches("front-end connected").count(), 1, "{}", said());
+    assert!(!said().contains("TRACE") && !said().contains("DEBUG"), "{}", said());
+    assert!(set("trace").is_success());
+    wait("the level of the log is set", 1);
+    let (frontend, mut driver) = daemon.guest_without_region();
+    assert_eq!(driver.plug(gpa(0), 1).unwrap().kind(), ResponseType::Busy);
+    frontend.disconnect();
+    wait("front-end connected", 2);
+    wait("TRACE vhost_user_mem::backend: request=Plug", 1);
+    assert!(daemon.terminate().success());
+}
+
+#[test]
+fn crates_that_log_in_another_way_follow_the_level() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let daemon = Daemon::start_logging("off", file.reopen().unwrap());
+    let body = serde_json::json!({ "level": "error" });
+    assert!(daemon.api().put("/v1/log-level", &body).unwrap().is_success());
+    let (frontend, driver) = daemon.guest_without_region();
+    driver.ring().set_avail_idx(driver.ring().next_avail().wrapping_add(1000)).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !fs::read_to_string(file.path()).unwrap().contains("ERROR virtio_queue::queue") {
+        driver.ring().force_kick().unwrap();
+        frontend.sync().unwrap();
+        assert!(Instant::now() < deadline, "nothing is said");
+    }
+}
+
+#[test]
 fn a_filter_that_cannot_be_read_is_told() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let mut daemon = Daemon::start_logging("info,=,x=y=z", file.reopen().unwrap());

@@ -72,6 +72,13 @@ pub enum Command {
     /// Discard what the guest has in memory that it has not plugged
     Sweep,
 
+    /// Have the daemon log more, or less, from now on, until it ends
+    LogLevel {
+        /// off, error, warn, info, debug or trace; or a list of them and of TARGET=LEVEL
+        #[arg(value_name = "LEVEL")]
+        level: String,
+    },
+
     /// Print changes as they happen
     Watch,
 

@@ -8,7 +8,7 @@ use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
-use management_api::{DeviceInfo, Event, Problem, Swept};
+use management_api::{DeviceInfo, Event, LogLevel, Problem, Swept};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -105,6 +105,16 @@ impl Client {
     /// When the daemon refuses or cannot be reached.
     pub async fn sweep(&self) -> Result<Swept, Failure> {
         self.call(Method::POST, "/v1/device/sweep", None).await
+    }
+
+    /// Has this logged from now on; what the daemon has taken.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon refuses, cannot be reached or does not answer.
+    pub async fn set_log_level(&self, level: String) -> Result<LogLevel, Failure> {
+        let body = json!({ "level": level }).to_string();
+        in_time(self.call(Method::PUT, "/v1/log-level", Some(body))).await
     }
 
     /// The state, and changes as they happen.

@@ -41,6 +41,7 @@ use clap::{CommandFactory, Parser};
 use management_api::DeviceInfo;
 use program::size::format_size;
 use serde_json::json;
+use vmstate::printable;
 
 use map::Map;
 use region_json::RegionJson;
@@ -166,6 +167,10 @@ async fn speak(
         Command::Sweep => {
             let swept = client.sweep().await?;
             console.show(&swept, || format!("discarded {}\n", format_size(swept.swept_size)))
+        }
+        Command::LogLevel { level } => {
+            let set = client.set_log_level(level).await?;
+            console.show(&set, || format!("log level {}\n", printable(&set.level)))
         }
         Command::Watch => watch(client, console).await,
         Command::Ui { listen } => ui::run(client, listen, console).await,

@@ -187,6 +187,20 @@ fn a_sweep_says_how_much_it_discarded_or_why_not() {
     assert_eq!(refused.err, "vmemctl: Sweep refused: migration is active\n");
 }
 
+#[test]
+fn a_log_level_is_set_or_refused() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let set = vmemctl(&dir, &["log-level", "debug"]);
+    assert_eq!((set.status, set.out.as_str()), (0, "log level debug\n"));
+    let set = vmemctl(&dir, &["--json", "log-level", "debug"]);
+    let read: Value = serde_json::from_str(&set.out).unwrap();
+    assert_eq!(read, json!({ "level": "debug" }));
+    let refused = vmemctl(&dir, &["log-level", "inof"]);
+    assert_eq!(refused.status, 1);
+    assert_eq!(refused.err, "vmemctl: Log level refused: \"inof\" is not\n");
+}
+
 /// Lists are read as they come: no bound on other answers is one on them.
 #[test]
 fn lists_that_are_longer_than_any_other_answer_may_be_are_drawn_and_written_in_full() {

@@ -3,10 +3,12 @@
 //! - `queue`: bounded, to a thread that alone writes to stderr. Lines that do not fit, or that
 //!   stderr does not take, are lost, counted, and told once there is room again.
 //! - `form`: how lines look, as text or JSON, on a terminal or in the journal.
+//! - [`set_level`]: what is logged, from now on.
 //! - `limit`: lines of one kind in a row, told one by one at first and then as a count, since guest,
 //!   front-end and clients cause many of them.
 
 mod form;
+mod level;
 mod limit;
 mod queue;
 
@@ -21,15 +23,15 @@ use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, fmt, registry};
+use tracing_subscriber::{EnvFilter, Layer, fmt, registry, reload};
 
 use form::{Form, is_journal};
+pub use level::{LevelError, set_level};
 use limit::Limit;
 use queue::Queue;
 
-/// What is logged unless RUST_LOG says otherwise. The crate reports the planned end of its
-/// workers as an error.
-const DEFAULT_FILTER: &str = "info,vhost_user_backend::handler=off";
+/// What is logged unless RUST_LOG says otherwise.
+const DEFAULT_LEVEL: &str = "info";
 
 /// How long the end of the daemon waits for lines that were not written yet.
 const FLUSH: Duration = Duration::from_millis(300);
@@ -70,12 +72,14 @@ pub fn start(format: Format) -> io::Result<()> {
     assert!(QUEUE.set(Arc::clone(&queue)).is_ok(), "the log is started once");
     let (filter, wrong) = match EnvFilter::try_from_default_env() {
         Ok(filter) => (filter, None),
-        Err(error) => (EnvFilter::new(DEFAULT_FILTER), Some(error)),
+        Err(error) => (EnvFilter::new(format!("{DEFAULT_LEVEL},{}", level::BASE)), Some(error)),
     };
     // Otherwise an error in formatting would be written to stderr directly, and panic there.
     let lines =
         fmt::layer().log_internal_errors(false).with_ansi(colours).with_writer(Lines(queue));
     let lines = if json { lines.json().boxed() } else { lines.boxed() };
+    let (filter, handle) = reload::Layer::new(filter);
+    assert!(level::FILTER.set(handle).is_ok(), "the log is started once");
     registry().with(filter).with(limit::Layer(limit)).with(lines).init();
     // Without the variable there is an error, too.
     if let (Some(error), true) = (wrong, std::env::var_os(EnvFilter::DEFAULT_ENV).is_some()) {

@@ -144,6 +144,15 @@ impl Management for Fake {
         Ok(self.device())
     }
 
+    fn set_log_level(&self, level: &str) -> Result<(), Refusal> {
+        if level != "debug" {
+            let (title, detail) = ("Log level refused".to_owned(), format!("{level:?} is not"));
+            return Err(Refusal { status: 422, title, detail });
+        }
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn metrics(&self) -> String {
         "# EOF\n".to_owned()
     }

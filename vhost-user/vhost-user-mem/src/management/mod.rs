@@ -81,6 +81,13 @@ pub trait Management: Send + Sync + 'static {
     /// has ended nevertheless.
     fn set_migration(&self, active: bool) -> Result<DeviceInfo, Refusal>;
 
+    /// Has this logged from now on: a level, or a list of levels and of TARGET=LEVEL.
+    ///
+    /// # Errors
+    ///
+    /// When the text is not that; nothing has changed then.
+    fn set_log_level(&self, level: &str) -> Result<(), Refusal>;
+
     /// All metrics in the OpenMetrics text format.
     fn metrics(&self) -> String;
 

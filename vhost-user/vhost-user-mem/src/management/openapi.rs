@@ -1,7 +1,8 @@
 //! The OpenAPI document.
 
 use management_api::{
-    Blocks, DeviceInfo, MigrationSetting, Problem, Range, RequestedSize, Resident, Resize, Swept,
+    Blocks, DeviceInfo, LogLevel, MigrationSetting, Problem, Range, RequestedSize, Resident,
+    Resize, Swept,
 };
 use utoipa::{OpenApi, ToResponse};
 
@@ -27,6 +28,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         router::system_reset,
         router::sweep,
         router::set_migration,
+        router::set_log_level,
         router::events,
         router::metrics,
         router::document,
@@ -35,6 +37,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         schemas(
             Blocks,
             DeviceInfo,
+            LogLevel,
             MigrationSetting,
             Resident,
             Problem,

@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use management_api::{
-    Blocks, DeviceInfo, MigrationSetting, Problem, RequestedSize, Resident, Swept,
+    Blocks, DeviceInfo, LogLevel, MigrationSetting, Problem, RequestedSize, Resident, Swept,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -33,6 +33,9 @@ pub(super) const LISTS: usize = 4;
 /// Clients that are sent a list, or wait for it. With the readers of events less than the
 /// connections, so that they cannot lock out others.
 const LIST_CLIENTS: usize = 16;
+
+/// Characters that are logged of a log level.
+const LEVEL_TOLD: usize = 100;
 
 /// How long a client waits for one of the places.
 const LIST_WAIT: Duration = Duration::from_secs(10);
@@ -102,6 +105,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/device/system-reset", post(system_reset))
         .route("/v1/device/sweep", post(sweep))
         .route("/v1/migration", put(set_migration))
+        .route("/v1/log-level", put(set_log_level))
         .route("/v1/events", get(events))
         .route("/metrics", get(metrics))
         .route("/openapi.json", get(document))
@@ -269,6 +273,32 @@ pub(super) async fn set_migration(
     let MigrationSetting { active } = body::json(&headers, body, expected).await?;
     let detail = Extension(Detail(format!("active={active}")));
     let done = api.change(move |management| management.set_migration(active)).await;
+    Ok((detail, done).into_response())
+}
+
+/// Has more, or less, logged from now on, until the daemon ends.
+#[utoipa::path(put, path = "/v1/log-level", operation_id = "setLogLevel",
+    request_body = LogLevel, responses(
+    (status = 200, description = "What is logged from now on", body = LogLevel),
+    (status = 400, response = openapi::Malformed),
+    (status = 408, response = openapi::TooSlow),
+    (status = 413, response = openapi::TooLarge),
+    (status = 415, response = openapi::WrongType),
+    (status = 422, response = openapi::Wrong),
+    (status = 500, response = openapi::Failure),
+    (status = 503, response = openapi::Busy),
+))]
+pub(super) async fn set_log_level(
+    State(api): State<Api>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ErrorAnswer> {
+    let LogLevel { level } = body::json(&headers, body, r#"{"level": LEVEL}"#).await?;
+    let told: String = level.chars().take(LEVEL_TOLD).collect();
+    let detail = Extension(Detail(format!("level={told:?}")));
+    let asked = level.clone();
+    let done = api.call(move |management| management.set_log_level(&asked)).await;
+    let done = done.and_then(|done| Ok(done.map(|()| Json(LogLevel { level }))?));
     Ok((detail, done).into_response())
 }
 

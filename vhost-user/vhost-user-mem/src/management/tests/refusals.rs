@@ -72,6 +72,23 @@ fn migration_that_is_neither_on_nor_off() {
 }
 
 #[test]
+fn log_levels_that_are_none() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    for (body, status, said) in [
+        ("", 400, "empty"),
+        ("{}", 422, "missing field `level`"),
+        ("{\"level\": 3}", 422, "string"),
+        ("{\"level\": \"debug\", \"x\": 1}", 422, "unknown field `x`"),
+        ("{\"level\": \"inof\"}", 422, "\"inof\" is not"),
+    ] {
+        let detail = put(dir.path(), "/v1/log-level", body).problem(status);
+        assert!(detail.contains(said), "{body}: {detail}");
+    }
+    assert_eq!(fake.calls.load(Ordering::Relaxed), 0);
+}
+
+#[test]
 fn a_reset_with_something_to_say() {
     let fake = Fake::new();
     let (_server, dir) = fake.serve();
@@ -101,6 +118,7 @@ fn methods_that_do_not_fit() {
         ("DELETE", "/v1/device/blocks", "GET,HEAD"),
         ("GET", "/v1/device/system-reset", "POST"),
         ("PATCH", "/v1/migration", "PUT"),
+        ("GET", "/v1/log-level", "PUT"),
         ("PUT", "/v1/events", "GET,HEAD"),
         ("OPTIONS", "/metrics", "GET,HEAD"),
         ("BREW", "/openapi.json", "GET,HEAD"),

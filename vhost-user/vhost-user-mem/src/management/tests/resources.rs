@@ -100,6 +100,15 @@ fn migration() {
 }
 
 #[test]
+fn log_level() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let answer = put(dir.path(), "/v1/log-level", r#"{"level": "debug"}"#);
+    assert_eq!((answer.status, answer.json()), (200, json!({ "level": "debug" })));
+    assert_eq!(fake.calls.load(Ordering::Relaxed), 1);
+}
+
+#[test]
 fn metrics() {
     let (_server, dir) = Fake::new().serve();
     let answer = get(dir.path(), "/metrics");
@@ -153,6 +162,7 @@ fn the_document_describes_every_resource() {
         ("/v1/device/system-reset", "post", true),
         ("/v1/device/sweep", "post", true),
         ("/v1/migration", "put", true),
+        ("/v1/log-level", "put", true),
         ("/v1/events", "get", false),
         ("/metrics", "get", false),
         ("/openapi.json", "get", false),
@@ -161,7 +171,7 @@ fn the_document_describes_every_resource() {
         assert!(responses["200"].is_object(), "{path}");
         assert_eq!(responses["422"].is_object(), refused, "{path}");
     }
-    assert_eq!(document["paths"].as_object().unwrap().len(), 11);
+    assert_eq!(document["paths"].as_object().unwrap().len(), 12);
     let problem = &document["components"]["schemas"]["Problem"];
     assert_eq!(problem["required"], json!(["type", "title", "status", "detail"]));
     let device = &document["components"]["schemas"]["DeviceInfo"];
