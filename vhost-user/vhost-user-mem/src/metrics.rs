@@ -128,6 +128,7 @@ pub struct Metrics {
     discard_clients_dropped: Counter,
     workers_lost: Counter,
     log_lines_lost: CopiedCounter,
+    log_lines_suppressed: CopiedCounter,
     discard_clients_turned_away: Counter,
     discard_client_wait: Counter<f64, AtomicU64>,
     discard_freezes_expired: Counter,
@@ -208,6 +209,10 @@ impl Metrics {
             "log_lines_lost",
             "Lines of the log that stderr did not take in time",
         ));
+        let log_lines_suppressed = CopiedCounter::new(counter(
+            "log_lines_suppressed",
+            "Lines of the log that were only counted there, as there were many of their kind",
+        ));
         let discard_clients_turned_away = counter(
             "discard_clients_turned_away",
             "Connections to the discard channel that were refused as too many or too soon",
@@ -281,6 +286,7 @@ impl Metrics {
             discard_clients_dropped,
             workers_lost,
             log_lines_lost,
+            log_lines_suppressed,
             discard_clients_turned_away,
             discard_client_wait,
             discard_freezes_expired,
@@ -388,6 +394,7 @@ impl Metrics {
         self.migration.set(i64::from(controller.migration_active()));
         self.discard_failures.copy(controller.memory().discard_failures());
         self.log_lines_lost.copy(crate::log::lost());
+        self.log_lines_suppressed.copy(crate::log::counted());
         let mut encoded = String::new();
         text::encode(&mut encoded, &self.registry).expect("a String takes any text");
         encoded

@@ -215,6 +215,10 @@ fn a_guest_and_a_front_end_that_cause_lines_without_end_are_counted() {
     for _ in 0..100 {
         daemon.frontend();
     }
+    let metrics = daemon.api().get("/metrics").unwrap().text;
+    let name = "virtio_mem_log_lines_suppressed_total ";
+    let count = metrics.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    assert!(count.parse::<u64>().unwrap() >= 1970 + 70, "{count}");
     assert!(daemon.terminate().success());
     let said = fs::read_to_string(file.path()).unwrap();
     assert!(said.lines().count() < 180, "{said}");

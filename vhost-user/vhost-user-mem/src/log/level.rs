@@ -3,7 +3,6 @@
 use std::sync::OnceLock;
 
 use thiserror::Error;
-use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{EnvFilter, Registry, reload};
 
 /// The crate reports the planned end of its workers as an error.
@@ -38,22 +37,8 @@ pub fn set_level(text: &str) -> Result<(), LevelError> {
     let handle = FILTER.get().ok_or(LevelError::NoLog)?;
     // What it is set to may be all that is left of the log.
     tracing::info!(level = text, "the level of the log is set");
-    handle.reload(filter).map_err(|_| LevelError::NoLog)?;
-    tell_log_crate();
-    Ok(())
-}
-
-/// Crates that log by the `log` crate look there for what is of use.
-fn tell_log_crate() {
-    let level = match LevelFilter::current() {
-        LevelFilter::OFF => ::log::LevelFilter::Off,
-        LevelFilter::ERROR => ::log::LevelFilter::Error,
-        LevelFilter::WARN => ::log::LevelFilter::Warn,
-        LevelFilter::INFO => ::log::LevelFilter::Info,
-        LevelFilter::DEBUG => ::log::LevelFilter::Debug,
-        _ => ::log::LevelFilter::Trace,
-    };
-    ::log::set_max_level(level);
+    // The `log` crate, by which others log, is told the level as well.
+    handle.reload(filter).map_err(|_| LevelError::NoLog)
 }
 
 /// Reads a list. `EnvFilter` would take any word for a target of which everything is logged, and
@@ -85,6 +70,7 @@ fn filter(text: &str) -> Result<EnvFilter, String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use tracing::level_filters::LevelFilter;
 
     #[test]
     fn levels_and_lists_are_taken() {

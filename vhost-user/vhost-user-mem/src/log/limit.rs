@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -28,6 +29,10 @@ const MESSAGE: usize = 200;
 #[derive(Default)]
 pub(super) struct Limit {
     kinds: Mutex<HashMap<Kind, Count>>,
+    /// Lines that were only counted, since the start.
+    counted: AtomicU64,
+    /// Those of them that are of kinds for which there was no room, and not told yet.
+    others: AtomicU64,
 }
 
 /// Lines of one place in the code. Those of the `log` crate share places, and say theirs in fields.
@@ -60,6 +65,8 @@ impl Limit {
         let kind = Kind { place, target: fields.target.clone(), line: fields.line };
         let mut kinds = self.kinds.lock();
         if kinds.len() >= KINDS && !kinds.contains_key(&kind) {
+            self.counted.fetch_add(1, Ordering::Relaxed);
+            self.others.fetch_add(1, Ordering::Relaxed);
             return false;
         }
         let count = kinds.entry(kind).or_insert_with(|| Count {
@@ -76,7 +83,13 @@ impl Limit {
             return true;
         }
         count.untold += 1;
+        self.counted.fetch_add(1, Ordering::Relaxed);
         false
+    }
+
+    /// Lines that were only counted, since the start.
+    pub(super) fn counted(&self) -> u64 {
+        self.counted.load(Ordering::Relaxed)
     }
 
     /// Whether nothing was logged lately.
@@ -95,6 +108,11 @@ impl Limit {
             }
             !std::mem::replace(&mut count.quiet, true)
         });
+        let others = self.others.swap(0, Ordering::Relaxed);
+        if others != 0 {
+            let text = format!("{others} lines of kinds of which too many were logged at once");
+            lines.push(form.notice(Level::WARN, "log", &text, Some(others)));
+        }
         lines
     }
 }
@@ -181,6 +199,7 @@ mod tests {
             assert!(line.ends_with(told), "{line}");
             flood(5);
             assert!(repeated(limit)[0].contains(" 5 more like this"));
+            assert_eq!(limit.counted(), 975);
         });
         assert_eq!(passed, FIRST);
     }
@@ -194,6 +213,25 @@ mod tests {
             flood(3);
         });
         assert_eq!(passed, FIRST + 3);
+    }
+
+    #[test]
+    fn lines_of_more_kinds_than_are_told_apart_are_counted_and_told() {
+        let passed = limited(|limit| {
+            tracing::warn!("one kind");
+            let (place, count) = limit.kinds.lock().drain().next().unwrap();
+            for line in 0..KINDS as u64 {
+                let kind = Kind { line, target: Some("a crate".to_owned()), ..place.clone() };
+                let count = Count { message: String::new(), target: String::new(), ..count };
+                limit.kinds.lock().insert(kind, count);
+            }
+            flood(7);
+            assert_eq!(limit.counted(), 7);
+            let lines = repeated(limit);
+            assert!(lines[0].contains(" WARN log: 7 lines of kinds of which"), "{lines:?}");
+            assert!(repeated(limit).is_empty(), "told twice");
+        });
+        assert_eq!(passed, 1);
     }
 
     #[test]

@@ -96,6 +96,11 @@ pub fn flush() {
     }
 }
 
+/// Lines that were only counted since the start, as there were many of their kind.
+pub fn counted() -> u64 {
+    QUEUE.get().map_or(0, |queue| queue.counted())
+}
+
 /// Lines that were lost since the start.
 pub fn lost() -> u64 {
     QUEUE.get().map_or(0, |queue| queue.lost())

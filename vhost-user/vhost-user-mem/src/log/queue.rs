@@ -22,6 +22,7 @@ const RETRY: Duration = Duration::from_millis(5);
 /// The queue.
 pub(super) struct Queue {
     entries: SyncSender<Entry>,
+    limit: Arc<Limit>,
     lost: Arc<Lost>,
     form: Form,
 }
@@ -48,12 +49,13 @@ impl Queue {
     ) -> io::Result<Self> {
         let (entries, taken) = sync_channel(LINES);
         let lost = Arc::new(Lost::default());
+        let counting = Arc::clone(&limit);
         let mut thread = Thread { sink, limit, form, lost: Arc::clone(&lost), torn: false };
         thread::Builder::new().name("log".to_owned()).spawn(move || {
             sandbox::confine_thread(confinement::LOG);
             thread.run(&taken);
         })?;
-        Ok(Self { entries, lost, form })
+        Ok(Self { entries, limit: counting, lost, form })
     }
 
     /// How its lines look.
@@ -66,6 +68,11 @@ impl Queue {
         if self.entries.try_send(Entry::Line(self.form.line(level, line))).is_err() {
             self.lost.total.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Lines that were only counted, since there were many of their kind.
+    pub(super) fn counted(&self) -> u64 {
+        self.limit.counted()
     }
 
     /// Lines that were lost.
