@@ -53,12 +53,14 @@ fn the_receiver_has_nothing_when_the_source_breaks_off() {
             let how = Receive::new(false);
             let (done, sent, received) =
                 handed_over_with(&Guest::new(), trap, &how, None, &quick());
-            assert!(done.is_err(), "{trap:?}");
-            assert_eq!(
-                (sent, received),
-                (Outcome::Continues, receiver::Outcome::Dropped),
-                "{trap:?}"
-            );
+            let why = done.expect_err(&format!("{trap:?}")).to_string();
+            assert_eq!(sent, Outcome::Continues, "{trap:?}");
+            // A source that goes after its last word may do so when the receiver was asked already.
+            if !why.contains("end the source at once")
+                || trap != Trap::CloseAfter(Command::Complete)
+            {
+                assert_eq!(received, receiver::Outcome::Dropped, "{trap:?}: {why}");
+            }
         }
     }
 }
