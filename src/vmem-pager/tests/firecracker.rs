@@ -351,7 +351,8 @@ fn a_vmm_whose_pager_has_too_few_descriptors_is_ended() {
         let id = pager.child.id();
         let reserved = std::fs::read_dir(format!("/proc/{id}/fd")).unwrap().filter_map(|entry| {
             let path = entry.unwrap().path();
-            let is_reserved = std::fs::read_link(&path).ok()? == Path::new("/dev/null");
+            let is_reserved =
+                std::fs::read_link(&path).ok()? == Path::new("/memfd:spare (deleted)");
             let number: u64 = path.file_name()?.to_str()?.parse().ok()?;
             Some(number).filter(|number| is_reserved && *number > 2)
         });

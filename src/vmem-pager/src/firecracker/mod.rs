@@ -28,6 +28,7 @@ use migration::sys::vmm_faults::VmmFaults;
 use parking_lot::Mutex;
 use program::service_manager;
 use prometheus_client::registry::Registry;
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
 use crate::cli::args::RestoreArgs;
@@ -229,7 +230,9 @@ fn replay(
 /// Descriptors that no other part of this process can use up, as connections of scrapers do. When they cannot be had,
 /// a VMM could connect and have no memory.
 fn reserve() -> Result<Vec<File>, PagerError> {
-    let spare = (0..DESCRIPTORS).map(|_| File::open("/dev/null")).collect::<Result<_, _>>();
+    // Of nothing that has a name: this process opens only what the command line names.
+    let spare = (0..DESCRIPTORS).map(|_| memfd_create("spare", MemfdFlags::CLOEXEC));
+    let spare: Result<_, _> = spare.map(|file| Ok(File::from(file?))).collect();
     spare.map_err(PagerError::system("open as many files as a guest needs (see ulimit -n)"))
 }
 
