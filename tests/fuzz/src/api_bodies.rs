@@ -110,7 +110,7 @@ fn only_field(body: &[u8], name: &str) -> Option<Value> {
 
 /// Sends one request, with the state set beforehand, and checks the answer.
 fn exchange(api: &Api, migration: bool, content_type: Option<&str>, body: &[u8]) {
-    api.service.resize(BLOCK).unwrap_or_else(|refusal| panic!("{refusal:?}"));
+    Management::resize(&*api.service, BLOCK).unwrap_or_else(|refusal| panic!("{refusal:?}"));
     api.service.set_migration(false).unwrap_or_else(|refusal| panic!("{refusal:?}"));
     let before = api.state();
     let resource = if migration { "/v1/migration" } else { "/v1/device/requested-size" };
@@ -146,6 +146,27 @@ fn exchange(api: &Api, migration: bool, content_type: Option<&str>, body: &[u8])
     assert!(expected.is_none() || !known || !once, "a good request was refused");
 }
 
+/// Sends one request about the log, which this process has not: what means something fails, and
+/// everything else is refused.
+fn exchange_level(api: &Api, content_type: Option<&str>, body: &[u8]) {
+    let before = api.state();
+    let answer = api.send(&head("PUT", "/v1/log-level", content_type, body.len()), body);
+    assert_eq!(api.state(), before);
+    let json: Map<String, Value> = serde_json::from_slice(&answer.body).expect("not an object");
+    assert_eq!(answer.content_type, "application/problem+json");
+    assert_eq!(json["status"], answer.status);
+    match answer.status {
+        500 => {
+            let level = only_field(body, "level").expect("an object with one field");
+            let list = level.as_str().expect("a text").to_lowercase();
+            let levels = ["off", "error", "warn", "info", "debug", "trace"];
+            let is_level = |item: &str| levels.contains(&item.rsplit('=').next().unwrap_or(""));
+            assert!(list.split(',').all(is_level), "{list}");
+        }
+        status => assert!(matches!(status, 400 | 413 | 415 | 422), "{status}"),
+    }
+}
+
 /// Runs one input.
 pub fn run(data: &[u8]) {
     let api = &*API;
@@ -164,7 +185,12 @@ pub fn run(data: &[u8]) {
         }
         _ => Some("application/json"),
     };
-    exchange(api, choice & 1 == 1, content_type, input.rest());
+    let body = input.rest();
+    if choice & 0x80 == 0 {
+        exchange(api, choice & 1 == 1, content_type, body);
+    } else {
+        exchange_level(api, content_type, body);
+    }
     exchange(api, false, Some("application/json"), b"{\"requested_size\": 4194304}");
     assert_eq!(api.state().0, 2 * BLOCK);
 }

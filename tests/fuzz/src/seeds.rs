@@ -97,6 +97,9 @@ fn api_bodies() -> Vec<Vec<u8>> {
         body(9, r#"{"active": true}"#),
         body(0, r#" {"requested_size":18446744073709551616} x"#),
         body(4, "\u{10}application/json{}"),
+        body(0x88, r#"{"level": "debug"}"#),
+        body(0x88, r#"{"level": "info,vhost_user_mem::backend=trace"}"#),
+        body(0x88, r#"{"level": "inof"}"#),
     ]
 }
 
@@ -222,5 +225,9 @@ fn pager_firecracker() -> Vec<Vec<u8>> {
     left.resize(4096, 0);
     left.extend(good);
     left.resize(4 * 4096, 0);
-    vec![[&[0, 15], good].concat(), [&[1, 15], &fault[..], &remove].concat(), [&[2, 15], &left[..]].concat()]
+    vec![
+        [&[0, 15], good].concat(),
+        [&[1, 15], &fault[..], &remove].concat(),
+        [&[2, 15], &left[..]].concat(),
+    ]
 }
