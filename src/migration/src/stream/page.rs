@@ -86,6 +86,19 @@ impl PageHeader {
             _ => return Err(refused(flags, at)),
         })
     }
+
+    /// What page it is, if it is of the same block as the one before, and its offset.
+    #[inline]
+    pub(super) fn continued_page(word: u64) -> Option<(PageKind, u64)> {
+        let (offset, flags) = (word & !FLAGS, word & FLAGS);
+        if flags == PAGE | CONTINUE {
+            Some((PageKind::Normal, offset))
+        } else if flags == ZERO | CONTINUE {
+            Some((PageKind::Zero, offset))
+        } else {
+            None
+        }
+    }
 }
 
 #[cold]

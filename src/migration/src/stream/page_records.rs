@@ -123,6 +123,45 @@ impl PageRecords {
     where
         B: PageBlocks + ?Sized,
     {
+        match self.parse_usual(bytes, blocks) {
+            Some(record) => Ok(Some(record)),
+            None => self.parse_any(bytes, at, blocks),
+        }
+    }
+
+    /// A whole page of the block of the record before, as nearly all records are. Anything else, and all that
+    /// is wrong, is for [`parse_any`](Self::parse_any).
+    #[inline]
+    fn parse_usual<B>(&self, bytes: &[u8], blocks: &B) -> Option<(PageRecord, usize)>
+    where
+        B: PageBlocks + ?Sized,
+    {
+        let block = self.current?;
+        let word = u64::from_be_bytes(*bytes.first_chunk::<{ PageHeader::LEN }>()?);
+        let (kind, offset) = PageHeader::continued_page(word)?;
+        let len = match kind {
+            PageKind::Normal if bytes.len() - PageHeader::LEN < TARGET_PAGE_SIZE as usize => {
+                return None;
+            }
+            PageKind::Normal => PageHeader::LEN,
+            PageKind::Zero if *bytes.get(PageHeader::LEN)? != 0 => return None,
+            PageKind::Zero => PageHeader::LEN + 1,
+        };
+        let page = ByteRange::new(offset, TARGET_PAGE_SIZE)?;
+        let is_inside = page.end() <= blocks.used_length(block);
+        is_inside.then_some((PageRecord::Page { block, kind, page }, len))
+    }
+
+    #[inline(never)]
+    fn parse_any<B>(
+        &mut self,
+        bytes: &[u8],
+        at: u64,
+        blocks: &B,
+    ) -> Result<Option<(PageRecord, usize)>, B::Error>
+    where
+        B: PageBlocks + ?Sized,
+    {
         let raw = match Raw::parse(bytes, at) {
             Ok(raw) if bytes.len() - raw.len >= raw.content() => raw,
             Ok(_) | Err(Missing::Bytes(_)) => return Ok(None),
