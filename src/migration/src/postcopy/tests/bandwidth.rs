@@ -64,6 +64,15 @@ fn ask(pages: u64, unasked: u64, pause: Duration, main: UnixStream, urgent: Opti
         let (block, start) = (Some("vmem0".to_owned()), page * PAGE);
         destination.say(&ReturnMessage::RequestPages { block, start, len: PAGE as u32 });
     }
+    read_to_the_end(&mut destination);
+    drop(destination);
+    if let Some(reading) = reading {
+        reading.join().unwrap();
+    }
+}
+
+/// Takes the rest of the stream, and says that all has come.
+fn read_to_the_end(destination: &mut RawDestination) {
     let mut end = Vec::new();
     put_continued(&mut end, SectionKind::End, 0);
     put_end_of_section(&mut end);
@@ -71,10 +80,6 @@ fn ask(pages: u64, unasked: u64, pause: Duration, main: UnixStream, urgent: Opti
     put_eof(&mut end);
     destination.read_to(&end);
     destination.say(&ReturnMessage::Shut(0));
-    drop(destination);
-    if let Some(reading) = reading {
-        reading.join().unwrap();
-    }
 }
 
 /// Sends so many pages to such a destination; what came of it by either way of asking.
@@ -182,13 +187,7 @@ fn what_is_owed_is_not_forgiven_by_a_recovery() {
             let (block, start) = (Some(block.clone()), page * PAGE);
             destination.say(&ReturnMessage::RequestPages { block, start, len: PAGE as u32 });
         }
-        let mut end = Vec::new();
-        put_continued(&mut end, SectionKind::End, 0);
-        put_end_of_section(&mut end);
-        put_footer(&mut end, 0);
-        put_eof(&mut end);
-        destination.read_to(&end);
-        destination.say(&ReturnMessage::Shut(0));
+        read_to_the_end(&mut destination);
         unread
     });
     let reconnect = Box::new(Made(made));
