@@ -5,7 +5,9 @@ use std::fmt;
 use parking_lot::Mutex;
 use thiserror::Error;
 
-use super::Unavailable;
+use super::{
+    Follow, FollowError, FollowedBlockState, NotFollowed, RamDiscardListener, Unavailable,
+};
 use crate::Section;
 
 /// What block state is frozen for.
@@ -52,6 +54,24 @@ pub trait Freeze: Send + Sync {
     ///
     /// When the freeze had ended before, or that cannot be known.
     fn thaw(&mut self) -> Result<(), FreezeLost>;
+
+    /// Whether [`follow`](Self::follow) can be done, as far as that is known before. By default it cannot.
+    fn can_follow(&self) -> bool {
+        false
+    }
+
+    /// In one step, `listener` is registered for the whole region, without being told what is populated, and
+    /// the freeze ends. Once that was done, nothing else is called. By default it cannot be done.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be done; the freeze continues.
+    fn follow(
+        &mut self,
+        _listener: Box<dyn RamDiscardListener>,
+    ) -> Result<Box<dyn Follow>, FollowError> {
+        Err(FollowError::NotPossible)
+    }
 }
 
 /// Block state that does not change until this is dropped, and what of the region was discarded
@@ -96,6 +116,37 @@ impl FrozenBlockState {
         let checked = self.freeze.as_ref().map_or(Ok(()), |freeze| freeze.check());
         *lost = checked.clone().err();
         checked
+    }
+
+    /// Whether a listener can [follow](Self::follow), as far as that is known before.
+    pub fn can_follow(&self) -> bool {
+        self.freeze.as_ref().is_some_and(|freeze| freeze.can_follow())
+    }
+
+    /// Has `listener` follow block state from here on. In one step it is registered for the whole region and the
+    /// freeze ends, so that it is told of every change after [`discarded`](Self::discarded), which it is not told. (What
+    /// comes with memory may change block state that is frozen for a destination; the listener then follows what it
+    /// has become.) Must not be called within a transaction or a listener.
+    ///
+    /// # Errors
+    ///
+    /// When the manager cannot do it, or the freeze was lost before. It continues then.
+    pub fn follow(
+        mut self,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<FollowedBlockState, NotFollowed> {
+        let followed = self.check().map_err(FollowError::from).and_then(|()| {
+            let freeze = self.freeze.as_mut().ok_or(FollowError::NotPossible)?;
+            freeze.follow(listener)
+        });
+        match followed {
+            Ok(follow) => {
+                // It has ended.
+                self.freeze = None;
+                Ok(FollowedBlockState::new(follow))
+            }
+            Err(reason) => Err(NotFollowed { frozen: self, reason }),
+        }
     }
 
     /// Ends the freeze, and says whether it had held without a gap until then.

@@ -38,6 +38,9 @@
 //! drop(frozen);
 //! assert!(!manager.is_frozen());
 //! ```
+//!
+//! Or it has a listener [follow](FrozenBlockState::follow) from there on, and freezes block state
+//! [again](FollowedBlockState::freeze) at its end.
 
 #[cfg(test)]
 #[path = "../../../tests/common/huge_page_pool.rs"]
@@ -45,6 +48,8 @@ mod huge_page_pool;
 
 mod all_or_none;
 mod byte_range;
+mod extent_set;
+mod follow;
 mod freeze;
 mod listener;
 mod listeners;
@@ -63,10 +68,12 @@ pub use all_or_none::try_all;
 pub use byte_range::{
     ByteRange, Extent, FileRange, GpaRange, OfBlock, OfFile, OfGuest, OfRegion, Origin, Section,
 };
+pub use extent_set::ExtentSet;
+pub use follow::{Follow, FollowError, FollowedBlockState, NotFollowed};
 pub use freeze::{Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState};
 pub use listener::{PopulateRefused, RamDiscardListener};
 pub use listeners::{Listeners, Registered};
-pub use local::{FreezeId, FreezeObserver, LocalRamDiscardManager, Transaction};
+pub use local::{FreezeId, FreezeObserver, LocalRamDiscardManager, SourceFollower, Transaction};
 pub use source::RamDiscardSource;
 
 /// What a replay calls with each range; it must not call back into the manager.
@@ -140,7 +147,30 @@ pub trait RamDiscardManager: Send + Sync {
     ///
     /// When it cannot be frozen; nothing was changed.
     fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError>;
+
+    /// Whether block state can be made to follow that of another device, by
+    /// [`follow_source`](Self::follow_source). By default it cannot.
+    fn follows_source(&self) -> bool {
+        false
+    }
+
+    /// Populates `section`, or discards it, because the device did from which the guest comes: it is here that
+    /// listeners and memory are told, and may refuse to populate. The guest does not run here yet; block state may be
+    /// frozen for a destination. Must not be called within a transaction or a listener.
+    ///
+    /// # Errors
+    ///
+    /// When a part of the section is in that state already, it is not made of whole granules of the region, a
+    /// listener refuses, or the device cannot do it; nothing was changed then.
+    fn follow_source(&self, _section: Section, _populated: bool) -> Result<(), SourceNotFollowed> {
+        Err(SourceNotFollowed("block state here cannot follow that of another device".to_owned()))
+    }
 }
+
+/// Block state does not follow that of another device; nothing was changed.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct SourceNotFollowed(pub String);
 
 /// The manager cannot be asked any more.
 #[derive(Debug, Error)]

@@ -1,5 +1,6 @@
 //! The manager in the process that has the device.
 
+mod follow;
 mod freezes;
 mod transaction;
 
@@ -10,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Mutex, MutexGuard};
 use smallvec::SmallVec;
 
+use follow::LocalFollow;
 pub use freezes::FreezeId;
 use freezes::Freezes;
 pub use transaction::Transaction;
@@ -17,10 +19,11 @@ pub use transaction::Transaction;
 use super::listeners::{Listeners, Registered};
 use super::source::Combined;
 use super::{
-    Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId, RamDiscardListener,
-    RamDiscardManager, RamDiscardSource, RegisterError, SourceId, Unavailable, Visit,
+    Follow, FollowError, Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId,
+    RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError, SourceId, Unavailable,
+    Visit,
 };
-use crate::Section;
+use crate::{Section, SourceNotFollowed};
 
 /// Holds the sources and listeners of one region, in the process that has the device.
 pub struct LocalRamDiscardManager {
@@ -35,6 +38,8 @@ struct Shared {
     frozen: AtomicBool,
     /// What is told of the first freeze and of the end of the last.
     observer: OnceLock<Box<dyn FreezeObserver>>,
+    /// What has block state follow that of another device.
+    follower: OnceLock<Box<dyn SourceFollower>>,
 }
 
 struct Inner {
@@ -53,6 +58,17 @@ pub trait FreezeObserver: Send + Sync {
     fn thawed(&self, transaction: &mut Transaction<'_>);
 }
 
+/// Has block state follow that of another device: see [`RamDiscardManager::follow_source`]. Called without a
+/// transaction.
+pub trait SourceFollower: Send + Sync {
+    /// Populates `section`, or discards it, within a transaction of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`RamDiscardManager::follow_source`]; nothing was changed then.
+    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed>;
+}
+
 impl LocalRamDiscardManager {
     /// A manager without sources (all is populated) and listeners, of a region of `region_size`
     /// bytes.
@@ -65,8 +81,9 @@ impl LocalRamDiscardManager {
             freezes: Freezes::default(),
         };
         let inner = Mutex::new(inner);
-        let (frozen, observer) = (AtomicBool::new(false), OnceLock::new());
-        Self { shared: Arc::new(Shared { region_size, inner, frozen, observer }) }
+        let frozen = AtomicBool::new(false);
+        let (observer, follower) = (OnceLock::new(), OnceLock::new());
+        Self { shared: Arc::new(Shared { region_size, inner, frozen, observer, follower }) }
     }
 
     /// Size of the region, bytes.
@@ -91,20 +108,16 @@ impl LocalRamDiscardManager {
         let _ = self.shared.observer.set(observer);
     }
 
+    /// Has `follower` do what [`RamDiscardManager::follow_source`] asks for; there is one at most, which stays.
+    pub fn set_source_follower(&self, follower: Box<dyn SourceFollower>) {
+        let _ = self.shared.follower.set(follower);
+    }
+
     /// Freezes block state; see [`RamDiscardManager::freeze`]. Must not be called, nor what it
     /// returns be dropped, within a transaction or a listener.
     pub fn freeze(&self, purpose: FreezeFor) -> FrozenBlockState {
-        let mut transaction = self.begin();
-        let first = !transaction.is_frozen();
-        let id = transaction.freeze(purpose);
-        let discarded = transaction.inner.discarded();
-        if let Some(observer) = self.shared.observer.get().filter(|_| first) {
-            observer.frozen();
-        }
-        drop(transaction);
-        let map = (purpose == FreezeFor::Source).then(|| discarded.clone());
-        let freeze = LocalFreeze { shared: Arc::clone(&self.shared), id, map };
-        FrozenBlockState::new(discarded, Box::new(freeze))
+        let begun = LocalFreeze::begin(&self.shared, &mut self.begin(), purpose);
+        FrozenBlockState::new(begun.0, Box::new(begun.1))
     }
 
     /// The smallest granularity of the sources, bytes.
@@ -239,16 +252,43 @@ impl Shared {
 struct LocalFreeze {
     shared: Arc<Shared>,
     id: FreezeId,
+    purpose: FreezeFor,
     /// What must still be discarded, where nothing may change.
     map: Option<Vec<Section>>,
 }
 
 impl LocalFreeze {
+    /// Freezes block state, and finds what is discarded.
+    fn begin(
+        shared: &Arc<Shared>,
+        transaction: &mut Transaction<'_>,
+        purpose: FreezeFor,
+    ) -> (Vec<Section>, Self) {
+        let first = !transaction.is_frozen();
+        let id = transaction.freeze(purpose);
+        let discarded = transaction.inner.discarded();
+        if let Some(observer) = shared.observer.get().filter(|_| first) {
+            observer.frozen();
+        }
+        let map = (purpose == FreezeFor::Source).then(|| discarded.clone());
+        (discarded, Self { shared: Arc::clone(shared), id, purpose, map })
+    }
+
+    /// Ends the freeze, with the last of them also for the observer.
+    fn end(&self, transaction: &mut Transaction<'_>) {
+        transaction.thaw(self.id);
+        if let Some(observer) = self.shared.observer.get()
+            && !transaction.is_frozen()
+        {
+            observer.thawed(transaction);
+        }
+    }
+
     fn check_in(&self, inner: &Inner) -> Result<(), FreezeLost> {
         inner.freezes.check(self.id)?;
         match &self.map {
             // A source that changed its state without a word.
-            Some(map) if !inner.is_discarded_exactly(map) => {
+            Some(map) if !inner.is_discarded_exactly(map.iter().copied()) => {
                 Err(FreezeLost("a source changed what is discarded".to_owned()))
             }
             _ => Ok(()),
@@ -264,13 +304,27 @@ impl Freeze for LocalFreeze {
     fn thaw(&mut self) -> Result<(), FreezeLost> {
         let mut transaction = self.shared.begin();
         let checked = self.check_in(&transaction.inner);
-        transaction.thaw(self.id);
-        if let Some(observer) = self.shared.observer.get()
-            && !transaction.is_frozen()
-        {
-            observer.thawed(&mut transaction);
-        }
+        self.end(&mut transaction);
         checked
+    }
+
+    fn can_follow(&self) -> bool {
+        true
+    }
+
+    fn follow(
+        &mut self,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<Box<dyn Follow>, FollowError> {
+        let mut transaction = self.shared.begin();
+        self.check_in(&transaction.inner)?;
+        let discarded = transaction.inner.discarded();
+        let listeners = &mut transaction.inner.listeners;
+        let follow =
+            LocalFollow::register(&self.shared, listeners, self.purpose, discarded, listener);
+        // What was put off until now is done here, and the listener told of it.
+        self.end(&mut transaction);
+        Ok(Box::new(follow))
     }
 }
 
@@ -287,12 +341,14 @@ impl Inner {
         ranges
     }
 
-    fn is_discarded_exactly(&self, map: &[Section]) -> bool {
-        let mut expected = map.iter();
-        let Some(region) = Section::new(0, self.region_size) else { return map.is_empty() };
+    /// Whether the maximal discarded ranges are these, ascending.
+    fn is_discarded_exactly(&self, mut expected: impl Iterator<Item = Section>) -> bool {
+        let Some(region) = Section::new(0, self.region_size) else {
+            return expected.next().is_none();
+        };
         let replayed =
             self.combined(None).replay(region, false, &mut |range| match expected.next() {
-                Some(&other) if other == range => ControlFlow::Continue(()),
+                Some(other) if other == range => ControlFlow::Continue(()),
                 _ => ControlFlow::Break(()),
             });
         replayed.is_continue() && expected.next().is_none()
@@ -386,6 +442,15 @@ impl RamDiscardManager for LocalRamDiscardManager {
 
     fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
         Ok(self.freeze(purpose))
+    }
+
+    fn follows_source(&self) -> bool {
+        self.shared.follower.get().is_some()
+    }
+
+    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+        let nothing = || SourceNotFollowed("nothing here follows another device".to_owned());
+        self.shared.follower.get().ok_or_else(nothing)?.follow_source(section, populated)
     }
 }
 

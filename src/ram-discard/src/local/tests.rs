@@ -3,6 +3,8 @@ use super::*;
 use crate::test_utils::{Call, Calls, Recorder};
 use proptest::prelude::*;
 
+mod follow;
+
 const GRANULE: u64 = 4096;
 
 /// A source that is a plain list of granules.

@@ -112,18 +112,21 @@ impl MemController {
         });
     }
 
-    /// Has the manager tell of the freezes that begin and end there.
-    pub(super) fn observe_freezes(&self) {
-        let Self { geometry, served, manager, source, memory } = self;
-        let (served, memory) = (Arc::clone(served), Arc::clone(memory));
-        let manager = Arc::downgrade(manager);
-        let parts = Parts { geometry: *geometry, served, manager, source: *source, memory };
-        self.manager.observe_freezes(Box::new(parts));
+    /// Has the manager tell of the freezes that begin and end there, and of another device that is to be followed.
+    pub(super) fn attach_to_manager(&self) {
+        let parts = || {
+            let Self { geometry, served, manager, source, memory } = self;
+            let (served, memory) = (Arc::clone(served), Arc::clone(memory));
+            let manager = Arc::downgrade(manager);
+            Box::new(Parts { geometry: *geometry, served, manager, source: *source, memory })
+        };
+        self.manager.observe_freezes(parts());
+        self.manager.set_source_follower(parts());
     }
 }
 
 /// A controller as its manager knows it, which it must not keep alive.
-struct Parts {
+pub(super) struct Parts {
     geometry: Geometry,
     served: Arc<DeviceSource>,
     manager: Weak<LocalRamDiscardManager>,
@@ -133,7 +136,7 @@ struct Parts {
 
 impl Parts {
     /// The controller; `None` when it is gone, and its guest with it.
-    fn controller(&self) -> Option<MemController> {
+    pub(super) fn controller(&self) -> Option<MemController> {
         let (served, memory) = (Arc::clone(&self.served), Arc::clone(&self.memory));
         let manager = self.manager.upgrade()?;
         let (geometry, source) = (self.geometry, self.source);

@@ -89,7 +89,7 @@ impl MemController {
     }
 
     /// Saves a whole state and then has it; `changed` says whether any block is another one.
-    fn commit_state(&self, device: VirtioMem, changed: bool) -> io::Result<()> {
+    pub(super) fn commit_state(&self, device: VirtioMem, changed: bool) -> io::Result<()> {
         let mut state = self.state();
         let blocks = match changed {
             true => BlockUpdate::Replace(device.blocks().words()),

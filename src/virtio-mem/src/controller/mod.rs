@@ -16,6 +16,7 @@
 //! committed but not answered is recognised when it comes again.
 
 mod busy;
+mod follow_source;
 mod freeze;
 mod load_state;
 mod requests;
@@ -171,7 +172,7 @@ impl MemController {
                 .expect("memory that is not mapped refuses nothing");
         }
         let controller = Self { geometry, served, manager, source, memory };
-        controller.observe_freezes();
+        controller.attach_to_manager();
         if api_migration {
             let id = controller.manager.begin().freeze(FreezeFor::Source);
             controller.state().holders.insert(FreezeHolder::Api, id);

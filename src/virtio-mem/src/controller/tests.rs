@@ -1,3 +1,4 @@
+mod follow_source;
 mod reset;
 mod state;
 mod stray;
@@ -390,6 +391,38 @@ fn a_freeze_at_the_manager_is_one_of_the_controller() {
     assert_eq!(rig.execute(plug(2, 1)), Response::Busy);
     rig.controller.load_state(state).unwrap();
     frozen.thaw().unwrap();
+}
+
+#[test]
+fn while_a_listener_follows_requests_are_served_and_one_that_it_refuses_is_busy() {
+    let rig = rig();
+    let changes = Arc::new(Changes::default());
+    rig.controller.observe(Arc::clone(&changes) as Arc<dyn DeviceObserver>);
+    rig.execute(plug(0, 2));
+    let frozen = rig.controller.manager().freeze(FreezeFor::Source);
+    let followed = frozen.follow(Box::new(Refuser(section(5, 6)))).unwrap();
+    assert!(!rig.controller.migration_active());
+    assert_eq!(
+        *changes.0.lock(),
+        ["active", "over", "config"],
+        "the guest tries again what was BUSY"
+    );
+    assert_eq!(rig.execute(plug(2, 1)), Response::Ack);
+    assert_eq!(rig.execute(plug(4, 3)), Response::Busy);
+    assert_eq!(rig.execute(plug(6, 1)), Response::Ack, "only that one request");
+    assert_eq!(rig.execute(unplug(0, 1)), Response::Ack);
+    // A state that cannot be saved is taken back from the listener, too.
+    rig.store.fails.store(true, Ordering::Relaxed);
+    assert_eq!(rig.execute(plug(8, 1)), Response::Busy);
+    rig.store.fails.store(false, Ordering::Relaxed);
+    let frozen = followed.freeze().unwrap();
+    assert_eq!(rig.execute(plug(5, 1)), Response::Busy);
+    let all = section(0, NR);
+    let discarded: Vec<_> = frozen.discarded(all).collect();
+    assert_eq!(discarded, [section(0, 1), section(3, 6), section(7, NR)]);
+    frozen.thaw().unwrap();
+    assert_eq!(changes.0.lock().last(), Some(&"config"));
+    assert_eq!(rig.execute(plug(5, 1)), Response::Ack);
 }
 
 #[test]

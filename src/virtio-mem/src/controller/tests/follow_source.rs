@@ -1,0 +1,64 @@
+//! Block state that follows the device from which the guest comes.
+
+use super::*;
+use crate::device::DeviceState;
+use ram_discard::RamDiscardManager;
+
+fn follow(rig: &Rig, section: Section, populated: bool) -> Result<(), String> {
+    let manager: &dyn RamDiscardManager = &**rig.controller.manager();
+    assert!(manager.follows_source());
+    manager.follow_source(section, populated).map_err(|error| error.to_string())
+}
+
+#[test]
+fn blocks_follow_while_memory_arrives_whatever_a_guest_would_be_held_to() {
+    let rig = rig();
+    rig.controller.resize(0).unwrap();
+    let frozen = rig.controller.manager().freeze(FreezeFor::Destination);
+    follow(&rig, section(3, 6), true).unwrap();
+    rig.fill(3, 6);
+    follow(&rig, section(4, 5), false).unwrap();
+    assert_eq!(rig.controller.ranges(true), [section(3, 4), section(5, 6)]);
+    assert_eq!(rig.held(), 2, "what is discarded holds nothing");
+    frozen.thaw().unwrap();
+    // The state is one that may be saved and loaded.
+    let state = rig.controller.save_state();
+    assert!(state.usable_region_size >= 6 * BLOCK);
+    rig.controller.load_state(DeviceState { plugged: state.plugged.clone(), ..state }).unwrap();
+}
+
+#[test]
+fn what_contradicts_or_is_not_made_of_blocks_is_refused_and_changes_nothing() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    let before = rig.controller.config();
+    let part = Section::new(0, BLOCK / 2).unwrap();
+    for (section, populated, reason) in [
+        (section(3, 5), true, "is plugged already"),
+        (section(3, 5), false, "is unplugged already"),
+        (part, true, "is not made of whole blocks"),
+        (section(NR, NR + 1), true, "is not made of whole blocks"),
+    ] {
+        let error = follow(&rig, section, populated).unwrap_err();
+        assert!(error.contains(reason), "{error}");
+    }
+    assert_eq!(rig.controller.config(), before);
+}
+
+#[test]
+fn a_listener_or_a_store_that_refuses_leaves_blocks_as_they_were() {
+    let rig = rig();
+    rig.execute(plug(0, 4));
+    rig.controller.listen(Box::new(Refuser(section(8, 9)))).unwrap();
+    let before = rig.controller.config();
+    assert!(follow(&rig, section(7, 9), true).unwrap_err().contains("pinned elsewhere"));
+    rig.store.fails.store(true, Ordering::Relaxed);
+    for (section, populated) in [(section(5, 6), true), (section(0, 1), false)] {
+        assert!(follow(&rig, section, populated).unwrap_err().contains("cannot save"));
+    }
+    rig.store.fails.store(false, Ordering::Relaxed);
+    let frozen = rig.controller.manager().freeze(FreezeFor::Source);
+    assert!(follow(&rig, section(5, 6), true).unwrap_err().contains("frozen"));
+    frozen.check().unwrap();
+    assert_eq!(rig.controller.config(), before);
+}
