@@ -8,8 +8,8 @@ mod common;
 use std::hint::black_box;
 use std::sync::Arc;
 
-use migration::devices::{DeviceRegistry, DeviceSection};
 use migration::stream::{SectionHeader, SectionKind};
+use migration::{DeviceRegistry, DeviceSection};
 use ram_discard::memory::RamBlock;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};

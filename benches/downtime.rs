@@ -15,15 +15,13 @@ use std::time::{Duration, Instant};
 
 use common::{compare, head, memfd};
 use huge_page_pool::Pool;
-use migration::channel::Channel;
-use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
-use migration::handler::{LoadHandler, SaveHandler};
-use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::stream::{Configuration, SectionKind};
 use migration::test_utils::KeptStream;
+use migration::{
+    Channel, Guest, Incoming, LoadHandler, NoDevices, Outgoing, Parameters, Progress, SaveHandler,
+};
 use ram_discard::memory::{HostMapping, RamBlock};
 use rustix::fs::MemfdFlags;
 use vmstate::wire::WireReader;

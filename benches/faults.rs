@@ -10,18 +10,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::MigrationError;
-use migration::channel::Channel;
-use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::lazy::{FaultHandler, HandlerFailed, LazyRam};
 use migration::page_bitmap::PageBitmap;
 use migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
-use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::stream::Configuration;
 use migration::sys::page_faults::{FaultKind, PageFaults};
+use migration::{
+    Channel, Guest, Incoming, MigrationError, NoDevices, Outgoing, Parameters, Progress,
+};
 use ram_discard::ByteRange;
 use ram_discard::memory::{HostMapping, RamBlock};
 

@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use migration::sys::vmm_faults::{Event, MESSAGE_LEN, VmmFaults};
+use migration::lazy::vmm_faults::{Event, MESSAGE_LEN, VmmFaults};
 use ram_discard::ByteRange;
 use ram_discard::memory::HostMapping;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};

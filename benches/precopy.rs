@@ -14,13 +14,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::channel::Channel;
-use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
-use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use migration::progress::{MigrationInfo, Progress};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::stream::Configuration;
+use migration::{
+    Channel, Guest, Incoming, MigrationInfo, NoDevices, Outgoing, Parameters, Progress,
+};
 use ram_discard::memory::RamBlock;
 use ram_discard::{ByteRange, RamDiscardManager};
 use virtio_mem::controller::{InitialState, MemController};

@@ -12,16 +12,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{compare, head, report};
-use migration::MigrationError;
-use migration::devices::NoDevices;
 use migration::lazy::HandlerFailed;
-use migration::precopy::Guest;
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use migration::snapshot::{
     BackgroundSnapshot, Restore, Snapshot, restore, restore_lazily, save, save_in_background,
 };
 use migration::stream::Configuration;
+use migration::{Guest, MigrationError, NoDevices, Progress};
 use ram_discard::memory::{HostMapping, RamBlock};
 use rustix::fs::MemfdFlags;
 

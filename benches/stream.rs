@@ -15,15 +15,13 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use migration::channel::{Channel, GatherWrite, Sink};
 use migration::dirty::{DirtyTracker, NeverWritten};
-use migration::handler::{LoadHandler, SaveHandler};
-use migration::progress::Progress;
 use migration::ram::{
     BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave, ZeroPageDetection,
 };
 use migration::stream::{RAM_VERSION, SectionKind};
 use migration::test_utils::CountedStream;
+use migration::{Channel, GatherWrite, LoadHandler, Progress, SaveHandler, Sink};
 use ram_discard::memory::{HostMapping, RamBlock};
 use vmstate::wire::WireReader;
 

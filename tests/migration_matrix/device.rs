@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use migration::MigrationError;
-use migration::devices::{DeviceSection, Devices, NoDevices};
 use migration::ram::MigrationBlock;
 use migration::stream::SectionHeader;
+use migration::{DeviceSection, Devices, MigrationError, NoDevices};
 use ram_discard::memory::BackingKind;
 use vmstate::wire::WireRead;
 

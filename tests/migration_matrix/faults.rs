@@ -5,12 +5,11 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use migration::MigrationError;
 use migration::lazy::OfferedFaults;
 use migration::lazy::{FaultHandler, HandlerFailed, LazyRam, SharedFaults, SharedRange};
 use migration::page_bitmap::PageBitmap;
 use migration::postcopy::SwitchWhen;
-use migration::precopy::Guest;
+use migration::{Guest, MigrationError};
 use ram_discard::memory::HostMapping;
 
 use crate::guest::{Vm, no_work};

@@ -4,9 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
-use migration::MigrationError;
 use migration::lazy::HandlerFailed;
-use migration::precopy::Guest;
+use migration::{Guest, MigrationError};
 use ram_discard::ByteRange;
 use ram_discard::memory::HostMapping;
 

@@ -20,20 +20,18 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use migration::MigrationError;
-use migration::channel::Channel;
-use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, WriteProtect};
 use migration::lazy::HandlerFailed;
 use migration::postcopy::{Channels, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen};
-use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{
     BackgroundSnapshot, LazyRestore, Restore, Snapshot, restore, restore_lazily, save,
     save_in_background,
 };
 use migration::stream::Configuration;
+use migration::{
+    Channel, Guest, Incoming, MigrationError, NoDevices, Outgoing, Parameters, Progress,
+};
 
 use device::Reserving;
 use guest::{Vm, no_work};

@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use migration::MigrationError;
 use migration::lazy::HandlerFailed;
-use migration::precopy::Guest;
+use migration::{Guest, MigrationError};
 use ram_discard::memory::HostMapping;
 
 use crate::case::Case;

@@ -7,18 +7,17 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
-use migration::channel::Channel;
-use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, Merged, WriteProtect};
 use migration::lazy::HandlerFailed;
 use migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
-use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use migration::progress::{MigrationInfo as Seen, Progress};
 use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{
     BackgroundSnapshot, Restore, Snapshot, restore_lazily, save, save_in_background,
 };
 use migration::stream::Configuration;
+use migration::{
+    Channel, Guest, Incoming, MigrationInfo as Seen, NoDevices, Outgoing, Parameters, Progress,
+};
 
 use crate::case::{Case, Way};
 use crate::guest::Writer;

@@ -10,12 +10,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
-use migration::channel::Channel;
 use migration::dirty::WriteProtect;
-use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::stream::Configuration;
+use migration::{Channel, Guest, Incoming, Outgoing, Parameters, Progress};
 use virtio_mem::device::{BlockSpan, Request, Response};
 
 use vm::{ADDR, BLOCK, Vm};

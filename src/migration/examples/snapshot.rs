@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
-use migration::progress::Progress;
+use migration::Progress;
 use migration::snapshot::{Restore, Snapshot, restore, save, write_image};
 use migration::stream::Configuration;
 use virtio_mem::device::{BlockSpan, Request, Response};

@@ -7,8 +7,8 @@ use super::devices::DeviceSection;
 use super::error::MigrationError;
 use super::handler::SaveHandler;
 use super::stream::{
-    Configuration, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_continued, put_footer,
-    put_header, put_section,
+    Configuration, SectionHeader, SectionKind, TARGET_PAGE_SIZE, make_findable, put_continued,
+    put_footer, put_header, put_section,
 };
 
 /// Frames sections, and remembers what they were for the description.
@@ -111,22 +111,6 @@ impl Framing {
         make_findable(&mut json);
         json
     }
-}
-
-/// Pads the JSON of a description, an object, so that QEMU's `scripts/analyze-migration.py` finds its start.
-pub fn make_findable(json: &mut Vec<u8>) {
-    let fits = (json.len()..).find(|&len| !hides_its_start(len));
-    let padding = fits.unwrap_or(json.len()) - json.len();
-    json.splice(1..1, std::iter::repeat_n(b' ', padding));
-}
-
-/// Whether QEMU's `scripts/analyze-migration.py` would take a byte of the length of a description
-/// for its first brace: it looks for the last byte in the file that is 0, one of the length's, and
-/// from there for the brace.
-fn hides_its_start(len: usize) -> bool {
-    let len = u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
-    let after_zero = len.iter().rposition(|byte| *byte == 0).map_or(0, |index| index + 1);
-    len[after_zero..].contains(&b'{')
 }
 
 /// Writes bytes to a stream.

@@ -8,15 +8,17 @@
 //!                                      devices: sections of state
 //! ```
 //!
+//! - [`Outgoing`] and [`Incoming`] are the two ends of a migration: what is sent when, and who has the guest.
+//!   A VMM implements [`Guest`] for them, and [`Devices`] or fills a [`DeviceRegistry`], with the crate `vmstate`.
+//! - [`ram`]: the RAM blocks of a VM, turned into pages on the stream and back.
+//! - [`dirty`] finds written pages, and [`page_bitmap`] holds them.
+//! - [`postcopy`] sends the rest after the guest has left, onto memory that arrives on demand ([`lazy`]).
+//! - [`snapshot`] writes a guest to a file and back, and [`inspect`] tells what is in a file without loading it.
 //! - [`stream`]: the bytes of QEMU's migration stream.
-//! - [`dirty`] finds written pages, [`page_bitmap`] holds them, and [`ram`] turns pages into bytes and back.
-//! - [`precopy`] decides what is sent when and who has the guest, [`postcopy`] sends the rest after it has left,
-//!   onto memory that arrives on demand ([`lazy`]), and [`snapshot`] writes a guest to a file and back.
-//! - [`devices`]: the sections of a VM's devices, described with the crate `vmstate`.
-//! - [`inspect`] tells what is in a file without loading it.
+//! - [`Progress`] tells how far it is, and cancels it.
 //!
 //! It knows no device: what is discarded it learns from any `RamDiscardManager`, and device state is bytes to it.
-//! Sockets are opened by its users, and handed in as a [`channel::Channel`].
+//! Sockets are opened by its users, and handed in as a [`Channel`].
 //!
 //! The bytes of a page of zeros, as they are sent, and what reads them:
 //!
@@ -36,31 +38,39 @@
 #[path = "../../../tests/common/huge_page_pool.rs"]
 mod huge_page_pool;
 
-pub mod bandwidth;
-pub mod channel;
-pub mod devices;
 pub mod dirty;
-pub mod handler;
 pub mod inspect;
 pub mod lazy;
 pub mod page_bitmap;
 pub mod postcopy;
-pub mod precopy;
-pub mod progress;
 pub mod ram;
 pub mod snapshot;
 pub mod stream;
 #[doc(hidden)] // For benches, which hold the engine against bare system calls.
 pub mod sys;
 
+mod bandwidth;
+mod channel;
+mod devices;
 mod error;
 mod file_reader;
 mod framing;
+mod handler;
 mod loader;
+mod precopy;
+mod progress;
 #[cfg(test)]
 pub(crate) mod test_support;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod test_utils;
 
+pub use bandwidth::{Bandwidth, TokenBucket};
+pub use channel::{BufferSink, Channel, GatherWrite, Sink};
+pub use devices::{DeviceRegistry, DeviceSection, Devices, NoDevices, RegistryError};
 pub use error::MigrationError;
-pub use framing::make_findable;
+pub use handler::{LoadHandler, PostcopySave, SaveHandler};
+pub use precopy::{
+    AtMaxRounds, Guest, GuestAfter, Incoming, Outgoing, OutgoingError, Parameters,
+    ThrottleParameters,
+};
+pub use progress::{Counters, MigrationInfo, Progress, Status};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::progress::Progress;
+use migration::Progress;
 use parking_lot::Mutex;
 use program::signals::{SIGINT, SIGTERM, Signals};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::image;
 use common::source::{DESCRIPTION, PAGE, Source, content, state};
-use migration::progress::Progress;
+use migration::Progress;
 use migration::stream::{Command, ReturnMessage, SectionKind};
 use proptest::prelude::*;
 use vmem_pager::PagerError;

@@ -19,7 +19,7 @@
 //!
 //! What a section has in it may hang on a property; a [`CompatLevel`] sets properties to what an
 //! older release had, so that it understands what a newer one sends. The sections of a VM are held
-//! together by `migration::devices::DeviceRegistry`; this crate knows no stream.
+//! together by `migration::DeviceRegistry`; this crate knows no stream.
 //!
 //! | element | bytes |
 //! | --- | --- |

@@ -19,12 +19,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use migration::MigrationError;
-use migration::channel::Channel;
+use migration::{Channel, Guest, Incoming, MigrationError, Outgoing, Parameters, Progress};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::inspect::inspect;
-use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{Restore, restore};
 use ram_discard::{RamDiscardSource, Section};

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::Write;
 
-use migration::sys::vmm_faults::{Event, MESSAGE_LEN};
+use migration::lazy::vmm_faults::{Event, MESSAGE_LEN};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmem_pager::firecracker::guest::Guest;
 use vmem_pager::firecracker::memory_files::MemoryFiles;

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use migration::inspect::{Warning, inspect};
-use migration::progress::Progress;
+use migration::Progress;
 use migration::stream::{Command, SectionKind};
 use vmem_pager::image::writer::WholeImage;
 use vmem_pager::qemu::save::{receive_stream, recover_stream};

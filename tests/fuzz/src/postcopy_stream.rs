@@ -12,13 +12,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use migration::MigrationError;
-use migration::channel::Channel;
-use migration::devices::NoDevices;
+use migration::{Channel, Guest, Incoming, MigrationError, NoDevices, Progress};
 use migration::lazy::{HandlerFailed, LazyRam};
 use migration::postcopy::{Channels, PostcopyIncoming, Reconnect};
-use migration::precopy::{Guest, Incoming};
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad};
 use migration::stream::{
     AdvisedSizes, Command, Configuration, PageHeader, PageKind, RAM_SECTION, RAM_VERSION,

@@ -12,9 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
-use migration::MigrationError;
 use migration::lazy::HandlerFailed;
-use migration::precopy::Guest;
+use migration::{Guest, MigrationError};
 
 use crate::backend_channel::{BackendChannel, Behaviour};
 use crate::config::MemConfig;

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{ADDR, BLOCK, REGION, daemon_binary};
-use migration::precopy::Guest;
+use migration::Guest;
 use small_vmm::daemon::{Daemon, DaemonOptions};
 use small_vmm::machine::{Machine, MachineOptions};
 

@@ -7,15 +7,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use migration::MigrationError;
-use migration::channel::Channel;
-use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, NeverWritten};
-use migration::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::snapshot::{BackgroundSnapshot, save_in_background};
 use migration::stream::Configuration;
+use migration::{
+    Channel, Guest, GuestAfter, Incoming, MigrationError, NoDevices, Outgoing, Parameters, Progress,
+};
 use ram_discard::memory::RamBlock;
 use small_vmm::driver::ResponseType;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;

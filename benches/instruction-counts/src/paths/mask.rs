@@ -4,11 +4,10 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use migration::channel::BufferSink;
-use migration::handler::SaveHandler;
-use migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, pages_touched};
-use migration::progress::Progress;
+use migration::page_bitmap::{PageBitmap, pages_touched};
 use migration::ram::BlockOptions;
+use migration::stream::TARGET_PAGE_SIZE;
+use migration::{BufferSink, Progress, SaveHandler};
 
 use super::GIB;
 use super::region::{controller, migration_block, source};

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use migration::handler::{LoadHandler, SaveHandler};
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, RamLoad};
 use migration::stream::{RAM_VERSION, SectionKind};
 use migration::test_utils::KeptStream;
+use migration::{LoadHandler, Progress, SaveHandler};
 use vmstate::wire::WireReader;
 
 use super::region::{controller, migration_block, only};

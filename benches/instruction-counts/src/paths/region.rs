@@ -5,9 +5,9 @@ use std::io;
 use std::sync::Arc;
 
 use anyhow::Result;
+use migration::Progress;
 use migration::dirty::DirtyTracker;
 use migration::page_bitmap::PageBitmap;
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
 use ram_discard::memory::RamBlock;
 use ram_discard::{ByteRange, RamDiscardManager};

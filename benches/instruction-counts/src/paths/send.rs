@@ -5,11 +5,10 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use migration::channel::{BufferSink, Channel, Sink};
-use migration::handler::SaveHandler;
-use migration::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE};
-use migration::progress::Progress;
+use migration::page_bitmap::PageBitmap;
 use migration::ram::{BlockOptions, RamSave, ZeroPageDetection};
+use migration::stream::TARGET_PAGE_SIZE;
+use migration::{BufferSink, Channel, Progress, SaveHandler, Sink};
 
 use super::MIB;
 use super::region::{controller, migration_block, source};

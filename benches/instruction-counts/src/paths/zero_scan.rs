@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use anyhow::{Result, ensure};
-use migration::page_bitmap::TARGET_PAGE_SIZE;
+use migration::stream::TARGET_PAGE_SIZE;
 use ram_discard::memory::HostMapping;
 
 use super::MIB;

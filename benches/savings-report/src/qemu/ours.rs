@@ -8,14 +8,11 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
-use migration::channel::Channel;
-use migration::devices::NoDevices;
 use migration::dirty::{DirtyTracker, NeverWritten};
-use migration::precopy::{Guest, Incoming, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::snapshot::{Restore, Snapshot, restore, save};
 use migration::stream::Configuration;
+use migration::{Channel, Guest, Incoming, NoDevices, Outgoing, Parameters, Progress};
 use ram_discard::memory::RamBlock;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fs::File;
 use std::sync::Arc;
 
-use migration::devices::DeviceRegistry;
+use migration::DeviceRegistry;
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use ram_discard::RamDiscardManager;
 use ram_discard::memory::RamBlock;

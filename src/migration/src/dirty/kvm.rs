@@ -7,7 +7,8 @@ use std::os::fd::OwnedFd;
 use ram_discard::{ByteRange, try_all};
 
 use super::{DirtyTracker, pages_within};
-use crate::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE};
+use crate::page_bitmap::PageBitmap;
+use crate::stream::TARGET_PAGE_SIZE;
 use crate::sys::kvm::{KvmSlot, enable_manual_protect};
 
 /// How much of the log is cleared at once, words (64 MiB of memory in pages of 4 KiB): each call takes KVM's MMU

@@ -12,7 +12,8 @@ use ram_discard::memory::HostMapping;
 use ram_discard::{ByteRange, Extent, GpaRange, Origin};
 
 use super::{DirtyTracker, pages_within};
-use crate::page_bitmap::{PageBitmap, TARGET_PAGE_SIZE, bytes_of, pages_touched};
+use crate::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::stream::TARGET_PAGE_SIZE;
 
 /// Words that are taken out of the log before they are told, since to tell takes longer.
 const TAKEN_WORDS: usize = 64;

@@ -24,6 +24,7 @@ pub use latency::{FaultStatistics, Histogram};
 pub use shared::{SharedFaults, SharedRange};
 
 pub use crate::sys::shared_faults::{ClientFaults, OfferedFaults};
+pub use crate::sys::vmm_faults;
 
 use super::error::MigrationError;
 use super::page_bitmap::PageBitmap;

@@ -11,7 +11,7 @@ use super::{PageBitmap, pages_touched};
 
 /// Runs of discarded target pages of one block, ascending and disjoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DiscardMask {
+pub(crate) struct DiscardMask {
     runs: Vec<Range<u64>>,
 }
 

@@ -7,13 +7,12 @@ mod runs;
 use std::ops::Range;
 
 pub(crate) use host_pages::GAP_MIN;
-pub use mask::DiscardMask;
+pub(crate) use mask::DiscardMask;
 pub use runs::Runs;
 
 use ram_discard::{ByteRange, Extent, Origin};
 
-/// The unit of migration, bytes: one bit in a [`PageBitmap`], one page on the stream.
-pub const TARGET_PAGE_SIZE: u64 = 4096;
+use crate::stream::TARGET_PAGE_SIZE;
 
 const WORD_BITS: u64 = u64::BITS as u64;
 

@@ -14,7 +14,7 @@ pub(crate) use frozen::FrozenBlocks;
 pub use load::RamLoad;
 pub(crate) use prepare::prepare;
 pub use registry::{BlockError, ListOptions, RamBlocks};
-pub use save::{RamSave, SaveBlock};
+pub use save::RamSave;
 
 #[cfg(test)]
 mod tests;

@@ -44,7 +44,7 @@ const ITERATE_PAGES: u64 = (64 << 20) / TARGET_PAGE_SIZE;
 const REQUEST_MAX: u64 = 1 << 20;
 
 /// A block that is sent, and what is known of its pages.
-pub struct SaveBlock {
+struct SaveBlock {
     block: Arc<MigrationBlock>,
     tracker: Box<dyn DirtyTracker>,
     dirty: PageBitmap,

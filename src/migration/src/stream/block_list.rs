@@ -11,7 +11,7 @@ pub const RAM_VERSION: u32 = 4;
 /// Pages of a block start at a multiple of this in a mapped-ram file, bytes.
 pub const MAPPED_RAM_ALIGNMENT: u64 = 1 << 20;
 /// Version of a [`MappedRamHeader`].
-pub const MAPPED_RAM_VERSION: u32 = 1;
+const MAPPED_RAM_VERSION: u32 = 1;
 
 /// The most blocks in a list: far more than any machine has, few enough to be held.
 const BLOCKS_MAX: usize = 4096;

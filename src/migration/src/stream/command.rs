@@ -17,7 +17,7 @@ const SWITCHOVER_START: u16 = 11;
 /// Version byte of a discard command.
 const DISCARD_VERSION: u8 = 0;
 /// The most ranges of a discard command, so that it stays short.
-pub const DISCARD_RANGES_MAX: usize = 12;
+pub(crate) const DISCARD_RANGES_MAX: usize = 12;
 
 /// A command of the source.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,23 +13,26 @@ mod record;
 mod return_path;
 
 pub use block_list::{
-    BlockEntry, BlockList, ListLimits, MAPPED_RAM_ALIGNMENT, MAPPED_RAM_VERSION, MappedRamHeader,
-    RAM_SECTION, RAM_VERSION, entry_len, put_entry, put_list, put_list_start,
+    BlockEntry, BlockList, ListLimits, MAPPED_RAM_ALIGNMENT, MappedRamHeader, RAM_SECTION,
+    RAM_VERSION, entry_len, put_entry, put_list, put_list_start,
 };
-pub use command::{AdvisedSizes, Command, DISCARD_RANGES_MAX};
+pub(crate) use command::DISCARD_RANGES_MAX;
+pub use command::{AdvisedSizes, Command};
 pub use configuration::{CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration};
 pub use page::{PageHeader, PageKind, put_end_of_section};
 pub use page_records::{PageBlocks, PageRecord, PageRecords};
 pub use record::{
-    Record, SectionHeader, SectionKind, put_command, put_continued, put_description, put_eof,
-    put_footer, put_header, put_section, read_footer, read_header, read_record,
+    Record, SectionHeader, SectionKind, make_findable, put_command, put_continued, put_description,
+    put_eof, put_footer, put_header, put_section, read_footer, read_header, read_record,
 };
 pub use return_path::ReturnMessage;
 
 use thiserror::Error;
 use vmstate::wire::WireError;
 
-pub use super::page_bitmap::TARGET_PAGE_SIZE;
+/// The unit of migration, bytes: one page on the stream, one bit in a
+/// [`PageBitmap`](crate::page_bitmap::PageBitmap).
+pub const TARGET_PAGE_SIZE: u64 = 4096;
 
 /// log2 of [`TARGET_PAGE_SIZE`].
 pub const TARGET_PAGE_BITS: u32 = TARGET_PAGE_SIZE.trailing_zeros();

@@ -115,6 +115,22 @@ pub fn put_description(out: &mut Vec<u8>, json: &[u8]) {
     out.put(json);
 }
 
+/// Pads the JSON of a description, an object, so that QEMU's `scripts/analyze-migration.py` finds its start.
+pub fn make_findable(json: &mut Vec<u8>) {
+    let fits = (json.len()..).find(|&len| !hides_its_start(len));
+    let padding = fits.unwrap_or(json.len()) - json.len();
+    json.splice(1..1, std::iter::repeat_n(b' ', padding));
+}
+
+/// Whether QEMU's `scripts/analyze-migration.py` would take a byte of the length of a description
+/// for its first brace: it looks for the last byte in the file that is 0, one of the length's, and
+/// from there for the brace.
+fn hides_its_start(len: usize) -> bool {
+    let len = u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
+    let after_zero = len.iter().rposition(|byte| *byte == 0).map_or(0, |index| index + 1);
+    len[after_zero..].contains(&b'{')
+}
+
 /// Reads magic, version and configuration.
 ///
 /// # Errors

@@ -5,10 +5,10 @@
 
 #![allow(unsafe_code, reason = "system calls and mappings; each block says why it is sound")]
 
-pub mod gather;
+pub(crate) mod gather;
 pub(crate) mod huge_page_cache;
-pub mod huge_pages;
-pub mod kvm;
+pub(crate) mod huge_pages;
+pub(crate) mod kvm;
 pub mod page_faults;
 pub mod pagemap;
 pub mod private_memory;
@@ -23,7 +23,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::ioctl::Opcode;
 
-pub use gather::{GatherWrite, WritePolicy};
+pub use gather::GatherWrite;
+pub(crate) use gather::WritePolicy;
 
 /// An ioctl that takes a structure by address and may return a number.
 ///

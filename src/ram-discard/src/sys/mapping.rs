@@ -29,7 +29,7 @@ pub const ZERO_CHECK_ALIGN: u64 = 64;
 /// hole of the backing file allocates memory for it, so holes are found by the file or the page
 /// tables first. And memory that cannot be had (a file truncated by its other owner, an exhausted
 /// hugetlb pool) raises SIGBUS; only what the kernel reads by address, as
-/// `migration::sys::GatherWrite` has it do, ends with `EFAULT` there. Files sealed with
+/// `migration::GatherWrite` has it do, ends with `EFAULT` there. Files sealed with
 /// `F_SEAL_SHRINK` cannot be truncated.
 pub struct HostMapping {
     start: NonNull<u8>,

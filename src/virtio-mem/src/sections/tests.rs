@@ -1,12 +1,12 @@
 use super::*;
 use crate::controller::{InitialState, StateRecord, StateStore};
 use crate::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
-use migration::devices::{DeviceRegistry, DeviceSection, RegistryError};
 use migration::inspect::inspect;
 use migration::stream::{
     Configuration, SectionHeader, SectionKind, put_description, put_eof, put_footer, put_header,
     put_section,
 };
+use migration::{DeviceRegistry, DeviceSection, RegistryError};
 use proptest::prelude::*;
 use std::io::{self, Cursor};
 use vmstate::wire::WireReader;

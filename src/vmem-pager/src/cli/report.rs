@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use migration::progress::MigrationInfo;
+use migration::MigrationInfo;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 

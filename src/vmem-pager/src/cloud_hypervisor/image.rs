@@ -12,8 +12,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use migration::Progress;
 use migration::page_bitmap::bytes_of;
-use migration::progress::Progress;
 use migration::stream::{
     BlockEntry, BlockList, Configuration, RAM_SECTION, RAM_VERSION, SectionHeader, SectionKind,
     put_footer, put_section,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use migration::bandwidth::Bandwidth;
+use migration::Bandwidth;
 use migration::stream::TARGET_PAGE_SIZE;
 use parking_lot::Mutex;
 

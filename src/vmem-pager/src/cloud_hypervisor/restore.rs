@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use migration::progress::Status;
+use migration::Status;
 use serde_json::json;
 
 use super::channel::Peer;

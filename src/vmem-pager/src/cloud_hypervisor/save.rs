@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use migration::Status;
 use migration::inspect::inspect;
-use migration::progress::Status;
 use serde_json::json;
 
 use super::channel::Peer;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use migration::sys::vmm_faults::{Event, Filled, Stop, VmmFaults};
+use migration::lazy::vmm_faults::{Event, Filled, Stop, VmmFaults};
 use parking_lot::{Mutex, MutexGuard};
 use ram_discard::memory::HostMapping;
 use rustix::io::Errno;

@@ -17,7 +17,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use migration::sys::vmm_faults::{Event, MESSAGE_LEN};
+use migration::lazy::vmm_faults::{Event, MESSAGE_LEN};
 use ram_discard::memory::HostMapping;
 use rustix::fs::{MemfdFlags, memfd_create};
 

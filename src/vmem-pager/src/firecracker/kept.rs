@@ -7,7 +7,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 
-use migration::sys::vmm_faults::VmmFaults;
+use migration::lazy::vmm_faults::VmmFaults;
 use program::service_manager;
 use rustix::fs::{FileType, FlockOperation, fcntl_lock, fstat};
 use rustix::io::Errno;

@@ -24,7 +24,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use migration::sys::vmm_faults::VmmFaults;
+use migration::lazy::vmm_faults::VmmFaults;
 use parking_lot::Mutex;
 use program::service_manager;
 use prometheus_client::registry::Registry;

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use migration::Progress;
 use migration::inspect::VirtioMem;
 use migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
-use migration::progress::Progress;
 use migration::snapshot::write_bitmap;
 use migration::stream::{MappedRamHeader, TARGET_PAGE_SIZE};
 use parking_lot::Mutex;

@@ -5,13 +5,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use migration::Progress;
 use migration::inspect::VirtioMem;
-use migration::make_findable;
-use migration::progress::Progress;
 use migration::snapshot::{NewImage, place, with_mapped_ram};
 use migration::stream::{
-    BlockEntry, BlockList, Configuration, SectionHeader, SectionKind, entry_len, put_continued,
-    put_description, put_end_of_section, put_entry, put_eof, put_footer, put_header,
+    BlockEntry, BlockList, Configuration, SectionHeader, SectionKind, entry_len, make_findable,
+    put_continued, put_description, put_end_of_section, put_entry, put_eof, put_footer, put_header,
     put_list_start, put_section,
 };
 use serde::Deserialize;

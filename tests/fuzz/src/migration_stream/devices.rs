@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 
-use migration::devices::DeviceRegistry;
+use migration::DeviceRegistry;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
 use virtio_mem::sections::{EARLY, NORMAL, VirtioMemState, properties};

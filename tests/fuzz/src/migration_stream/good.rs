@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use migration::progress::Progress;
+use migration::Progress;
 use migration::snapshot::{Snapshot, save};
 
 use super::devices::{Devices, State};

@@ -15,8 +15,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use migration::lazy::OfferedFaults;
 use migration::sys::private_memory::PrivateMemory;
-use migration::sys::shared_faults::OfferedFaults;
 use ram_discard::ByteRange;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 

@@ -7,10 +7,9 @@ use std::thread;
 
 use anyhow::Context;
 use migration::postcopy::{Channels, OnListen};
-use migration::precopy::{Guest, Incoming};
-use migration::progress::Progress;
 use migration::ram::{ListOptions, RamBlocks, RamLoad};
 use migration::snapshot::{self, LazyRestore, Restore};
+use migration::{Guest, Incoming, Progress};
 
 use super::blocks::{self, REGION};
 use super::devices::MachineDevices;

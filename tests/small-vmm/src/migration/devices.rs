@@ -20,10 +20,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anyhow::Context;
-use migration::MigrationError;
-use migration::devices::{DeviceRegistry, DeviceSection, Devices};
 use migration::ram::MigrationBlock;
 use migration::stream::SectionHeader;
+use migration::{DeviceRegistry, DeviceSection, Devices, MigrationError};
 use ram_discard::{RamDiscardManager, Section};
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 use virtio_mem::sections::{self as sections, EARLY_MIGRATION};

@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use migration::progress::Progress;
+use migration::Progress;
 use migration::stream::Configuration;
 use serde::{Deserialize, Serialize};
 

@@ -8,14 +8,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use migration::MigrationError;
-use migration::channel::Channel;
 use migration::lazy::HandlerFailed;
 use migration::postcopy::{
     Channels, GiveUp, OnListen, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen,
 };
-use migration::progress::Progress;
 use migration::ram::RamBlocks;
+use migration::{Channel, MigrationError, Progress};
 
 use super::transport::{self, Listener};
 use super::{PostcopyOptions, When};

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use migration::lazy::FaultStatistics;
-use migration::progress::{MigrationInfo, Status};
+use migration::{MigrationInfo, Status};
 use serde::{Deserialize, Serialize};
 
 /// How a migration stands. Times are in milliseconds.

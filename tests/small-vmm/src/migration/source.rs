@@ -7,12 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use migration::channel::Channel;
 use migration::dirty::{DirtyTracker, NeverWritten};
-use migration::precopy::{Guest, GuestAfter, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
 use migration::snapshot::{self, BackgroundSnapshot, Snapshot};
+use migration::{Channel, Guest, GuestAfter, Outgoing, Parameters, Progress};
 use ram_discard::{FreezeFor, RamDiscardManager};
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 

@@ -1,7 +1,7 @@
 #![allow(clippy::single_range_in_vec_init, reason = "lists of runs, some with a single one")]
 
 use super::*;
-use crate::page_bitmap::TARGET_PAGE_SIZE;
+use crate::stream::TARGET_PAGE_SIZE;
 use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
 use std::fs::File;

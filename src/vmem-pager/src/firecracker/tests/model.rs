@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 
-use migration::sys::vmm_faults::{Filled, MESSAGE_LEN, Stop};
+use migration::lazy::vmm_faults::{Filled, MESSAGE_LEN, Stop};
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use proptest::prelude::*;

@@ -3,9 +3,8 @@
 
 use std::sync::Arc;
 
-use migration::bandwidth::Bandwidth;
-use migration::channel::Channel;
 use migration::stream::{ReturnMessage, TARGET_PAGE_SIZE, put_description};
+use migration::{Bandwidth, Channel};
 use serde_json::json;
 use vmstate::wire::WireReader;
 

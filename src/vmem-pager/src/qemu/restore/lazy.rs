@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::bandwidth::Bandwidth;
-use migration::channel::{Channel, Sink};
 use migration::postcopy::read_received;
 use migration::stream::{Command, ReturnMessage, TARGET_PAGE_SIZE, put_command};
+use migration::{Bandwidth, Channel, Sink};
 use parking_lot::Mutex;
 use rustix::net::sockopt;
 use serde_json::json;

@@ -1,7 +1,7 @@
 //! Writes pages to a channel.
 
-use migration::channel::{Channel, Sink};
 use migration::stream::{PageHeader, PageKind, TARGET_PAGE_SIZE};
+use migration::{Channel, Sink};
 use vmstate::wire::WireWrite;
 
 use super::lost::Lost;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use migration::channel::Channel;
+use migration::Channel;
 use migration::postcopy::Asked;
 use migration::stream::{ReturnMessage, TARGET_PAGE_SIZE};
 use parking_lot::Mutex;

@@ -3,8 +3,8 @@
 use std::io::Read;
 use std::sync::Arc;
 
+use migration::Progress;
 use migration::inspect::VirtioMem;
-use migration::progress::Progress;
 use migration::stream::{
     BlockList, CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Command, Configuration, ListLimits,
     PageHeader, RAM_SECTION, RAM_VERSION, Record, ReturnMessage, SectionHeader, SectionKind,

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration::channel::{Channel, Sink};
 use migration::page_bitmap::PageBitmap;
 use migration::postcopy::put_received;
 use migration::stream::ReturnMessage;
+use migration::{Channel, Sink};
 use rustix::net::RecvFlags;
 
 use super::incoming::Peer;

@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 
+use migration::Status;
 use migration::inspect::{Warning, inspect};
-use migration::progress::Status;
 use serde_json::json;
 use vmstate::wire::WireReader;
 

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
-use migration::progress::Progress;
+use migration::Progress;
 use migration::stream::ReturnMessage;
 use vmstate::wire::WireReader;
 

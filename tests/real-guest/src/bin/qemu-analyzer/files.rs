@@ -6,14 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use migration::channel::Channel;
-use migration::devices::DeviceRegistry;
 use migration::dirty::{DirtyTracker, NeverWritten};
-use migration::precopy::{Guest, Outgoing, Parameters};
-use migration::progress::Progress;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
 use migration::snapshot::{self, BackgroundSnapshot, Snapshot};
 use migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
+use migration::{Channel, DeviceRegistry, Guest, Outgoing, Parameters, Progress};
 use ram_discard::memory::RamBlock;
 use rustix::fs::MemfdFlags;
 use virtio_mem::controller::{InitialState, MemController};
