@@ -20,8 +20,8 @@ mod virtio_mem;
 pub use error::{InspectError, Warning};
 pub use fields::{Field, Structure, Value};
 pub use pages::{PageIndex, PageMap, Word};
-pub use ram::Block;
-pub use virtio_mem::VirtioMem;
+pub use ram::SavedRamBlock;
+pub use virtio_mem::SavedVirtioMem;
 
 use std::io::{Read, Seek, SeekFrom};
 
@@ -51,9 +51,9 @@ pub struct Inspection {
     /// The configuration section.
     pub configuration: Configuration,
     /// RAM blocks, in the order of the stream.
-    pub blocks: Vec<Block>,
+    pub blocks: Vec<SavedRamBlock>,
     /// Sections of devices, in the order of the stream.
-    pub sections: Vec<Section>,
+    pub sections: Vec<SavedSection>,
     /// Commands with their offsets, in the order of the stream.
     pub commands: Vec<(u64, Command)>,
     /// Number of the RAM section.
@@ -61,7 +61,7 @@ pub struct Inspection {
     /// Where the sections of devices begin that follow RAM; those before it are *early*.
     pub after_ram: Option<u64>,
     /// virtio-mem devices, in the order of the stream.
-    pub virtio_mem: Vec<VirtioMem>,
+    pub virtio_mem: Vec<SavedVirtioMem>,
     /// Offset of the record with the JSON description, and the length of the description.
     pub description: Option<(u64, u64)>,
     /// What is odd.
@@ -73,7 +73,7 @@ pub struct Inspection {
 /// The section of a device.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
-pub struct Section {
+pub struct SavedSection {
     /// Where it starts.
     pub offset: u64,
     /// Its bytes, header and footer included; of one that could not be read, up to where that was seen.
@@ -256,7 +256,7 @@ impl<R: Read + Seek, P: PageIndex> Walk<'_, R, P> {
             self.virtio_mem(&header, &state);
         }
         let len = self.reader.offset() - offset;
-        self.out.sections.push(Section { offset, len, header, state });
+        self.out.sections.push(SavedSection { offset, len, header, state });
         read
     }
 
@@ -264,9 +264,10 @@ impl<R: Read + Seek, P: PageIndex> Walk<'_, R, P> {
         let Inspection { virtio_mem: devices, warnings, .. } = &mut *self.out;
         let id = header.instance_id;
         if let Some(path) = virtio_mem::split_id(&header.idstr, virtio_mem::EARLY) {
-            devices.extend(VirtioMem::from_early(path, id, &state.wire_bytes()));
+            devices.extend(SavedVirtioMem::from_early(path, id, &state.wire_bytes()));
         } else if let Some(path) = virtio_mem::split_id(&header.idstr, virtio_mem::NORMAL) {
-            let of_path = |device: &&mut VirtioMem| device.path == path && device.instance_id == id;
+            let of_path =
+                |device: &&mut SavedVirtioMem| device.path == path && device.instance_id == id;
             let device = virtio_mem::device_name(path);
             match devices.iter_mut().find(of_path) {
                 None => warnings.push(Warning::NoEarlySection { device }),
@@ -288,7 +289,7 @@ fn early_shape(reader: &mut dyn WireRead) -> Result<Shape, InspectError> {
         let bytes = geometry[at..].first_chunk().expect("a geometry has three sizes");
         u64::from_be_bytes(*bytes)
     };
-    let bitmap = VirtioMem::bitmap_len(size(8), size(16)).filter(|len| *len <= BITMAP_MAX);
+    let bitmap = SavedVirtioMem::bitmap_len(size(8), size(16)).filter(|len| *len <= BITMAP_MAX);
     let bitmap = bitmap.ok_or(InspectError::Mismatch {
         offset,
         what: "the geometry",

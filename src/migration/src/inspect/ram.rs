@@ -24,7 +24,7 @@ const BITMAP_STEP: u64 = 64 << 10;
 /// A RAM block and its pages. Every page is of [`TARGET_PAGE_SIZE`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Block {
+pub struct SavedRamBlock {
     /// Its id.
     pub id: String,
     /// Its used length, bytes.
@@ -59,7 +59,7 @@ pub(super) struct Ram<P> {
 #[derive(Debug, Default)]
 struct Blocks {
     /// In the order of the stream.
-    list: Vec<Block>,
+    list: Vec<SavedRamBlock>,
     by_id: HashMap<String, usize>,
 }
 
@@ -88,7 +88,7 @@ impl<P: PageIndex> Ram<P> {
     }
 
     /// The blocks in the order of the stream, and of each its pages.
-    pub fn into_parts(self) -> (Vec<Block>, Vec<P>) {
+    pub fn into_parts(self) -> (Vec<SavedRamBlock>, Vec<P>) {
         (self.blocks.list, self.pages)
     }
 
@@ -194,7 +194,7 @@ impl<P: PageIndex> Ram<P> {
         }
         let absent = used_length / TARGET_PAGE_SIZE;
         let (normal, zero, sent) = (0, 0, 0);
-        let block = Block { id, used_length, addr, mapped, normal, zero, absent, sent };
+        let block = SavedRamBlock { id, used_length, addr, mapped, normal, zero, absent, sent };
         self.blocks.list.push(block);
         self.pages.push(P::default());
         Ok(())

@@ -8,7 +8,7 @@ use vmstate::wire::{SUBSECTION, WireRead};
 use super::BITMAP_MAX;
 use super::error::Warning;
 use super::pages::PageMap;
-use super::ram::Block;
+use super::ram::SavedRamBlock;
 use crate::stream::{FormatError, TARGET_PAGE_SIZE};
 
 /// Last part of the id string of the section before RAM.
@@ -38,7 +38,7 @@ pub(super) fn device_name(path: &str) -> String {
 /// A virtio-mem device, as a file has it. All sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct VirtioMem {
+pub struct SavedVirtioMem {
     /// Path of the device: its id string without the last part. Empty when it has none.
     pub path: String,
     /// Its instance.
@@ -63,7 +63,7 @@ pub struct VirtioMem {
     bitmap: Vec<u64>,
 }
 
-impl VirtioMem {
+impl SavedVirtioMem {
     /// Reads the early section: addr, region_size, block_size (be64), node (be32), size (be64) and
     /// the bitmap (be64 words). `None` when there are less bytes than that.
     pub(super) fn from_early(path: &str, instance_id: u32, bytes: &[u8]) -> Option<Self> {
@@ -267,7 +267,7 @@ impl VirtioMem {
     }
 
     /// Looks for pages of the device's block that lie in discarded memory.
-    pub(super) fn check_pages(&self, block: &Block, pages: &PageMap) -> Option<Warning> {
+    pub(super) fn check_pages(&self, block: &SavedRamBlock, pages: &PageMap) -> Option<Warning> {
         if !self.has_blocks() {
             return None;
         }
@@ -298,7 +298,7 @@ impl VirtioMem {
 }
 
 /// Plugged is populated. Of a device whose geometry is impossible nothing is.
-impl RamDiscardSource for VirtioMem {
+impl RamDiscardSource for SavedVirtioMem {
     fn region_size(&self) -> u64 {
         self.region_size
     }

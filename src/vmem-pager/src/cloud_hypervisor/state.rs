@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use migration::inspect::VirtioMem;
+use migration::inspect::SavedVirtioMem;
 use migration::stream::TARGET_PAGE_SIZE;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -19,7 +19,7 @@ const LATE: &str = "virtio-mem";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
     /// What is plugged.
-    pub state: VirtioMem,
+    pub state: SavedVirtioMem,
     /// The payload of the section before RAM that says so in an image.
     pub early: Vec<u8>,
     /// The payload of the section after RAM: usable and requested size. `None` when they are not what
@@ -163,7 +163,7 @@ fn device(mapping: &Mapping, node: Option<&Node>) -> Result<Device, String> {
     }
     let path = mapping.device_path();
     let read =
-        VirtioMem::read_early(&format!("{path}/{EARLY}"), 0, &mut WireReader::new(&early[..]));
+        SavedVirtioMem::read_early(&format!("{path}/{EARLY}"), 0, &mut WireReader::new(&early[..]));
     let Ok(Some((state, _))) = read else {
         return Err(format!("its virtio-mem region of {expected} blocks is more than images take"));
     };

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use migration::Progress;
-use migration::inspect::VirtioMem;
+use migration::inspect::SavedVirtioMem;
 use migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use migration::snapshot::write_bitmap;
 use migration::stream::{MappedRamHeader, TARGET_PAGE_SIZE};
@@ -32,7 +32,7 @@ pub struct PlacedBlock {
     used_length: u64,
     header: MappedRamHeader,
     /// What is discarded of it, if it is a virtio-mem device's.
-    device: Option<VirtioMem>,
+    device: Option<SavedVirtioMem>,
     state: Mutex<State>,
 }
 
@@ -54,7 +54,7 @@ impl PlacedBlock {
         id: String,
         used_length: u64,
         header: MappedRamHeader,
-        device: Option<VirtioMem>,
+        device: Option<SavedVirtioMem>,
     ) -> Self {
         let nr_pages = used_length / TARGET_PAGE_SIZE;
         let state = State {

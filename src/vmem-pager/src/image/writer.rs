@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use migration::Progress;
-use migration::inspect::VirtioMem;
+use migration::inspect::SavedVirtioMem;
 use migration::snapshot::{NewImage, place, with_mapped_ram};
 use migration::stream::{
     BlockEntry, BlockList, Configuration, SectionHeader, SectionKind, entry_len, make_findable,
@@ -119,13 +119,13 @@ pub struct Start<'a> {
     /// Its blocks.
     pub list: &'a BlockList,
     /// virtio-mem devices of the early sections.
-    pub devices: Vec<VirtioMem>,
+    pub devices: Vec<SavedVirtioMem>,
 }
 
 /// Gives each block its virtio-mem device; no two blocks have the same.
-fn assign(devices: Vec<VirtioMem>, list: &BlockList) -> Vec<Option<VirtioMem>> {
+fn assign(devices: Vec<SavedVirtioMem>, list: &BlockList) -> Vec<Option<SavedVirtioMem>> {
     let blocks = || list.entries.iter().map(|entry| (entry.id.as_str(), entry.used_length));
-    let mut of_blocks: Vec<Option<VirtioMem>> = list.entries.iter().map(|_| None).collect();
+    let mut of_blocks: Vec<Option<SavedVirtioMem>> = list.entries.iter().map(|_| None).collect();
     for device in devices {
         if let Some(index) = device.find_block(blocks())
             && of_blocks[index].is_none()

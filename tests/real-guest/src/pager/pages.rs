@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use migration::inspect::{Block, inspect};
+use migration::inspect::{SavedRamBlock, inspect};
 use ram_discard::{FileRange, RamDiscardSource, Section};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -26,7 +26,7 @@ pub fn compare(image: &Path, memory: &[(&str, File)]) -> Result<u64> {
     ensure!(inspection.warnings.is_empty(), "{:?}", inspection.warnings);
     let mut pages = 0;
     for (name, memory) in memory {
-        let of_name = |block: &&Block| block.id.rsplit('/').next() == Some(name);
+        let of_name = |block: &&SavedRamBlock| block.id.rsplit('/').next() == Some(name);
         let block = inspection.blocks.iter().find(of_name);
         let block = block.with_context(|| format!("no block {name} in the image"))?;
         let mut devices = inspection.virtio_mem.iter();
@@ -41,7 +41,7 @@ pub fn compare(image: &Path, memory: &[(&str, File)]) -> Result<u64> {
 
 fn compare_block(
     image: &File,
-    block: &Block,
+    block: &SavedRamBlock,
     memory: &File,
     discarded: &dyn Fn(Section) -> bool,
 ) -> Result<()> {

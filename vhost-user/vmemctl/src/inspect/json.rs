@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use migration::inspect::{Block, Field, Inspection, Section, Structure, Value, VirtioMem};
+use migration::inspect::{
+    Field, Inspection, SavedRamBlock, SavedSection, SavedVirtioMem, Structure, Value,
+};
 use serde_json::{Value as Json, json};
 
 use super::{command_words, hex, layout};
@@ -38,7 +40,7 @@ pub(super) fn inspection(path: &Path, inspection: &Inspection, error: Option<&st
     })
 }
 
-fn block(block: &Block) -> Json {
+fn block(block: &SavedRamBlock) -> Json {
     json!({
         "id": block.id,
         "size": block.used_length,
@@ -52,7 +54,7 @@ fn block(block: &Block) -> Json {
     })
 }
 
-fn device(device: &VirtioMem) -> Json {
+fn device(device: &SavedVirtioMem) -> Json {
     let plugged = device.plugged();
     json!({
         "path": device.path,
@@ -71,7 +73,7 @@ fn device(device: &VirtioMem) -> Json {
     })
 }
 
-fn section(section: &Section) -> Json {
+fn section(section: &SavedSection) -> Json {
     json!({
         "offset": section.offset,
         "id": section.header.idstr,

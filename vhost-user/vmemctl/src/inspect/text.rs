@@ -5,7 +5,9 @@ use std::path::Path;
 
 use program::size::format_size;
 
-use migration::inspect::{Block, Inspection, Section, Structure, Value, VirtioMem};
+use migration::inspect::{
+    Inspection, SavedRamBlock, SavedSection, SavedVirtioMem, Structure, Value,
+};
 
 use super::{command_words, hex, layout};
 
@@ -66,7 +68,7 @@ pub(super) fn inspection(path: &Path, inspection: &Inspection) -> String {
     text
 }
 
-fn blocks(text: &mut String, blocks: &[Block]) {
+fn blocks(text: &mut String, blocks: &[SavedRamBlock]) {
     if blocks.is_empty() {
         return;
     }
@@ -78,7 +80,7 @@ fn blocks(text: &mut String, blocks: &[Block]) {
         "RAM block", "size", "normal", "zero", "absent"
     );
     for (block, id) in blocks.iter().zip(ids) {
-        let Block { used_length, normal, zero, absent, .. } = block;
+        let SavedRamBlock { used_length, normal, zero, absent, .. } = block;
         let size = format_size(*used_length);
         let _ = write!(text, "{id:<width$}  {size:>12}  {normal:>10}  {zero:>10}  {absent:>10}");
         if let Some(addr) = block.addr {
@@ -88,7 +90,7 @@ fn blocks(text: &mut String, blocks: &[Block]) {
     }
 }
 
-fn device(text: &mut String, device: &VirtioMem) {
+fn device(text: &mut String, device: &SavedVirtioMem) {
     let size = |bytes: u64| format!("{} ({bytes} bytes)", format_size(bytes));
     let maybe = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), size);
     let ranges = device.plugged().count();
@@ -112,7 +114,7 @@ fn device(text: &mut String, device: &VirtioMem) {
     }
 }
 
-fn section(text: &mut String, section: &Section) {
+fn section(text: &mut String, section: &SavedSection) {
     let header = &section.header;
     let _ = writeln!(
         text,

@@ -26,8 +26,8 @@ fn range(start: u64, end: u64) -> ram_discard::Section {
 }
 
 /// Of a block: id, bytes, pages with content, of zeros, absent, sent.
-fn summary(block: &Block) -> (&str, u64, u64, u64, u64, u64) {
-    let Block { id, used_length, normal, zero, absent, sent, .. } = block;
+fn summary(block: &SavedRamBlock) -> (&str, u64, u64, u64, u64, u64) {
+    let SavedRamBlock { id, used_length, normal, zero, absent, sent, .. } = block;
     (id, *used_length, *normal, *zero, *absent, *sent)
 }
 
@@ -123,7 +123,7 @@ fn sections_have_their_bytes_and_those_before_ram_are_told_from_those_after_it()
         let [early, normal] = &seen.sections[..] else { panic!("{:?}", seen.sections) };
         let after_ram = seen.after_ram.unwrap();
         assert!(early.offset + early.len < after_ram && after_ram < normal.offset);
-        let of = |section: &Section| {
+        let of = |section: &SavedSection| {
             bytes[section.offset as usize..(section.offset + section.len) as usize].to_vec()
         };
         let mut expected = Vec::new();
@@ -285,7 +285,7 @@ fn sizes_are_found_in_the_state_of_the_transport() {
 #[test]
 fn devices_of_one_size_are_told_apart_by_their_names() {
     let early = Sample::new(false).early();
-    let device = |path: &str| VirtioMem::from_early(path, 0, &early).unwrap();
+    let device = |path: &str| SavedVirtioMem::from_early(path, 0, &early).unwrap();
     let find = |path: &str, blocks: &[(&str, u64)]| device(path).find_block(blocks.iter().copied());
     let blocks = [("ram", REGION), ("b/vmem", REGION), ("a/vmem", REGION)];
     assert_eq!(find("a", &blocks), Some(2));

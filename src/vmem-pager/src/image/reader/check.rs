@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use migration::inspect::{InspectError, Inspection, VirtioMem, Warning, inspect_pages};
+use migration::inspect::{InspectError, Inspection, SavedVirtioMem, Warning, inspect_pages};
 use migration::page_bitmap::PageBitmap;
 use migration::stream::{
     CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Command, MappedRamHeader, TARGET_PAGE_SIZE,
@@ -175,7 +175,7 @@ fn check_records(seen: &Inspection) -> Result<(), String> {
 fn warnings(seen: &Inspection) -> Result<Vec<String>, String> {
     let mut warnings = Vec::new();
     for device in &seen.virtio_mem {
-        if !VirtioMem::has_blocks(device) {
+        if !SavedVirtioMem::has_blocks(device) {
             let path = printable(&device.path);
             return Err(format!("the geometry of the virtio-mem device {path:?} is impossible"));
         }

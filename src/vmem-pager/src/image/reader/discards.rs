@@ -3,7 +3,7 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use migration::inspect::VirtioMem;
+use migration::inspect::SavedVirtioMem;
 use migration::stream::TARGET_PAGE_SIZE;
 use ram_discard::Section;
 use ram_discard::{LocalRamDiscardManager, RegisterError};
@@ -20,7 +20,7 @@ impl Discards {
     /// # Errors
     ///
     /// When the source is refused.
-    pub(super) fn of(device: &VirtioMem) -> Result<Self, RegisterError> {
+    pub(super) fn of(device: &SavedVirtioMem) -> Result<Self, RegisterError> {
         let manager = LocalRamDiscardManager::new(device.region_size);
         manager.add_source(Arc::new(device.clone()))?;
         Ok(Self { device: device.path.clone(), manager })

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use migration::Progress;
-use migration::inspect::VirtioMem;
+use migration::inspect::SavedVirtioMem;
 use migration::stream::{
     BlockList, CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Command, Configuration, ListLimits,
     PageHeader, RAM_SECTION, RAM_VERSION, Record, ReturnMessage, SectionHeader, SectionKind,
@@ -158,7 +158,7 @@ struct Early<'a> {
     configuration: Configuration,
     /// Sections before RAM, as they came.
     bytes: Vec<u8>,
-    devices: Vec<VirtioMem>,
+    devices: Vec<SavedVirtioMem>,
     /// Page sizes that postcopy was advised with, or'ed together.
     advised: u64,
     /// Everything up to the pages, once that is known, if postcopy was advised.
@@ -209,7 +209,7 @@ impl<'a> Early<'a> {
         let SectionHeader { kind, idstr, instance_id, section_id, .. } = header;
         let early = match kind {
             SectionKind::Full if self.devices.len() < DEVICES_MAX => {
-                VirtioMem::read_early(idstr, *instance_id, reader)?
+                SavedVirtioMem::read_early(idstr, *instance_id, reader)?
             }
             _ => None,
         };
