@@ -15,7 +15,7 @@ use common::{compare, head, report};
 use migration::lazy::HandlerFailed;
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use migration::snapshot::{
-    BackgroundSnapshot, Restore, Snapshot, restore, restore_lazily, save, save_in_background,
+    Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save, save_in_background,
 };
 use migration::stream::Configuration;
 use migration::{Guest, MigrationError, NoDevices, Progress};
@@ -64,14 +64,14 @@ fn warm() {
 }
 
 fn save_stopped(side: &Side, file: &File) -> Duration {
-    let snapshot = Snapshot {
+    let stopped = StoppedGuest {
         configuration: Configuration::new("bench"),
         blocks: &side.blocks,
         devices: &mut NoDevices,
         progress: Arc::new(Progress::new()),
     };
     let start = Instant::now();
-    save(snapshot, file).unwrap();
+    save(stopped, file).unwrap();
     start.elapsed()
 }
 
@@ -171,14 +171,14 @@ fn saving() {
         let progress = Arc::new(Progress::new());
         background.push(
             throughput(&guest, |running| {
-                let snapshot = BackgroundSnapshot {
+                let running = RunningGuest {
                     configuration: Configuration::new("bench"),
                     blocks: &guest.blocks,
                     devices: &mut NoDevices,
                     guest: running,
                     progress: Arc::clone(&progress),
                 };
-                save_in_background(snapshot, &temporary()).unwrap();
+                save_in_background(running, &temporary()).unwrap();
             })
             .0,
         );

@@ -25,7 +25,7 @@ use migration::lazy::HandlerFailed;
 use migration::postcopy::{Channels, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen};
 use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{
-    BackgroundSnapshot, LazyRestore, Restore, Snapshot, restore, restore_lazily, save,
+    LazyRestore, Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save,
     save_in_background,
 };
 use migration::stream::Configuration;
@@ -250,14 +250,14 @@ fn breaking(limit: usize) -> (UnixStream, UnixStream) {
 /// Saves a running guest, and restores the file into other memory.
 fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
     let file = tempfile::tempfile().unwrap();
-    let snapshot = BackgroundSnapshot {
+    let running = RunningGuest {
         configuration: Configuration::new("matrix"),
         blocks: &from.blocks,
         devices: &mut NoDevices,
         guest: &**here,
         progress: Arc::new(Progress::new()),
     };
-    save_in_background(snapshot, &file).unwrap();
+    save_in_background(running, &file).unwrap();
     here.wait_rounds(2);
     let what = Restore {
         configuration: Configuration::new("matrix"),
@@ -283,13 +283,13 @@ fn lazily(from: &Side, to: &Side, here: &Arc<Vm>, there: &Arc<Vm>) {
 }
 
 fn save_stopped(from: &Side, file: &File) {
-    let snapshot = Snapshot {
+    let stopped = StoppedGuest {
         configuration: Configuration::new("matrix"),
         blocks: &from.blocks,
         devices: &mut NoDevices,
         progress: Arc::new(Progress::new()),
     };
-    save(snapshot, file).unwrap();
+    save(stopped, file).unwrap();
 }
 
 fn restore_at_once(to: &Side, file: &Arc<File>, failed: Arc<dyn HandlerFailed>) -> LazyRestore {

@@ -12,7 +12,7 @@ use migration::lazy::HandlerFailed;
 use migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
 use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{
-    BackgroundSnapshot, Restore, Snapshot, restore_lazily, save, save_in_background,
+    Restore, RunningGuest, StoppedGuest, restore_lazily, save, save_in_background,
 };
 use migration::stream::Configuration;
 use migration::{
@@ -198,14 +198,14 @@ fn snapshot(case: &Case, from: &Side, dir: &Path) -> Result<Figures> {
 
     let before = Before::now();
     let progress = Arc::new(Progress::new());
-    let snapshot = BackgroundSnapshot {
+    let running = RunningGuest {
         configuration: configuration(),
         blocks: &from.blocks,
         devices: &mut NoDevices,
         guest: &*guest,
         progress: Arc::clone(&progress),
     };
-    save_in_background(snapshot, &file)?;
+    save_in_background(running, &file)?;
     let cpu = before.cpu();
 
     let mut figures =
@@ -217,14 +217,14 @@ fn snapshot(case: &Case, from: &Side, dir: &Path) -> Result<Figures> {
 /// Lets a guest go on from a file that was saved before, while its memory is read.
 fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
     let file = Arc::new(tempfile::tempfile_in(dir)?);
-    let snapshot = Snapshot {
+    let stopped = StoppedGuest {
         configuration: configuration(),
         blocks: &from.blocks,
         devices: &mut NoDevices,
         progress: Arc::new(Progress::new()),
     };
     let resident = from.resident()?;
-    save(snapshot, &file)?;
+    save(stopped, &file)?;
     let after = from.resident()?;
     drop(from);
     let to = Side::new(case)?;

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
 use migration::Progress;
-use migration::snapshot::{Restore, Snapshot, restore, save, write_image};
+use migration::snapshot::{Restore, StoppedGuest, restore, save, write_image};
 use migration::stream::Configuration;
 use virtio_mem::device::{BlockSpan, Request, Response};
 
@@ -33,13 +33,13 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     saved.file.write_all_at(b"what the guest wrote", 5 * BLOCK)?;
     // Under its name the image is whole, or not there.
     write_image(&path, |file| {
-        let snapshot = Snapshot {
+        let stopped = StoppedGuest {
             configuration: configuration(),
             blocks: &saved.blocks,
             devices: &mut saved.devices,
             progress: Arc::new(Progress::new()),
         };
-        save(snapshot, file)
+        save(stopped, file)
     })?;
     let image = File::open(&path)?;
     let seen = image.metadata()?;

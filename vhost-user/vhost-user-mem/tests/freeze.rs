@@ -9,7 +9,7 @@ use std::thread;
 
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
-use migration::snapshot::{BackgroundSnapshot, save_in_background};
+use migration::snapshot::{RunningGuest, save_in_background};
 use migration::stream::Configuration;
 use migration::{
     Channel, Guest, GuestAfter, Incoming, MigrationError, NoDevices, Outgoing, Parameters, Progress,
@@ -169,14 +169,14 @@ fn a_daemon_that_is_killed_and_back_before_the_guest_is_stopped_keeps_the_guest_
 fn a_daemon_that_is_killed_and_back_while_a_guest_is_saved_leaves_no_snapshot() {
     let vm = Vm::new("run", restart_and_unplug);
     let blocks = vm.blocks();
-    let snapshot = BackgroundSnapshot {
+    let running = RunningGuest {
         configuration: Configuration::new("test"),
         blocks: &blocks,
         devices: &mut NoDevices,
         guest: &vm,
         progress: Arc::new(Progress::new()),
     };
-    let error = save_in_background(snapshot, &tempfile::tempfile().unwrap()).unwrap_err();
+    let error = save_in_background(running, &tempfile::tempfile().unwrap()).unwrap_err();
     assert!(matches!(error, MigrationError::FreezeLost(_)), "{error}");
     assert_eq!(vm.log(), ["stop", "run"]);
 }

@@ -10,7 +10,7 @@ use std::thread;
 use anyhow::{Context, Result};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
-use migration::snapshot::{Restore, Snapshot, restore, save};
+use migration::snapshot::{Restore, StoppedGuest, restore, save};
 use migration::stream::Configuration;
 use migration::{Channel, Guest, Incoming, NoDevices, Outgoing, Parameters, Progress};
 use ram_discard::memory::RamBlock;
@@ -143,13 +143,13 @@ impl Copy {
     /// Bytes that the host holds for the file.
     fn to_a_file(&self, to: &Self, dir: &Path, progress: &Arc<Progress>) -> Result<u64> {
         let file = tempfile::tempfile_in(dir)?;
-        let snapshot = Snapshot {
+        let stopped = StoppedGuest {
             configuration: configuration(),
             blocks: &self.blocks,
             devices: &mut NoDevices,
             progress: Arc::clone(progress),
         };
-        save(snapshot, &file)?;
+        save(stopped, &file)?;
         let resident = host::resident(&file)?;
         let back = Restore {
             configuration: configuration(),

@@ -33,7 +33,7 @@ use crate::sys::page_faults::{Fault, FaultKind, PageFaults};
 const STEP: u64 = 256 << 10;
 
 /// A running guest that is to be saved as it is now.
-pub struct BackgroundSnapshot<'a> {
+pub struct RunningGuest<'a> {
     /// Machine type and capabilities.
     pub configuration: Configuration,
     /// Its RAM, mapped where the guest uses it.
@@ -64,25 +64,22 @@ struct State {
     in_flight: Range<u64>,
 }
 
-/// Writes `snapshot` to `file`, which is empty, while the guest runs. Returns when all is written.
+/// Writes `guest` to `file`, which is empty, while the guest runs. Returns when all is written.
 ///
 /// # Errors
 ///
 /// Why it could not be written; the file is of no use then. The guest runs on in any case. What
 /// kernel or memory lack is found out before anything changes.
-pub fn save_in_background(
-    snapshot: BackgroundSnapshot<'_>,
-    file: &File,
-) -> Result<(), MigrationError> {
-    let progress = Arc::clone(&snapshot.progress);
+pub fn save_in_background(guest: RunningGuest<'_>, file: &File) -> Result<(), MigrationError> {
+    let progress = Arc::clone(&guest.progress);
     progress.set_status(Status::Setup);
-    let result = save_protected(snapshot, file);
+    let result = save_protected(guest, file);
     ended(&progress, &result);
     result
 }
 
-fn save_protected(snapshot: BackgroundSnapshot<'_>, file: &File) -> Result<(), MigrationError> {
-    let BackgroundSnapshot { configuration, blocks, devices, guest, progress } = snapshot;
+fn save_protected(guest: RunningGuest<'_>, file: &File) -> Result<(), MigrationError> {
+    let RunningGuest { configuration, blocks, devices, guest, progress } = guest;
     // All that can be refused comes first.
     let mut faults = PageFaults::open(FaultKind::WriteProtected)
         .map_err(MigrationError::io("use userfaultfd"))?;

@@ -13,11 +13,11 @@ mod save;
 mod sink;
 mod stream;
 
-pub use background::{BackgroundSnapshot, save_in_background};
+pub use background::{RunningGuest, save_in_background};
 pub use image::{NewImage, write_image};
 pub use lazy::{LazyRestore, restore_lazily};
 pub use load::{Restore, restore};
-pub use save::{Snapshot, save, write_bitmap};
+pub use save::{StoppedGuest, save, write_bitmap};
 
 use super::stream::TARGET_PAGE_SIZE;
 use crate::stream::{CAPABILITY_MAPPED_RAM, Configuration, MAPPED_RAM_ALIGNMENT, MappedRamHeader};

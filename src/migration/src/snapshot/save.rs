@@ -27,7 +27,7 @@ use crate::sys::GatherWrite;
 const RAM_SECTION_ID: u32 = 0;
 
 /// A stopped guest that is to be saved. It stays stopped, and is not changed.
-pub struct Snapshot<'a> {
+pub struct StoppedGuest<'a> {
     /// Machine type and capabilities.
     pub configuration: Configuration,
     /// Its RAM.
@@ -38,7 +38,7 @@ pub struct Snapshot<'a> {
     pub progress: Arc<Progress>,
 }
 
-/// Writes `snapshot` to `file`, which is empty. Data is on the disk before the end of the stream is
+/// Writes `guest` to `file`, which is empty. Data is on the disk before the end of the stream is
 /// written, and all of it when this returns; a file of its own name is [`write_image`]'s.
 ///
 /// [`write_image`]: super::write_image
@@ -46,10 +46,10 @@ pub struct Snapshot<'a> {
 /// # Errors
 ///
 /// Why it could not be written; the file is of no use then.
-pub fn save(snapshot: Snapshot<'_>, file: &File) -> Result<(), MigrationError> {
-    let progress = Arc::clone(&snapshot.progress);
+pub fn save(guest: StoppedGuest<'_>, file: &File) -> Result<(), MigrationError> {
+    let progress = Arc::clone(&guest.progress);
     progress.set_status(Status::Setup);
-    let result = save_stopped(snapshot, file);
+    let result = save_stopped(guest, file);
     ended(&progress, &result);
     result
 }
@@ -62,8 +62,8 @@ pub(super) fn ended(progress: &Progress, result: &Result<(), MigrationError>) {
     }
 }
 
-fn save_stopped(snapshot: Snapshot<'_>, file: &File) -> Result<(), MigrationError> {
-    let Snapshot { configuration, blocks, devices, progress } = snapshot;
+fn save_stopped(guest: StoppedGuest<'_>, file: &File) -> Result<(), MigrationError> {
+    let StoppedGuest { configuration, blocks, devices, progress } = guest;
     let mut out = FileSink::of_empty(file)?;
     let frozen = FrozenBlocks::new(blocks.migratable()?, FreezeFor::Source)?;
     let mut framing = Framing::begin(&mut out, &with_mapped_ram(&configuration))?;

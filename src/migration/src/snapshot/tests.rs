@@ -24,13 +24,13 @@ use vmstate::wire::WireRead;
 
 fn save_to(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::MigrationInfo) {
     let progress = Arc::new(Progress::new());
-    let snapshot = Snapshot {
+    let stopped = StoppedGuest {
         configuration: Configuration::new("test"),
         blocks: &side.blocks,
         devices: &mut NoDevices,
         progress: Arc::clone(&progress),
     };
-    (save(snapshot, file), progress.snapshot())
+    (save(stopped, file), progress.snapshot())
 }
 
 fn restore_from(side: &Side, file: &File) -> Result<(), MigrationError> {
@@ -331,14 +331,14 @@ impl Devices for Losing {
 fn a_freeze_that_was_lost_while_a_stopped_guest_is_saved_leaves_no_snapshot() {
     let from = filled();
     let progress = Arc::new(Progress::new());
-    let snapshot = Snapshot {
+    let stopped = StoppedGuest {
         configuration: Configuration::new("test"),
         blocks: &from.blocks,
         devices: &mut Losing(Arc::clone(from.manager.as_ref().unwrap())),
         progress: Arc::clone(&progress),
     };
     let file = tempfile::tempfile().unwrap();
-    assert!(matches!(save(snapshot, &file), Err(MigrationError::FreezeLost(_))));
+    assert!(matches!(save(stopped, &file), Err(MigrationError::FreezeLost(_))));
     assert_eq!(progress.status(), Status::Failed);
     restore_from(&Side::new(&[1, 4, 5]), &file).unwrap_err();
 }

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use migration::Progress;
-use migration::snapshot::{Snapshot, save};
+use migration::snapshot::{StoppedGuest, save};
 
 use super::devices::{Devices, State};
 use super::edits::{Good, edit, undo};
@@ -61,13 +61,13 @@ fn record_stream(sharing: Sharing) -> Vec<u8> {
 fn saved_file(sharing: Sharing) -> Vec<u8> {
     let mut file = memfd("snapshot");
     with_source(sharing, |side| {
-        let snapshot = Snapshot {
+        let stopped = StoppedGuest {
             configuration: sharing.configuration(),
             blocks: &side.blocks,
             devices: &mut Devices::new(State::used()).registry,
             progress: Arc::new(Progress::new()),
         };
-        save(snapshot, &file).unwrap();
+        save(stopped, &file).unwrap();
     });
     let mut bytes = Vec::new();
     file.rewind().unwrap();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
-use migration::snapshot::{self, BackgroundSnapshot, Snapshot};
+use migration::snapshot::{self, RunningGuest, StoppedGuest};
 use migration::{Channel, Guest, GuestAfter, Outgoing, Parameters, Progress};
 use ram_discard::{FreezeFor, RamDiscardManager};
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
@@ -85,12 +85,12 @@ pub(super) fn snapshot(
     let (blocks, devices) = (&blocks, &mut devices);
     if background {
         let guest = &**machine;
-        let snapshot = BackgroundSnapshot { configuration, blocks, devices, guest, progress };
-        return Ok(snapshot::save_in_background(snapshot, &file)?);
+        let running = RunningGuest { configuration, blocks, devices, guest, progress };
+        return Ok(snapshot::save_in_background(running, &file)?);
     }
     machine.stop().map_err(anyhow::Error::msg)?;
-    let snapshot = Snapshot { configuration, blocks, devices, progress };
-    let saved = snapshot::save(snapshot, &file);
+    let stopped = StoppedGuest { configuration, blocks, devices, progress };
+    let saved = snapshot::save(stopped, &file);
     machine.run().map_err(anyhow::Error::msg)?;
     Ok(saved?)
 }

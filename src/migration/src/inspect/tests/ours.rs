@@ -10,7 +10,7 @@ use super::*;
 use crate::MigrationError;
 use crate::devices::{DeviceSection, Devices};
 use crate::progress::Progress;
-use crate::snapshot::{self, Snapshot};
+use crate::snapshot::{self, StoppedGuest};
 use crate::test_support::{BLOCK, PAGE, Side, fill};
 
 const ADDR: u64 = 1 << 32;
@@ -69,7 +69,7 @@ fn a_snapshot_is_read() {
     fill(&side.boot, 3..5, 5);
     let file = tempfile::tempfile().unwrap();
     let mut device = Device { plugged: plugged.iter().map(|block| 1 << block).sum() };
-    let saved = Snapshot {
+    let saved = StoppedGuest {
         configuration: Configuration::new("test"),
         blocks: &side.blocks,
         devices: &mut device,

@@ -5,7 +5,7 @@ use super::*;
 use crate::lazy::HandlerFailed;
 use crate::postcopy::SwitchWhen;
 use crate::snapshot::{
-    BackgroundSnapshot, Restore, Snapshot, restore, restore_lazily, save, save_in_background,
+    Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save, save_in_background,
 };
 
 /// A side with such a block of `size` bytes, `used` of which are in use.
@@ -72,11 +72,11 @@ fn snapshots_and_restores_follow_it_eager_and_lazy() {
         let configured = configuration();
         if background {
             let (configuration, guest) = (configured, &Witness::default());
-            let snapshot = BackgroundSnapshot { configuration, blocks, devices, guest, progress };
-            save_in_background(snapshot, &file).unwrap();
+            let running = RunningGuest { configuration, blocks, devices, guest, progress };
+            save_in_background(running, &file).unwrap();
         } else {
             let configuration = configured;
-            save(Snapshot { configuration, blocks, devices, progress }, &file).unwrap();
+            save(StoppedGuest { configuration, blocks, devices, progress }, &file).unwrap();
         }
         let what = |to: &Side| (Arc::clone(&to.blocks), Arc::new(Progress::new()));
         let (blocks, progress) = what(&destinations[0]);

@@ -56,14 +56,14 @@ pub(super) fn save_running_while(
         runs: std::sync::atomic::AtomicUsize::new(0),
         happens: std::sync::Mutex::new(happens),
     };
-    let snapshot = BackgroundSnapshot {
+    let running = RunningGuest {
         configuration: Configuration::new("test"),
         blocks: &side.blocks,
         devices: &mut NoDevices,
         guest: &guest,
         progress: Arc::clone(&progress),
     };
-    let result = save_in_background(snapshot, file);
+    let result = save_in_background(running, file);
     for thread in guest.threads.into_inner().unwrap() {
         thread.join().unwrap();
     }
@@ -113,14 +113,14 @@ fn a_cancel_is_noticed_while_memory_that_others_write_is_saved() {
     let progress = Arc::new(Progress::new());
     progress.cancel();
     let guest = StopsAndRuns::default();
-    let snapshot = BackgroundSnapshot {
+    let running = RunningGuest {
         configuration: Configuration::new("test"),
         blocks: &blocks,
         devices: &mut NoDevices,
         guest: &guest,
         progress: Arc::clone(&progress),
     };
-    let error = save_in_background(snapshot, &tempfile::tempfile().unwrap()).unwrap_err();
+    let error = save_in_background(running, &tempfile::tempfile().unwrap()).unwrap_err();
     assert!(matches!(error, MigrationError::Cancelled), "{error}");
     assert_eq!(*guest.0.lock().unwrap(), ["stop", "run"]);
     let seen = progress.snapshot();

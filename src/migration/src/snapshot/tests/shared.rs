@@ -29,10 +29,10 @@ fn saved(from: &Side, background: bool) -> File {
     let (configuration, blocks, devices) = (configuration(), &*from.blocks, &mut NoDevices);
     if background {
         let guest = &Writes(Arc::clone(from.blocks.get("ram").unwrap().mapping()));
-        let snapshot = BackgroundSnapshot { configuration, blocks, devices, guest, progress };
-        save_in_background(snapshot, &file).unwrap();
+        let running = RunningGuest { configuration, blocks, devices, guest, progress };
+        save_in_background(running, &file).unwrap();
     } else {
-        save(Snapshot { configuration, blocks, devices, progress }, &file).unwrap();
+        save(StoppedGuest { configuration, blocks, devices, progress }, &file).unwrap();
     }
     file
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
-use migration::snapshot::{self, BackgroundSnapshot, Snapshot};
+use migration::snapshot::{self, RunningGuest, StoppedGuest};
 use migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
 use migration::{Channel, DeviceRegistry, Guest, Outgoing, Parameters, Progress};
 use ram_discard::memory::RamBlock;
@@ -172,22 +172,22 @@ fn stream(machine: &Machine, file: &File) -> Result<()> {
 }
 
 fn snapshot(machine: &Machine, file: &File) -> Result<()> {
-    let snapshot = Snapshot {
+    let stopped = StoppedGuest {
         configuration: machine.configuration(),
         blocks: &machine.blocks,
         devices: &mut machine.devices()?,
         progress: Arc::new(Progress::new()),
     };
-    Ok(snapshot::save(snapshot, file)?)
+    Ok(snapshot::save(stopped, file)?)
 }
 
 fn background(machine: &Machine, file: &File) -> Result<()> {
-    let snapshot = BackgroundSnapshot {
+    let running = RunningGuest {
         configuration: machine.configuration(),
         blocks: &machine.blocks,
         devices: &mut machine.devices()?,
         guest: &Idle,
         progress: Arc::new(Progress::new()),
     };
-    Ok(snapshot::save_in_background(snapshot, file)?)
+    Ok(snapshot::save_in_background(running, file)?)
 }
