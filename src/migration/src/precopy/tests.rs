@@ -33,8 +33,8 @@ use crate::handler::{PostcopySave, SaveHandler};
 use crate::page_bitmap::PageBitmap;
 use crate::progress::{MigrationInfo, Progress, Status};
 use crate::ram::{
-    BlockError, BlockOptions, ListOptions, Migratable, MigrationBlock, RamBlocks, RamLoad, RamSave,
-    ZeroPageDetection,
+    BlockError, BlockOptions, ListOptions, MigrationBlock, Participation, RamBlocks, RamLoad,
+    RamSave, ZeroPageDetection,
 };
 use crate::stream::Configuration;
 use crate::test_support::{BLOCK, Log, PAGE, Side, TestManager, fill, memfd, migration_block};
@@ -349,8 +349,9 @@ fn blocks_that_differ_are_refused_by_name_with_both_values() {
     assert_eq!(error, "RAM block \"vmem0\": length 0x400000 in the stream, 0x200000 here");
 
     let mut blocks = RamBlocks::new();
-    let no = BlockOptions { migratable: Migratable::No, ..BlockOptions::default() };
-    blocks.register(Arc::new(migration_block("vmem0", &to.region, 16 * BLOCK, no))).unwrap();
+    let left_out =
+        BlockOptions { participation: Participation::LeftOut, ..BlockOptions::default() };
+    blocks.register(Arc::new(migration_block("vmem0", &to.region, 16 * BLOCK, left_out))).unwrap();
     to.blocks = Arc::new(blocks);
     let run = migrate(&from, &to, &Script::default(), Witness::default());
     let error = run.incoming.unwrap_err().to_string();

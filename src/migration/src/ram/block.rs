@@ -16,11 +16,11 @@ use crate::sys::huge_page_cache;
 
 /// Whether a block takes part in migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Migratable {
-    /// Its pages are sent.
-    Yes,
+pub enum Participation {
+    /// It is in the list of blocks, and its pages are sent.
+    Listed,
     /// The destination makes its own: it is left out of the list.
-    No,
+    LeftOut,
     /// Not declared: migration refuses to start, since the VMM has forgotten it.
     #[default]
     Undeclared,
@@ -40,7 +40,7 @@ pub enum ZeroPageDetection {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockOptions {
     /// Whether it takes part.
-    pub migratable: Migratable,
+    pub participation: Participation,
     /// Whether its memory is a file that the destination has too: with x-ignore-shared it is
     /// listed, but its pages are not sent.
     pub shared: bool,
@@ -69,7 +69,7 @@ pub struct BlockOptions {
 impl BlockOptions {
     /// Of a block whose pages are sent.
     pub fn migratable() -> Self {
-        Self { migratable: Migratable::Yes, ..Self::default() }
+        Self { participation: Participation::Listed, ..Self::default() }
     }
 }
 

@@ -9,7 +9,7 @@ mod save;
 mod zero_runs;
 
 pub(crate) use block::InMigration;
-pub use block::{BlockOptions, Migratable, MigrationBlock, ZeroPageDetection};
+pub use block::{BlockOptions, MigrationBlock, Participation, ZeroPageDetection};
 pub(crate) use frozen::FrozenBlocks;
 pub use load::RamLoad;
 pub(crate) use prepare::prepare;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use thiserror::Error;
 
-use super::{Migratable, MigrationBlock};
+use super::{MigrationBlock, Participation};
 use crate::error::MigrationError;
 use crate::stream::{
     BlockEntry, BlockList, CAPABILITY_IGNORE_SHARED, Configuration, TARGET_PAGE_SIZE,
@@ -204,10 +204,10 @@ impl RamBlocks {
     pub fn migratable(&self) -> Result<Vec<Arc<MigrationBlock>>, BlockError> {
         let mut migratable = Vec::new();
         for block in &self.blocks {
-            match block.options().migratable {
-                Migratable::Yes => migratable.push(Arc::clone(block)),
-                Migratable::No => {}
-                Migratable::Undeclared => {
+            match block.options().participation {
+                Participation::Listed => migratable.push(Arc::clone(block)),
+                Participation::LeftOut => {}
+                Participation::Undeclared => {
                     return Err(BlockError::Undeclared { id: block.id().to_owned() });
                 }
             }
@@ -295,7 +295,7 @@ impl RamBlocks {
         options: ListOptions,
     ) -> Result<(), BlockError> {
         let id = entry.id.clone();
-        if block.options().migratable != Migratable::Yes {
+        if block.options().participation != Participation::Listed {
             return Err(BlockError::NotMigratable { id });
         }
         let (stream, local) = (entry.used_length, block.used_length());

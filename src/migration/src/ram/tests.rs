@@ -125,10 +125,10 @@ fn save_of(blocks: &RamBlocks) -> RamSave {
 #[test]
 fn blocks_that_do_not_migrate_are_left_out_at_the_source() {
     let mut blocks = RamBlocks::new();
-    for (id, migratable) in [("rom", Migratable::No), ("ram", Migratable::Yes)] {
+    for (id, participation) in [("rom", Participation::LeftOut), ("ram", Participation::Listed)] {
         let file = memfd(1 << 20);
         fill(&file, 0..4, 1);
-        let options = BlockOptions { migratable, ..BlockOptions::default() };
+        let options = BlockOptions { participation, ..BlockOptions::default() };
         blocks.register(Arc::new(migration_block(id, &file, 1 << 20, options))).unwrap();
     }
     let list = blocks.list(ListOptions::default()).unwrap();
