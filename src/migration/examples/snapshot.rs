@@ -57,7 +57,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let mut bytes = [0; 20];
     file.read_exact_at(&mut bytes, 5 * BLOCK)?;
     assert_eq!(&bytes, b"what the guest wrote");
-    assert_eq!(controller.ranges(true), saved.controller.ranges(true));
+    assert_eq!(controller.plugged_ranges(), saved.controller.plugged_ranges());
     println!("restored: resident {:?} bytes", controller.resident_size());
     Ok(())
 }

@@ -55,7 +55,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     assert_eq!(controller.config().plugged_size, 64 * MIB);
     // Plugged costs nothing; what the guest writes is resident.
     file.write_all_at(&[1; 4096], 0)?;
-    println!("plugged {:?}, resident {:?}", controller.ranges(true), controller.resident_size());
+    println!(
+        "plugged {:?}, resident {:?}",
+        controller.plugged_ranges(),
+        controller.resident_size()
+    );
 
     // More than was asked for is refused, and an unplugged block's memory is gone at once.
     let more = Request::Plug(BlockSpan { addr: ADDR + 64 * MIB, nb_blocks: 1 });
@@ -63,6 +67,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let unplug = Request::Unplug(BlockSpan { addr: ADDR, nb_blocks: 1 });
     assert_eq!(controller.execute(unplug), Response::Ack);
     assert_eq!(controller.resident_size(), Some(0));
-    println!("unplugged: discarded {:?}", controller.ranges(false));
+    println!("unplugged: discarded {:?}", controller.unplugged_ranges());
     Ok(())
 }

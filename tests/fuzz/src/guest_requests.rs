@@ -193,10 +193,11 @@ impl Pair {
         let field = |at: usize| u64::from_le_bytes(config[at..at + 8].try_into().unwrap());
         let fields = [0, 8, 16, 24, 32, 40, 48].map(field);
         assert_eq!(fields, [BLOCK, 0, ADDR, REGION, *usable, size, *requested]);
-        for state in [true, false] {
+        let ranges = [self.controller.plugged_ranges(), self.controller.unplugged_ranges()];
+        for (state, ranges) in [true, false].into_iter().zip(ranges) {
             let mut runs = vec![!state; NR];
             let mut end = None;
-            for range in self.controller.ranges(state) {
+            for range in ranges {
                 assert!(end.is_none_or(|end| end < range.start()), "{range} is not maximal");
                 end = Some(range.end());
                 let index = |at: u64| usize::try_from(at / BLOCK).unwrap();

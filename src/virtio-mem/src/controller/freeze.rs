@@ -59,7 +59,7 @@ impl MemController {
         }
         drop(state);
         if holder == FreezeHolder::Incoming {
-            self.memory.set_incoming(true);
+            self.memory.begin_incoming();
         }
         if !was_frozen {
             self.frozen();
@@ -81,7 +81,7 @@ impl MemController {
             return if state.thaw_unsaved { state.save_holders() } else { Ok(()) };
         };
         if holder == FreezeHolder::Incoming {
-            self.memory.set_incoming(false);
+            self.memory.end_incoming();
         }
         let saved = state.save_holders();
         state.thaw_unsaved = saved.is_err();

@@ -72,7 +72,7 @@ impl MemController {
         }
         // Also of blocks that were plugged before: a stream that broke off may have taken theirs.
         self.reserve(&self.memory.blocks(), || self.sections(device.blocks()))?;
-        self.memory.set_loading(true);
+        let loading = self.memory.begin_load();
         let populated = transaction.notify_populate_all(self.source, &plugged);
         let loaded = populated.map_err(LoadStateError::from).and_then(|()| {
             let changed = !plugged.is_empty() || !unplugged.is_empty();
@@ -80,7 +80,7 @@ impl MemController {
                 .commit_state(device, changed)
                 .inspect_err(|_| transaction.notify_discard_all(self.source, &plugged))?)
         });
-        self.memory.set_loading(false);
+        drop(loading);
         loaded?;
         transaction.notify_discard_all(self.source, &unplugged);
         self.sweep_or(Sweep::WhenMapped);

@@ -33,7 +33,7 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 use ram_discard::memory::{BackingKind, RamBlock, RamBlockError};
 use ram_discard::{
     FreezeFor, ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardSource,
-    RegisterError, Section, SourceId, Transaction,
+    RegisterError, Section, SourceId, Transaction, Visit,
 };
 use thiserror::Error;
 
@@ -237,20 +237,28 @@ impl MemController {
         self.manager.is_frozen()
     }
 
-    /// Maximal ranges of plugged blocks (`plugged` true) or of discarded ones, bytes from the
-    /// start of the region, ascending.
-    pub fn ranges(&self, plugged: bool) -> Vec<Section> {
+    /// Maximal ranges of plugged blocks, bytes from the start of the region, ascending.
+    pub fn plugged_ranges(&self) -> Vec<Section> {
+        self.collect(|section, collect| self.manager.replay_populated(section, collect))
+    }
+
+    /// Maximal ranges of unplugged blocks, whose memory is discarded: bytes from the start of the region,
+    /// ascending.
+    pub fn unplugged_ranges(&self) -> Vec<Section> {
+        self.collect(|section, collect| self.manager.replay_discarded(section, collect))
+    }
+
+    /// What a replay over the whole region visits.
+    fn collect(
+        &self,
+        replay: impl FnOnce(Section, &mut Visit<'_>) -> ControlFlow<()>,
+    ) -> Vec<Section> {
         let mut ranges = Vec::new();
         if let Some(section) = self.geometry.section() {
-            let collect = |range| {
+            let _ = replay(section, &mut |range| {
                 ranges.push(range);
                 ControlFlow::Continue(())
-            };
-            let _ = if plugged {
-                self.manager.replay_populated(section, collect)
-            } else {
-                self.manager.replay_discarded(section, collect)
-            };
+            });
         }
         ranges
     }
@@ -280,7 +288,8 @@ impl MemController {
         let section = self.geometry.section()?;
         let granularity = granularity.clamp(1, self.geometry.region_size());
         let unit = granularity.next_multiple_of(self.geometry.block_size());
-        let plugged = if self.memory.has_hugetlb() { self.served.ranges(true) } else { Vec::new() };
+        let plugged =
+            if self.memory.has_hugetlb() { self.served.plugged_ranges() } else { Vec::new() };
         self.memory.resident_units(section, unit, &plugged)
     }
 
@@ -341,7 +350,7 @@ impl MemController {
     pub fn set_memory(&self, blocks: Vec<Arc<RamBlock>>) -> Result<(), RamBlockError> {
         blocks.iter().try_for_each(|block| self.memory.check(block))?;
         let _no_change_under_way = self.manager.begin();
-        self.reserve(&blocks, || self.served.ranges(true))?;
+        self.reserve(&blocks, || self.served.plugged_ranges())?;
         let before = self.memory.replace(blocks);
         let is_new = |block: &Arc<RamBlock>| !before.iter().any(|old| old.is_same_memory(block));
         let sweep = self.state().sweep;
@@ -373,7 +382,7 @@ impl MemController {
     /// When the pool has none; those that were taken stay.
     pub fn reserve_memory(&self) -> Result<(), RamBlockError> {
         let _no_change_under_way = self.manager.begin();
-        self.reserve(&self.memory.blocks(), || self.served.ranges(true))
+        self.reserve(&self.memory.blocks(), || self.served.plugged_ranges())
     }
 
     /// `plugged` is asked for where that matters.
@@ -399,7 +408,7 @@ impl MemController {
             self.unplug_all(transaction)?;
         } else {
             // The memory is gone with the VM; what comes next is swept.
-            let plugged = self.served.ranges(true);
+            let plugged = self.served.plugged_ranges();
             self.commit_or(&Change::UnplugAll, JournalUpdate::Forget)?;
             transaction.notify_discard_all(self.source, &plugged);
         }
@@ -412,7 +421,7 @@ impl MemController {
     /// Gives back what discarded ranges hold, of what is not mapped `later`.
     fn sweep_or(&self, later: Sweep) {
         if self.memory.may_be_resident()
-            && let Err(error) = self.memory.sweep(&self.served.ranges(false))
+            && let Err(error) = self.memory.sweep(&self.served.unplugged_ranges())
         {
             tracing::error!(%error, "cannot discard what unplugged blocks were left with");
         }

@@ -139,7 +139,7 @@ impl MemController {
     }
 
     pub(super) fn unplug_all(&self, transaction: &mut Transaction<'_>) -> Result<(), ResetError> {
-        let plugged = self.served.ranges(true);
+        let plugged = self.served.plugged_ranges();
         if self.memory.is_mapped() {
             plugged.iter().try_for_each(|&section| self.memory.ready(section))?;
         } else if let Some(&section) = plugged.first() {

@@ -96,7 +96,17 @@ impl DeviceSource {
         index(section.start() / block_size)..index(section.end().div_ceil(block_size))
     }
 
-    pub(super) fn ranges(&self, populated: bool) -> Vec<Section> {
+    /// Maximal ranges of plugged blocks, ascending.
+    pub(super) fn plugged_ranges(&self) -> Vec<Section> {
+        self.ranges(true)
+    }
+
+    /// Maximal ranges of unplugged blocks, ascending.
+    pub(super) fn unplugged_ranges(&self) -> Vec<Section> {
+        self.ranges(false)
+    }
+
+    fn ranges(&self, populated: bool) -> Vec<Section> {
         let mut ranges = Vec::new();
         if let Some(section) = self.geometry.section() {
             let _ = self.replay(section, populated, &mut |range| {

@@ -132,8 +132,8 @@ fn unplug_gives_the_memory_back_and_leaves_the_neighbours() {
     assert_eq!(rig.execute(unplug(2, 3)), Response::Ack);
     assert_eq!(rig.held(), 5);
     assert_eq!(rig.controller.resident_size(), Some(5 * BLOCK));
-    assert_eq!(rig.controller.ranges(true), [section(0, 2), section(5, 8)]);
-    assert_eq!(rig.controller.ranges(false), [section(2, 5), section(8, NR)]);
+    assert_eq!(rig.controller.plugged_ranges(), [section(0, 2), section(5, 8)]);
+    assert_eq!(rig.controller.unplugged_ranges(), [section(2, 5), section(8, NR)]);
 }
 
 #[test]
@@ -455,5 +455,5 @@ fn replays_of_many_runs_are_whole() {
         rig.execute(plug(block, 1));
     }
     let expected: Vec<_> = (0..NR).step_by(2).map(|block| section(block, block + 1)).collect();
-    assert_eq!(rig.controller.ranges(true), expected);
+    assert_eq!(rig.controller.plugged_ranges(), expected);
 }

@@ -61,6 +61,15 @@ struct Table {
     failures: u64,
 }
 
+/// A load of the device's state that is under way.
+pub(crate) struct Loading<'a>(&'a AtomicBool);
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 /// Part of a section: a RAM block and the bytes of its file.
 type Piece = (Arc<RamBlock>, FileRange);
 /// What lies behind a section: of a request's, nearly always one.
@@ -87,17 +96,24 @@ impl RegionMemory {
         block.check_block_size(self.geometry.addr(), self.geometry.block_size())
     }
 
-    /// Says whether memory of plugged blocks is still to come (postcopy). Until it has, no huge page
-    /// is taken for them: one that is there is not missed by who touches it.
-    pub(crate) fn set_incoming(&self, incoming: bool) {
-        self.incoming.store(incoming, Ordering::Release);
+    /// Memory of plugged blocks is outstanding from now on (postcopy). Until it has
+    /// [arrived](Self::end_incoming), no huge page is taken for them: an access to one that is there would not
+    /// wait for what arrives.
+    pub(crate) fn begin_incoming(&self) {
+        self.incoming.store(true, Ordering::Release);
     }
 
-    /// Says whether a state is being loaded. Until it is there, its listener takes nothing, since that
-    /// was done before, and gives nothing back: the memory of blocks that become plugged may have come
+    /// Memory of plugged blocks has arrived, or is given up.
+    pub(crate) fn end_incoming(&self) {
+        self.incoming.store(false, Ordering::Release);
+    }
+
+    /// A state is loaded for as long as the guard lives. Until then the listener takes no memory, since that
+    /// was done before, and discards none: the memory of blocks that become plugged may have arrived
     /// before, and must stay if they do not.
-    pub(crate) fn set_loading(&self, loading: bool) {
-        self.loading.store(loading, Ordering::Release);
+    pub(crate) fn begin_load(&self) -> Loading<'_> {
+        self.loading.store(true, Ordering::Release);
+        Loading(&self.loading)
     }
 
     fn is_loading(&self) -> bool {
