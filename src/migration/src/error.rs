@@ -68,6 +68,38 @@ pub enum MigrationError {
         /// What is wrong with it.
         what: String,
     },
+    /// The stream or the file ends RAM without a list of blocks.
+    #[error(
+        "there is no RAM in what was received: a list of RAM blocks was expected before its end"
+    )]
+    NoRam,
+    /// A page that is outstanding has data here, which would be taken for it.
+    #[error(
+        "the outstanding page at {offset:#x} of block {block:?} has data here, which cannot be discarded"
+    )]
+    Present {
+        /// Id of the block.
+        block: String,
+        /// Bytes from the start of the block.
+        offset: u64,
+    },
+    /// A range is not whole pages of a block.
+    #[error(
+        "RAM block {block:?}: {len:#x} bytes at {start:#x} are not whole pages of {page_size:#x} within \
+         its {used_length:#x} bytes"
+    )]
+    NotWholePages {
+        /// Id of the block.
+        block: String,
+        /// Bytes from the start of the block.
+        start: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes of a page of the block.
+        page_size: u64,
+        /// Bytes of the block that are in use.
+        used_length: u64,
+    },
     /// A section that is unknown here, or out of place.
     #[error("section {section:?} at byte {at:#x} of the stream: {what}")]
     Section {

@@ -168,12 +168,8 @@ impl LazyBlock {
         match present {
             None => Ok(()),
             Some(page) => {
-                let what = format!(
-                    "the outstanding page at {:#x} of block {:?} has data here, which cannot be discarded",
-                    page * TARGET_PAGE_SIZE,
-                    self.id()
-                );
-                Err(MigrationError::Page { at: 0, what })
+                let (block, offset) = (self.id().to_owned(), page * TARGET_PAGE_SIZE);
+                Err(MigrationError::Present { block, offset })
             }
         }
     }
@@ -326,13 +322,13 @@ impl LazyBlock {
         if whole {
             return Ok(());
         }
-        let what = format!(
-            "{range} of block {:?}, which has {:#x} bytes in pages of {:#x}",
-            self.id(),
-            self.block.used_length(),
-            self.page_size
-        );
-        Err(MigrationError::Page { at: 0, what })
+        Err(MigrationError::NotWholePages {
+            block: self.id().to_owned(),
+            start: range.start(),
+            len: range.len(),
+            page_size: self.page_size,
+            used_length: self.block.used_length(),
+        })
     }
 
     fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> MigrationError {

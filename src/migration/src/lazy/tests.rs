@@ -104,9 +104,24 @@ fn memory_that_is_still_there_is_refused() {
     let mut outstanding = PageBitmap::new(block.used_length() / PAGE);
     outstanding.set_range(0..50);
     let Err(error) = LazyRam::new(vec![(block, outstanding)]) else { panic!("not refused") };
-    assert!(error.to_string().contains("0x14000 of block \"vmem0\" has data here"), "{error}");
+    assert!(matches!(error, MigrationError::Present { offset: 0x14000, .. }), "{error}");
+    assert!(error.to_string().starts_with("the outstanding page at 0x14000 of block \"vmem0\""));
     // And no thread waits for anything.
     assert_eq!(read(&side, 5), 0);
+}
+
+#[test]
+fn a_range_that_is_not_whole_pages_of_its_block_is_refused() {
+    let side = Side::new(&[0, 1]);
+    let block = Arc::clone(side.blocks.get("vmem0").unwrap());
+    let (page_size, used_length) = (block.page_size(), block.used_length());
+    let lazy = LazyRam::new(vec![(block, PageBitmap::new(used_length / PAGE))]).unwrap();
+    for (start, len) in [(1, page_size), (0, page_size + 1), (used_length, page_size)] {
+        let range = ByteRange::new(start, len).unwrap();
+        let error = lazy.place_zeros(0, range).unwrap_err().to_string();
+        let expected = format!("RAM block \"vmem0\": {len:#x} bytes at {start:#x} are not whole");
+        assert!(error.starts_with(&expected), "{error}");
+    }
 }
 
 #[test]

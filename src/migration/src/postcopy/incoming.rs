@@ -80,7 +80,7 @@ impl<'a> IncomingPages<'a> {
                 Ok(())
             }
             (Command::PostcopyRamDiscard { block, ranges }, Stage::Advised) if listed => {
-                ranges.iter().try_for_each(|&range| self.expect(block, range))
+                ranges.iter().try_for_each(|&range| self.expect(block, range, at))
             }
             (Command::PostcopyListen, Stage::Advised) if listed => {
                 self.stage = Stage::Listening;
@@ -105,9 +105,14 @@ impl<'a> IncomingPages<'a> {
         Err(MigrationError::Configuration { what: "page sizes of RAM", stream, local })
     }
 
-    /// These pages are still to come: what is there is stale.
-    fn expect(&mut self, id: &str, (start, len): (u64, u64)) -> Result<(), MigrationError> {
-        let wrong = |what| MigrationError::Page { at: 0, what };
+    /// These pages are outstanding, says the command at byte `at` of the stream: what is there is stale.
+    fn expect(
+        &mut self,
+        id: &str,
+        (start, len): (u64, u64),
+        at: u64,
+    ) -> Result<(), MigrationError> {
+        let wrong = |what| MigrationError::Page { at, what };
         let Some(block) = self.incoming.blocks.get(id) else {
             return Err(wrong(format!("outstanding pages of block {id:?}, which is unknown")));
         };
@@ -119,7 +124,7 @@ impl<'a> IncomingPages<'a> {
         };
         if !block.is_populated(range)? {
             let block = id.to_owned();
-            return Err(MigrationError::Discarded { block, offset: range.start(), at: 0 });
+            return Err(MigrationError::Discarded { block, offset: range.start(), at });
         }
         let index = match self.outstanding.iter().position(|(other, _)| other == id) {
             Some(index) => index,

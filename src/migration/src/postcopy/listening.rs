@@ -215,7 +215,7 @@ impl Session<'_> {
                 Record::Command(Command::RecvBitmap { block }) => {
                     let found = self.lazy.find(&block);
                     let outstanding = found.map(|index| self.lazy.outstanding_of(index));
-                    self.back.send_received(&block, outstanding.as_ref())?;
+                    self.back.send_received(&block, outstanding.as_ref(), at)?;
                 }
                 Record::Command(Command::PostcopyResume) => {
                     self.back.send(&ReturnMessage::ResumeAck)?;

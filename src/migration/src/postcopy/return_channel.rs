@@ -58,15 +58,18 @@ impl ReturnChannel {
         written.map_err(MigrationError::io("answer the source"))
     }
 
-    /// Tells which pages of a block have been received: all but the outstanding ones.
+    /// Tells which pages of a block have been received: all but the outstanding ones. The command at byte
+    /// `at` of the stream asks for them.
     pub(super) fn send_received(
         &self,
         block: &str,
         outstanding: Option<&PageBitmap>,
+        at: u64,
     ) -> Result<(), MigrationError> {
         let Some(outstanding) = outstanding else {
-            let what = format!("received pages of block {block:?} are asked for");
-            return Err(MigrationError::Page { at: 0, what });
+            let what =
+                format!("received pages of block {block:?} are asked for, which is unknown here");
+            return Err(MigrationError::Page { at, what });
         };
         let mut bytes = Vec::new();
         received::put(&mut bytes, block, outstanding);

@@ -15,11 +15,11 @@ pub(super) fn check(handlers: &Handlers<'_>) -> Result<(), MigrationError> {
     for (index, handler) in handlers.iter().enumerate() {
         let key = (handler.idstr(), handler.instance_id());
         if handlers[..index].iter().any(|other| (other.idstr(), other.instance_id()) == key) {
-            return Err(MigrationError::Section {
-                section: key.0.to_owned(),
-                at: 0,
-                what: format!("two handlers are of instance {}", key.1),
-            });
+            let (section, instance) = key;
+            let what = format!(
+                "two handlers of section {section:?} are of instance {instance}: give each its own"
+            );
+            return Err(MigrationError::NotPossible(what));
         }
     }
     Ok(())

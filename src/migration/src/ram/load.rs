@@ -381,7 +381,7 @@ impl LoadHandler for RamLoad {
 
     fn complete(&mut self) -> Result<(), MigrationError> {
         if self.blocks.is_empty() && !self.registry.migratable()?.is_empty() {
-            return Err(bad_page(0, "the stream has no RAM"));
+            return Err(MigrationError::NoRam);
         }
         self.frozen.as_ref().map_or(Ok(()), FrozenBlocks::check)
     }

@@ -88,10 +88,7 @@ pub fn restore_lazily(
     });
     let abandoned = lazy.as_ref().map(|(memory, ..)| Arc::clone(memory));
     let started = loaded.and_then(|()| {
-        let (lazy, handler, source, in_migration) = lazy.ok_or_else(|| MigrationError::Page {
-            at: 0,
-            what: "the file has no RAM".to_owned(),
-        })?;
+        let (lazy, handler, source, in_migration) = lazy.ok_or(MigrationError::NoRam)?;
         // A device of another process may have reserved huge pages for what is plugged.
         lazy.refuse_present()?;
         let stop = Arc::new(AtomicBool::new(false));

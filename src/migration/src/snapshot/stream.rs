@@ -217,7 +217,7 @@ impl LoadHandler for MappedLoad<'_> {
     fn complete(&mut self) -> Result<(), MigrationError> {
         match self.placed.take() {
             Some(placed) => (self.with_pages)(placed),
-            None => Err(MigrationError::Page { at: 0, what: "the file has no RAM".to_owned() }),
+            None => Err(MigrationError::NoRam),
         }
     }
 

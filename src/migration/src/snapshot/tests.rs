@@ -15,9 +15,13 @@ use crate::lazy::HandlerFailed;
 use crate::precopy::Guest;
 use crate::progress::{self, Progress, Status};
 use crate::ram::{BlockOptions, RamBlocks};
-use crate::stream::SectionHeader;
+use crate::stream::{
+    RAM_SECTION, RAM_VERSION, SectionHeader, SectionKind, put_continued, put_end_of_section,
+    put_eof, put_footer, put_header, put_section,
+};
 use crate::test_support::{BLOCK, Log, PAGE, Side, TestManager, fill, memfd, migration_block};
 use background::save_running_while;
+use lazy::NoFailure;
 use ram_discard::memory::HostMapping;
 use std::sync::Arc;
 use vmstate::wire::WireRead;
@@ -223,6 +227,35 @@ fn a_block_of_which_nothing_is_used_comes_back_wherever_it_is_listed() {
     restore_from(&to, &file).unwrap();
     assert_eq!(to.blocks.get("fw").unwrap().used_length(), 0);
     assert_eq!(to.page(3), [7; 4096]);
+}
+
+#[test]
+fn a_file_without_a_list_of_ram_blocks_is_refused() {
+    let mut bytes = Vec::new();
+    put_header(&mut bytes, &with_mapped_ram(&Configuration::new("test")));
+    let (idstr, kind) = (RAM_SECTION.to_owned(), SectionKind::Start);
+    let (section_id, instance_id, version_id) = (0, 0, RAM_VERSION);
+    put_section(&mut bytes, &SectionHeader { kind, section_id, idstr, instance_id, version_id });
+    put_end_of_section(&mut bytes);
+    put_footer(&mut bytes, section_id);
+    put_continued(&mut bytes, SectionKind::End, section_id);
+    put_end_of_section(&mut bytes);
+    put_footer(&mut bytes, section_id);
+    put_eof(&mut bytes);
+    let file = memfd(0);
+    file.write_all_at(&bytes, 0).unwrap();
+    let error = restore_from(&Side::new(&[1]), &file).unwrap_err();
+    assert!(matches!(error, MigrationError::NoRam), "{error}");
+    let to = Side::new(&[1]);
+    let what = Restore {
+        configuration: Configuration::new("test"),
+        blocks: Arc::clone(&to.blocks),
+        devices: &mut NoDevices,
+        threads: 1,
+        progress: Arc::new(Progress::new()),
+    };
+    let restored = restore_lazily(what, Arc::new(file), Arc::new(NoFailure));
+    assert!(matches!(restored, Err(MigrationError::NoRam)));
 }
 
 #[test]

@@ -389,6 +389,43 @@ fn a_page_at_no_possible_offset_is_refused_and_what_is_outstanding_stays_so() {
 }
 
 #[test]
+fn outstanding_pages_that_cannot_be_are_refused_with_the_byte_of_their_command() {
+    for (block, range, what) in [
+        ("other", (0, PAGE), "outstanding pages of block \"other\", which is unknown"),
+        ("vmem0", (1, PAGE), "0x1000 outstanding bytes at 0x1 of block \"vmem0\""),
+        ("vmem0", (0, u64::MAX), "0xffffffffffffffff outstanding bytes at 0x0"),
+        ("vmem0", (700 * PAGE, PAGE), "RAM block \"vmem0\": a page at 0x2bc000"),
+    ] {
+        let to = Side::new(&[1, 4, 5, 9]);
+        let (near, far) = UnixStream::pair().unwrap();
+        let there = receive(&to, Vmm::default(), far, None);
+        let mut source = RawSource::begin(near, &to);
+        let (block, ranges) = (block.to_owned(), vec![range]);
+        let at = source.command(&Command::PostcopyRamDiscard { block, ranges });
+        wait_until(|| there.thread.is_finished());
+        assert_eq!(there.seen(), (0, 0, 0));
+        let error = there.thread.join().unwrap().unwrap_err().to_string();
+        assert!(error.contains(what), "{error}");
+        assert!(error.contains(&format!("byte {at:#x} of the stream")), "{at:#x}: {error}");
+    }
+}
+
+#[test]
+fn received_pages_of_an_unknown_block_are_refused_with_the_byte_of_their_command() {
+    let to = Side::new(&[1, 4, 5, 9]);
+    let (near, far) = UnixStream::pair().unwrap();
+    let there = receive(&to, Vmm::default(), far, None);
+    let mut source = RawSource::begin(near, &to);
+    source.hand_over();
+    source.hear(&ReturnMessage::SwitchoverAck);
+    let at = source.command(&Command::RecvBitmap { block: "other".to_owned() });
+    wait_until(|| there.thread.is_finished());
+    let error = there.thread.join().unwrap().unwrap_err().to_string();
+    let what = format!("byte {at:#x} of the stream: received pages of block \"other\"");
+    assert!(error.contains(&what), "{at:#x}: {error}");
+}
+
+#[test]
 fn what_a_device_puts_where_a_page_is_outstanding_keeps_the_guest_at_the_source() {
     let to = Side::new(&[1, 4, 5, 9]);
     let (near, far) = UnixStream::pair().unwrap();

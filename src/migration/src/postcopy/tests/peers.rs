@@ -20,7 +20,10 @@ use crate::sys::GatherWrite;
 pub(super) const ANNOUNCED: std::ops::Range<u64> = 64..80;
 
 /// A source whose guest is stopped, up to the package.
-pub(super) struct RawSource(UnixStream);
+pub(super) struct RawSource {
+    stream: UnixStream,
+    said: u64,
+}
 
 impl RawSource {
     /// Begins, with the list of RAM blocks and the DISCARD of what is [`ANNOUNCED`].
@@ -37,14 +40,23 @@ impl RawSource {
         let ranges = vec![(ANNOUNCED.start * PAGE, (ANNOUNCED.end - ANNOUNCED.start) * PAGE)];
         let block = "vmem0".to_owned();
         put_command(&mut bytes, &Command::PostcopyRamDiscard { block, ranges });
-        let mut source = Self(stream);
+        let mut source = Self { stream, said: 0 };
         source.say(&bytes);
         source
     }
 
     /// A destination that has gone does not hear it.
     pub(super) fn say(&mut self, bytes: &[u8]) {
-        let _ = self.0.write_all(bytes);
+        let _ = self.stream.write_all(bytes);
+        self.said += bytes.len() as u64;
+    }
+
+    /// Says a command; at which byte of the stream.
+    pub(super) fn command(&mut self, command: &Command) -> u64 {
+        let (at, mut bytes) = (self.said, Vec::new());
+        put_command(&mut bytes, command);
+        self.say(&bytes);
+        at
     }
 
     /// A package of LISTEN, a device section and commands.
@@ -63,9 +75,7 @@ impl RawSource {
     /// A package with everything, and RUN behind it.
     pub(super) fn hand_over(&mut self) {
         self.package("dev", &[Command::Ping(PING_PACKAGE_LOADED)]);
-        let mut bytes = Vec::new();
-        put_command(&mut bytes, &Command::PostcopyRun);
-        self.say(&bytes);
+        self.command(&Command::PostcopyRun);
     }
 
     /// A section with one page of `vmem0`.
@@ -93,7 +103,7 @@ impl RawSource {
         let mut heard = Vec::new();
         while !heard.ends_with(&wanted) {
             let mut byte = [0];
-            self.0.read_exact(&mut byte).unwrap();
+            self.stream.read_exact(&mut byte).unwrap();
             heard.push(byte[0]);
         }
     }

@@ -64,6 +64,13 @@ fn first_bytes(file: &File) -> Vec<u8> {
 }
 
 #[test]
+fn a_stream_that_ends_ram_without_a_list_of_blocks_is_refused() {
+    let (_file, blocks) = used_before(BlockOptions::migratable());
+    let error = handler(&blocks).complete().unwrap_err();
+    assert!(matches!(error, MigrationError::NoRam), "{error}");
+}
+
+#[test]
 fn a_pinned_page_of_a_block_that_keeps_its_pages_is_the_guests_page_after_a_load() {
     let [start, end] = sections(8 * 4096, &[2]);
     let (file, blocks) = used_before(keeping());
