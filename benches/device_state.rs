@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use migration::stream::{SectionHeader, SectionKind};
-use migration::{DeviceRegistry, DeviceSection};
+use migration::{DevicePhase, DeviceRegistry, DeviceSection};
 use ram_discard::memory::RamBlock;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{DeviceState, Geometry, VirtioMem};
@@ -22,6 +22,7 @@ const REGION: u64 = 1 << 40;
 const BLOCK: u64 = 2 << 20;
 const RUNS: usize = 11;
 const WORDS: usize = (REGION / BLOCK / 64) as usize;
+const PHASES: [DevicePhase; 2] = [DevicePhase::Early, DevicePhase::Late];
 
 /// A device, whose region has memory behind it (nothing of it touched) when `mapped`.
 fn registry(plugged: u64, mapped: bool) -> DeviceRegistry {
@@ -59,7 +60,7 @@ fn main() {
     for (name, plugged) in [("all plugged", u64::MAX), ("every other block", 0x5555_5555_5555_5555)]
     {
         let mut source = registry(plugged, false);
-        let mut save = || [true, false].map(|early| source.save_phase(early).unwrap());
+        let mut save = || PHASES.map(|phase| source.save_phase(phase).unwrap());
         let phases = save();
         let sent: Vec<u8> =
             phases.iter().flatten().flat_map(|section| section.payload.clone()).collect();
@@ -70,10 +71,10 @@ fn main() {
         let load = |mapped| {
             let mut to = registry(0, mapped);
             busy(|| {
-                for (sections, early) in phases.iter().zip([true, false]) {
+                for (sections, phase) in phases.iter().zip(PHASES) {
                     for section in sections {
                         let mut reader = WireReader::new(&section.payload[..]);
-                        to.load_section(&header(section), early, &mut reader).unwrap();
+                        to.load_section(&header(section), phase, &mut reader).unwrap();
                     }
                 }
                 to.finish_load().unwrap();

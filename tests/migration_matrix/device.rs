@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use migration::ram::MigrationBlock;
 use migration::stream::SectionHeader;
-use migration::{DeviceSection, Devices, MigrationError, NoDevices};
+use migration::{DevicePhase, DeviceSection, Devices, MigrationError, NoDevices};
 use ram_discard::memory::BackingKind;
 use vmstate::wire::WireRead;
 
@@ -13,17 +13,17 @@ use vmstate::wire::WireRead;
 pub struct Reserving(pub Arc<MigrationBlock>);
 
 impl Devices for Reserving {
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
-        NoDevices.save(early)
+    fn save(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
+        NoDevices.save(phase)
     }
 
     fn load(
         &mut self,
         header: &SectionHeader,
-        early: bool,
+        phase: DevicePhase,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
-        NoDevices.load(header, early, reader)
+        NoDevices.load(header, phase, reader)
     }
 
     fn loaded(&mut self) -> Result<(), MigrationError> {

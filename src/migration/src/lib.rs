@@ -66,7 +66,7 @@ pub mod test_utils;
 
 pub use bandwidth::{Bandwidth, TokenBucket};
 pub use channel::{BufferSink, Channel, GatherWrite, Sink};
-pub use devices::{DeviceRegistry, DeviceSection, Devices, NoDevices, RegistryError};
+pub use devices::{DevicePhase, DeviceRegistry, DeviceSection, Devices, NoDevices, RegistryError};
 pub use error::MigrationError;
 pub use handler::{LoadHandler, PostcopySave, SaveHandler};
 pub use precopy::{

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use vmstate::wire::WireRead;
 
-use super::devices::Devices;
+use super::devices::{DevicePhase, Devices};
 use super::error::MigrationError;
 use super::handler::LoadHandler;
 use super::stream::{Configuration, SectionHeader, SectionKind, read_footer};
@@ -116,8 +116,9 @@ impl<'a> Loader<'a> {
                 handler.load(header.kind, version_id, reader)?;
             }
             (SectionKind::Full, None) => {
-                let early = self.started.iter().all(Option::is_none);
-                self.devices.load(header, early, reader)?;
+                let no_ram = self.started.iter().all(Option::is_none);
+                let phase = if no_ram { DevicePhase::Early } else { DevicePhase::Late };
+                self.devices.load(header, phase, reader)?;
             }
             (kind, _) => {
                 let instance = header.instance_id;
@@ -244,7 +245,7 @@ mod tests {
     impl Devices for Noting {
         fn save(
             &mut self,
-            _early: bool,
+            _phase: DevicePhase,
         ) -> Result<Vec<crate::devices::DeviceSection>, MigrationError> {
             Ok(Vec::new())
         }
@@ -252,7 +253,7 @@ mod tests {
         fn load(
             &mut self,
             _header: &SectionHeader,
-            _early: bool,
+            _phase: DevicePhase,
             _reader: &mut dyn WireRead,
         ) -> Result<(), MigrationError> {
             Ok(())

@@ -24,17 +24,25 @@ pub struct DeviceSection {
     pub description: serde_json::Value,
 }
 
+/// Which of the state of devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DevicePhase {
+    /// What must be known before memory arrives: its sections come before RAM.
+    Early,
+    /// The rest: its sections come after RAM, when the guest is stopped.
+    Late,
+}
+
 /// The devices of a VM.
 pub trait Devices {
-    /// Saves the state that must be known before memory arrives (`early`), or the rest, in the
-    /// order in which it is to be loaded.
+    /// Saves the state of a phase, in the order in which it is to be loaded.
     ///
     /// # Errors
     ///
     /// When a device cannot be saved.
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError>;
+    fn save(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError>;
 
-    /// Loads the state of a device. `early` while no memory came yet.
+    /// Loads the state of a device. The phase is early while no memory came yet.
     ///
     /// What a device may touch of guest memory depends on what is loaded. In postcopy and lazy restore,
     /// all of it from LISTEN on, in every section that is not early: a page that is outstanding is
@@ -49,7 +57,7 @@ pub trait Devices {
     fn load(
         &mut self,
         header: &SectionHeader,
-        early: bool,
+        phase: DevicePhase,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError>;
 
@@ -78,14 +86,14 @@ pub trait Devices {
 pub struct NoDevices;
 
 impl Devices for NoDevices {
-    fn save(&mut self, _early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
+    fn save(&mut self, _phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
         Ok(Vec::new())
     }
 
     fn load(
         &mut self,
         header: &SectionHeader,
-        _early: bool,
+        _phase: DevicePhase,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
         let (section, at) = (header.idstr.clone(), reader.offset());

@@ -8,7 +8,7 @@ use vmstate::{
     printable,
 };
 
-use super::{DeviceSection, Devices};
+use super::{DevicePhase, DeviceSection, Devices};
 use crate::error::MigrationError;
 use crate::stream::SectionHeader;
 
@@ -47,12 +47,12 @@ pub enum RegistryError {
     #[error("{} is not sent with the properties of this side", printable(.0))]
     Unexpected(String),
     /// An early section after RAM, or another one before.
-    #[error("{} belongs {} RAM", printable(.idstr), if *.early { "before" } else { "after" })]
+    #[error("{} belongs {} RAM", printable(.idstr), match .phase { DevicePhase::Early => "before", DevicePhase::Late => "after" })]
     Phase {
         /// Its id string.
         idstr: String,
         /// Where it belongs.
-        early: bool,
+        phase: DevicePhase,
     },
     /// The same section again.
     #[error("{} comes twice", printable(.0))]
@@ -180,15 +180,15 @@ impl DeviceRegistry {
         Ok(())
     }
 
-    /// Saves the early sections or the others, in order; those that are not needed are left out.
+    /// Saves the sections of a phase, in order; those that are not needed are left out.
     ///
     /// # Errors
     ///
     /// When a device cannot be saved.
-    pub fn save_phase(&mut self, early: bool) -> Result<Vec<DeviceSection>, VmStateError> {
+    pub fn save_phase(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, VmStateError> {
         let properties = &self.properties;
         let entries = self.entries.iter_mut().filter(|entry| {
-            entry.section.is_early() == early && entry.section.is_expected(properties)
+            phase_of(&*entry.section) == phase && entry.section.is_expected(properties)
         });
         let mut sections = Vec::new();
         for entry in entries {
@@ -208,8 +208,8 @@ impl DeviceRegistry {
         Ok(sections)
     }
 
-    /// Loads a section whose header was read. `early` while no RAM came yet: such a section is taken
-    /// over at once, since memory cannot come without it; others when all have come.
+    /// Loads a section whose header was read. The phase is early while no RAM came yet: such a section is
+    /// taken over at once, since memory cannot come without it; others when all have come.
     ///
     /// # Errors
     ///
@@ -217,7 +217,7 @@ impl DeviceRegistry {
     pub fn load_section(
         &mut self,
         header: &SectionHeader,
-        early: bool,
+        phase: DevicePhase,
         reader: &mut dyn WireRead,
     ) -> Result<(), RegistryError> {
         let (idstr, instance_id) = (header.idstr.clone(), header.instance_id);
@@ -228,8 +228,9 @@ impl DeviceRegistry {
         if !entry.section.is_expected(&self.properties) {
             return Err(RegistryError::Unexpected(idstr));
         }
-        if entry.section.is_early() != early {
-            return Err(RegistryError::Phase { idstr, early: !early });
+        let belongs = phase_of(&*entry.section);
+        if belongs != phase {
+            return Err(RegistryError::Phase { idstr, phase: belongs });
         }
         if entry.is_loaded() {
             return Err(RegistryError::Twice(idstr));
@@ -245,7 +246,10 @@ impl DeviceRegistry {
         let entry = &mut self.entries[index];
         let loaded = entry.section.load(header.version_id, &self.properties, reader);
         entry.load = Load::Staged(loaded.map_err(|error| named(error, &idstr))?);
-        if early { entry.take_over() } else { Ok(()) }
+        match phase {
+            DevicePhase::Early => entry.take_over(),
+            DevicePhase::Late => Ok(()),
+        }
     }
 
     /// Ends a load: every section must have come, except those that are not always needed, and all
@@ -311,6 +315,11 @@ impl DeviceRegistry {
     }
 }
 
+/// When a section comes.
+fn phase_of(section: &dyn StateSection) -> DevicePhase {
+    if section.is_early() { DevicePhase::Early } else { DevicePhase::Late }
+}
+
 /// Says whose state it is.
 fn named(mut error: VmStateError, idstr: &str) -> VmStateError {
     idstr.clone_into(&mut error.place.device);
@@ -318,8 +327,8 @@ fn named(mut error: VmStateError, idstr: &str) -> VmStateError {
 }
 
 impl Devices for DeviceRegistry {
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
-        self.save_phase(early).map_err(|error| {
+    fn save(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
+        self.save_phase(phase).map_err(|error| {
             let section = error.place.device.clone();
             MigrationError::Device { section, reason: error.to_string() }
         })
@@ -328,11 +337,11 @@ impl Devices for DeviceRegistry {
     fn load(
         &mut self,
         header: &SectionHeader,
-        early: bool,
+        phase: DevicePhase,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
         let at = reader.offset();
-        self.load_section(header, early, reader).map_err(|error| {
+        self.load_section(header, phase, reader).map_err(|error| {
             let section = header.idstr.clone();
             match error {
                 RegistryError::State(error) => {

@@ -9,7 +9,7 @@ use super::return_path::{ReturnPath, refuse};
 use super::{Guest, PING_LOADED, handlers};
 use crate::bandwidth::Bandwidth;
 use crate::channel::{BufferSink, Channel, Sink};
-use crate::devices::Devices;
+use crate::devices::{DevicePhase, Devices};
 use crate::error::MigrationError;
 use crate::framing::{Framing, write};
 use crate::handler::{PostcopySave, SaveHandler};
@@ -183,7 +183,7 @@ impl Outgoing<'_> {
         }
         write(out, &bytes)?;
         let back = if self.parameters.one_way { None } else { Some(ReturnPath::listen(out)?) };
-        for section in self.devices.save(true)? {
+        for section in self.devices.save(DevicePhase::Early)? {
             framing.full(out, section)?;
         }
         for handler in &mut self.handlers {
@@ -226,7 +226,7 @@ impl Outgoing<'_> {
         for (index, handler) in self.handlers.iter_mut().enumerate() {
             framing.continued(out, index, SectionKind::End, |out| handler.complete(out))?;
         }
-        for section in self.devices.save(false)? {
+        for section in self.devices.save(DevicePhase::Late)? {
             framing.full(out, section)?;
         }
         if let Some(back) = back {
@@ -286,7 +286,7 @@ impl Outgoing<'_> {
         let mut listen = Vec::new();
         put_command(&mut listen, &Command::PostcopyListen);
         write(&mut package, &listen)?;
-        for section in self.devices.save(false)? {
+        for section in self.devices.save(DevicePhase::Late)? {
             framing.full(&mut package, section)?;
         }
         let mut loaded = Vec::new();

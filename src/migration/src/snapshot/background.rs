@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use super::save::{ended, find_pages, put_end, put_ram_start, write_bitmap, write_run};
 use super::sink::FileSink;
 use super::{PIECE, with_mapped_ram};
-use crate::devices::{DeviceSection, Devices};
+use crate::devices::{DevicePhase, DeviceSection, Devices};
 use crate::error::MigrationError;
 use crate::framing::Framing;
 use crate::page_bitmap::{GAP_MIN, PageBitmap, bytes_of};
@@ -133,10 +133,10 @@ fn protect_all(
     progress: &Progress,
 ) -> Result<(Vec<Saved>, Framing, Vec<DeviceSection>), MigrationError> {
     let mut framing = Framing::begin(out, &with_mapped_ram(configuration))?;
-    for section in devices.save(true)? {
+    for section in devices.save(DevicePhase::Early)? {
         framing.full(out, section)?;
     }
-    let rest = devices.save(false)?;
+    let rest = devices.save(DevicePhase::Late)?;
     let mut saved = Vec::new();
     let placed = put_ram_start(out, blocks, ListOptions::of(configuration))?;
     for (mapping, (block, header)) in placed.into_iter().enumerate() {

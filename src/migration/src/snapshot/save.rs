@@ -10,7 +10,7 @@ use ram_discard::FreezeFor;
 
 use super::sink::FileSink;
 use super::{PIECE, place, with_mapped_ram};
-use crate::devices::{DeviceSection, Devices};
+use crate::devices::{DevicePhase, DeviceSection, Devices};
 use crate::error::MigrationError;
 use crate::framing::{Framing, write};
 use crate::page_bitmap::{DiscardMask, PageBitmap, bytes_of, pages_touched};
@@ -67,7 +67,7 @@ fn save_stopped(guest: StoppedGuest<'_>, file: &File) -> Result<(), MigrationErr
     let mut out = FileSink::of_empty(file)?;
     let frozen = FrozenBlocks::new(blocks.migratable()?, FreezeFor::Source)?;
     let mut framing = Framing::begin(&mut out, &with_mapped_ram(&configuration))?;
-    for section in devices.save(true)? {
+    for section in devices.save(DevicePhase::Early)? {
         framing.full(&mut out, section)?;
     }
     progress.set_status(Status::Active);
@@ -76,7 +76,7 @@ fn save_stopped(guest: StoppedGuest<'_>, file: &File) -> Result<(), MigrationErr
         let written = write_pages(&block, &pages, header, file, &progress)?;
         write_bitmap(&written, header, file).map_err(MigrationError::io("write a bitmap"))?;
     }
-    let rest = devices.save(false)?;
+    let rest = devices.save(DevicePhase::Late)?;
     // Without its end the file is of no use.
     frozen.thaw()?;
     put_end(&mut out, framing, rest)

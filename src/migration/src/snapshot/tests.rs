@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::MigrationError;
-use crate::devices::{DeviceSection, Devices, NoDevices};
+use crate::devices::{DevicePhase, DeviceSection, Devices, NoDevices};
 use crate::huge_page_pool::Pool;
 use crate::lazy::HandlerFailed;
 use crate::precopy::Guest;
@@ -339,20 +339,20 @@ fn a_freeze_that_was_lost_leaves_a_file_that_cannot_be_restored() {
 struct Losing(Arc<TestManager>);
 
 impl Devices for Losing {
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
-        if !early {
+    fn save(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
+        if phase == DevicePhase::Late {
             self.0.lose_freezes();
         }
-        NoDevices.save(early)
+        NoDevices.save(phase)
     }
 
     fn load(
         &mut self,
         header: &SectionHeader,
-        early: bool,
+        phase: DevicePhase,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
-        NoDevices.load(header, early, reader)
+        NoDevices.load(header, phase, reader)
     }
 
     fn loaded(&mut self) -> Result<(), MigrationError> {

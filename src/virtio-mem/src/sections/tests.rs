@@ -1,6 +1,7 @@
 use super::*;
 use crate::controller::{InitialState, StateRecord, StateStore};
 use crate::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
+use migration::DevicePhase::{Early, Late};
 use migration::inspect::inspect;
 use migration::stream::{
     Configuration, SectionHeader, SectionKind, put_description, put_eof, put_footer, put_header,
@@ -59,7 +60,7 @@ fn header(section: &DeviceSection) -> SectionHeader {
 
 fn save(controller: &Arc<MemController>, properties: &Properties) -> [Vec<DeviceSection>; 2] {
     let mut registry = registry(controller, properties.clone());
-    [registry.save_phase(true).unwrap(), registry.save_phase(false).unwrap()]
+    [Early, Late].map(|phase| registry.save_phase(phase).unwrap())
 }
 
 /// Loads both phases, as far as that goes.
@@ -69,10 +70,10 @@ fn load(
     phases: &[Vec<DeviceSection>; 2],
 ) -> Result<(), RegistryError> {
     let mut registry = registry(controller, properties.clone());
-    for (sections, early) in phases.iter().zip([true, false]) {
+    for (sections, phase) in phases.iter().zip([Early, Late]) {
         for section in sections {
             let mut reader = WireReader::new(&section.payload[..]);
-            registry.load_section(&header(section), early, &mut reader)?;
+            registry.load_section(&header(section), phase, &mut reader)?;
         }
     }
     registry.finish_load()
@@ -206,7 +207,7 @@ fn block_state_is_there_before_ram_and_the_sizes_after_it() {
     let destination = controller(empty());
     let mut registry = registry(&destination, properties());
     let mut reader = WireReader::new(&phases[0][0].payload[..]);
-    registry.load_section(&header(&phases[0][0]), true, &mut reader).unwrap();
+    registry.load_section(&header(&phases[0][0]), Early, &mut reader).unwrap();
     assert_eq!(destination.save_state().plugged, sample().plugged);
     assert_eq!(destination.config().requested_size, 0);
     assert!(
@@ -226,9 +227,9 @@ fn sections_in_another_order_are_refused() {
         error
     };
     let error = refuse([normal.clone(), early.clone()]);
-    assert!(matches!(error, RegistryError::Phase { early: false, .. }), "{error}");
+    assert!(matches!(error, RegistryError::Phase { phase: Late, .. }), "{error}");
     let error = refuse([Vec::new(), early]);
-    assert!(matches!(error, RegistryError::Phase { early: true, .. }), "{error}");
+    assert!(matches!(error, RegistryError::Phase { phase: Early, .. }), "{error}");
 }
 
 #[test]

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use migration::ram::MigrationBlock;
 use migration::stream::SectionHeader;
-use migration::{DeviceRegistry, DeviceSection, Devices, MigrationError};
+use migration::{DevicePhase, DeviceRegistry, DeviceSection, Devices, MigrationError};
 use ram_discard::{RamDiscardManager, Section};
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 use virtio_mem::sections::{self as sections, EARLY_MIGRATION};
@@ -145,14 +145,14 @@ impl MachineDevices {
 }
 
 impl Devices for MachineDevices {
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
-        let Some(manager) = self.manager.clone() else { return self.registry.save(early) };
+    fn save(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
+        let Some(manager) = self.manager.clone() else { return self.registry.save(phase) };
         // Block state is frozen, what is requested is not: the section that the shadow makes and that
         // of the daemon have to say the same of it.
         for _ in 0..RESIZES {
             let sizes = manager.sizes()?;
             self.shadow.follow(&manager)?;
-            let sections = self.registry.save(early)?;
+            let sections = self.registry.save(phase)?;
             if manager.sizes()? == sizes {
                 return Ok(sections);
             }
@@ -163,10 +163,10 @@ impl Devices for MachineDevices {
     fn load(
         &mut self,
         header: &SectionHeader,
-        early: bool,
+        phase: DevicePhase,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
-        self.registry.load(header, early, reader)
+        self.registry.load(header, phase, reader)
     }
 
     fn early_loaded(&mut self) -> Result<(), MigrationError> {

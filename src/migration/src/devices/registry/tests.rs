@@ -1,5 +1,6 @@
 //! The order of sections, and what levels set.
 
+use super::DevicePhase::{Early, Late};
 use super::*;
 use crate::stream::SectionKind;
 use parking_lot::Mutex;
@@ -50,9 +51,12 @@ fn header(idstr: &str) -> SectionHeader {
     SectionHeader { kind: SectionKind::Full, section_id: 0, idstr, instance_id: 0, version_id: 1 }
 }
 
-fn load_all(registry: &mut DeviceRegistry, sections: &[(&str, bool)]) -> Result<(), RegistryError> {
-    for (name, early) in sections {
-        registry.load_section(&header(name), *early, &mut WireReader::new(&[9][..]))?;
+fn load_all(
+    registry: &mut DeviceRegistry,
+    sections: &[(&str, DevicePhase)],
+) -> Result<(), RegistryError> {
+    for (name, phase) in sections {
+        registry.load_section(&header(name), *phase, &mut WireReader::new(&[9][..]))?;
     }
     registry.finish_load()
 }
@@ -60,42 +64,42 @@ fn load_all(registry: &mut DeviceRegistry, sections: &[(&str, bool)]) -> Result<
 #[test]
 fn sections_are_saved_by_priority_and_then_as_registered() {
     let (mut registry, _) = registry();
-    let mut names = |early| -> Vec<String> {
-        registry.save_phase(early).unwrap().into_iter().map(|section| section.idstr).collect()
+    let mut names = |phase| -> Vec<String> {
+        registry.save_phase(phase).unwrap().into_iter().map(|section| section.idstr).collect()
     };
-    assert_eq!(names(true), ["e"]);
-    assert_eq!(names(false), ["c", "b", "d", "a"], "what is not needed is left out");
+    assert_eq!(names(Early), ["e"]);
+    assert_eq!(names(Late), ["c", "b", "d", "a"], "what is not needed is left out");
 }
 
 #[test]
 fn sections_are_loaded_in_their_order_only() {
-    let good = [("e", true), ("c", false), ("b", false), ("d", false), ("a", false)];
+    let good = [("e", Early), ("c", Late), ("b", Late), ("d", Late), ("a", Late)];
     let (mut registry, journal) = registry();
     load_all(&mut registry, &good).unwrap();
     load_all(&mut registry, &good).unwrap();
     assert_eq!(journal.lock().len(), 10);
     journal.lock().clear();
-    let mut refused = |sections: &[(&str, bool)]| {
+    let mut refused = |sections: &[(&str, DevicePhase)]| {
         let error = load_all(&mut registry, sections).unwrap_err().to_string();
         registry.abandon_load();
         error
     };
-    let order = refused(&[("e", true), ("b", false), ("c", false)]);
+    let order = refused(&[("e", Early), ("b", Late), ("c", Late)]);
     assert_eq!(order, "c (priority PciBus) must be loaded before b (Default)");
-    let registered = refused(&[("d", false), ("b", false)]);
+    let registered = refused(&[("d", Late), ("b", Late)]);
     assert_eq!(registered, "b (priority Default) must be loaded before d (Default)");
-    assert_eq!(refused(&[("e", false)]), "e belongs before RAM");
-    assert_eq!(refused(&[("b", true)]), "b belongs after RAM");
-    assert_eq!(refused(&[("c", false), ("c", false)]), "c comes twice");
+    assert_eq!(refused(&[("e", Late)]), "e belongs before RAM");
+    assert_eq!(refused(&[("b", Early)]), "b belongs after RAM");
+    assert_eq!(refused(&[("c", Late), ("c", Late)]), "c comes twice");
     assert_eq!(refused(&good[..4]), "a did not come");
-    assert_eq!(refused(&[("z", false)]), "z, instance 0, is not known here");
+    assert_eq!(refused(&[("z", Late)]), "z, instance 0, is not known here");
 }
 
 #[test]
 fn an_id_string_of_a_stream_is_escaped_and_cut_in_the_reason() {
     let (mut registry, _) = registry();
     let mut refused =
-        |idstr: &str| load_all(&mut registry, &[(idstr, false)]).unwrap_err().to_string();
+        |idstr: &str| load_all(&mut registry, &[(idstr, Late)]).unwrap_err().to_string();
     let reason = refused("z\n\u{1b}[2J\u{202e}");
     assert_eq!(reason, "z\\n\\u{1b}[2J\\u{202e}, instance 0, is not known here");
     let long = refused(&"\u{1}".repeat(255));
@@ -160,7 +164,8 @@ fn kept() -> (DeviceRegistry, Arc<Mutex<Vec<u8>>>) {
 fn stage(registry: &mut DeviceRegistry, states: &[u8]) -> Result<(), RegistryError> {
     for (index, state) in states.iter().enumerate() {
         let header = header(&format!("d{index}"));
-        registry.load_section(&header, index == 0, &mut WireReader::new(&[*state][..]))?;
+        let phase = if index == 0 { Early } else { Late };
+        registry.load_section(&header, phase, &mut WireReader::new(&[*state][..]))?;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use vmstate::wire::WireWrite;
 use super::sample::device;
 use super::*;
 use crate::MigrationError;
-use crate::devices::{DeviceSection, Devices};
+use crate::devices::{DevicePhase, DeviceSection, Devices};
 use crate::progress::Progress;
 use crate::snapshot::{self, StoppedGuest};
 use crate::test_support::{BLOCK, PAGE, Side, fill};
@@ -22,11 +22,15 @@ struct Device {
 }
 
 impl Devices for Device {
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
+    fn save(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
         let size = u64::from(self.plugged.count_ones()) * BLOCK;
         let mut payload = Vec::new();
-        let idstr = if early { "vm0/virtio-mem-device-early" } else { "vm0/virtio-mem" };
-        let names = if early {
+        let idstr = if phase == DevicePhase::Early {
+            "vm0/virtio-mem-device-early"
+        } else {
+            "vm0/virtio-mem"
+        };
+        let names = if phase == DevicePhase::Early {
             [ADDR, BLOCKS * BLOCK, BLOCK].iter().for_each(|value| payload.put_be64(*value));
             payload.put_be32(0);
             [size, self.plugged].iter().for_each(|value| payload.put_be64(*value));
@@ -47,7 +51,7 @@ impl Devices for Device {
     fn load(
         &mut self,
         _: &SectionHeader,
-        _: bool,
+        _: DevicePhase,
         _: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
         Ok(())

@@ -14,7 +14,7 @@ use vmstate::wire::WireRead;
 
 use super::peers::{ANNOUNCED, RawSource};
 use super::*;
-use crate::devices::{DeviceSection, Devices};
+use crate::devices::{DevicePhase, DeviceSection, Devices};
 use crate::stream::{Command, ReturnMessage, SectionHeader};
 use crate::sys::page_faults::{FaultKind, PageFaults};
 use crate::test_support::{BLOCK, TestManager};
@@ -63,7 +63,7 @@ impl HandlerFailed for Vmm {
 struct Device(Arc<Vmm>);
 
 impl Devices for Device {
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
+    fn save(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
         let section = DeviceSection {
             idstr: "dev".to_owned(),
             instance_id: 0,
@@ -71,13 +71,13 @@ impl Devices for Device {
             payload: Vec::new(),
             description: serde_json::Value::Null,
         };
-        Ok(if early { Vec::new() } else { vec![section] })
+        Ok(if phase == DevicePhase::Early { Vec::new() } else { vec![section] })
     }
 
     fn load(
         &mut self,
         _header: &SectionHeader,
-        _early: bool,
+        _phase: DevicePhase,
         _reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
         if let Some(load) = &self.0.load {

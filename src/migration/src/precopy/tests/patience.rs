@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use serde_json::json;
 
 use super::*;
-use crate::devices::{DeviceSection, Devices};
+use crate::devices::{DevicePhase, DeviceSection, Devices};
 use crate::stream::{Command, ReturnMessage, SectionHeader, put_command};
 use crate::test_support::{Slow, SlowReader};
 use vmstate::wire::WireRead;
@@ -25,7 +25,7 @@ struct Large {
 }
 
 impl Devices for Large {
-    fn save(&mut self, early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
+    fn save(&mut self, phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
         let section = DeviceSection {
             idstr: "large".to_owned(),
             instance_id: 0,
@@ -33,13 +33,13 @@ impl Devices for Large {
             payload: vec![1; self.state],
             description: json!("x".repeat(self.description)),
         };
-        Ok(if early { Vec::new() } else { vec![section] })
+        Ok(if phase == DevicePhase::Early { Vec::new() } else { vec![section] })
     }
 
     fn load(
         &mut self,
         _header: &SectionHeader,
-        _early: bool,
+        _phase: DevicePhase,
         _reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
         unreachable!("it is a source")

@@ -167,14 +167,14 @@ fn a_lazy_restore_goes_on_when_the_file_can_be_read_again() {
 struct CutsFile(Arc<File>);
 
 impl Devices for CutsFile {
-    fn save(&mut self, _early: bool) -> Result<Vec<DeviceSection>, MigrationError> {
+    fn save(&mut self, _phase: DevicePhase) -> Result<Vec<DeviceSection>, MigrationError> {
         Ok(Vec::new())
     }
 
     fn load(
         &mut self,
         _header: &SectionHeader,
-        _early: bool,
+        _phase: DevicePhase,
         _reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
         Ok(())
