@@ -18,7 +18,7 @@ fn blocks_follow_while_memory_arrives_whatever_a_guest_would_be_held_to() {
     follow(&rig, section(3, 6), true).unwrap();
     rig.fill(3, 6);
     follow(&rig, section(4, 5), false).unwrap();
-    assert_eq!(rig.controller.ranges(true), [section(3, 4), section(5, 6)]);
+    assert_eq!(rig.controller.plugged_ranges(), [section(3, 4), section(5, 6)]);
     assert_eq!(rig.held(), 2, "what is discarded holds nothing");
     frozen.thaw().unwrap();
     // The state is one that may be saved and loaded.
