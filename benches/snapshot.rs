@@ -1,11 +1,12 @@
-//! Snapshots against a bare write of the same bytes; what a running guest feels of one; and how
-//! soon a restored guest can go on.
+//! Snapshots against bare loops that write and read as many bytes, through the page cache and past it;
+//! what a running guest feels of one; and how soon a restored guest can go on.
 
 #[expect(dead_code, reason = "each bench uses its part")]
 mod common;
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -15,12 +16,12 @@ use common::{compare, head, report};
 use migration::lazy::HandlerFailed;
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use migration::snapshot::{
-    Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save, save_in_background,
+    FileIo, Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save, save_in_background,
 };
 use migration::stream::Configuration;
 use migration::{Guest, MigrationError, NoDevices, Progress};
 use ram_discard::memory::{HostMapping, RamBlock};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, OFlags};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -63,11 +64,12 @@ fn warm() {
     fill(side().block.mapping());
 }
 
-fn save_stopped(side: &Side, file: &File) -> Duration {
+fn save_stopped(side: &Side, file: &File, io: FileIo) -> Duration {
     let stopped = StoppedGuest {
         configuration: Configuration::new("bench"),
         blocks: &side.blocks,
         devices: &mut NoDevices,
+        io,
         progress: Arc::new(Progress::new()),
     };
     let start = Instant::now();
@@ -75,14 +77,88 @@ fn save_stopped(side: &Side, file: &File) -> Duration {
     start.elapsed()
 }
 
-fn bare_write(side: &Side, file: &File) -> Duration {
+/// What the disk takes or gives of such pieces, by as many threads, with nothing to do but that: as fio would
+/// measure it. Written data is on the disk at the end.
+fn bare(file: &File, io: FileIo, writes: bool) -> Duration {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = if io.direct { OFlags::DIRECT.bits().cast_signed() } else { 0 };
+    let opened = File::options().read(true).write(writes).custom_flags(flags).open(path).unwrap();
+    if writes {
+        file.set_len(TOUCHED).unwrap();
+    }
+    let next = AtomicU64::new(0);
     let start = Instant::now();
-    let mut bytes = vec![0; MIB as usize];
-    for at in (0..TOUCHED).step_by(MIB as usize) {
-        side.block.mapping().read(at, &mut bytes);
-        file.write_all_at(&bytes, at).unwrap();
+    thread::scope(|scope| {
+        for _ in 0..io.threads {
+            scope.spawn(|| {
+                let mut bytes = vec![1; 2 * MIB as usize];
+                let start = bytes.as_ptr().align_offset(PAGE as usize);
+                let piece = &mut bytes[start..start + MIB as usize];
+                loop {
+                    let at = next.fetch_add(MIB, Ordering::Relaxed);
+                    match (at < TOUCHED, writes) {
+                        (false, _) => break,
+                        (true, true) => opened.write_all_at(piece, at).unwrap(),
+                        (true, false) => opened.read_exact_at(piece, at).unwrap(),
+                    }
+                }
+            });
+        }
+    });
+    if writes {
+        file.sync_data().unwrap();
     }
     start.elapsed()
+}
+
+/// Takes a file out of the page cache.
+fn cool(file: &File) {
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+}
+
+fn restore_cold(to: &Side, file: &File, io: FileIo) -> Duration {
+    cool(file);
+    let (blocks, progress) = (Arc::clone(&to.blocks), Arc::new(Progress::new()));
+    let configuration = Configuration::new("bench");
+    let devices = &mut NoDevices;
+    let start = Instant::now();
+    restore(Restore { configuration, blocks, devices, io, progress }, file).unwrap();
+    start.elapsed()
+}
+
+/// Ways of moving pages.
+fn ways() -> impl Iterator<Item = (String, FileIo)> {
+    [false, true].into_iter().flat_map(|direct| {
+        [1, 2, 4].map(|threads| {
+            let how = if direct { "past the page cache" } else { "through the page cache" };
+            (format!("{how}, {threads} threads"), FileIo { threads, direct })
+        })
+    })
+}
+
+fn disk() {
+    let guest = side();
+    fill(guest.block.mapping());
+    head("Saving 512 MiB of 8 GiB to the disk", "bare write");
+    for (what, io) in ways() {
+        let bare = || bare(&temporary(), io, true);
+        compare(&what, RUNS, || save_stopped(&guest, &temporary(), io), bare);
+    }
+    let file = temporary();
+    save_stopped(&guest, &file, FileIo::default());
+    let plain = temporary();
+    bare(&plain, FileIo::default(), true);
+    drop(guest);
+    head("Loading it, from a cold cache", "bare read");
+    for (what, io) in ways() {
+        let ours = || restore_cold(&side(), &file, io);
+        let bare = || {
+            cool(&plain);
+            bare(&plain, io, false)
+        };
+        compare(&what, RUNS, ours, bare);
+    }
 }
 
 /// A guest that writes all that it has, over and over, with stops.
@@ -157,13 +233,6 @@ fn temporary() -> File {
 fn saving() {
     let guest = side();
     fill(guest.block.mapping());
-    head("A stopped guest: 8 GiB, 512 MiB touched, to a file", "bare write");
-    compare(
-        "snapshot",
-        RUNS,
-        || save_stopped(&guest, &temporary()),
-        || bare_write(&guest, &temporary()),
-    );
     println!("\nA running guest that writes all its memory over and over: pages a second");
     let (mut none, mut background, mut stopped, mut downtime) = (vec![], vec![], vec![], vec![]);
     for _ in 0..RUNS {
@@ -185,7 +254,7 @@ fn saving() {
         downtime.push(progress.snapshot().downtime.unwrap_or_default());
         stopped.push(throughput(&guest, |running| {
             running.stop().unwrap();
-            save_stopped(&guest, &temporary());
+            save_stopped(&guest, &temporary(), FileIo::default());
             running.run().unwrap();
         }));
     }
@@ -217,7 +286,7 @@ fn restoring() {
     let guest = side();
     fill(guest.block.mapping());
     let file = Arc::new(temporary());
-    save_stopped(&guest, &file);
+    save_stopped(&guest, &file, FileIo::default());
     drop(guest);
     let what = |to: &Side| -> (Arc<RamBlocks>, Arc<Progress>) {
         (Arc::clone(&to.blocks), Arc::new(Progress::new()))
@@ -234,7 +303,7 @@ fn restoring() {
         let start = Instant::now();
         let configuration = Configuration::new("bench");
         let devices = &mut NoDevices;
-        let lazy = Restore { configuration, blocks, devices, threads: 1, progress };
+        let lazy = Restore { configuration, blocks, devices, io: FileIo::default(), progress };
         let lazy = restore_lazily(lazy, Arc::clone(&file), Arc::new(Stop)).unwrap();
         let mut byte = [0];
         to.block.mapping().read(TOUCHED / 2, &mut byte);
@@ -249,7 +318,8 @@ fn restoring() {
         let start = Instant::now();
         let configuration = Configuration::new("bench");
         let devices = &mut NoDevices;
-        restore(Restore { configuration, blocks, devices, threads: 2, progress }, &file).unwrap();
+        let io = FileIo { threads: 2, direct: false };
+        restore(Restore { configuration, blocks, devices, io, progress }, &file).unwrap();
         let eager = start.elapsed();
         first.push((lazy_first, eager));
         all.push((lazy_all, eager));
@@ -260,6 +330,7 @@ fn restoring() {
 }
 
 fn main() {
+    disk();
     saving();
     restoring();
 }

@@ -25,7 +25,7 @@ use migration::lazy::HandlerFailed;
 use migration::postcopy::{Channels, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen};
 use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{
-    LazyRestore, Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save,
+    FileIo, LazyRestore, Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save,
     save_in_background,
 };
 use migration::stream::Configuration;
@@ -263,7 +263,7 @@ fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
         configuration: Configuration::new("matrix"),
         blocks: Arc::clone(&to.blocks),
         devices: &mut Reserving(Arc::clone(&to.block)),
-        threads: 2,
+        io: FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
     restore(what, &file).unwrap();
@@ -287,6 +287,7 @@ fn save_stopped(from: &Side, file: &File) {
         configuration: Configuration::new("matrix"),
         blocks: &from.blocks,
         devices: &mut NoDevices,
+        io: FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
     save(stopped, file).unwrap();
@@ -297,7 +298,7 @@ fn restore_at_once(to: &Side, file: &Arc<File>, failed: Arc<dyn HandlerFailed>) 
         configuration: Configuration::new("matrix"),
         blocks: Arc::clone(&to.blocks),
         devices: &mut Reserving(Arc::clone(&to.block)),
-        threads: 1,
+        io: FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
     restore_lazily(what, Arc::clone(file), failed).unwrap()

@@ -12,7 +12,7 @@ use migration::lazy::HandlerFailed;
 use migration::postcopy::{GiveUp, PostcopyIncoming, PostcopyOutgoing, SwitchWhen};
 use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{
-    Restore, RunningGuest, StoppedGuest, restore_lazily, save, save_in_background,
+    FileIo, Restore, RunningGuest, StoppedGuest, restore_lazily, save, save_in_background,
 };
 use migration::stream::Configuration;
 use migration::{
@@ -221,6 +221,7 @@ fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
         configuration: configuration(),
         blocks: &from.blocks,
         devices: &mut NoDevices,
+        io: FileIo { threads: 1, direct: false },
         progress: Arc::new(Progress::new()),
     };
     let resident = from.resident()?;
@@ -238,7 +239,7 @@ fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
         configuration: configuration(),
         blocks: Arc::clone(&to.blocks),
         devices: &mut NoDevices,
-        threads: 1,
+        io: FileIo { threads: 1, direct: false },
         progress: Arc::clone(&progress),
     };
     let failed = Arc::clone(&guest) as Arc<dyn HandlerFailed>;

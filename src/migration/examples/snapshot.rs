@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
 use migration::Progress;
-use migration::snapshot::{Restore, StoppedGuest, restore, save, write_image};
+use migration::snapshot::{FileIo, Restore, StoppedGuest, restore, save, write_image};
 use migration::stream::Configuration;
 use virtio_mem::device::{BlockSpan, Request, Response};
 
@@ -37,6 +37,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
             configuration: configuration(),
             blocks: &saved.blocks,
             devices: &mut saved.devices,
+            io: FileIo::default(),
             progress: Arc::new(Progress::new()),
         };
         save(stopped, file)
@@ -50,7 +51,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
         configuration: configuration(),
         blocks: Arc::new(blocks),
         devices: &mut devices,
-        threads: 2,
+        io: FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
     restore(guest, &image)?;

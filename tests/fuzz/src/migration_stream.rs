@@ -23,7 +23,7 @@ use migration::{Channel, Guest, Incoming, MigrationError, Outgoing, Parameters, 
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::inspect::inspect;
 use migration::ram::{MigrationBlock, RamLoad, RamSave};
-use migration::snapshot::{Restore, restore};
+use migration::snapshot::{FileIo, Restore, restore};
 use ram_discard::{RamDiscardSource, Section};
 use virtio_mem::device::BlockBitmap;
 
@@ -164,7 +164,7 @@ fn restored(file: &File, sharing: Sharing) -> bool {
             configuration: sharing.configuration(),
             blocks: Arc::clone(&side.blocks),
             devices: &mut devices.registry,
-            threads: 1,
+            io: FileIo { threads: 1, direct: false },
             progress: Arc::new(Progress::new()),
         };
         let restored = restore(what, file);

@@ -10,7 +10,7 @@ use std::thread;
 use anyhow::{Context, Result};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
-use migration::snapshot::{Restore, StoppedGuest, restore, save};
+use migration::snapshot::{FileIo, Restore, StoppedGuest, restore, save};
 use migration::stream::Configuration;
 use migration::{Channel, Guest, Incoming, NoDevices, Outgoing, Parameters, Progress};
 use ram_discard::memory::RamBlock;
@@ -147,6 +147,7 @@ impl Copy {
             configuration: configuration(),
             blocks: &self.blocks,
             devices: &mut NoDevices,
+            io: FileIo { threads: 1, direct: false },
             progress: Arc::clone(progress),
         };
         save(stopped, &file)?;
@@ -155,7 +156,7 @@ impl Copy {
             configuration: configuration(),
             blocks: Arc::clone(&to.blocks),
             devices: &mut NoDevices,
-            threads: 1,
+            io: FileIo { threads: 1, direct: false },
             progress: Arc::new(Progress::new()),
         };
         restore(back, &file)?;

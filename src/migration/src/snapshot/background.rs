@@ -15,6 +15,7 @@ use ram_discard::{ByteRange, FreezeFor};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
+use super::file_io::PagesFile;
 use super::save::{ended, find_pages, put_end, put_ram_start, write_bitmap, write_run};
 use super::sink::FileSink;
 use super::{PIECE, with_mapped_ram};
@@ -151,7 +152,8 @@ fn protect_all(
                     return Err(MigrationError::Cancelled);
                 }
                 from = run.end;
-                for run in write_run(&block, run, header, out.file, &mut gathered, progress)? {
+                let file = PagesFile::cached(out.file);
+                for run in write_run(&block, run, header, &file, &mut gathered, progress)? {
                     written.set_range(run);
                 }
             }
@@ -267,7 +269,8 @@ impl<'a> Serving<'a> {
         gathered: &mut GatherWrite,
     ) -> Result<(), MigrationError> {
         let (header, progress) = (saved.header, self.progress);
-        let kept = write_run(&saved.block, run.clone(), header, self.file, gathered, progress)?;
+        let file = PagesFile::cached(self.file);
+        let kept = write_run(&saved.block, run.clone(), header, &file, gathered, progress)?;
         let mut state = saved.state.lock();
         for kept in kept {
             state.written.set_range(kept);

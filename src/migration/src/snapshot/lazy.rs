@@ -11,6 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use ram_discard::ByteRange;
 
+use super::huge_pages;
 use super::load::freeze;
 use super::stream::{Placed, load};
 use super::{PIECE, Restore};
@@ -18,7 +19,7 @@ use crate::error::MigrationError;
 use crate::lazy::{FaultHandler, FaultStatistics, HandlerFailed, LazyRam, PageSource};
 use crate::page_bitmap::bytes_of;
 use crate::progress::{Counters, Progress, Status};
-use crate::ram::{FrozenBlocks, InMigration};
+use crate::ram::{FrozenBlocks, InMigration, ListOptions};
 use crate::stream::TARGET_PAGE_SIZE;
 
 /// A guest whose memory is still being read. It may run.
@@ -66,10 +67,14 @@ pub fn restore_lazily(
     file: Arc<File>,
     failed: Arc<dyn HandlerFailed>,
 ) -> Result<LazyRestore, MigrationError> {
-    let Restore { configuration, blocks, devices, threads: _, progress } = restore;
+    let Restore { configuration, blocks, devices, io: _, progress } = restore;
     progress.set_status(Status::Setup);
     let mut lazy = None;
-    let frozen = freeze(&blocks).inspect_err(|error| progress.fail(error))?;
+    let checked = freeze(&blocks).and_then(|frozen| {
+        huge_pages::check(&blocks, ListOptions::of(&configuration), &file)?;
+        Ok(frozen)
+    });
+    let frozen = checked.inspect_err(|error| progress.fail(error))?;
     let loaded = load(&configuration, blocks, devices, &progress, &file, &mut |placed| {
         let offsets = placed.iter().map(|placed| placed.pages_offset).collect();
         let (blocks, in_migration) = placed

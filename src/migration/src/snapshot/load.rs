@@ -1,22 +1,21 @@
 //! Reading a guest back from a file, by several threads.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::thread;
 
-use parking_lot::Mutex;
 use ram_discard::{ByteRange, FreezeFor};
 
 use super::PIECE;
+use super::file_io::{AlignedBuffer, FileIo, PagesFile, Pieces};
+use super::huge_pages;
 use super::stream::{Placed, load};
 use crate::devices::Devices;
 use crate::error::MigrationError;
 use crate::page_bitmap::bytes_of;
 use crate::progress::{Counters, Progress, Status};
-use crate::ram::{FrozenBlocks, RamBlocks};
+use crate::ram::{FrozenBlocks, ListOptions, RamBlocks};
 use crate::stream::{Configuration, TARGET_PAGE_SIZE};
 
 /// A guest that is to be read from a file. It does not run yet.
@@ -27,23 +26,25 @@ pub struct Restore<'a> {
     pub blocks: Arc<RamBlocks>,
     /// Everything else.
     pub devices: &'a mut dyn Devices,
-    /// How many threads read pages; at least one does.
-    pub threads: usize,
+    /// How its pages are read.
+    pub io: FileIo,
     /// What can be seen of it, and how it is cancelled.
     pub progress: Arc<Progress>,
 }
 
-/// Reads a guest from `file`, memory and devices. What the file has no page for is a hole.
+/// Reads a guest from `file`, memory and devices. What the file has no page for is a hole. Where the system
+/// does not have the huge pages that the guest needs, that is found out before anything changes.
 ///
 /// # Errors
 ///
 /// Why it could not be read; the guest must not run then.
 pub fn restore(restore: Restore<'_>, file: &File) -> Result<(), MigrationError> {
-    let Restore { configuration, blocks, devices, threads, progress } = restore;
+    let Restore { configuration, blocks, devices, io, progress } = restore;
     progress.set_status(Status::Setup);
     let result = freeze(&blocks).and_then(|frozen| {
+        huge_pages::check(&blocks, ListOptions::of(&configuration), file)?;
         load(&configuration, blocks, devices, &progress, file, &mut |placed| {
-            load_pages(&placed, file, threads, &progress)
+            load_pages(&placed, file, io, &progress)
         })?;
         frozen.thaw()
     });
@@ -59,53 +60,31 @@ pub(super) fn freeze(blocks: &RamBlocks) -> Result<FrozenBlocks, MigrationError>
     FrozenBlocks::new(blocks.migratable()?, FreezeFor::Destination)
 }
 
-/// A run of pages that a thread reads at once.
-struct Piece {
-    placed: usize,
-    pages: Range<u64>,
-}
-
 /// Reads all pages, by several threads.
 fn load_pages(
     placed: &[Placed],
     file: &File,
-    threads: usize,
+    io: FileIo,
     progress: &Progress,
 ) -> Result<(), MigrationError> {
     placed.iter().try_for_each(Placed::reserve)?;
-    let mut pieces = VecDeque::new();
-    for (index, block) in placed.iter().enumerate() {
-        let (mut from, nr_pages) = (0, block.pages.nr_pages());
-        while let Some(pages) = block.pages.next_run(from, nr_pages, PIECE / TARGET_PAGE_SIZE) {
-            from = pages.end;
-            pieces.push_back(Piece { placed: index, pages });
-        }
-    }
-    let pieces = Mutex::new(pieces);
-    let work = || -> Result<(), MigrationError> {
-        let mut buffer = vec![0; PIECE as usize];
-        loop {
-            if progress.is_cancelled() {
-                return Err(MigrationError::Cancelled);
-            }
-            let Some(piece) = pieces.lock().pop_front() else { return Ok(()) };
-            let nr_pages = piece.pages.end - piece.pages.start;
-            let loaded = placed[piece.placed].load(piece.pages, file, &mut buffer);
+    let pieces = Pieces::new(placed.iter().map(|block| &block.pages).collect());
+    let file = PagesFile::to_read(file, io);
+    io.run(|| {
+        let mut buffer = AlignedBuffer::new(PIECE as usize);
+        while let Some((index, pages)) = pieces.next() {
+            let nr_pages = pages.end - pages.start;
+            let loaded = match progress.is_cancelled() {
+                true => Err(MigrationError::Cancelled),
+                false => placed[index].load(pages, &file, &mut buffer),
+            };
             // The others have nothing more to do.
-            loaded.inspect_err(|_| pieces.lock().clear())?;
+            loaded.inspect_err(|_| pieces.end())?;
             Counters::add(&progress.counters.normal, nr_pages);
             let bytes = nr_pages * TARGET_PAGE_SIZE;
             Counters::add(&progress.counters.transferred, bytes);
         }
-    };
-    thread::scope(|scope| {
-        let others: Vec<_> = (1..threads.max(1)).map(|_| scope.spawn(work)).collect();
-        let mut result = work();
-        for other in others {
-            result =
-                result.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        }
-        result
+        Ok(())
     })
 }
 
@@ -134,12 +113,12 @@ impl Placed {
     fn load(
         &self,
         pages: Range<u64>,
-        file: &File,
-        buffer: &mut [u8],
+        file: &PagesFile<'_>,
+        buffer: &mut AlignedBuffer,
     ) -> Result<(), MigrationError> {
         let range = bytes_of(pages);
-        let bytes = &mut buffer[..range.len() as usize];
-        file.read_exact_at(bytes, self.pages_offset + range.start())
+        let bytes = buffer.first(range.len() as usize);
+        file.read(bytes, self.pages_offset + range.start())
             .map_err(MigrationError::io("read pages"))?;
         if self.block.tells_holes() {
             let at = self.block.file_base() + range.start();

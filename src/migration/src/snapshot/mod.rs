@@ -6,18 +6,23 @@
 //! takes room.
 
 mod background;
+mod file_io;
+mod huge_pages;
 mod image;
 mod lazy;
 mod load;
 mod save;
 mod sink;
+mod size;
 mod stream;
 
 pub use background::{RunningGuest, save_in_background};
+pub use file_io::FileIo;
 pub use image::{NewImage, write_image};
 pub use lazy::{LazyRestore, restore_lazily};
 pub use load::{Restore, restore};
 pub use save::{StoppedGuest, save, write_bitmap};
+pub use size::{ImageSize, image_size};
 
 use super::stream::TARGET_PAGE_SIZE;
 use crate::stream::{CAPABILITY_MAPPED_RAM, Configuration, MAPPED_RAM_ALIGNMENT, MappedRamHeader};

@@ -6,8 +6,10 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use ram_discard::FreezeFor;
+use parking_lot::Mutex;
+use ram_discard::{ByteRange, FreezeFor};
 
+use super::file_io::{FileIo, PagesFile, Pieces};
 use super::sink::FileSink;
 use super::{PIECE, place, with_mapped_ram};
 use crate::devices::{DevicePhase, DeviceSection, Devices};
@@ -34,6 +36,8 @@ pub struct StoppedGuest<'a> {
     pub blocks: &'a RamBlocks,
     /// Everything else.
     pub devices: &'a mut dyn Devices,
+    /// How its pages are written.
+    pub io: FileIo,
     /// What can be seen of it, and how it is cancelled.
     pub progress: Arc<Progress>,
 }
@@ -63,7 +67,7 @@ pub(super) fn ended(progress: &Progress, result: &Result<(), MigrationError>) {
 }
 
 fn save_stopped(guest: StoppedGuest<'_>, file: &File) -> Result<(), MigrationError> {
-    let StoppedGuest { configuration, blocks, devices, progress } = guest;
+    let StoppedGuest { configuration, blocks, devices, io, progress } = guest;
     let mut out = FileSink::of_empty(file)?;
     let frozen = FrozenBlocks::new(blocks.migratable()?, FreezeFor::Source)?;
     let mut framing = Framing::begin(&mut out, &with_mapped_ram(&configuration))?;
@@ -71,11 +75,8 @@ fn save_stopped(guest: StoppedGuest<'_>, file: &File) -> Result<(), MigrationErr
         framing.full(&mut out, section)?;
     }
     progress.set_status(Status::Active);
-    for (block, header) in put_ram_start(&mut out, blocks, ListOptions::of(&configuration))? {
-        let pages = find_pages(&block, &frozen, &progress)?;
-        let written = write_pages(&block, &pages, header, file, &progress)?;
-        write_bitmap(&written, header, file).map_err(MigrationError::io("write a bitmap"))?;
-    }
+    let placed = put_ram_start(&mut out, blocks, ListOptions::of(&configuration))?;
+    write_pages(&placed, &frozen, file, io, &progress)?;
     let rest = devices.save(DevicePhase::Late)?;
     // Without its end the file is of no use.
     frozen.thaw()?;
@@ -163,17 +164,7 @@ pub(super) fn find_pages(
     frozen: &FrozenBlocks,
     progress: &Progress,
 ) -> Result<PageBitmap, MigrationError> {
-    let mut pages = PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE);
-    if let Some(used) = block.used() {
-        block
-            .for_each_sent(used, |data| {
-                pages.set_range(pages_touched(data));
-            })
-            .map_err(MigrationError::memory(block.id(), "look for holes"))?;
-    }
-    let mask = DiscardMask::new(frozen.discarded(block));
-    mask.apply(&mut pages);
-    let discarded = mask.nr_pages();
+    let (pages, discarded) = pages_of(block, frozen.discarded(block))?;
     let counters = &progress.counters;
     Counters::add(&counters.discarded, discarded);
     Counters::add(&counters.holes, pages.nr_pages() - pages.count() - discarded);
@@ -182,27 +173,72 @@ pub(super) fn find_pages(
     Ok(pages)
 }
 
-/// Writes all of `pages` that are not zero; which those were.
-fn write_pages(
+/// The pages that exist and are not in `discarded`; and how many are.
+pub(super) fn pages_of(
     block: &MigrationBlock,
-    pages: &PageBitmap,
-    header: MappedRamHeader,
-    file: &File,
-    progress: &Progress,
-) -> Result<PageBitmap, MigrationError> {
-    let mut written = PageBitmap::new(pages.nr_pages());
-    let mut gathered = GatherWrite::new();
-    let (mut from, nr_pages) = (0, pages.nr_pages());
-    while let Some(run) = pages.next_run(from, nr_pages, PIECE / TARGET_PAGE_SIZE) {
-        if progress.is_cancelled() {
-            return Err(MigrationError::Cancelled);
-        }
-        from = run.end;
-        for run in write_run(block, run, header, file, &mut gathered, progress)? {
-            written.set_range(run);
-        }
+    discarded: Vec<ByteRange>,
+) -> Result<(PageBitmap, u64), MigrationError> {
+    let mut pages = PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE);
+    if let Some(used) = block.used() {
+        block
+            .for_each_sent(used, |data| {
+                pages.set_range(pages_touched(data));
+            })
+            .map_err(MigrationError::memory(block.id(), "look for holes"))?;
     }
-    Ok(written)
+    let mask = DiscardMask::new(discarded);
+    mask.apply(&mut pages);
+    Ok((pages, mask.nr_pages()))
+}
+
+/// A block whose pages are written.
+struct Written<'a> {
+    block: &'a MigrationBlock,
+    header: MappedRamHeader,
+    /// Those that exist.
+    pages: PageBitmap,
+    /// Those that are in the file.
+    written: Mutex<PageBitmap>,
+}
+
+/// Writes all pages that exist and are not zero, and which those are.
+fn write_pages(
+    placed: &[(Arc<MigrationBlock>, MappedRamHeader)],
+    frozen: &FrozenBlocks,
+    file: &File,
+    io: FileIo,
+    progress: &Progress,
+) -> Result<(), MigrationError> {
+    let mut blocks = Vec::with_capacity(placed.len());
+    for (block, header) in placed {
+        let pages = find_pages(block, frozen, progress)?;
+        let written = Mutex::new(PageBitmap::new(pages.nr_pages()));
+        blocks.push(Written { block, header: *header, pages, written });
+    }
+    let pieces = Pieces::new(blocks.iter().map(|block| &block.pages).collect());
+    let pages_file = PagesFile::to_write(file, io);
+    io.run(|| {
+        let mut gathered = GatherWrite::new();
+        while let Some((index, run)) = pieces.next() {
+            let Written { block, header, written, .. } = &blocks[index];
+            let kept = match progress.is_cancelled() {
+                true => Err(MigrationError::Cancelled),
+                false => write_run(block, run, *header, &pages_file, &mut gathered, progress),
+            };
+            // The others have nothing more to do.
+            let kept = kept.inspect_err(|_| pieces.end())?;
+            let mut written = written.lock();
+            for run in kept {
+                written.set_range(run);
+            }
+        }
+        Ok(())
+    })?;
+    for Written { header, written, .. } in &blocks {
+        write_bitmap(&written.lock(), *header, file)
+            .map_err(MigrationError::io("write a bitmap"))?;
+    }
+    Ok(())
 }
 
 /// Writes the pages of a run that are not zero to their places; which those were.
@@ -210,7 +246,7 @@ pub(super) fn write_run(
     block: &MigrationBlock,
     run: Range<u64>,
     header: MappedRamHeader,
-    file: &File,
+    file: &PagesFile<'_>,
     gathered: &mut GatherWrite,
     progress: &Progress,
 ) -> Result<Vec<Range<u64>>, MigrationError> {
@@ -228,7 +264,7 @@ pub(super) fn write_run(
     for part in &kept {
         let range = bytes_of(part.clone());
         gathered.push_memory(mapping, range.start(), range.len());
-        let written = gathered.write_at(file, header.pages_offset + range.start());
+        let written = file.write(gathered, header.pages_offset + range.start());
         gathered.clear();
         written.map_err(MigrationError::io("write pages"))?;
     }

@@ -1,4 +1,5 @@
 mod background;
+mod disk;
 mod lazy;
 mod shared;
 
@@ -26,23 +27,38 @@ use ram_discard::memory::HostMapping;
 use std::sync::Arc;
 use vmstate::wire::WireRead;
 
+const IO: FileIo = FileIo { threads: 3, direct: true };
+
 fn save_to(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::MigrationInfo) {
+    save_with(side, file, IO)
+}
+
+fn save_with(
+    side: &Side,
+    file: &File,
+    io: FileIo,
+) -> (Result<(), MigrationError>, progress::MigrationInfo) {
     let progress = Arc::new(Progress::new());
     let stopped = StoppedGuest {
         configuration: Configuration::new("test"),
         blocks: &side.blocks,
         devices: &mut NoDevices,
+        io,
         progress: Arc::clone(&progress),
     };
     (save(stopped, file), progress.snapshot())
 }
 
 fn restore_from(side: &Side, file: &File) -> Result<(), MigrationError> {
+    restore_with(side, file, IO)
+}
+
+fn restore_with(side: &Side, file: &File, io: FileIo) -> Result<(), MigrationError> {
     let what = Restore {
         configuration: Configuration::new("test"),
         blocks: Arc::clone(&side.blocks),
         devices: &mut NoDevices,
-        threads: 3,
+        io,
         progress: Arc::new(Progress::new()),
     };
     restore(what, file)
@@ -146,14 +162,14 @@ fn an_image_has_its_name_when_it_is_whole_and_not_before() {
     assert_eq!(to.page(64), from.page(64));
 }
 
-/// A block of two huge pages, which takes none until it is loaded.
+/// A block of three huge pages, which takes none until it is loaded.
 fn side_of_huge_pages() -> std::io::Result<RamBlocks> {
     use rustix::fs::MemfdFlags;
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     let file = File::from(rustix::fs::memfd_create("huge", flags)?);
-    file.set_len(4 << 20)?;
+    file.set_len(6 << 20)?;
     let mut blocks = RamBlocks::new();
-    let block = migration_block("vmem0", &file, 4 << 20, BlockOptions::migratable());
+    let block = migration_block("vmem0", &file, 6 << 20, BlockOptions::migratable());
     blocks.register(Arc::new(block)).map_err(std::io::Error::other)?;
     Ok(blocks)
 }
@@ -164,26 +180,48 @@ fn a_pool_without_huge_pages_refuses_a_restore() {
         Ok(pool) => pool,
         Err(error) => return eprintln!("skipped: {error}"),
     };
-    let from = Side::of_region(4 << 20);
+    let from = Side::of_region(6 << 20);
     fill(&from.region, 3..4, 7);
     fill(&from.region, 1000..1001, 8);
     let file = memfd(0);
     save_to(&from, &file).0.unwrap();
-    let restored = || {
-        let blocks = Arc::new(side_of_huge_pages().unwrap());
-        let side =
-            Side { region: memfd(0), boot: memfd(0), blocks: Arc::clone(&blocks), manager: None };
-        restore_from(&side, &file).map(|()| blocks)
+    let blocks = Arc::new(side_of_huge_pages().unwrap());
+    let mapping = || blocks.get("vmem0").unwrap().mapping();
+    let byte = |page| {
+        let mut byte = [0];
+        mapping().read(page * PAGE, &mut byte);
+        byte[0]
     };
-    let error = restored().err().unwrap().to_string();
-    assert!(error.contains("\"vmem0\": cannot take huge pages"), "{error}");
-    pool.make_free(2).unwrap();
-    let blocks = restored().unwrap();
-    let mut bytes = [0; 3];
-    for (byte, page) in bytes.iter_mut().zip([3, 1000, 4]) {
-        blocks.get("vmem0").unwrap().mapping().read(page * PAGE, std::slice::from_mut(byte));
+    // The page that is free is another's before: two are needed, and this one is to be had.
+    mapping().write(1500 * PAGE, &[9]);
+    assert_eq!(pool.free(), 0);
+    let (region, boot) = (memfd(0), memfd(0));
+    let side = Side { region, boot, blocks: Arc::clone(&blocks), manager: None };
+    let failed = Arc::new(NoFailure);
+    let lazily = || {
+        let what = Restore {
+            configuration: Configuration::new("test"),
+            blocks: Arc::clone(&blocks),
+            devices: &mut NoDevices,
+            io: IO,
+            progress: Arc::new(Progress::new()),
+        };
+        let file = Arc::new(file.try_clone().unwrap());
+        restore_lazily(what, file, Arc::clone(&failed) as Arc<_>).map(drop)
+    };
+    for refused in [restore_from(&side, &file), lazily()] {
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("\"vmem0\": cannot take huge pages"), "{error}");
+        assert!(error.contains("needs 2 huge pages of 2048 KiB, of which 1 are"), "{error}");
+        // Nothing was discarded for it.
+        assert_eq!((byte(1500), pool.free()), (9, 0));
     }
-    assert_eq!(bytes, [7, 8, 0]);
+    // What it held is discarded first, and is to be had again.
+    pool.make_free(1).unwrap();
+    restore_from(&side, &file).unwrap();
+    assert_eq!((pool.free(), [3, 1000, 4].map(byte)), (0, [7, 8, 0]));
+    pool.make_free(1).unwrap();
+    assert_eq!(byte(1500), 0);
 }
 
 #[test]
@@ -251,7 +289,7 @@ fn a_file_without_a_list_of_ram_blocks_is_refused() {
         configuration: Configuration::new("test"),
         blocks: Arc::clone(&to.blocks),
         devices: &mut NoDevices,
-        threads: 1,
+        io: IO,
         progress: Arc::new(Progress::new()),
     };
     let restored = restore_lazily(what, Arc::new(file), Arc::new(NoFailure));
@@ -368,6 +406,7 @@ fn a_freeze_that_was_lost_while_a_stopped_guest_is_saved_leaves_no_snapshot() {
         configuration: Configuration::new("test"),
         blocks: &from.blocks,
         devices: &mut Losing(Arc::clone(from.manager.as_ref().unwrap())),
+        io: FileIo::default(),
         progress: Arc::clone(&progress),
     };
     let file = tempfile::tempfile().unwrap();

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use migration::Progress;
-use migration::snapshot::{StoppedGuest, save};
+use migration::snapshot::{FileIo, StoppedGuest, save};
 
 use super::devices::{Devices, State};
 use super::edits::{Good, edit, undo};
@@ -65,6 +65,7 @@ fn saved_file(sharing: Sharing) -> Vec<u8> {
             configuration: sharing.configuration(),
             blocks: &side.blocks,
             devices: &mut Devices::new(State::used()).registry,
+            io: FileIo { threads: 1, direct: false },
             progress: Arc::new(Progress::new()),
         };
         save(stopped, &file).unwrap();

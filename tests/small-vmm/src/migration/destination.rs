@@ -3,12 +3,11 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
 
 use anyhow::Context;
 use migration::postcopy::{Channels, OnListen};
 use migration::ram::{ListOptions, RamBlocks, RamLoad};
-use migration::snapshot::{self, LazyRestore, Restore};
+use migration::snapshot::{self, FileIo, LazyRestore, Restore};
 use migration::{Guest, Incoming, Progress};
 
 use super::blocks::{self, REGION};
@@ -88,7 +87,7 @@ pub(super) fn restore(
         configuration: configuration(true),
         blocks,
         devices: &mut devices,
-        threads: thread::available_parallelism().map_or(1, usize::from),
+        io: FileIo::default(),
         progress,
     };
     snapshot::restore(restore, &from)?;
@@ -107,7 +106,7 @@ pub(super) fn restore_lazily(
         configuration: configuration(true),
         blocks,
         devices: &mut devices,
-        threads: 1,
+        io: FileIo::default(),
         progress,
     };
     let begun = begin_restore(machine, restore, file, waits).inspect_err(|_| give_up(machine));

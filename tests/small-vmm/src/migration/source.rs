@@ -1,15 +1,14 @@
 //! The source: freezes block state, sends, and has the guest back when that fails.
 
-use std::fs::{File, OpenOptions};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
-use migration::snapshot::{self, RunningGuest, StoppedGuest};
+use migration::snapshot::{self, FileIo, RunningGuest, StoppedGuest, write_image};
 use migration::{Channel, Guest, GuestAfter, Outgoing, Parameters, Progress};
 use ram_discard::{FreezeFor, RamDiscardManager};
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
@@ -80,24 +79,20 @@ pub(super) fn snapshot(
     let manager = attach(machine)?;
     let blocks = send_blocks(machine, &manager, true)?;
     let mut devices = MachineDevices::of_source(machine, &manager)?;
-    let file = new_file(file)?;
+    ensure!(!file.exists(), "cannot make {}: File exists", file.display());
     let configuration = configuration(true);
     let (blocks, devices) = (&blocks, &mut devices);
     if background {
         let guest = &**machine;
         let running = RunningGuest { configuration, blocks, devices, guest, progress };
-        return Ok(snapshot::save_in_background(running, &file)?);
+        return Ok(write_image(file, |file| snapshot::save_in_background(running, file))?);
     }
+    let io = FileIo::default();
     machine.stop().map_err(anyhow::Error::msg)?;
-    let stopped = StoppedGuest { configuration, blocks, devices, progress };
-    let saved = snapshot::save(stopped, &file);
+    let stopped = StoppedGuest { configuration, blocks, devices, io, progress };
+    let saved = write_image(file, |file| snapshot::save(stopped, file));
     machine.run().map_err(anyhow::Error::msg)?;
     Ok(saved?)
-}
-
-fn new_file(path: &Path) -> anyhow::Result<File> {
-    let options = OpenOptions::new().read(true).write(true).create_new(true).open(path);
-    options.with_context(|| format!("cannot make {}", path.display()))
 }
 
 /// Becomes a client of the daemon's discard channel.

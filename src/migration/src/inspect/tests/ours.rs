@@ -77,6 +77,7 @@ fn a_snapshot_is_read() {
         configuration: Configuration::new("test"),
         blocks: &side.blocks,
         devices: &mut device,
+        io: snapshot::FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
     snapshot::save(saved, &file).unwrap();

@@ -5,7 +5,7 @@ use super::*;
 use crate::lazy::HandlerFailed;
 use crate::postcopy::SwitchWhen;
 use crate::snapshot::{
-    Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save, save_in_background,
+    FileIo, Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save, save_in_background,
 };
 
 /// A side with such a block of `size` bytes, `used` of which are in use.
@@ -76,18 +76,19 @@ fn snapshots_and_restores_follow_it_eager_and_lazy() {
             save_in_background(running, &file).unwrap();
         } else {
             let configuration = configured;
-            save(StoppedGuest { configuration, blocks, devices, progress }, &file).unwrap();
+            let io = FileIo::default();
+            save(StoppedGuest { configuration, blocks, devices, io, progress }, &file).unwrap();
         }
         let what = |to: &Side| (Arc::clone(&to.blocks), Arc::new(Progress::new()));
         let (blocks, progress) = what(&destinations[0]);
         let (configuration, devices) = (configuration(), &mut NoDevices);
-        let eager = Restore { configuration, blocks, devices, threads: 2, progress };
+        let eager = Restore { configuration, blocks, devices, io: FileIo::default(), progress };
         restore(eager, &file).unwrap();
         assert_followed(&destinations[0]);
 
         let (blocks, progress) = what(&destinations[1]);
         let (configuration, devices) = (Configuration::new("test"), &mut NoDevices);
-        let lazy = Restore { configuration, blocks, devices, threads: 1, progress };
+        let lazy = Restore { configuration, blocks, devices, io: FileIo::default(), progress };
         let guest = Arc::new(Witness::default()) as Arc<dyn HandlerFailed>;
         let restored = restore_lazily(lazy, Arc::clone(&file), guest).unwrap();
         let block = destinations[1].blocks.get("vmem0").unwrap();

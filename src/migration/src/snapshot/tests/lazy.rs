@@ -22,7 +22,7 @@ fn a_guest_runs_at_once_while_its_memory_is_read() {
         configuration: Configuration::new("test"),
         blocks: Arc::clone(&to.blocks),
         devices: &mut NoDevices,
-        threads: 1,
+        io: FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
     let restored = restore_lazily(what, Arc::clone(&file), Arc::new(NoFailure)).unwrap();
@@ -61,7 +61,7 @@ fn memory_that_nobody_touches_is_not_allocated_by_a_lazy_restore() {
         configuration: Configuration::new("test"),
         blocks: Arc::clone(&to.blocks),
         devices: &mut NoDevices,
-        threads: 1,
+        io: FileIo::default(),
         progress: Arc::clone(&progress),
     };
     restore_lazily(what, file, Arc::new(NoFailure)).unwrap().wait().unwrap();
@@ -81,7 +81,7 @@ fn lazily(
         configuration: Configuration::new("test"),
         blocks: Arc::clone(&to.blocks),
         devices: &mut NoDevices,
-        threads: 1,
+        io: FileIo::default(),
         progress: Arc::clone(progress),
     };
     let restored = restore_lazily(what, Arc::clone(&file), failed).unwrap();
@@ -140,7 +140,7 @@ fn a_lazy_restore_goes_on_when_the_file_can_be_read_again() {
         configuration: Configuration::new("test"),
         blocks: Arc::clone(&to_again.blocks),
         devices: &mut CutsFile(Arc::clone(&file)),
-        threads: 1,
+        io: FileIo::default(),
         progress: Arc::clone(&progress),
     };
     let failed = Arc::new(Failures::default());

@@ -32,7 +32,8 @@ fn saved(from: &Side, background: bool) -> File {
         let running = RunningGuest { configuration, blocks, devices, guest, progress };
         save_in_background(running, &file).unwrap();
     } else {
-        save(StoppedGuest { configuration, blocks, devices, progress }, &file).unwrap();
+        let io = FileIo::default();
+        save(StoppedGuest { configuration, blocks, devices, io, progress }, &file).unwrap();
     }
     file
 }
@@ -54,7 +55,8 @@ impl Guest for Writes {
 fn restored(to: &Side, file: &File, configuration: Configuration) -> Result<(), MigrationError> {
     let progress = Arc::new(Progress::new());
     let (blocks, devices) = (Arc::clone(&to.blocks), &mut NoDevices);
-    restore(Restore { configuration, blocks, devices, threads: 2, progress }, file)
+    let io = FileIo::default();
+    restore(Restore { configuration, blocks, devices, io, progress }, file)
 }
 
 #[test]
@@ -81,7 +83,7 @@ fn shared_memory_is_not_in_a_snapshot_and_stays_as_it_is() {
             configuration: configuration(),
             blocks: Arc::clone(&lazily.blocks),
             devices: &mut NoDevices,
-            threads: 1,
+            io: FileIo::default(),
             progress: Arc::new(Progress::new()),
         };
         restore_lazily(what, Arc::new(file), Arc::new(NoFailure)).unwrap().wait().unwrap();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamSave};
-use migration::snapshot::{self, RunningGuest, StoppedGuest};
+use migration::snapshot::{self, FileIo, RunningGuest, StoppedGuest};
 use migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
 use migration::{Channel, DeviceRegistry, Guest, Outgoing, Parameters, Progress};
 use ram_discard::memory::RamBlock;
@@ -176,6 +176,7 @@ fn snapshot(machine: &Machine, file: &File) -> Result<()> {
         configuration: machine.configuration(),
         blocks: &machine.blocks,
         devices: &mut machine.devices()?,
+        io: FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
     Ok(snapshot::save(stopped, file)?)
