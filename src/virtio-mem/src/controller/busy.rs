@@ -25,6 +25,9 @@ pub enum Busy {
     /// The state could not be saved.
     #[error("cannot save the device state: {0}")]
     Store(#[from] io::Error),
+    /// Memory of blocks that are unplugged already could not be discarded.
+    #[error("cannot discard the memory of unplugged blocks: {0}")]
+    Discard(#[source] io::Error),
 }
 
 impl From<ResetError> for Busy {
@@ -45,7 +48,7 @@ impl MemController {
             Busy::Store(error) => {
                 tracing::error!(%error, "cannot save the device state; answering BUSY");
             }
-            Busy::Memory(_) | Busy::Refused(_) => {
+            Busy::Memory(_) | Busy::Refused(_) | Busy::Discard(_) => {
                 tracing::warn!(request = request.name(), %reason, "answering BUSY");
             }
         }

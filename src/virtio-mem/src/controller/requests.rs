@@ -7,7 +7,7 @@ use ram_discard::{GpaRange, RamDiscardSource, Section, Transaction};
 
 use super::served::Sweep;
 use super::{BlockUpdate, Busy, JournalUpdate, MemController, ResetError};
-use crate::device::{Change, Request, Response, Verdict, VirtioMem};
+use crate::device::{BlockSpan, Change, Request, Response, Verdict, VirtioMem};
 
 impl MemController {
     /// Whether all of a guest-physical range may be used by the guest: what lies in the region is
@@ -94,19 +94,22 @@ impl MemController {
         }
     }
 
-    /// Answers a request whose work was done by a process that could not answer it any more.
+    /// Answers a request whose work was done by a process that could not answer it any more. Of an UNPLUG, that
+    /// process may have been killed before the memory was discarded.
     fn answer_again(&self, request: Request) -> Response {
-        let done = match request {
-            Request::Unplug(span) => {
-                let offset = span.addr - self.geometry.addr();
-                let len = u64::from(span.nb_blocks) * self.geometry.block_size();
-                Section::new(offset, len).is_none_or(|section| {
-                    self.memory.ready(section).is_ok() && self.memory.sweep(&[section]).is_ok()
-                })
-            }
-            _ => true,
+        let finished = match request {
+            Request::Unplug(span) => self.discard_again(span),
+            _ => Ok(()),
         };
-        if done { Response::Ack } else { Response::Busy }
+        finished.map_or_else(|reason| self.busy(request, &reason), |()| Response::Ack)
+    }
+
+    fn discard_again(&self, span: BlockSpan) -> Result<(), Busy> {
+        let offset = span.addr - self.geometry.addr();
+        let len = u64::from(span.nb_blocks) * self.geometry.block_size();
+        let Some(section) = Section::new(offset, len) else { return Ok(()) };
+        self.memory.ready(section)?;
+        self.memory.sweep(&[section]).map_err(Busy::Discard)
     }
 
     fn plug(

@@ -229,6 +229,16 @@ fn a_request_executed_but_not_answered_is_acked_when_it_comes_again() {
     assert_eq!(rig.controller.execute(unplug(0, 4)), Response::Error, "only the last is known");
 }
 
+/// Why requests were answered with BUSY.
+#[derive(Default)]
+struct Reasons(Mutex<Vec<String>>);
+
+impl DeviceObserver for Reasons {
+    fn busy(&self, request: Request, reason: &Busy) {
+        self.0.lock().push(format!("{}: {reason}", request.name()));
+    }
+}
+
 #[test]
 fn a_killed_unplug_is_finished_when_the_guest_runs_again() {
     let file = memfd();
@@ -240,7 +250,10 @@ fn a_killed_unplug_is_finished_when_the_guest_runs_again() {
     start.sweep = true;
     start.journal = Some(unplug(4, 4));
     let controller = MemController::new(start);
+    let reasons = Arc::new(Reasons::default());
+    controller.observe(Arc::clone(&reasons) as Arc<dyn DeviceObserver>);
     assert_eq!(controller.execute(unplug(4, 4)), Response::Busy, "memory is not mapped");
+    assert!(reasons.0.lock().pop().unwrap().contains("no memory is mapped"));
     controller.set_memory(ram(&file)).unwrap();
     assert_eq!(file.metadata().unwrap().blocks() * 512, 8 * BLOCK, "a state may still come");
     controller.running();

@@ -309,7 +309,8 @@ impl RegionMemory {
         for (block, range) in self.pieces(section).0 {
             let backing = block.backing();
             if backing.kind() == BackingKind::Hugetlb {
-                // It does not tell its holes, but what it holds in all.
+                // It does not tell its holes, but what it holds in all. To punch a range without pages costs no more than
+                // to ask.
                 let before = backing.held()?;
                 backing.sweep(range)?;
                 held += before.saturating_sub(backing.held()?);

@@ -60,6 +60,7 @@ impl Reason {
         match busy {
             Busy::Memory(NotReady::NotMapped(_)) => Some(Self::NoMemory),
             Busy::Memory(error) => Some(Self::HostMemory(error.to_string())),
+            Busy::Discard(_) => Some(Self::HostMemory(busy.to_string())),
             Busy::Refused(refused) if refused.listener == "guest memory" => {
                 Some(Self::HostMemory(refused.reason.clone()))
             }
