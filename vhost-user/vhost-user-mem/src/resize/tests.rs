@@ -153,9 +153,12 @@ fn without_a_front_end_memory_driver_or_queue_it_is_told_at_once_which_is_missin
     assert_eq!(world.kind(), Some(StallKind::NoFrontEnd));
     world.seen.connected(true, world.now());
     (world.device.mapped, world.device.unmapped) = (false, Some((ADDR, ADDR + 16 * GIB)));
+    assert_eq!(world.reason(), Some(Reason::DriverAbsent(None)), "memory comes with the driver");
+    world.seen.driver(1 << 1, false, world.now());
     assert_eq!(world.kind(), Some(StallKind::NoMemory));
     assert!(world.text().contains("0x100000000 to 0x500000000"), "{}", world.text());
     (world.device.mapped, world.device.unmapped) = (true, None);
+    world.seen.driver(0, false, world.now());
     assert_eq!(world.reason(), Some(Reason::DriverAbsent(None)));
     assert!(world.text().contains("CONFIG_VIRTIO_MEM"), "{}", world.text());
     world.seen.driver(1 << 1, false, world.now());
@@ -221,6 +224,14 @@ fn busy_names_who_made_it_so_until_the_guest_tries_again() {
             refused("discard channel", "client 3: \u{1b}[31mno\n"),
             Reason::Refused("discard channel".into(), "client 3: \u{1b}[31mno\n".into()),
             r"client 3: \u{1b}[31mno\n",
+        ),
+        (
+            // Of a request that was done before the daemon was started again.
+            Busy::Discard(std::io::ErrorKind::PermissionDenied.into()),
+            Reason::HostMemory(
+                "cannot discard the memory of unplugged blocks: permission denied".to_owned(),
+            ),
+            "the memory of unplugged blocks: permission denied",
         ),
         (
             Busy::Store(std::io::ErrorKind::StorageFull.into()),

@@ -135,7 +135,9 @@ fn certain(seen: &Seen, device: &Device) -> Option<Reason> {
         return Some(Reason::Migration(seen.holders.iter().copied().collect()));
     }
     if !device.mapped {
-        return Some(Reason::NoMemory);
+        // QEMU and others share their memory once the driver has accepted features, and not before.
+        let begun = seen.features.is_some() || seen.has_run;
+        return Some(if begun { Reason::NoMemory } else { Reason::DriverAbsent(None) });
     }
     if !seen.runs && seen.has_run {
         return Some(Reason::QueueStopped);
