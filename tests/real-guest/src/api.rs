@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -36,6 +36,30 @@ pub struct Device {
     pub connected: bool,
     /// Whether block state is frozen.
     pub migration_active: bool,
+    /// How the guest is doing with what is requested.
+    pub resize: Resize,
+}
+
+/// How the guest is doing with what is requested.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Resize {
+    /// `done`, `waiting`, `progressing` or `stalled`.
+    pub state: String,
+    /// Bytes to plug or to unplug.
+    pub remaining_size: u64,
+    /// Since when nothing has moved.
+    pub since: Option<String>,
+    /// Why it stands still.
+    pub reason: Option<Reason>,
+}
+
+/// Why a guest stands still.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Reason {
+    /// For programs.
+    pub kind: String,
+    /// For people.
+    pub text: String,
 }
 
 /// `GET /v1/device/blocks`.
@@ -60,6 +84,11 @@ impl Api {
     /// The API behind `socket`.
     pub fn new(socket: PathBuf) -> Self {
         Self { socket }
+    }
+
+    /// Where it is served.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Sizes and state.

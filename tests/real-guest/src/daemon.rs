@@ -37,6 +37,11 @@ impl Daemon {
         Ok(daemon)
     }
 
+    /// What is run.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// Kills the daemon without a warning.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;

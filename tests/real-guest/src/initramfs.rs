@@ -20,12 +20,15 @@ echo online_movable > /sys/devices/system/memory/auto_online_blocks
 stty -F /dev/ttyS1 raw -echo
 exec < /dev/ttyS1 > /dev/ttyS1 2>&1
 echo "<<ready>>"
-insmod /virtio_mem.ko dyndbg=+p
+grep -qw no_virtio_mem /proc/cmdline || insmod /virtio_mem.ko dyndbg=+p
 while read -r number command; do
     ( eval "$command" ) < /dev/null
     echo "<<end $number $?>>"
 done
 "#;
+
+/// On the kernel's command line, has the driver wait for a command that loads it.
+pub const NO_DRIVER: &str = "no_virtio_mem";
 
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;

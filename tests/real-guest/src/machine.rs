@@ -1,6 +1,7 @@
 //! One guest with its daemon: what every step works on.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
@@ -26,6 +27,8 @@ pub struct Setup {
     pub node: Option<u16>,
     /// Whether a relay stands in for what QEMU cannot do: reconnect.
     pub relay: bool,
+    /// Whether the guest loads its driver when it boots.
+    pub driver: bool,
 }
 
 impl Setup {
@@ -133,6 +136,13 @@ impl Machine {
         let mut seen = self.observe()?;
         seen.expect_size(size);
         Ok(seen)
+    }
+
+    /// The client of the daemon's API, which is built and installed with the daemon, to be started with these words.
+    pub fn client(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(self.daemon.program().with_file_name("vmemctl"));
+        command.arg("--api-socket").arg(self.daemon.api.socket()).args(words);
+        command
     }
 
     /// Looks at the guest, the API and the host at once.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::initramfs;
 use crate::machine::Setup;
 use crate::own_device::OwnDevice;
 use crate::process;
@@ -78,7 +79,12 @@ impl Qemu {
         };
         command.arg("-kernel").arg(&kit.kernel).arg("-initrd").arg(&kit.initramfs);
         // The DIMM below is only there to share the range: ACPI must not hand it to the guest.
-        command.args(["-append", "console=ttyS0 acpi_no_memhotplug"]);
+        let driver = match setup {
+            Some(Setup { driver: false, .. }) => initramfs::NO_DRIVER,
+            _ => "",
+        };
+        let append = format!("console=ttyS0 acpi_no_memhotplug {driver}");
+        command.args(["-append", append.trim_end()]);
         let path = |name: &str| dir.join(name).display().to_string();
         command.args(["-chardev", &format!("file,id=console,path={}", path("console.log"))]);
         command.args(["-serial", "chardev:console"]);

@@ -23,7 +23,8 @@ pub const LARGE: u64 = 4 * GIB;
 /// What it writes in between, MiB, and frees.
 const WRITTEN: u64 = 1024;
 /// The same for both.
-const SETUP: Setup = Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false };
+const SETUP: Setup =
+    Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false, driver: true };
 /// Grows and shrinks, taking turns.
 const CYCLES: usize = 3;
 /// How often both are asked for their size.

@@ -5,6 +5,7 @@ mod geometry;
 mod grow_shrink;
 mod inspect;
 mod migration;
+mod reasons;
 mod reboot;
 
 use std::path::Path;
@@ -33,13 +34,18 @@ pub enum Proof {
     Own(fn(&Parts<'_>, &Path, &mut Report) -> Result<()>),
 }
 
-const COMMON: Setup = Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false };
+const COMMON: Setup =
+    Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false, driver: true };
 
 /// All steps.
-pub const ALL: [Step; 10] = [
+pub const ALL: [Step; 11] = [
     Step { name: "grow-shrink", proof: Proof::Machine(COMMON, grow_shrink::run) },
     Step { name: "migration", proof: Proof::Machine(COMMON, migration::run) },
     Step { name: "reboot", proof: Proof::Machine(COMMON, reboot::run) },
+    Step {
+        name: "reasons",
+        proof: Proof::Machine(Setup { driver: false, ..COMMON }, reasons::run),
+    },
     Step { name: "crash", proof: Proof::Machine(Setup { relay: true, ..COMMON }, crash::run) },
     Step {
         name: "large-blocks",
