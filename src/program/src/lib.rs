@@ -1,5 +1,6 @@
 //! What the programs of this project share, and what is of no guest: sizes and times as people
-//! write them, sockets to listen on, signals, the service manager.
+//! write them, sockets to listen on and who may connect, signals, the service manager, the log, metrics of
+//! a process.
 //!
 //! ```
 //! use program::duration::parse_duration;
@@ -11,8 +12,11 @@
 //! assert!(parse_size("1.5 apples").is_err());
 //! ```
 
+pub mod access;
 pub mod duration;
 pub mod listener;
+pub mod log;
+pub mod metrics;
 pub mod service_manager;
 pub mod size;
 mod sys;

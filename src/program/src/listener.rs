@@ -76,6 +76,11 @@ pub fn allow(access: Access) {
     let _ = ACCESS.set(access);
 }
 
+/// Who may connect to the sockets of this process.
+pub fn access() -> Access {
+    *ACCESS.get().unwrap_or(&OWNER_ONLY)
+}
+
 /// Binds `path`. A socket file that no process answers at was left by a killed daemon and is
 /// replaced; one that is answered at is not, nor is anything that is not a socket.
 ///
@@ -167,6 +172,16 @@ pub fn keep_files() {
 /// Calls `look` with everything that is bound.
 pub fn with_bound<T>(look: impl FnOnce(&mut dyn Iterator<Item = &Bound>) -> T) -> T {
     look(&mut BOUND.lock().iter().map(|(_, bound)| bound))
+}
+
+/// Paths of the sockets whose files go when this process ends: it has bound them, and they are not kept.
+pub fn removed_at_the_end() -> Vec<PathBuf> {
+    if KEPT.load(Ordering::Relaxed) {
+        return Vec::new();
+    }
+    with_bound(|bound| {
+        bound.filter(|bound| bound.file.is_some()).map(|bound| bound.path.clone()).collect()
+    })
 }
 
 /// Removes all sockets of this process, for an end that cannot wait.
@@ -292,7 +307,7 @@ fn remove_left(path: &Path) -> io::Result<()> {
 }
 
 fn create(path: &Path, lock: File) -> io::Result<Bound> {
-    let Access { mode, group } = *ACCESS.get().unwrap_or(&OWNER_ONLY);
+    let Access { mode, group } = access();
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket: OwnedFd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     // The file gets the bits of the socket, less the umask: never more than is wanted.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use program::access::{find_group, parse_mode};
 use program::duration::parse_duration;
 use program::listener::Access;
 use program::size::parse_size;
@@ -11,7 +12,7 @@ use thiserror::Error;
 use virtio_mem::device::{Geometry, GeometryError, VirtioMem};
 
 use crate::log::Format;
-use crate::{renew, sys};
+use crate::renew;
 
 /// vhost-user back-end for virtio-mem.
 ///
@@ -224,15 +225,15 @@ impl TryFrom<Args> for Config {
             }
         }
         let access = Access {
-            mode: mode(&args.socket_mode)
+            mode: parse_mode(&args.socket_mode)
                 .map_err(|rule| ArgsError::new("socket-mode", &args.socket_mode, rule))?,
             group: match &args.socket_group {
                 // Its sockets are there already, and where groups are listed is out of reach by now.
                 Some(_) if renew::is_continued() => None,
                 None => None,
-                Some(text) => {
-                    Some(group(text).map_err(|rule| ArgsError::new("socket-group", text, rule))?)
-                }
+                Some(text) => Some(
+                    find_group(text).map_err(|rule| ArgsError::new("socket-group", text, rule))?,
+                ),
             },
         };
         let sweep_interval = parse_duration(&args.sweep_interval)
@@ -254,25 +255,6 @@ impl TryFrom<Args> for Config {
             log_format: args.log_format,
             sandbox: args.sandbox,
         })
-    }
-}
-
-/// Permission bits in octal.
-fn mode(text: &str) -> Result<u32, &'static str> {
-    let rule = "not permission bits in octal, from 0 to 0777";
-    let digits = text.strip_prefix("0o").unwrap_or(text);
-    let is_octal = !digits.is_empty() && digits.bytes().all(|digit| (b'0'..=b'7').contains(&digit));
-    let mode = u32::from_str_radix(digits, 8).ok().filter(|&mode| is_octal && mode <= 0o777);
-    mode.ok_or(rule)
-}
-
-/// The id of a group.
-fn group(text: &str) -> Result<u32, String> {
-    // A name may consist of digits, too.
-    match sys::group::id_of(text) {
-        Ok(Some(id)) => Ok(id),
-        Ok(None) => number(text).ok_or_else(|| "there is no such group".to_owned()),
-        Err(error) => Err(format!("cannot look for the group: {error}")),
     }
 }
 

@@ -1,11 +1,9 @@
 //! Metrics in the OpenMetrics text format.
 //!
-//! - `process`: what every process can tell, by the names that exporters agree on.
-//! - `store`: counts what the state file does not take.
+//! `store` counts what the state file does not take; [`program::metrics`] has what every process can tell.
 //!
 //! What is not known has no sample. `dist/prometheus` has rules and a dashboard that use the names.
 
-mod process;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -13,22 +11,21 @@ mod tests;
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use program::metrics::{Process, register_program};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use ram_discard::{RamDiscardListener, Section};
 use virtio_mem::controller::MemController;
 use virtio_mem::device::{BlockSpan, Request, Response};
 
-use process::Process;
 pub use store::CountedStore;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -40,11 +37,6 @@ struct RequestLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TypeLabel {
     r#type: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct BuildLabels {
-    version: &'static str,
 }
 
 /// What of the device's watchers is told with its metrics.
@@ -156,18 +148,7 @@ impl Metrics {
         let mut root = Registry::default();
         root.register_collector(Box::new(Process));
         let registry = root.sub_registry_with_prefix("virtio_mem");
-        let build = Info::new(BuildLabels { version: env!("CARGO_PKG_VERSION") });
-        registry.register("build", "The program", build);
-        let start_time: Gauge<f64, AtomicU64> = Gauge::default();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        start_time.set(now.as_secs_f64());
-        registry.register_with_unit(
-            "start_time",
-            "When counters began at 0, since 1970: later than the process where the daemon has \
-             started itself anew",
-            Unit::Seconds,
-            start_time,
-        );
+        register_program(registry, env!("CARGO_PKG_VERSION"));
         let requests: Family<RequestLabels, Counter> = Family::default();
         // A first increase is seen only of what was 0 before.
         for request in TYPES_TOLD {

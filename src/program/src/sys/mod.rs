@@ -2,10 +2,11 @@
 
 #![allow(
     unsafe_code,
-    reason = "signalfd and SO_PEERPIDFD, which no crate here wraps; descriptors that are known by \
+    reason = "signalfd, SO_PEERPIDFD and getgrnam_r, which no crate here wraps; descriptors that are known by \
               number"
 )]
 
+pub(crate) mod group;
 pub mod inherited;
 pub mod peer;
 pub mod signals;

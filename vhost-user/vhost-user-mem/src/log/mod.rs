@@ -1,56 +1,32 @@
 //! The log: lines on stderr, for which no thread of the daemon ever waits.
 //!
-//! - `queue`: bounded, to a thread that alone writes to stderr. Lines that do not fit, or that
-//!   stderr does not take, are lost, counted, and told once there is room again.
-//! - `form`: how lines look, as text or JSON, on a terminal or in the journal.
+//! - [`program::log`] has the queue, how lines look, and how many of a kind are told.
 //! - [`set_level`]: what is logged, from now on.
-//! - `limit`: lines of one kind in a row, told one by one at first and then as a count, since guest,
-//!   front-end and clients cause many of them.
+//! - `limit`: which kinds there are among events of `tracing`.
 
-mod form;
 mod level;
 mod limit;
-mod queue;
 
 use std::io::{self, IsTerminal};
-use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+pub use program::log::Format;
+use program::log::{Form, Limit, Queue, Stderr, is_journal};
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, fmt, registry, reload};
 
-use form::{Form, is_journal};
+use crate::confinement;
 pub use level::{LevelError, set_level};
-use limit::Limit;
-use queue::Queue;
 
 /// What is logged unless RUST_LOG says otherwise.
 const DEFAULT_LEVEL: &str = "info";
 
 /// How long the end of the daemon waits for lines that were not written yet.
 const FLUSH: Duration = Duration::from_millis(300);
-
-/// How long a message about the command line waits for room in stderr.
-const SAY: Duration = Duration::from_secs(1);
-
-/// What a pipe takes at once whenever it says that it takes anything (PIPE_BUF).
-const AT_ONCE: usize = 4096;
-
-/// What lines are written as.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Format {
-    /// For people.
-    #[default]
-    Text,
-    /// An object a line: timestamp, level, target, and fields, of which message is one.
-    Json,
-}
 
 static QUEUE: OnceLock<Arc<Queue>> = OnceLock::new();
 
@@ -67,8 +43,10 @@ pub fn start(format: Format) -> io::Result<()> {
     let limit = Arc::new(Limit::default());
     let json = format == Format::Json;
     let colours = !json && io::stderr().is_terminal();
-    let form = Form { json, colours, journal: is_journal() };
-    let queue = Arc::new(Queue::start(Stderr, Arc::clone(&limit), form)?);
+    let form = Form { json, colours, journal: is_journal(), command: None };
+    let confine = || sandbox::confine_thread(confinement::LOG);
+    let queue = Arc::new(Queue::new(Stderr, Arc::clone(&limit), form, confine));
+    queue.start()?;
     assert!(QUEUE.set(Arc::clone(&queue)).is_ok(), "the log is started once");
     let (filter, wrong) = match EnvFilter::try_from_default_env() {
         Ok(filter) => (filter, None),
@@ -114,46 +92,7 @@ pub fn say(text: &str) {
         Some(form) => form.line(Level::ERROR, text.as_bytes()),
         None => format!("{text}\n").into_bytes(),
     };
-    let stderr = io::stderr();
-    let deadline = Instant::now() + SAY;
-    for part in line.chunks(AT_ONCE) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec::try_from(left).unwrap_or_default();
-        let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
-        if !matches!(poll(&mut fds, Some(&timeout)), Ok(1..)) || write_all(part).is_err() {
-            return;
-        }
-    }
-}
-
-fn write_all(mut bytes: &[u8]) -> io::Result<()> {
-    let stderr = io::stderr();
-    while !bytes.is_empty() {
-        match rustix::io::write(stderr.as_fd(), bytes) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => bytes = &bytes[count..],
-            Err(Errno::INTR) => {}
-            // Another process that has the same pipe may have set it to not block.
-            Err(Errno::AGAIN) => {
-                let _ = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], None);
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Writes without the buffer, the lock and the panics of the standard library's.
-struct Stderr;
-
-impl io::Write for Stderr {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        write_all(bytes).map(|()| bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+    program::log::say(&line);
 }
 
 /// Puts what is formatted, a line at a time, into the queue.

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use virtio_mem::controller::InitialState;
 use virtio_mem::device::{Geometry, VirtioMem};
 
-use super::process::{Stat, boot_time, limit};
 use super::*;
 
 const RULES: &str = include_str!("../../dist/prometheus/rules.yml");
@@ -162,29 +162,4 @@ fn what_the_watchers_see_is_told() {
         assert_eq!(sample(&text, "virtio_mem_connected"), f64::from(u8::from(seen)));
         assert_eq!(sample(&text, "virtio_mem_resize_stalled"), f64::from(u8::from(!seen)));
     }
-}
-
-#[test]
-fn a_name_that_looks_like_fields_does_not_shift_them() {
-    let rest = "R 1 2 3 4 5 6 7 8 9 10 100 11 12 13 14 15 7 17 5000 65536 8 18446744073709551615";
-    let expected =
-        Some(Stat { cpu: 111, threads: 7, start: 5000, virtual_memory: 65536, resident: 8 });
-    for name in ["vhost-user-mem", "a) R 0 0", ") ) (", ""] {
-        assert_eq!(Stat::parse(&format!("42 ({name}) {rest}\n")), expected, "{name}");
-    }
-    for text in ["", "42", "42 (name)", "42 (name) R 1 2", "42 (name) R x"] {
-        assert_eq!(Stat::parse(text), None, "{text}");
-    }
-}
-
-#[test]
-fn limits_and_the_start_of_the_host_are_found_by_their_names() {
-    let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
-                  Max open files            1024                 524288               files     \n\
-                  Max address space         unlimited            unlimited            bytes     \n";
-    assert_eq!(limit(limits, "Max open files"), Some(1024));
-    assert_eq!(limit(limits, "Max address space"), None);
-    assert_eq!(limit(limits, "Max"), None);
-    assert_eq!(boot_time("cpu 1 2\nbtime 1700000000\nprocesses 3\n"), Some(1_700_000_000));
-    assert_eq!(boot_time("cpu 1 2\n"), None);
 }

@@ -6,7 +6,6 @@
               crate here wraps; each block says why"
 )]
 
-pub(crate) mod group;
 pub(crate) mod guest_memory;
 pub(crate) mod lost_memory;
 pub(crate) mod peer_cred;

@@ -13,25 +13,25 @@ use prometheus_client::registry::Unit;
 
 /// This process.
 #[derive(Debug)]
-pub(super) struct Process;
+pub struct Process;
 
 /// Of `/proc/self/stat`, in its units.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Stat {
+struct Stat {
     /// In user and kernel mode, clock ticks.
-    pub(super) cpu: u64,
-    pub(super) threads: u64,
+    cpu: u64,
+    threads: u64,
     /// After the start of the host, clock ticks.
-    pub(super) start: u64,
+    start: u64,
     /// Bytes.
-    pub(super) virtual_memory: u64,
+    virtual_memory: u64,
     /// Pages.
-    pub(super) resident: u64,
+    resident: u64,
 }
 
 impl Stat {
     /// Reads the line. The second field is a name in parentheses, of any characters.
-    pub(super) fn parse(text: &str) -> Option<Self> {
+    fn parse(text: &str) -> Option<Self> {
         let (_, fields) = text.rsplit_once(") ")?;
         // The first of them is the third of proc_pid_stat(5).
         let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
@@ -47,13 +47,13 @@ impl Stat {
 }
 
 /// The soft limit of this name in `/proc/self/limits`; `None` when there is no limit.
-pub(super) fn limit(text: &str, name: &str) -> Option<u64> {
+fn limit(text: &str, name: &str) -> Option<u64> {
     let values = text.lines().find_map(|line| line.strip_prefix(name))?;
     values.split_ascii_whitespace().next()?.parse().ok()
 }
 
 /// When the host was started, seconds since 1970: a line of `/proc/stat`.
-pub(super) fn boot_time(text: &str) -> Option<u64> {
+fn boot_time(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
 }
 
@@ -100,5 +100,36 @@ impl Collector for Process {
         let open = open_fds().map(|fds| fds as f64);
         gauge("process_open_fds", "Open file descriptors", None, open)?;
         gauge("process_max_fds", "Limit of open file descriptors", None, limit("Max open files"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_looks_like_fields_does_not_shift_them() {
+        let rest =
+            "R 1 2 3 4 5 6 7 8 9 10 100 11 12 13 14 15 7 17 5000 65536 8 18446744073709551615";
+        let expected =
+            Some(Stat { cpu: 111, threads: 7, start: 5000, virtual_memory: 65536, resident: 8 });
+        for name in ["vhost-user-mem", "a) R 0 0", ") ) (", ""] {
+            assert_eq!(Stat::parse(&format!("42 ({name}) {rest}\n")), expected, "{name}");
+        }
+        for text in ["", "42", "42 (name)", "42 (name) R 1 2", "42 (name) R x"] {
+            assert_eq!(Stat::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn limits_and_the_start_of_the_host_are_found_by_their_names() {
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max open files            1024                 524288               files     \n\
+                      Max address space         unlimited            unlimited            bytes     \n";
+        assert_eq!(limit(limits, "Max open files"), Some(1024));
+        assert_eq!(limit(limits, "Max address space"), None);
+        assert_eq!(limit(limits, "Max"), None);
+        assert_eq!(boot_time("cpu 1 2\nbtime 1700000000\nprocesses 3\n"), Some(1_700_000_000));
+        assert_eq!(boot_time("cpu 1 2\n"), None);
     }
 }

@@ -1,30 +1,36 @@
 //! The queue of lines, and the thread that writes them.
 
 use std::io::{self, Write};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tracing::Level;
 
 use super::form::Form;
-use super::limit::{INTERVAL, Limit};
-use crate::confinement;
+use super::limit::{INTERVAL, Kind, Limit};
 
 /// Lines that wait, at most.
 const LINES: usize = 1024;
+
+/// Nothing is waited for longer.
+const LONGEST: Duration = Duration::from_secs(3600);
 
 /// Between two looks at a queue that is full.
 const RETRY: Duration = Duration::from_millis(5);
 
 /// The queue.
-pub(super) struct Queue {
+pub struct Queue {
     entries: SyncSender<Entry>,
     limit: Arc<Limit>,
     lost: Arc<Lost>,
     form: Form,
+    begun: Once,
+    /// What the thread does, until there is one.
+    thread: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 enum Entry {
@@ -41,48 +47,83 @@ struct Lost {
 }
 
 impl Queue {
-    /// Starts the thread that writes to `sink`, which may block and fail.
-    pub(super) fn start(
+    /// A queue to `sink`, which may block and fail. A thread of its own calls `begin` and then writes; it starts
+    /// with the first line, or with [`start`](Self::start).
+    pub fn new(
         sink: impl Write + Send + 'static,
         limit: Arc<Limit>,
         form: Form,
-    ) -> io::Result<Self> {
+        begin: impl FnOnce() + Send + 'static,
+    ) -> Self {
         let (entries, taken) = sync_channel(LINES);
         let lost = Arc::new(Lost::default());
         let counting = Arc::clone(&limit);
         let mut thread = Thread { sink, limit, form, lost: Arc::clone(&lost), torn: false };
-        thread::Builder::new().name("log".to_owned()).spawn(move || {
-            sandbox::confine_thread(confinement::LOG);
+        let run = move || {
+            begin();
             thread.run(&taken);
-        })?;
-        Ok(Self { entries, limit: counting, lost, form })
+        };
+        let thread = Mutex::new(Some(Box::new(run) as Box<dyn FnOnce() + Send>));
+        Self { entries, limit: counting, lost, form, begun: Once::new(), thread }
+    }
+
+    /// Starts the thread, if it has not been.
+    ///
+    /// # Errors
+    ///
+    /// When there is no thread to be had. All lines are lost then.
+    pub fn start(&self) -> io::Result<()> {
+        let mut started = Ok(());
+        self.begun.call_once(|| {
+            if let Some(run) = self.thread.lock().take() {
+                started = thread::Builder::new().name("log".to_owned()).spawn(run).map(drop);
+            }
+        });
+        started
     }
 
     /// How its lines look.
-    pub(super) fn form(&self) -> Form {
+    pub fn form(&self) -> Form {
         self.form
     }
 
     /// Puts a line in, or counts it as lost. Never waits.
-    pub(super) fn push(&self, level: Level, line: &[u8]) {
-        if self.entries.try_send(Entry::Line(self.form.line(level, line))).is_err() {
+    pub fn push(&self, level: Level, line: &[u8]) {
+        self.put(self.form.line(level, line));
+    }
+
+    /// Puts in a line that says `text`, unless there were many of its kind: then it is counted.
+    pub fn say(&self, kind: Kind, level: Level, target: &str, text: &str) {
+        let admitted = self.limit.admits(kind, level, || (target.to_owned(), text.to_owned()));
+        if admitted {
+            self.put(self.form.notice(level, target, text, None));
+        }
+    }
+
+    fn put(&self, line: Vec<u8>) {
+        let _ = self.start();
+        if self.entries.try_send(Entry::Line(line)).is_err() {
             self.lost.total.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Lines that were only counted, since there were many of their kind.
-    pub(super) fn counted(&self) -> u64 {
+    pub fn counted(&self) -> u64 {
         self.limit.counted()
     }
 
     /// Lines that were lost.
-    pub(super) fn lost(&self) -> u64 {
+    pub fn lost(&self) -> u64 {
         self.lost.total.load(Ordering::Relaxed)
     }
 
     /// Waits until the lines before are written, at most for `bound`.
-    pub(super) fn flush(&self, bound: Duration) {
-        let deadline = Instant::now() + bound;
+    pub fn flush(&self, bound: Duration) {
+        if !self.begun.is_completed() {
+            return;
+        }
+        // A bound past all times is none.
+        let deadline = Instant::now() + bound.min(LONGEST);
         let (done, waiter) = sync_channel(1);
         let mut entry = Entry::Flush(done);
         while let Err(TrySendError::Full(back)) = self.entries.try_send(entry) {
@@ -107,7 +148,7 @@ struct Thread<W> {
 
 impl<W: Write> Thread<W> {
     fn run(&mut self, entries: &Receiver<Entry>) {
-        let mut due = Instant::now();
+        let mut due = Instant::now() + INTERVAL;
         loop {
             // While nothing is counted, nothing is ever due.
             let entry = if self.limit.is_idle() {
@@ -149,7 +190,7 @@ impl<W: Write> Thread<W> {
         if lines == 0 {
             return;
         }
-        let text = format!("{lines} lines were lost: stderr did not take them in time");
+        let text = format!("{lines} lines were lost: they were not taken in time");
         if self.put(&self.form.notice(Level::WARN, "log", &text, Some(lines))).is_ok() {
             self.lost.told.store(total, Ordering::Relaxed);
         }
@@ -204,7 +245,7 @@ mod tests {
     }
 
     fn queue(sink: &Sink) -> Queue {
-        Queue::start(sink.clone(), Arc::default(), Form::default()).unwrap()
+        Queue::new(sink.clone(), Arc::default(), Form::default(), || ())
     }
 
     #[test]
@@ -241,6 +282,38 @@ mod tests {
         let text = sink.text();
         assert!(text.contains("3 lines were lost") && text.ends_with("written\n"), "{text}");
         assert!(!text.contains("lost\n"), "{text}");
+    }
+
+    #[test]
+    fn what_is_said_often_is_counted_in_the_words_of_the_others() {
+        let sink = Sink::default();
+        let form = Form { command: Some("tool"), ..Form::default() };
+        let queue = Queue::new(sink.clone(), Arc::default(), form, || ());
+        let kind = Kind::new("a file", 7);
+        for _ in 0..100 {
+            queue.say(kind.clone(), Level::WARN, "a", "odd");
+        }
+        queue.say(Kind::new("a file", 8), Level::ERROR, "a", "broken");
+        queue.flush(Duration::from_secs(60));
+        let text = sink.text();
+        assert_eq!(text.matches("tool: warning: odd\n").count(), 30, "{text}");
+        let end = "tool: broken\ntool: warning: 70 more like this: odd\n";
+        assert!(text.ends_with(end), "{text}");
+        assert_eq!((queue.counted(), queue.lost()), (70, 0));
+    }
+
+    #[test]
+    fn its_thread_begins_with_the_first_line_and_once() {
+        let begun = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&begun);
+        let begin = move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        };
+        let queue = Queue::new(Sink::default(), Arc::default(), Form::default(), begin);
+        queue.push(Level::INFO, b"a line\n");
+        queue.start().unwrap();
+        queue.flush(Duration::from_secs(60));
+        assert_eq!(begun.load(Ordering::SeqCst), 1);
     }
 
     #[test]

@@ -19,19 +19,21 @@ const TEXT: usize = 256;
 
 /// How lines look.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Form {
+pub struct Form {
     /// An object a line.
-    pub(super) json: bool,
+    pub json: bool,
     /// Of text.
-    pub(super) colours: bool,
+    pub colours: bool,
     /// The journal takes the level from the start of a line, by sd-daemon(3).
-    pub(super) journal: bool,
+    pub journal: bool,
+    /// Those of a command with this name, which ends soon: without time and place.
+    pub command: Option<&'static str>,
 }
 
 impl Form {
     /// A formatted line as it is written: one line of bounded length without control characters,
     /// whatever was formatted. A peer's text may not pass for another line, nor change a terminal.
-    pub(super) fn line(self, level: Level, text: &[u8]) -> Vec<u8> {
+    pub fn line(self, level: Level, text: &[u8]) -> Vec<u8> {
         let text = text.strip_suffix(b"\n").unwrap_or(text);
         let mut line = if self.journal { format!("<{}>", priority(level)) } else { String::new() };
         if self.json {
@@ -55,14 +57,11 @@ impl Form {
         line.into_bytes()
     }
 
-    /// A line of the log about itself, in the format of the others. `count` is what it counts, if it does.
-    pub(super) fn notice(
-        self,
-        level: Level,
-        target: &str,
-        text: &str,
-        count: Option<u64>,
-    ) -> Vec<u8> {
+    /// A line that says `text`, as the others look. `count` is what it counts, if it does.
+    pub fn notice(self, level: Level, target: &str, text: &str, count: Option<u64>) -> Vec<u8> {
+        if let Some(command) = self.command {
+            return self.line(level, self.of_command(command, level, text, count).as_bytes());
+        }
         let mut time = String::new();
         let _ = SystemTime.format_time(&mut Writer::new(&mut time));
         let line = if self.json {
@@ -78,6 +77,25 @@ impl Form {
             format!("{time} {level:>5} {target}: {text}")
         };
         self.line(level, line.as_bytes())
+    }
+
+    fn of_command(self, command: &str, level: Level, text: &str, count: Option<u64>) -> String {
+        let kind = match level {
+            Level::ERROR => "error",
+            Level::WARN => "warning",
+            _ => "note",
+        };
+        match (self.json, level) {
+            (true, _) => {
+                let mut line = json!({ kind: text });
+                if let Some(count) = count {
+                    line["count"] = count.into();
+                }
+                line.to_string()
+            }
+            (false, Level::ERROR) => format!("{command}: {text}"),
+            (false, _) => format!("{command}: {kind}: {text}"),
+        }
     }
 
     fn put(self, line: &mut String, text: &str) {
@@ -134,7 +152,7 @@ fn cut(text: &str) -> String {
 
 /// Whether stderr is the connection to the journal that the service manager has made of it, and not
 /// something else since.
-pub(super) fn is_journal() -> bool {
+pub fn is_journal() -> bool {
     let told = env::var("JOURNAL_STREAM").unwrap_or_default();
     fstat(io::stderr().as_fd()).is_ok_and(|stat| is_stream(&told, stat.st_dev, stat.st_ino))
 }
@@ -151,7 +169,7 @@ fn is_stream(told: &str, device: u64, inode: u64) -> bool {
 mod tests {
     use super::*;
 
-    const TEXT_FORM: Form = Form { json: false, colours: false, journal: false };
+    const TEXT_FORM: Form = Form { json: false, colours: false, journal: false, command: None };
     const JSON: Form = Form { json: true, ..TEXT_FORM };
 
     fn line(form: Form, text: &[u8]) -> String {
@@ -207,6 +225,18 @@ mod tests {
         assert_eq!((&read["level"], &read["fields"]), (&json!("WARN"), &expected));
         assert_eq!(read["target"], "a::b");
         assert!(read["timestamp"].as_str().unwrap().ends_with('Z'));
+    }
+
+    #[test]
+    fn a_line_of_a_command_has_neither_time_nor_place() {
+        let notice = |form: Form, level, count| {
+            let form = Form { command: Some("tool"), ..form };
+            String::from_utf8(form.notice(level, "a::b", "o\ndd", count)).unwrap()
+        };
+        assert_eq!(notice(TEXT_FORM, Level::ERROR, None), "tool: o\\ndd\n");
+        assert_eq!(notice(TEXT_FORM, Level::WARN, Some(3)), "tool: warning: o\\ndd\n");
+        assert_eq!(notice(JSON, Level::ERROR, None), "{\"error\":\"o\\ndd\"}\n");
+        assert_eq!(notice(JSON, Level::WARN, Some(3)), "{\"count\":3,\"warning\":\"o\\ndd\"}\n");
     }
 
     #[test]
