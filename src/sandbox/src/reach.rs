@@ -53,12 +53,6 @@ impl Reach {
         self.rule(path, make_bitflags!(AccessFs::{ReadFile | ReadDir}))
     }
 
-    /// Uses a device.
-    #[must_use]
-    pub fn device(self, path: &Path) -> Self {
-        self.rule(path, make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}))
-    }
-
     /// Executes this program once more, with its libraries.
     ///
     /// # Errors

@@ -31,14 +31,13 @@ const PROCESS: &[&str] = &[
     "memfd_create",
     "mincore",
     "vmsplice",
-    // Page faults.
-    "ioctl:userfaultfd",
-    "userfaultfd",
     // Images and working sets, under their names once they are whole. Sockets and their locks.
     "chmod",
     "fadvise64",
     "fchmod",
     "fchmodat",
+    "fchownat",
+    "lchown",
     "fdatasync",
     "flock",
     "fsync",
@@ -54,6 +53,9 @@ const PROCESS: &[&str] = &[
     "unlink",
     "unlinkat",
 ];
+
+/// Page faults of Firecracker, which sends the descriptor that they come by.
+const FAULTS: &[&str] = &["ioctl:userfaultfd"];
 
 /// With a TCP socket. Names of hosts were looked up before.
 const TCP: &[&str] = &["socket:inet"];
@@ -87,12 +89,13 @@ const SUPERVISE: &[&str] = &[
     "waitid",
 ];
 
-/// Confines this process to what a command needs. Returns what is to be told.
+/// Confines this process to what a command needs. Returns what is to be told. `group` is one that sockets are given
+/// later: without capabilities, only to a member of it they can be.
 ///
 /// # Errors
 ///
 /// When the kernel cannot, or a name of a host is not known.
-pub fn confine(command: &Command) -> Result<Vec<String>, PagerError> {
+pub fn confine(command: &Command, group: Option<u32>) -> Result<Vec<String>, PagerError> {
     let failed = |error| match error {
         SandboxError::User { .. } => PagerError::Usage(error.to_string()),
         error => PagerError::Sandbox(error),
@@ -101,6 +104,13 @@ pub fn confine(command: &Command) -> Result<Vec<String>, PagerError> {
         socket::resolve_ahead(address)?;
     }
     let sandbox = sandbox::begin(command.sandbox(), &policy(command), false).map_err(failed)?;
+    if let Some(group) = group.filter(|_| rustix::process::geteuid().is_root()) {
+        let group = rustix::process::Gid::from_raw(group);
+        let mut groups = rustix::process::getgroups().unwrap_or_default();
+        groups.push(group);
+        // Where it cannot be one, that is told with the socket.
+        let _ = rustix::thread::set_thread_groups(&groups);
+    }
     sandbox.enter(&reach(command)?).map_err(failed)
 }
 
@@ -134,6 +144,9 @@ fn policy(command: &Command) -> Policy {
     if ends_vmm(command) {
         process.push(ENDS_VMM);
     }
+    if firecracker(command).is_some() {
+        process.push(FAULTS);
+    }
     if firecracker(command).is_some_and(is_supervisor) {
         process.push(SUPERVISE);
     }
@@ -147,8 +160,7 @@ fn reach(command: &Command) -> Result<Reach, PagerError> {
     let mut reach = Reach::new()
         .service_manager()
         .read(Path::new("/proc"))
-        .read(Path::new("/sys/devices/system/cpu"))
-        .device(Path::new("/dev/userfaultfd"));
+        .read(Path::new("/sys/devices/system/cpu"));
     let listens = |reach: Reach, address: &Address| -> Result<Reach, PagerError> {
         Ok(match address {
             Address::Unix(path) => reach.listen(path),
@@ -214,7 +226,7 @@ mod tests {
 
     #[test]
     fn each_call_of_the_lists_exists() {
-        let lists = [PROCESS, TCP, ENDS_VMM, SUPERVISE];
+        let lists = [PROCESS, TCP, FAULTS, ENDS_VMM, SUPERVISE];
         let elsewhere = ["riscv_flush_icache"];
         let unknown = sandbox::unknown(&lists);
         let unknown: Vec<_> = unknown.iter().filter(|call| !elsewhere.contains(call)).collect();
@@ -233,6 +245,7 @@ mod tests {
         let worker = format!("{supervise} --worker");
         assert!(!has(save, "execve") && !has(save, "socket:inet") && !has(save, "pidfd_open"));
         assert!(has("save --vmm qemu --socket tcp:127.0.0.1:1 --image i", "socket:inet"));
+        assert!(!has(save, "ioctl:userfaultfd") && has(firecracker, "ioctl:userfaultfd"));
         assert!(!has(firecracker, "execve") && has(firecracker, "pidfd_send_signal"));
         assert!(has("handover --socket s --to t", "pidfd_send_signal"));
         assert!(has(&supervise, "execve") && !has(&worker, "execve"));

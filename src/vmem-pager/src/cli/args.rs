@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use program::access::parse_mode;
 use program::duration::parse_duration;
+use program::log::Format;
 use program::size::{SizeError, parse_size};
 
 use crate::cloud_hypervisor::edit::Edit;
@@ -63,6 +65,20 @@ impl Command {
         }
     }
 
+    /// Who may connect, and how it is told what goes wrong.
+    pub fn service(&self) -> &ServiceArgs {
+        match self {
+            Self::Save(args) => &args.common.service,
+            Self::Restore(args) => &args.common.service,
+            Self::Handover(args) => &args.service,
+        }
+    }
+
+    /// Whether this is the second process of a restore.
+    pub fn is_worker(&self) -> bool {
+        matches!(self, Self::Restore(args) if args.worker)
+    }
+
     /// How long it may take.
     pub fn timeout(&self) -> Option<Duration> {
         match self {
@@ -117,6 +133,10 @@ pub struct Common {
     #[arg(long, value_name = "PATH")]
     pub metrics_socket: Option<PathBuf>,
 
+    /// Who may connect, and how it is told what goes wrong.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+
     /// Print a JSON object a line of what happens, errors included
     #[arg(long)]
     pub json: bool,
@@ -129,6 +149,22 @@ pub struct Common {
     /// How this process confines itself.
     #[command(flatten)]
     pub sandbox: sandbox::Options,
+}
+
+/// What all commands have that one has that is a service.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ServiceArgs {
+    /// Permissions of all sockets that it listens on, octal, whatever the umask
+    #[arg(long, value_name = "MODE", default_value = "0600", allow_hyphen_values = true, value_parser = parse_mode)]
+    pub socket_mode: u32,
+
+    /// Group of all sockets that it listens on, a name or a number [default: the group of the process]
+    #[arg(long, value_name = "GROUP", overrides_with = "socket_group")]
+    pub socket_group: Option<String>,
+
+    /// Tell what goes wrong as a log, text or JSON, with time and level; otherwise it is told as commands do
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<Format>,
 }
 
 /// The command line of `save`.
@@ -221,6 +257,10 @@ pub struct HandoverArgs {
     )]
     pub set: Vec<Edit>,
 
+    /// Who may connect, and how it is told what goes wrong.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+
     /// Print a JSON object a line of what happens, errors included
     #[arg(long)]
     pub json: bool,
@@ -266,6 +306,13 @@ mod tests {
         let words = "vmem-pager restore --vmm qemu --socket tcp:h:1 --image i --bandwidth 64M";
         let Command::Restore(restore) = parse(words).unwrap().command else { panic!("a save") };
         assert_eq!(restore.bandwidth, Some(64 << 20));
+        let service = restore.common.service;
+        assert_eq!((service.socket_mode, service.socket_group), (0o600, None));
+        let words = "vmem-pager handover --socket s --to t --socket-mode 0660 --socket-group a \
+                     --log-format json --socket-group 7";
+        let service = parse(words).unwrap().command.service().clone();
+        assert_eq!((service.socket_mode, service.socket_group.as_deref()), (0o660, Some("7")));
+        assert_eq!(service.log_format, Some(Format::Json));
     }
 
     #[test]
@@ -282,6 +329,9 @@ mod tests {
             "vmem-pager restore --vmm qemu --socket s --image i --recover --eager",
             "vmem-pager restore --vmm cloud-hypervisor --socket s --image i --set memory.size=1",
             "vmem-pager handover --socket s",
+            "vmem-pager handover --socket s --to t --socket-mode 0800",
+            "vmem-pager handover --socket s --to t --socket-mode 1777",
+            "vmem-pager handover --socket s --to t --log-format xml",
         ] {
             assert!(parse(words).is_err(), "{words}");
         }

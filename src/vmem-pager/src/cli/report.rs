@@ -1,8 +1,11 @@
 //! What is told while a run lasts: a bar on a terminal, lines of JSON when asked, otherwise what goes wrong.
+//!
+//! The reader of that may stop, and a guest waits for its memory meanwhile: lines are put into queues, and nothing
+//! waits for them but the end of the run, for a moment.
 
 use std::io::{IsTerminal, Write};
+use std::panic::Location;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -10,25 +13,50 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use migration::MigrationInfo;
 use parking_lot::Mutex;
+use program::log::{Form, Format, Kind, Limit, Queue, Stderr, Stdout, is_journal};
 use serde_json::{Value, json};
+use tracing::Level;
 
 /// Between lines of JSON about progress.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 /// Between updates of a bar.
 const DRAW_EVERY: Duration = Duration::from_millis(100);
 
-type Output = Arc<Mutex<Box<dyn Write + Send>>>;
+/// How long the end of a run waits for what was told last.
+const FLUSH: Duration = Duration::from_secs(1);
+/// The place that lines of a log name.
+const TARGET: &str = "vmem_pager";
+/// The program, as it names itself.
+const NAME: &str = "vmem-pager";
 
 /// Where a run tells what happens.
 #[derive(Clone)]
 pub struct Report {
     json: bool,
     interactive: bool,
-    out: Output,
-    err: Output,
-    /// The outcome was told, which is the last line.
-    over: Arc<AtomicBool>,
-    bar: Arc<Mutex<Option<ProgressBar>>>,
+    /// Nothing, of a run that tells nothing.
+    outputs: Option<Arc<Outputs>>,
+    bar: Bar,
+}
+
+type Bar = Arc<Mutex<Option<ProgressBar>>>;
+
+struct Outputs {
+    events: Queue,
+    log: Queue,
+    /// Each line is waited for.
+    waits: bool,
+    /// The outcome was told, which is the last event.
+    over: Mutex<bool>,
+}
+
+/// Lines that were not told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Untold {
+    /// Since they were not taken in time, or could not be written.
+    pub lost: u64,
+    /// Since there were many of their kind, which was told with their number.
+    pub suppressed: u64,
 }
 
 /// How far a run has got.
@@ -61,25 +89,30 @@ impl Figures {
 }
 
 impl Report {
-    /// To this process's terminal, or as JSON.
-    pub fn of_process(json: bool) -> Self {
+    /// To this process's terminal, or as JSON. What goes wrong is told as `log` says, and otherwise as commands do.
+    pub fn of_process(json: bool, log: Option<Format>) -> Self {
         let interactive = !json && std::io::stderr().is_terminal();
-        Self {
-            interactive,
-            ..Self::to(Box::new(std::io::stdout()), Box::new(std::io::stderr()), json)
-        }
+        let bar = Bar::default();
+        let form = match log {
+            None => Form { json, command: Some(NAME), ..Form::default() },
+            Some(format) => Form { json: format == Format::Json, ..Form::default() },
+        };
+        let form = Form { journal: is_journal(), ..form };
+        let err = BesideBar { bar: Arc::clone(&bar), err: Stderr };
+        let outputs = Outputs::new(Stdout, err, form, false);
+        Self { json, interactive, outputs: Some(Arc::new(outputs)), bar }
     }
 
-    /// To elsewhere, which is no terminal.
+    /// To elsewhere, which is no terminal; each line is waited for.
     pub fn to(out: Box<dyn Write + Send>, err: Box<dyn Write + Send>, json: bool) -> Self {
-        let output = |output| Arc::new(Mutex::new(output));
-        let (out, err) = (output(out), output(err));
-        Self { json, interactive: false, out, err, over: Arc::default(), bar: Arc::default() }
+        let form = Form { json, command: Some(NAME), ..Form::default() };
+        let outputs = Outputs::new(out, err, form, true);
+        Self { json, interactive: false, outputs: Some(Arc::new(outputs)), bar: Bar::default() }
     }
 
     /// Nothing is told.
     pub fn silent() -> Self {
-        Self::to(Box::new(std::io::sink()), Box::new(std::io::sink()), false)
+        Self { json: false, interactive: false, outputs: None, bar: Bar::default() }
     }
 
     /// Something has happened: a line of JSON `{"event": name, ...details}`, nothing otherwise, and nothing after the
@@ -94,42 +127,61 @@ impl Report {
     }
 
     fn line(&self, name: &str, details: &Value, last: bool) {
-        if !self.json {
-            return;
-        }
+        let Some(outputs) = self.outputs.as_ref().filter(|_| self.json) else { return };
         let mut line = json!({ "event": name });
         if let (Some(line), Some(details)) = (line.as_object_mut(), details.as_object()) {
             line.extend(details.clone());
         }
-        let mut out = self.out.lock();
-        if self.over.fetch_or(last, Ordering::Relaxed) {
+        let mut over = outputs.over.lock();
+        if *over {
             return;
         }
-        // A reader that has gone does not end a save.
-        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+        *over = last;
+        if last {
+            // There is to be room for this one.
+            outputs.events.flush(FLUSH);
+        }
+        outputs.events.push(Level::INFO, line.to_string().as_bytes());
+        if outputs.waits {
+            outputs.events.flush(Duration::MAX);
+        }
     }
 
     /// Something is odd, and the run continues.
+    #[track_caller]
     pub fn warn(&self, text: &str) {
-        self.complain("warning", text);
+        self.complain(Level::WARN, text);
     }
 
     /// The run has failed.
+    #[track_caller]
     pub fn fail(&self, text: &str) {
-        self.complain("error", text);
+        self.complain(Level::ERROR, text);
     }
 
-    fn complain(&self, kind: &str, text: &str) {
-        let line = match (self.json, kind) {
-            (true, _) => json!({ kind: text }).to_string(),
-            (false, "error") => format!("vmem-pager: {text}"),
-            (false, _) => format!("vmem-pager: {kind}: {text}"),
-        };
-        let write = || drop(writeln!(self.err.lock(), "{line}"));
-        match &*self.bar.lock() {
-            Some(bar) => bar.suspend(write),
-            None => write(),
+    #[track_caller]
+    fn complain(&self, level: Level, text: &str) {
+        let Some(outputs) = &self.outputs else { return };
+        let place = Location::caller();
+        outputs.log.say(Kind::new(place.file(), place.line().into()), level, TARGET, text);
+        if outputs.waits {
+            outputs.log.flush(Duration::MAX);
         }
+    }
+
+    /// Waits until all of it is written, but not for long: it may not be read.
+    pub fn flush(&self) {
+        if let Some(outputs) = &self.outputs {
+            outputs.log.flush(FLUSH);
+            outputs.events.flush(FLUSH);
+        }
+    }
+
+    /// What was not told so far.
+    pub fn untold(&self) -> Untold {
+        let Some(outputs) = &self.outputs else { return Untold::default() };
+        let Outputs { events, log, .. } = &**outputs;
+        Untold { lost: events.lost() + log.lost(), suppressed: log.counted() }
     }
 
     /// Shows how far the run has got, until the result is dropped.
@@ -181,6 +233,42 @@ impl Report {
         // Without a thread there is nothing to be seen, and no harm done.
         let thread = thread::Builder::new().name("progress".to_owned()).spawn(follow).ok();
         Following { end: Some(end), thread }
+    }
+}
+
+impl Outputs {
+    /// Their threads start with the first line, confined as the thread that tells it.
+    fn new(
+        out: impl Write + Send + 'static,
+        err: impl Write + Send + 'static,
+        form: Form,
+        waits: bool,
+    ) -> Self {
+        let of_events = Form { json: true, command: Some(NAME), ..Form::default() };
+        let events = Queue::new(out, Arc::new(Limit::default()), of_events, || ());
+        let log = Queue::new(err, Arc::new(Limit::default()), form, || ());
+        Self { events, log, waits, over: Mutex::new(false) }
+    }
+}
+
+/// A terminal on which a bar may be shown.
+struct BesideBar {
+    bar: Bar,
+    err: Stderr,
+}
+
+impl Write for BesideBar {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let bar = self.bar.lock().clone();
+        let mut write = || self.err.write(bytes);
+        match bar {
+            Some(bar) => bar.suspend(write),
+            None => write(),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -253,6 +341,25 @@ mod tests {
         report.outcome("saved", &json!({}));
         let text = String::from_utf8(out.0.lock().clone()).unwrap();
         assert_eq!(text, "{\"event\":\"connected\"}\n{\"event\":\"saved\",\"pages\":2}\n");
+    }
+
+    #[test]
+    fn a_flood_of_warnings_is_counted_and_others_are_told() {
+        let err = Kept::default();
+        let report = Report::to(Box::new(Kept::default()), Box::new(err.clone()), false);
+        for number in 0..50 {
+            report.warn(&format!("odd {number}"));
+        }
+        report.warn("something else");
+        let text = String::from_utf8(err.0.lock().clone()).unwrap();
+        assert!(
+            text.contains("vmem-pager: warning: odd 29\n") && !text.contains("odd 30"),
+            "{text}"
+        );
+        // Each line is waited for here, with the counts up to then.
+        assert_eq!(text.matches("warning: 1 more like this: odd 0\n").count(), 20, "{text}");
+        assert!(text.contains("vmem-pager: warning: something else\n"), "{text}");
+        assert_eq!(report.untold(), Untold { lost: 0, suppressed: 20 });
     }
 
     #[test]

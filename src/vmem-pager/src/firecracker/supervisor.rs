@@ -106,13 +106,12 @@ fn start(loaded: &Loaded) -> Result<Child, PagerError> {
     control.push(SendAncillaryMessage::ScmRights(&fds));
     sendmsg(&ours, &[IoSlice::new(WORD)], &mut control, SendFlags::NOSIGNAL)
         .map_err(|errno| failed()(errno.into()))?;
-    Command::new("/proc/self/exe")
-        .args(std::env::args_os().skip(1))
-        .arg("--worker")
-        .stdin(OwnedFd::from(theirs))
-        .stdout(Stdio::inherit())
-        .spawn()
-        .map_err(failed())
+    let mut command = Command::new("/proc/self/exe");
+    command.args(std::env::args_os().skip(1)).arg("--worker");
+    if let Some(group) = program::listener::access().group {
+        command.args(["--socket-group", &group.to_string()]);
+    }
+    command.stdin(OwnedFd::from(theirs)).stdout(Stdio::inherit()).spawn().map_err(failed())
 }
 
 /// Receives what a supervisor sends.

@@ -36,6 +36,11 @@ impl Saving {
 
     /// Starts it.
     pub fn launch(&mut self, more: &[&str]) {
+        self.launch_into(more, Stdio::piped(), Stdio::piped());
+    }
+
+    /// The same, with other readers of what it tells.
+    pub fn launch_into(&mut self, more: &[&str], stdout: Stdio, stderr: Stdio) {
         let child = Command::new(env!("CARGO_BIN_EXE_vmem-pager"))
             .args(["save", "--vmm", "qemu", "--socket"])
             .arg(self.socket())
@@ -43,8 +48,8 @@ impl Saving {
             .arg(self.image())
             .args(more)
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdout(stdout)
+            .stderr(stderr)
             .spawn()
             .unwrap();
         self.child = Some(child);
