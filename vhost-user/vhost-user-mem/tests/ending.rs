@@ -8,14 +8,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use common::silent_file::SilentFile;
+use common::silent_file::{SILENT, add, put_descriptors_into, silent_file};
 use common::{ADDR, BOOT, PATIENCE, REGION, Rig, gpa, options, ram, rig_with};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::Signal;
 use small_vmm::daemon::DaemonOptions;
 use small_vmm::driver::{MemRequest, RequestType, Shape};
-use small_vmm::protocol::{self, MemoryRegion, Request};
+use small_vmm::protocol::{self, Request};
 
 /// What a test keeps until the daemon has ended.
 type Kept = Box<dyn Any>;
@@ -127,25 +127,6 @@ fn while_device_state_waits_for_a_pipe() {
     }
 }
 
-/// Where the front-end has a [`silent_file`] mapped, as it says.
-const SILENT: u64 = 0x10_0000;
-
-/// A file whose owner answers for now. Where there can be none, it says so and the test is skipped.
-fn silent_file(size: u64) -> Option<SilentFile> {
-    let file = SilentFile::new(size).inspect_err(|error| {
-        // Past the test harness, which shows the output of failed tests only.
-        let _ = writeln!(io::stderr(), "skipped: no file system of its own: {error}");
-    });
-    file.ok()
-}
-
-/// Adds `file` to the memory table, whole; the answer is not waited for.
-fn add(rig: &Rig, guest_addr: u64, size: u64, file: &SilentFile) {
-    let region = MemoryRegion { guest_addr, size, user_addr: SILENT, mmap_offset: 0 };
-    let (payload, fds) = (protocol::single_mem_region(region), [file.file.as_fd()]);
-    rig.frontend.connection().send(Request::AddMemReg, 0, &payload, &fds).unwrap();
-}
-
 fn with_files() -> DaemonOptions {
     options().discard_socket().state_file().arg("--allow-file-memory")
 }
@@ -157,7 +138,7 @@ fn while_the_owner_of_the_device_s_memory_does_not_answer() {
         let device = rig.ram.region(ADDR).unwrap();
         rig.frontend.rem_mem_region(&rig.ram, device).unwrap();
         silent.fall_silent();
-        add(rig, ADDR, REGION, &silent);
+        add(&rig.frontend, ADDR, REGION, &silent);
         silent.wait_asked();
         Box::new(silent)
     });
@@ -171,7 +152,7 @@ fn when_the_owner_has_taken_a_request_the_sockets_go_and_the_process_ends_with_t
     let device = rig.ram.region(ADDR).unwrap();
     rig.frontend.rem_mem_region(&rig.ram, device).unwrap();
     silent.fall_silent();
-    add(&rig, ADDR, REGION, &silent);
+    add(&rig.frontend, ADDR, REGION, &silent);
     silent.take_request();
     rig.daemon.signal(Signal::TERM).unwrap();
     let sockets = [rig.daemon.socket(), rig.daemon.discard_socket(), rig.daemon.api_socket()];
@@ -187,16 +168,7 @@ fn when_the_owner_has_taken_a_request_the_sockets_go_and_the_process_ends_with_t
 fn while_the_thread_of_the_ring_hangs() {
     let Some(mut silent) = silent_file(BOOT) else { return };
     ends_of(with_files(), |rig| {
-        add(rig, 1 << 40, BOOT, &silent);
-        rig.frontend.get_vring_base(0).unwrap();
-        let ring = rig.driver.ring();
-        let user = |gpa| rig.ram.user_addr(gpa).unwrap();
-        let (used, available) = (user(ring.used_addr()), user(ring.avail_addr()));
-        let ring = protocol::vring_addr(0, 0, SILENT, used, available, 0);
-        rig.frontend.request(Request::SetVringAddr, &ring, &[]).unwrap();
-        let kick = Some(rig.driver.ring().kick_fd());
-        rig.frontend.set_vring_fd(Request::SetVringKick, 0, kick).unwrap();
-        rig.frontend.enable(0, true).unwrap();
+        put_descriptors_into(&silent, &rig.frontend, &rig.ram, &rig.driver);
         // Of the ring, the descriptors alone are in that file, and no other thread reads them.
         silent.fall_silent();
         submit(rig);
@@ -209,7 +181,7 @@ fn while_the_thread_of_the_ring_hangs() {
 fn while_the_thread_of_the_messages_hangs() {
     let Some(mut silent) = silent_file(BOOT) else { return };
     ends_of(with_files(), |rig| {
-        add(rig, 1 << 40, BOOT, &silent);
+        add(&rig.frontend, 1 << 40, BOOT, &silent);
         rig.frontend.get_vring_base(0).unwrap();
         silent.fall_silent();
         let ring = protocol::vring_addr(0, 0, SILENT, SILENT + 0x2000, SILENT + 0x1000, 0);

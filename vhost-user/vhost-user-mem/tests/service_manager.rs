@@ -14,11 +14,12 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{ADDR, BLOCK, PATIENCE, REGION, RING, gpa, ram};
+use common::silent_file::{put_descriptors_into, silent_file};
+use common::{ADDR, BLOCK, BOOT, PATIENCE, REGION, RING, gpa, ram};
 use program::service_manager::fake::{FakeManager, Told};
 use rustix::process::{Pid, Signal, kill_process};
 use small_vmm::api::ApiClient;
-use small_vmm::driver::{MemDriver, ResponseType};
+use small_vmm::driver::{MemDriver, MemRequest, RequestType, ResponseType, Shape};
 use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use tempfile::TempDir;
 
@@ -199,6 +200,53 @@ fn the_watchdog_is_fed_with_and_without_a_front_end() {
     while manager.next_within(Duration::from_secs(1)).is_some() {}
     unit.signal(Signal::CONT);
     fed();
+}
+
+/// Its memory is in a file whose owner does not answer: the worker waits in the kernel for good.
+#[test]
+fn a_stuck_worker_feeds_no_watchdog_and_a_start_anew_serves_with_all_state_kept() {
+    let Some(mut silent) = silent_file(BOOT) else { return };
+    let manager = FakeManager::new();
+    let args = [&ALL[..], &["--allow-file-memory"]].concat();
+    let watched = |command: &mut Command| {
+        command.env("WATCHDOG_USEC", "400000");
+    };
+    let mut unit = start(&manager, dir(), &[], &args, watched);
+    manager.until("READY=1");
+    let ram = ram();
+    let frontend = negotiate(&unit);
+    frontend.set_mem_table(&ram).unwrap();
+    let mut driver = MemDriver::at(&ram, RING, 128, true).unwrap();
+    frontend.start_ring(0, driver.ring()).unwrap();
+    assert_eq!(driver.plug(gpa(5), 1).unwrap().kind(), ResponseType::Ack);
+    put_descriptors_into(&silent, &frontend, &ram, &driver);
+    for _ in 0..3 {
+        assert_eq!(manager.next().text, "WATCHDOG=1\n");
+    }
+    silent.fall_silent();
+    let plug = MemRequest::new(RequestType::Plug, gpa(7), 1).to_bytes();
+    driver.submit(&plug, &Shape::default()).unwrap();
+    driver.ring_mut().kick().unwrap();
+    silent.wait_asked();
+    // Other threads live, and none of them feeds for it.
+    let deadline = Instant::now() + 3 * PATIENCE;
+    while manager.next_within(Duration::from_secs(1)).is_some() {
+        assert!(Instant::now() < deadline, "it is fed");
+    }
+    assert_eq!(unit.api().device().unwrap()["plugged_size"], BLOCK);
+    // What systemd does then.
+    unit.signal(Signal::ABORT);
+    unit.ended();
+    let place = std::mem::replace(&mut unit.dir, dir());
+    let unit = start(&manager, place, &[], &args, watched);
+    manager.until("READY=1");
+    let frontend = negotiate(&unit);
+    frontend.set_mem_table(&ram).unwrap();
+    assert_eq!(frontend.config().unwrap().plugged_size, BLOCK);
+    let mut driver = MemDriver::at(&ram, RING, 128, true).unwrap();
+    frontend.start_ring(0, driver.ring()).unwrap();
+    assert_eq!(driver.plug(gpa(7), 1).unwrap().kind(), ResponseType::Ack);
+    assert_eq!(manager.next().text, "WATCHDOG=1\n");
 }
 
 #[test]

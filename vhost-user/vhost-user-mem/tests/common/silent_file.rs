@@ -4,8 +4,8 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -14,14 +14,56 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use small_vmm::driver::MemDriver;
+use small_vmm::frontend::Frontend;
+use small_vmm::memory::GuestRam;
+use small_vmm::protocol::{self, MemoryRegion, Request};
 
-use super::PATIENCE;
+use super::{BOOT, PATIENCE};
 
 /// Bytes in front of a request and of an answer (`linux/fuse.h`).
 const REQUEST: usize = 40;
 const ANSWER: usize = 16;
 /// More than any request here.
 const LONGEST: usize = 64 << 10;
+
+/// Where the front-end has such a file mapped, as it says.
+pub const SILENT: u64 = 0x10_0000;
+
+/// A file whose owner answers for now. Where there can be none, it says so and the test is skipped.
+pub fn silent_file(size: u64) -> Option<SilentFile> {
+    let file = SilentFile::new(size).inspect_err(|error| {
+        // Past the test harness, which shows the output of failed tests only.
+        let _ = writeln!(io::stderr(), "skipped: no file system of its own: {error}");
+    });
+    file.ok()
+}
+
+/// Adds `file` to the memory table, whole; the answer is not waited for.
+pub fn add(frontend: &Frontend, guest_addr: u64, size: u64, file: &SilentFile) {
+    let region = MemoryRegion { guest_addr, size, user_addr: SILENT, mmap_offset: 0 };
+    let (payload, fds) = (protocol::single_mem_region(region), [file.file.as_fd()]);
+    frontend.connection().send(Request::AddMemReg, 0, &payload, &fds).unwrap();
+}
+
+/// Starts the ring anew with its descriptors, and nothing else, in `file`, which no other thread than the ring's
+/// reads.
+pub fn put_descriptors_into(
+    file: &SilentFile,
+    frontend: &Frontend,
+    ram: &GuestRam,
+    driver: &MemDriver,
+) {
+    add(frontend, 1 << 40, BOOT, file);
+    frontend.get_vring_base(0).unwrap();
+    let ring = driver.ring();
+    let user = |gpa| ram.user_addr(gpa).unwrap();
+    let (used, available) = (user(ring.used_addr()), user(ring.avail_addr()));
+    let addresses = protocol::vring_addr(0, 0, SILENT, used, available, 0);
+    frontend.request(Request::SetVringAddr, &addresses, &[]).unwrap();
+    frontend.set_vring_fd(Request::SetVringKick, 0, Some(ring.kick_fd())).unwrap();
+    frontend.enable(0, true).unwrap();
+}
 
 /// A regular file, which is the root of its file system.
 pub struct SilentFile {
