@@ -6,9 +6,10 @@
 use std::io;
 use std::path::Path;
 
+use program::listener;
 use sandbox::{Policy, Reach, Thread};
 
-use crate::args::{Config, Endpoint};
+use crate::args::Config;
 
 /// The thread that writes the log.
 pub(crate) const LOG: &str = "log";
@@ -147,26 +148,15 @@ pub(crate) fn policy(config: &Config) -> Policy {
     Policy { program: "vhost-user-mem", process, threads: THREADS }
 }
 
-/// Which files are opened once everything is open that the command line names.
+/// Which files are opened or removed once everything is open and bound that the command line names.
 ///
 /// # Errors
 ///
 /// When the state file has no path, or this process cannot find out what it is made of.
 pub(crate) fn reach(config: &Config) -> io::Result<Reach> {
-    let socket = match &config.endpoint {
-        Endpoint::Path(path) => Some(path),
-        Endpoint::Fd(_) | Endpoint::Passed => None,
-    };
-    let sockets = [
-        socket,
-        config.api_socket.as_ref(),
-        config.metrics_socket.as_ref(),
-        config.discard_socket.as_ref(),
-    ];
-    let mut reach = sockets.into_iter().flatten().fold(Reach::new(), |reach, path| {
-        // At the end.
-        reach.remove(path)
-    });
+    // What the service manager has bound, or keeps, stays at the end.
+    let mut reach =
+        listener::removed_at_the_end().iter().fold(Reach::new(), |reach, path| reach.remove(path));
     // procfs makes files anew when memory is short, and a rule for one of them would be lost. Of other processes nothing
     // is shown that is not shown to all: Landlock counts as tracing.
     reach = reach

@@ -32,6 +32,22 @@ fn no_thread_may_do_what_the_process_may_not() {
     }
 }
 
+#[test]
+fn folders_of_sockets_are_within_reach_while_there_is_something_to_remove() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api");
+    let words = "vhost-user-mem --fd 3 --addr 4G --region-size 1G --api-socket";
+    let words = words.split(' ').map(std::ffi::OsString::from).chain([path.clone().into()]);
+    let config = Config::try_from(Args::try_parse_from(words).unwrap()).unwrap();
+    let folder = format!("{:?}", dir.path());
+    let reached = || format!("{:?}", reach(&config).unwrap()).contains(&folder);
+    assert!(!reached(), "bound by the service manager");
+    let (_listener, file) = listener::bind(&path).unwrap();
+    assert!(reached());
+    drop(file);
+    assert!(!reached());
+}
+
 /// Confines this process as the daemon confines itself.
 fn confine(options: &str) {
     let words = "vhost-user-mem --socket-path s --addr 4G --region-size 1G --state-file state";
