@@ -6,6 +6,7 @@
 //! header that no other site can make them send.
 
 mod guard;
+mod places;
 mod server;
 #[cfg(test)]
 mod tests;

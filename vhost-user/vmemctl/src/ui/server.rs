@@ -13,13 +13,13 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use management_api::{PROBLEM_JSON, Problem};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 
 use super::guard::{Guard, Pass};
+use super::places::{CONNECTIONS, Place, Places};
 use crate::{Client, Failure};
 
-/// Browsers' connections at a time. A page has three or four. The daemon serves 64 clients in all.
-pub(super) const CONNECTIONS: usize = 24;
+/// From the start of a connection to the end of an answer that needs no token, or to the token.
+const UNPROVEN_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// From the start of a connection, or of waiting for the next request, to the end of its head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -49,7 +49,7 @@ pub(super) async fn serve(
     client: &Client,
     guard: &Arc<Guard>,
 ) -> Result<(), Failure> {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Places::new();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -58,40 +58,63 @@ pub(super) async fn serve(
                 continue;
             }
         };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            turn_away(&stream);
-            continue;
-        };
-        let (client, guard) = (client.clone(), Arc::clone(guard));
-        tokio::spawn(async move {
-            let _place = place;
-            connection(stream, &client, &guard).await;
-        });
+        let (client, guard, place) = (client.clone(), Arc::clone(guard), places.enter());
+        tokio::spawn(async move { connection(stream, &client, &guard, &place).await });
     }
 }
 
-async fn connection(stream: TcpStream, client: &Client, guard: &Guard) {
+async fn connection(stream: TcpStream, client: &Client, guard: &Guard, place: &Place) {
     let stalled = u32::try_from(STALLED.as_millis()).unwrap_or(u32::MAX);
     // Nothing else ends the writing to a browser that no longer reads.
     if rustix::net::sockopt::set_tcp_user_timeout(&stream, stalled).is_err() {
         return;
     }
     let service = service_fn(|request: Request<Incoming>| async move {
-        Ok::<_, Infallible>(answer(&request, client, guard).await)
+        Ok::<_, Infallible>(answer(&request, client, guard, place).await)
     });
-    // How it ended is the browser's business.
-    let _ = http1::Builder::new()
+    let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+        .serve_connection(TokioIo::new(stream), service);
+    // How it ends is the browser's business.
+    tokio::select! {
+        _ = &mut connection => return,
+        () = place.ousted() => {}
+        () = tokio::time::sleep(UNPROVEN_TIMEOUT) => {}
+    }
+    if place.is_proven() {
+        let _ = connection.await;
+    } else if !place.is_answered() {
+        turn_away(connection.into_parts().io.inner());
+    }
 }
 
-async fn answer(request: &Request<Incoming>, client: &Client, guard: &Guard) -> Response<Body> {
+async fn answer(
+    request: &Request<Incoming>,
+    client: &Client,
+    guard: &Guard,
+    place: &Place,
+) -> Response<Body> {
+    let mut response = judged(request, client, guard, place).await;
+    place.answer();
+    if !place.is_proven() {
+        // What needs no token comes once.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+async fn judged(
+    request: &Request<Incoming>,
+    client: &Client,
+    guard: &Guard,
+    place: &Place,
+) -> Response<Body> {
     let resource = match guard.judge(request.method(), request.uri(), request.headers()) {
         Ok(Pass::Page) => "/",
-        Ok(Pass::Read(resource)) => resource,
+        Ok(Pass::Read(resource)) if place.prove() => resource,
+        Ok(Pass::Read(_)) => return refused(&too_many()),
         Err(problem) => return refused(&problem),
     };
     let told = match client.get(resource).await {
@@ -150,9 +173,14 @@ fn protect(response: &mut Response<Body>) {
     }
 }
 
-/// Answers without reading, and without waiting for room to write.
-fn turn_away(stream: &TcpStream) {
+fn too_many() -> Problem {
     let detail = format!("{CONNECTIONS} connections are open already; try again later.");
+    Problem::new(503, "Service Unavailable", detail)
+}
+
+/// Answers one that was not answered yet, without reading, and without waiting for room to write.
+fn turn_away(stream: &TcpStream) {
+    let detail = "Others have come meanwhile, or the time is over; show the token at once.";
     let problem = Problem::new(503, "Service Unavailable", detail);
     let body = serde_json::to_string(&problem).unwrap_or_default();
     let answer = format!(

@@ -12,7 +12,8 @@ use tokio::runtime::Runtime;
 use vhost_user_mem::management::fake::Fake;
 
 use super::guard::Guard;
-use super::server::{CONNECTIONS, serve};
+use super::places::{CONNECTIONS, UNPROVEN};
+use super::server::serve;
 use super::{LISTEN, parse_listen};
 use crate::Client;
 
@@ -146,14 +147,55 @@ fn one_connection_too_many_is_told_so_and_a_place_that_is_left_is_taken() {
             stream
         })
         .collect();
-    let mut text = String::new();
-    let mut refused = TcpStream::connect(proxy.address).unwrap();
-    refused.read_to_string(&mut text).unwrap();
+    let text = proxy.get("/v1/device", &token());
     assert!(text.starts_with("HTTP/1.1 503 Service Unavailable\r\n"), "{text}");
+    assert!(proxy.get("/", "").starts_with("HTTP/1.1 200 OK\r\n"), "the page needs no place");
     open.pop().unwrap().shutdown(Shutdown::Both).unwrap();
-    while !proxy.get("/", "").starts_with("HTTP/1.1 200 OK\r\n") {
+    while !proxy.get("/v1/device", &token()).starts_with("HTTP/1.1 200 OK\r\n") {
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+#[test]
+fn connections_without_the_token_keep_no_place_from_one_that_has_it() {
+    let (_server, dir) = Fake::new().serve();
+    let proxy = Proxy::of(&dir);
+    let silent = || {
+        let stream = TcpStream::connect(proxy.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    };
+    // Silent, half a head, and the wrong token.
+    let mut open: Vec<TcpStream> = (0..CONNECTIONS + UNPROVEN).map(|_| silent()).collect();
+    for stream in &mut open[CONNECTIONS..] {
+        stream.write_all(b"GET /v1/device HTTP/1.1\r\n").unwrap();
+    }
+    let wrong = proxy.get("/v1/device", "Authorization: Bearer 5ec2e8\r\n");
+    assert!(wrong.starts_with("HTTP/1.1 401 Unauthorized\r\n"), "{wrong}");
+    let device = proxy.get("/v1/device", &token());
+    assert!(device.starts_with("HTTP/1.1 200 OK\r\n"), "{device}");
+    // The first have made room, and were told so.
+    let mut text = String::new();
+    open[0].read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 503 Service Unavailable\r\n"), "{text}");
+    // Those that stay are not waited for without end.
+    let mut text = String::new();
+    open.pop().unwrap().read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 503 Service Unavailable\r\n"), "{text}");
+}
+
+#[test]
+fn one_that_has_shown_the_token_stays_however_many_come() {
+    let fake = Fake::new();
+    let (_server, dir) = fake.serve();
+    let proxy = Proxy::of(&dir);
+    let mut events = proxy.ask("/v1/events", &token());
+    read_until(&mut events, "event: disconnected");
+    let others: Vec<_> = (0..2 * UNPROVEN).map(|_| TcpStream::connect(proxy.address)).collect();
+    assert!(proxy.get("/v1/device", &token()).starts_with("HTTP/1.1 200 OK\r\n"));
+    fake.plug(6 << 20);
+    read_until(&mut events, r#"{"plugged_size":6291456}"#);
+    drop(others);
 }
 
 #[test]
