@@ -60,6 +60,16 @@ pub enum MigrationError {
         /// Bytes from the start of the stream.
         at: u64,
     },
+    /// Block state of the source changes in a way that is not possible here.
+    #[error("RAM block {block:?}: {what} (byte {at:#x} of the stream)")]
+    BlockState {
+        /// Id of the block.
+        block: String,
+        /// Bytes from the start of the stream.
+        at: u64,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A page comes for nowhere.
     #[error("byte {at:#x} of the stream: {what}")]
     Page {

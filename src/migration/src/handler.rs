@@ -3,10 +3,14 @@
 //! The engine calls them in the order of QEMU's SaveVMHandlers, and frames what they write as
 //! START, PART and END sections.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use super::channel::Sink;
 use super::error::MigrationError;
 use super::page_bitmap::PageBitmap;
-use super::stream::{Configuration, SectionKind};
+use super::stream::{BlockStateChange, Configuration, SectionKind};
+use crate::lazy::LazyRam;
 use crate::sys::GatherWrite;
 use ram_discard::ByteRange;
 use vmstate::wire::WireRead;
@@ -55,6 +59,50 @@ pub trait SaveHandler {
 
     /// Ends the freeze, if there is one, after [`cleanup`](Self::cleanup).
     fn thaw(&mut self) {}
+
+    /// Whether block state could change while memory is sent, if the destination can follow. By default it could not.
+    fn can_follow(&self) -> bool {
+        false
+    }
+
+    /// The destination follows block state: it may change from now on, until [`freeze`](Self::freeze) is called
+    /// again. Each that populates waits for the destination for `patience`. Called after
+    /// [`setup`](Self::setup).
+    ///
+    /// # Errors
+    ///
+    /// When block state was not frozen until now.
+    fn follow(&mut self, _patience: Duration) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// The changes of block state that are to be sent now, between two sections, as they are on the stream.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be taken note of.
+    fn changes(&mut self) -> Result<Vec<u8>, MigrationError> {
+        Ok(Vec::new())
+    }
+
+    /// The destination has answered a change that populates; false when it is none of this handler's.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be taken note of.
+    fn answered(&mut self, _number: u32, _refused: Option<String>) -> Result<bool, MigrationError> {
+        Ok(false)
+    }
+
+    /// Whether a guest waits for a change to be sent or answered: sections are short then.
+    fn is_waited_for(&self) -> bool {
+        false
+    }
+
+    /// Whether the destination has still to answer a change.
+    fn has_unanswered(&self) -> bool {
+        false
+    }
 
     /// Begins: writes the payload of the START section. The guest runs.
     ///
@@ -193,6 +241,38 @@ pub trait LoadHandler {
         version_id: u32,
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError>;
+
+    /// Whether block state here can follow that of the source, which is then told so. By default it cannot.
+    fn can_follow(&self) -> bool {
+        false
+    }
+
+    /// Block state of the source has changed: it changes here. What stands at byte `at` of the stream; of a change
+    /// that populates, whether it was refused, and why.
+    ///
+    /// # Errors
+    ///
+    /// When it contradicts what is known, or cannot be followed.
+    fn block_state(
+        &mut self,
+        _change: &BlockStateChange,
+        at: u64,
+    ) -> Result<Option<String>, MigrationError> {
+        Err(MigrationError::Page {
+            at,
+            what: "a change of block state, which is not followed".to_owned(),
+        })
+    }
+
+    /// The guest is about to run here while its memory still arrives: block state may change from now on, and
+    /// `memory` follows it. By default it stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// When block state was not frozen until now.
+    fn arrives(&mut self, _memory: &Arc<LazyRam>) -> Result<(), MigrationError> {
+        Ok(())
+    }
 
     /// All sections were loaded: the last chance to refuse.
     ///

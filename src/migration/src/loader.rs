@@ -1,13 +1,15 @@
 //! Loads sections in the order of a stream, from a channel or a file.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use vmstate::wire::WireRead;
 
 use super::devices::{DevicePhase, Devices};
 use super::error::MigrationError;
 use super::handler::LoadHandler;
-use super::stream::{Configuration, SectionHeader, SectionKind, read_footer};
+use super::lazy::LazyRam;
+use super::stream::{BlockStateChange, Configuration, SectionHeader, SectionKind, read_footer};
 
 /// What takes the sections of a stream, and which of them came.
 pub(super) struct Loader<'a> {
@@ -148,6 +150,35 @@ impl<'a> Loader<'a> {
         };
         handler.load(kind, version_id, reader)?;
         Ok(read_footer(reader, section_id)?)
+    }
+
+    /// Whether a handler can have block state follow that of the source.
+    pub(super) fn can_follow(&self) -> bool {
+        self.handlers.iter().any(|handler| handler.can_follow())
+    }
+
+    /// Has block state follow that of the source: RAM's, once it has started. Of a change that populates, whether it
+    /// was refused, and why.
+    pub(super) fn block_state(
+        &mut self,
+        change: &BlockStateChange,
+        at: u64,
+    ) -> Result<Option<String>, MigrationError> {
+        let mut handlers = self.handlers.iter_mut().zip(&self.started);
+        let ram = handlers.find(|(handler, started)| started.is_some() && handler.can_follow());
+        let Some((ram, _)) = ram else {
+            return Err(out_of_place(
+                "a change of block state",
+                at,
+                "before the list of RAM blocks",
+            ));
+        };
+        ram.block_state(change, at)
+    }
+
+    /// Block state may change from now on, while `memory` arrives.
+    pub(super) fn arrives(&mut self, memory: &Arc<LazyRam>) -> Result<(), MigrationError> {
+        self.handlers.iter_mut().try_for_each(|handler| handler.arrives(memory))
     }
 
     /// Whether devices and handlers have taken over what came.

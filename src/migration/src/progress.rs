@@ -129,6 +129,9 @@ struct Times {
     downtime: Option<Duration>,
     expected_downtime: Option<Duration>,
     total: Option<Duration>,
+    /// Since when block state is frozen.
+    busy_since: Option<Instant>,
+    busy: Option<Duration>,
     error: Option<String>,
 }
 
@@ -202,6 +205,7 @@ impl Progress {
             setup_time: times.setup.unwrap_or_default(),
             downtime: times.downtime,
             expected_downtime: times.expected_downtime,
+            busy_time: times.busy_since.map(|since| since.elapsed()).or(times.busy),
             error_desc: times.error.clone(),
         }
     }
@@ -253,6 +257,16 @@ impl Progress {
         times.downtime = times.stopped.map(|stopped| stopped.elapsed());
     }
 
+    /// Block state is frozen from now on, or not any more.
+    pub(crate) fn busy(&self, frozen: bool) {
+        let mut times = self.times.lock();
+        if frozen {
+            times.busy_since.get_or_insert_with(Instant::now);
+        } else if let Some(since) = times.busy_since.take() {
+            times.busy = Some(since.elapsed());
+        }
+    }
+
     pub(crate) fn expect_downtime(&self, expected: Duration) {
         self.times.lock().expected_downtime = Some(expected);
     }
@@ -299,6 +313,9 @@ pub struct MigrationInfo {
     pub downtime: Option<Duration>,
     /// What the downtime would be if the guest were stopped now.
     pub expected_downtime: Option<Duration>,
+    /// For how long block state was frozen, or is, the last time: the guest's requests are answered with BUSY
+    /// meanwhile. Where both ends know that it may change, that is the switchover.
+    pub busy_time: Option<Duration>,
     /// Why it failed.
     pub error_desc: Option<String>,
 }

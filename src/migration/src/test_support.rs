@@ -13,11 +13,11 @@ use std::thread;
 
 use ram_discard::memory::RamBlock;
 use ram_discard::{
-    Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId,
-    LocalRamDiscardManager, RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError,
-    Section, Unavailable, Visit,
+    ByteRange, Follow, FollowError, FollowedBlockState, Freeze, FreezeError, FreezeFor, FreezeLost,
+    FrozenBlockState, ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardManager,
+    RamDiscardSource, RegisterError, Section, SourceId, SourceNotFollowed, Unavailable, Visit,
 };
-use rustix::fs::MemfdFlags;
+use rustix::fs::{FallocateFlags, MemfdFlags};
 use virtio_mem::device::BlockBitmap;
 
 use super::ram::{BlockOptions, MigrationBlock, RamBlocks};
@@ -75,15 +75,24 @@ pub(crate) fn migration_block(
 pub(super) struct TestManager {
     local: LocalRamDiscardManager,
     source: Arc<Changing>,
+    id: SourceId,
     log: Mutex<Log>,
     losses: Arc<AtomicU32>,
+    /// Whether it can be followed, and follows, as the manager of a device does.
+    pub(super) elastic: AtomicBool,
+    /// A block that it does not populate for a source that it follows.
+    pub(super) refuses: Mutex<Option<u64>>,
+    /// Held while a source is followed.
+    pub(super) busy: Mutex<()>,
 }
 
 /// What happened, in order.
 pub(super) type Log = Arc<Mutex<Vec<&'static str>>>;
 
 struct TestFreeze {
-    inner: FrozenBlockState,
+    inner: Option<FrozenBlockState>,
+    elastic: bool,
+    region: Section,
     log: Log,
     losses: Arc<AtomicU32>,
     /// As many as there were at the beginning.
@@ -93,7 +102,7 @@ struct TestFreeze {
 impl Freeze for TestFreeze {
     fn check(&self) -> Result<(), FreezeLost> {
         if self.losses.load(Ordering::SeqCst) == self.lost_before {
-            return self.inner.check();
+            return self.inner.as_ref().unwrap().check();
         }
         Err(FreezeLost("the device was restarted".to_owned()))
     }
@@ -101,6 +110,56 @@ impl Freeze for TestFreeze {
     fn thaw(&mut self) -> Result<(), FreezeLost> {
         self.log.lock().unwrap().push("thaw");
         self.check()
+    }
+
+    fn can_follow(&self) -> bool {
+        self.elastic
+    }
+
+    fn follow(
+        &mut self,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<Box<dyn Follow>, FollowError> {
+        if !self.elastic {
+            return Err(FollowError::NotPossible);
+        }
+        self.log.lock().unwrap().push("follow");
+        let inner = self.inner.take().unwrap().follow(listener).map_err(|not| not.reason)?;
+        let (log, losses) = (Arc::clone(&self.log), Arc::clone(&self.losses));
+        let (inner, region, lost_before) = (Some(inner), self.region, self.lost_before);
+        Ok(Box::new(TestFollow { inner, region, log, losses, lost_before }))
+    }
+}
+
+struct TestFollow {
+    inner: Option<FollowedBlockState>,
+    region: Section,
+    log: Log,
+    losses: Arc<AtomicU32>,
+    lost_before: u32,
+}
+
+impl Follow for TestFollow {
+    fn check(&self) -> Result<(), FreezeLost> {
+        if self.losses.load(Ordering::SeqCst) != self.lost_before {
+            return Err(FreezeLost("the device was restarted".to_owned()));
+        }
+        self.inner.as_ref().unwrap().check()
+    }
+
+    fn freeze(&mut self) -> Result<(Vec<Section>, Box<dyn Freeze>), FreezeLost> {
+        self.check()?;
+        let inner = self.inner.take().unwrap().freeze()?;
+        self.log.lock().unwrap().push("freeze");
+        let discarded = inner.discarded(self.region).collect();
+        let (log, losses) = (Arc::clone(&self.log), Arc::clone(&self.losses));
+        let (inner, elastic, region) = (Some(inner), true, self.region);
+        let lost_before = self.lost_before;
+        Ok((discarded, Box::new(TestFreeze { inner, elastic, region, log, losses, lost_before })))
+    }
+
+    fn end(&mut self) {
+        self.inner = None;
     }
 }
 
@@ -110,9 +169,39 @@ impl TestManager {
         plugged.iter().for_each(|&block| bitmap.set(block..block + 1, true));
         let local = LocalRamDiscardManager::new(nr_blocks as u64 * BLOCK);
         let source = Arc::new(Changing(Mutex::new(bitmap)));
-        local.add_source(Arc::clone(&source) as Arc<dyn RamDiscardSource>).unwrap();
-        let (log, losses) = (Mutex::default(), Arc::default());
-        Arc::new(Self { local, source, log, losses })
+        let id = local.add_source(Arc::clone(&source) as Arc<dyn RamDiscardSource>).unwrap();
+        let (log, losses, elastic) = (Mutex::default(), Arc::default(), AtomicBool::new(false));
+        let (refuses, busy) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { local, source, id, log, losses, elastic, refuses, busy })
+    }
+
+    /// Plugs a block, as a device does for its guest.
+    pub(super) fn plug(&self, block: usize) -> Result<(), String> {
+        let mut transaction = self.local.begin();
+        if transaction.is_frozen() {
+            return Err("block state is frozen".to_owned());
+        }
+        let told = transaction.notify_populate(self.id, section_of(block));
+        told.map_err(|refused| refused.to_string())?;
+        self.set(block, true);
+        Ok(())
+    }
+
+    /// Unplugs a block, as a device does for its guest, and then discards its memory.
+    pub(super) fn unplug(&self, block: usize, memory: &File) -> Result<(), String> {
+        let mut transaction = self.local.begin();
+        if transaction.is_frozen() {
+            return Err("block state is frozen".to_owned());
+        }
+        self.set(block, false);
+        transaction.notify_discard(self.id, section_of(block));
+        punch(memory, block);
+        Ok(())
+    }
+
+    /// Whether a block is plugged.
+    pub(super) fn is_plugged(&self, block: usize) -> bool {
+        self.source.0.lock().unwrap().all(block..block + 1, true)
     }
 
     /// Has freezes noted in `log` from now on.
@@ -180,9 +269,43 @@ impl RamDiscardManager for TestManager {
         log.lock().unwrap().push("freeze");
         let losses = Arc::clone(&self.losses);
         let lost_before = losses.load(Ordering::SeqCst);
-        let freeze = TestFreeze { inner, log, losses, lost_before };
+        let (inner, elastic) = (Some(inner), self.elastic.load(Ordering::SeqCst));
+        let freeze = TestFreeze { inner, elastic, region, log, losses, lost_before };
         Ok(FrozenBlockState::new(discarded, Box::new(freeze)))
     }
+
+    fn follows_source(&self) -> bool {
+        self.elastic.load(Ordering::SeqCst)
+    }
+
+    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+        let _busy = self.busy.lock().unwrap();
+        let blocks = (section.start() / BLOCK) as usize..(section.end() / BLOCK) as usize;
+        let refuses = *self.refuses.lock().unwrap();
+        if populated && refuses.is_some_and(|block| blocks.contains(&(block as usize))) {
+            return Err(SourceNotFollowed("no huge page is left".to_owned()));
+        }
+        let mut transaction = self.local.begin();
+        if populated {
+            let told = transaction.notify_populate(self.id, section);
+            told.map_err(|refused| SourceNotFollowed(refused.to_string()))?;
+        }
+        self.source.0.lock().unwrap().set(blocks, populated);
+        if !populated {
+            transaction.notify_discard(self.id, section);
+        }
+        Ok(())
+    }
+}
+
+fn section_of(block: usize) -> Section {
+    Section::new(block as u64 * BLOCK, BLOCK).unwrap()
+}
+
+/// Discards the memory of a block.
+fn punch(memory: &File, block: usize) {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(memory, flags, block as u64 * BLOCK, BLOCK).unwrap();
 }
 
 impl Side {
@@ -196,6 +319,32 @@ impl Side {
         let ram = migration_block("ram", &boot, BLOCK, BlockOptions::migratable());
         blocks.register(Arc::new(ram)).unwrap();
         Self { region, boot, blocks: Arc::new(blocks), manager: Some(manager) }
+    }
+
+    /// As [`new`](Self::new), of a device whose block state may change while it migrates.
+    pub(super) fn elastic(plugged: &[usize]) -> Self {
+        let side = Self::new(plugged);
+        side.device().elastic.store(true, Ordering::SeqCst);
+        side
+    }
+
+    /// The manager of the region.
+    pub(super) fn device(&self) -> &Arc<TestManager> {
+        self.manager.as_ref().unwrap()
+    }
+
+    /// Pages that are held of a block.
+    pub(super) fn held_of(&self, block: usize) -> u64 {
+        let vmem = self.blocks.get("vmem0").unwrap();
+        let (mut pages, range) = (0, ByteRange::new(block as u64 * BLOCK, BLOCK).unwrap());
+        vmem.for_each_data(range, |data| pages += data.len() / PAGE).unwrap();
+        pages
+    }
+
+    /// Blocks that hold memory though they are not plugged.
+    pub(super) fn leaked(&self) -> Vec<usize> {
+        let leaks = |block: &usize| !self.device().is_plugged(*block) && self.held_of(*block) != 0;
+        (0..16).filter(leaks).collect()
     }
 
     /// With a region of `size` bytes of which all is populated, and no boot memory to migrate.

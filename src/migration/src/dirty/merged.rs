@@ -38,6 +38,20 @@ impl DirtyTracker for Merged {
         self.0.iter_mut().try_for_each(|tracker| tracker.clear(range))
     }
 
+    fn populate(&mut self, range: ByteRange) -> io::Result<()> {
+        let all = 0..self.0.len();
+        try_all(
+            &mut *self.0,
+            all,
+            |trackers, index| trackers[index].populate(range),
+            |trackers, index| drop(trackers[index].discard(range)),
+        )
+    }
+
+    fn discard(&mut self, range: ByteRange) -> io::Result<()> {
+        self.0.iter_mut().try_for_each(|tracker| tracker.discard(range))
+    }
+
     /// Stops all of them, whatever some of them say; the first error is returned.
     fn stop(&mut self) -> io::Result<()> {
         let mut result = Ok(());
@@ -83,6 +97,14 @@ mod tests {
             self.call(&format!("clear {range}"))
         }
 
+        fn populate(&mut self, _: ByteRange) -> io::Result<()> {
+            self.call("populate")
+        }
+
+        fn discard(&mut self, _: ByteRange) -> io::Result<()> {
+            self.call("discard")
+        }
+
         fn stop(&mut self) -> io::Result<()> {
             self.call("stop")
         }
@@ -115,6 +137,19 @@ mod tests {
         let (mut merged, calls) = merged([false, false, true]);
         assert_eq!(merged.start(&[]).unwrap_err().to_string(), "c");
         assert_eq!(*calls.lock(), ["start a", "start b", "start c", "stop b", "stop a"]);
+    }
+
+    #[test]
+    fn what_one_cannot_track_is_discarded_again_by_those_that_could() {
+        let range = ByteRange::new(0, 4096).unwrap();
+        let (mut some, calls) = merged([false, false, true]);
+        assert_eq!(some.populate(range).unwrap_err().to_string(), "c");
+        let expected = ["populate a", "populate b", "populate c", "discard b", "discard a"];
+        assert_eq!(*calls.lock(), expected);
+        let (mut all, calls) = merged([false; 3]);
+        all.populate(range).unwrap();
+        all.discard(range).unwrap();
+        assert_eq!(calls.lock().len(), 6);
     }
 
     #[test]

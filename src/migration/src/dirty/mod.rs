@@ -68,6 +68,26 @@ pub trait DirtyTracker: Send {
     /// When the log cannot be cleared.
     fn clear(&mut self, range: ByteRange) -> io::Result<()>;
 
+    /// `range`, whole pages of the host of which nothing was populated, is about to be: writes to it are logged
+    /// when this returns. For trackers that log all of the block nothing is done.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be logged.
+    fn populate(&mut self, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// `range`, which was populated, is discarded from now on, and must not be made to cost anything. For trackers
+    /// that log all of the block nothing is done.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be noted.
+    fn discard(&mut self, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Ends logging.
     ///
     /// # Errors

@@ -221,6 +221,51 @@ impl DirtyTracker for WriteProtect {
         Ok(())
     }
 
+    /// Where a chunk is armed already, because of what else is populated in it, the range gets the protection now;
+    /// elsewhere the file shows what is written.
+    fn populate(&mut self, range: ByteRange) -> io::Result<()> {
+        let Some(logging) = &self.logging else { return Ok(()) };
+        let aligned =
+            [range.start(), range.end()].iter().all(|at| at.is_multiple_of(self.page_size));
+        let first = self.populated.partition_point(|other| other.end() <= range.start());
+        let free = self.populated.get(first).is_none_or(|next| next.start() >= range.end());
+        if range.end() > self.len || !aligned || !free {
+            return Err(invalid(format!("range {range} is out of place, or populated already")));
+        }
+        let chunks = range.start() / self.chunk..range.end().div_ceil(self.chunk);
+        for run in self.armed.runs(chunks) {
+            let armed = ByteRange::from_bounds(run.start * self.chunk, run.end * self.chunk);
+            if let Some(part) = armed.and_then(|armed| armed.intersection(range)) {
+                logging.protect(&self.mapping, part)?;
+            }
+        }
+        self.populated.insert(first, range);
+        Ok(())
+    }
+
+    /// A chunk of which nothing is populated any more is not armed.
+    fn discard(&mut self, range: ByteRange) -> io::Result<()> {
+        let first = self.populated.partition_point(|other| other.end() <= range.start());
+        let touched = self.populated[first..].partition_point(|other| other.start() < range.end());
+        let rest: Vec<_> = self.populated[first..first + touched]
+            .iter()
+            .flat_map(|other| other.subtract(range))
+            .flatten()
+            .collect();
+        self.populated.splice(first..first + touched, rest);
+        for chunk in range.start() / self.chunk..range.end().div_ceil(self.chunk) {
+            let whole = ByteRange::from_bounds(chunk * self.chunk, (chunk + 1) * self.chunk);
+            let used = whole.is_some_and(|whole| {
+                let next = self.populated.partition_point(|other| other.end() <= whole.start());
+                self.populated.get(next).is_some_and(|next| next.overlaps(whole))
+            });
+            if !used && chunk < self.armed.nr_pages() {
+                self.armed.clear(chunk);
+            }
+        }
+        Ok(())
+    }
+
     fn stop(&mut self) -> io::Result<()> {
         self.logging = None;
         self.populated.clear();

@@ -8,6 +8,7 @@
 //! answered with zeros on the spot, and never asked for.
 
 mod block;
+mod follower;
 mod handler;
 mod latency;
 mod shared;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 use ram_discard::ByteRange;
 
+pub(crate) use follower::ArrivalFollower;
 pub use handler::{FaultHandler, HandlerFailed};
 pub use latency::{FaultStatistics, Histogram};
 pub use shared::{SharedFaults, SharedRange};

@@ -21,6 +21,59 @@ impl DiscardMask {
         Self { runs: ranges.into_iter().map(pages_touched).collect() }
     }
 
+    /// Adds `pages`, of which some may be discarded already.
+    pub fn add(&mut self, pages: Range<u64>) {
+        if pages.is_empty() {
+            return;
+        }
+        // Runs that it touches become one with it.
+        let first = self.runs.partition_point(|run| run.end < pages.start);
+        let touched = self.runs[first..].partition_point(|run| run.start <= pages.end);
+        let joined = self.runs[first..first + touched]
+            .iter()
+            .fold(pages, |joined, run| joined.start.min(run.start)..joined.end.max(run.end));
+        self.runs.splice(first..first + touched, [joined]);
+    }
+
+    /// Removes `pages`, of which some may not be discarded.
+    pub fn remove(&mut self, pages: Range<u64>) {
+        if pages.is_empty() {
+            return;
+        }
+        let first = self.runs.partition_point(|run| run.end <= pages.start);
+        let touched = self.runs[first..].partition_point(|run| run.start < pages.end);
+        let rest: Vec<_> = self.runs[first..first + touched]
+            .iter()
+            .flat_map(|run| [run.start..pages.start, pages.end..run.end])
+            .filter(|part| !part.is_empty())
+            .collect();
+        self.runs.splice(first..first + touched, rest);
+    }
+
+    /// The parts of `pages` that are not discarded, ascending.
+    pub fn populated(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+        let first = self.runs.partition_point(|run| run.end <= pages.start);
+        let (mut at, mut parts) = (pages.start, Vec::new());
+        for run in self.runs[first..].iter().take_while(|run| run.start < pages.end) {
+            if at < run.start {
+                parts.push(at..run.start);
+            }
+            at = run.end;
+        }
+        if at < pages.end {
+            parts.push(at..pages.end);
+        }
+        parts
+    }
+
+    /// The parts of `pages` that are discarded, ascending.
+    pub fn within(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+        let first = self.runs.partition_point(|run| run.end <= pages.start);
+        let runs = self.runs[first..].iter().take_while(|run| run.start < pages.end);
+        let parts = runs.map(|run| run.start.max(pages.start)..run.end.min(pages.end));
+        parts.filter(|part| !part.is_empty()).collect()
+    }
+
     /// The runs of pages.
     pub fn runs(&self) -> &[Range<u64>] {
         &self.runs

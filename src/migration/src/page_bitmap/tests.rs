@@ -218,6 +218,25 @@ proptest! {
     }
 
     #[test]
+    fn a_mask_that_changes_is_maximal_runs_of_what_is_discarded(
+        changes in prop::collection::vec((0u64..60, 0u64..20, any::<bool>()), 0..30),
+    ) {
+        let (mut mask, mut naive) = (DiscardMask::default(), vec![false; 80]);
+        for (start, len, discarded) in changes {
+            let pages = start..start + len;
+            if discarded { mask.add(pages.clone()) } else { mask.remove(pages.clone()) }
+            naive[pages.start as usize..pages.end as usize].fill(discarded);
+            let runs: Vec<_> = bits(&naive).runs(0..80).collect();
+            prop_assert_eq!(mask.runs(), &runs[..]);
+            let rest: Vec<_> = naive.iter().map(|discarded| !discarded).collect();
+            let populated: Vec<_> = bits(&rest).runs(pages.clone()).collect();
+            prop_assert_eq!(mask.populated(pages.clone()), populated);
+            let discarded: Vec<_> = bits(&naive).runs(pages.clone()).collect();
+            prop_assert_eq!(mask.within(pages), discarded);
+        }
+    }
+
+    #[test]
     fn host_pages_are_whole_and_only_small_gaps_are_closed(
         pages in prop::collection::vec(prop::bool::weighted(0.1), 1..300),
         shift in 0u32..5,

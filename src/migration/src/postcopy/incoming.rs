@@ -16,8 +16,10 @@ use crate::progress::Progress;
 use crate::ram::{MigrationBlock, RamBlocks};
 use crate::stream::{AdvisedSizes, Command, TARGET_PAGE_SIZE};
 
-/// Postcopy on the destination. A virtio-mem device of this process is frozen until it ends
-/// (`FreezeHolder::Incoming` of its controller).
+/// Postcopy on the destination. From RUN on a virtio-mem device of this process serves its guest, where its manager
+/// can be followed: what is plugged is zeros at once, what is unplugged is not waited for any more. Its controller takes no
+/// huge page for what is outstanding until memory has arrived (`FreezeHolder::Incoming`, which is to stop
+/// freezing by then: `MemController::serve_while_incoming`).
 pub struct PostcopyIncoming<'a> {
     /// The blocks, mapped where the guest uses them.
     pub blocks: Arc<RamBlocks>,

@@ -21,6 +21,7 @@ use crate::stream::Configuration;
 use crate::test_support::{Late, PAGE, Side, at_the_verdict, fill, late, tcp_pair};
 
 mod bandwidth;
+mod elastic;
 mod incoming;
 mod patience;
 mod peers;
@@ -35,13 +36,21 @@ struct Reader {
     threads: Mutex<Vec<JoinHandle<()>>>,
     wrong: Arc<AtomicUsize>,
     runs: AtomicUsize,
+    /// Done by the guest before it reads.
+    acts: Mutex<Option<Act>>,
 }
+
+/// What is expected of a page that the guest does not read, since it may not use it.
+const UNREAD: u8 = 0xfe;
+
+/// What a guest does.
+type Act = Box<dyn FnOnce() + Send>;
 
 impl Reader {
     fn new(side: &Side, expected: Vec<u8>) -> Self {
         let region = Arc::clone(side.blocks.get("vmem0").unwrap().mapping());
-        let (threads, wrong, runs) = Default::default();
-        Self { region, expected, threads, wrong, runs }
+        let (threads, wrong, runs, acts) = Default::default();
+        Self { region, expected, threads, wrong, runs, acts }
     }
 
     fn wait(&self) -> usize {
@@ -59,6 +68,9 @@ impl Guest for Reader {
 
     fn run(&self) -> Result<(), String> {
         self.runs.fetch_add(1, Ordering::Relaxed);
+        if let Some(act) = self.acts.lock().unwrap().take() {
+            act();
+        }
         for first in 0..3 {
             let (region, expected) = (Arc::clone(&self.region), self.expected.clone());
             let wrong = Arc::clone(&self.wrong);
@@ -67,6 +79,9 @@ impl Guest for Reader {
                 for step in 0..expected.len() {
                     // Each page once, far from the one before.
                     let page = (first * 331 + step * 397) % expected.len();
+                    if expected[page] == UNREAD {
+                        continue;
+                    }
                     region.read(page as u64 * PAGE, &mut bytes);
                     if bytes.iter().any(|&byte| byte != expected[page]) {
                         wrong.fetch_add(1, Ordering::Relaxed);
@@ -155,9 +170,25 @@ fn migrate_by(
     expected: Vec<u8>,
     when: SwitchWhen,
     urgent: bool,
+    channels: Vec<(OwnedFd, OwnedFd)>,
+) -> Run {
+    migrate_acting(parameters, from, to, expected, when, urgent, channels, None)
+}
+
+/// With something that the guest does when it runs at the destination.
+#[expect(clippy::too_many_arguments, reason = "a migration has as many parts")]
+fn migrate_acting(
+    parameters: Parameters,
+    from: &Side,
+    to: &Side,
+    expected: Vec<u8>,
+    when: SwitchWhen,
+    urgent: bool,
     mut channels: Vec<(OwnedFd, OwnedFd)>,
+    acts: Option<Act>,
 ) -> Run {
     let reader = Arc::new(Reader::new(to, expected));
+    *reader.acts.lock().unwrap() = acts;
     let (tell_source, source_hears) = mpsc::channel();
     let (tell_destination, destination_hears) = mpsc::channel();
     let first = channels.remove(0);

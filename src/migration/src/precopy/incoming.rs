@@ -20,7 +20,8 @@ use crate::postcopy::{
 };
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{
-    Command, Configuration, RAM_SECTION, Record, ReturnMessage, read_header, read_record,
+    BlockStateChange, Command, Configuration, PING_BLOCK_STATE, PONG_BLOCK_STATE, RAM_SECTION,
+    Record, ReturnMessage, read_header, read_record,
 };
 
 /// How much is read ahead of what is handled, bytes.
@@ -53,6 +54,8 @@ struct Session<'a> {
     /// Where the source listens, once it said so.
     back: Option<Arc<ReturnChannel>>,
     handover: Arc<Handover>,
+    /// Whether the source was told that block state may change.
+    follows: bool,
     progress: Arc<Progress>,
 }
 
@@ -73,7 +76,9 @@ impl Incoming<'_> {
             let committed = Arc::new(AtomicBool::new(false));
             let channel = channel.cancellable_until(Arc::clone(&committed));
             let handover = Arc::new(Handover::new(committed));
-            let mut session = Session { loader, postcopy, channel, back: None, handover, progress };
+            let (back, follows) = (None, false);
+            let mut session =
+                Session { loader, postcopy, channel, back, handover, follows, progress };
             let result = session.load(&configuration).and_then(|rest| match rest {
                 Rest::Nothing => session.take_over(guest),
                 Rest::Memory(package, reader) => session.listen(guest, package, *reader),
@@ -220,6 +225,12 @@ impl Session<'_> {
                 self.back = Some(Arc::new(ReturnChannel::new(self.channel.clone_handle())));
                 Ok(())
             }
+            Record::Command(Command::Ping(PING_BLOCK_STATE))
+                if self.back.is_some() && self.loader.can_follow() =>
+            {
+                self.follows = true;
+                self.pong(PONG_BLOCK_STATE)
+            }
             Record::Command(Command::Ping(value)) => {
                 if value == PING_LOADED {
                     // The answer is the verdict.
@@ -227,6 +238,7 @@ impl Session<'_> {
                 }
                 self.pong(value)
             }
+            Record::Command(Command::BlockState(change)) => self.block_state(&change, at),
             Record::Command(Command::SwitchoverStart) => {
                 self.progress.set_status(Status::Device);
                 Ok(())
@@ -240,6 +252,21 @@ impl Session<'_> {
                 let what = "before the end of the sections";
                 Err(out_of_place(&format!("{record:?}"), at, what))
             }
+        }
+    }
+
+    /// Has block state follow the source's, and tells it whether that could be done.
+    fn block_state(&mut self, change: &BlockStateChange, at: u64) -> Result<(), MigrationError> {
+        if !self.follows || self.loader.is_loaded() {
+            let what = "not possible now: it was not agreed upon, or all was loaded";
+            return Err(out_of_place("a change of block state", at, what));
+        }
+        let refused = self.loader.block_state(change, at)?;
+        match &self.back {
+            Some(back) if change.populated => {
+                back.send(&ReturnMessage::BlockState { number: change.number, refused })
+            }
+            _ => Ok(()),
         }
     }
 
@@ -317,7 +344,7 @@ impl Session<'_> {
     fn load_package(
         &mut self,
         package: &mut Package,
-        memory: &LazyRam,
+        memory: &Arc<LazyRam>,
     ) -> Result<bool, MigrationError> {
         let handover = Arc::clone(&self.handover);
         while let Some(record) = package.next()? {
@@ -344,6 +371,9 @@ impl Session<'_> {
         if self.progress.is_cancelled() {
             return Err(MigrationError::Cancelled);
         }
+        // What is plugged and unplugged by a guest that runs here is of no concern to the source: it sends what it
+        // has, and what of it is not outstanding any more is dropped.
+        self.loader.arrives(memory)?;
         match &self.back {
             Some(back) => handover.claim(back, &self.progress),
             None => Ok(false),

@@ -6,6 +6,7 @@
 //! it could tell the source so.
 
 mod convergence;
+mod elastic;
 mod handlers;
 mod incoming;
 mod outcome;

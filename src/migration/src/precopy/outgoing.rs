@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::convergence::{AtMaxRounds, Due, Switchover, Throttle, ThrottleParameters};
+use super::elastic::Elastic;
 use super::outcome::{GuestAfter, OutgoingError};
 use super::return_path::{ReturnPath, refuse};
 use super::{Guest, PING_LOADED, handlers};
@@ -19,8 +20,8 @@ use crate::postcopy::{
 };
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{
-    AdvisedSizes, Command, Configuration, DISCARD_RANGES_MAX, SectionKind, TARGET_PAGE_SIZE,
-    put_command, put_description, put_eof,
+    AdvisedSizes, Command, Configuration, DISCARD_RANGES_MAX, PING_BLOCK_STATE, SectionKind,
+    TARGET_PAGE_SIZE, put_command, put_description, put_eof,
 };
 
 /// What a migration may cost, under QEMU's names.
@@ -51,6 +52,10 @@ pub struct Parameters {
     /// set. While the guest runs, here or there, writes wait for as long as the channel's handle says
     /// ([`Channel::set_write_patience`]).
     pub switchover_timeout: Duration,
+    /// For how long a PLUG of the guest waits for the destination, whose device follows, before it is answered with
+    /// BUSY; 1 s by default. `None` keeps block state frozen from the beginning to the end, as a destination does that
+    /// cannot follow, and a manager of discarded memory that can only freeze.
+    pub block_state_timeout: Option<Duration>,
     /// What both sides must agree on: machine type and capabilities.
     pub configuration: Configuration,
     /// Whether nothing is heard of a destination: the stream goes to a file, or down a pipe. All of
@@ -71,6 +76,7 @@ impl Parameters {
             at_max_rounds: AtMaxRounds::Fail,
             throttle: ThrottleParameters::default(),
             switchover_timeout: Duration::from_secs(30),
+            block_state_timeout: Some(Duration::from_secs(1)),
             configuration,
             one_way: false,
         }
@@ -174,9 +180,14 @@ impl Outgoing<'_> {
         let out = &mut channel;
         let mut framing = Framing::begin(out, &self.parameters.configuration)?;
         let mut bytes = Vec::new();
+        let mut elastic = Elastic::No;
         if !self.parameters.one_way {
             put_command(&mut bytes, &Command::OpenReturnPath);
             put_command(&mut bytes, &Command::Ping(1));
+            elastic = Elastic::ask(&self.handlers, self.parameters.block_state_timeout);
+            if elastic != Elastic::No {
+                put_command(&mut bytes, &Command::Ping(PING_BLOCK_STATE));
+            }
         }
         if self.postcopy.is_some() {
             put_command(&mut bytes, &Command::PostcopyAdvise(Some(self.page_sizes())));
@@ -191,7 +202,7 @@ impl Outgoing<'_> {
         }
         self.progress.set_status(Status::Active);
         let next = self
-            .iterate(out, back.as_ref(), &framing)
+            .iterate(out, back.as_ref(), &framing, &mut elastic)
             .map_err(|error| reason_of(back.as_ref(), error))?;
         // From here on the guest stands still.
         self.progress.set_status(Status::Device);
@@ -377,12 +388,27 @@ impl Outgoing<'_> {
     }
 
     /// Sends memory until the rest can be sent within the downtime that is allowed, or the guest
-    /// is to go first.
+    /// is to go first, and freezes block state then.
     fn iterate(
         &mut self,
         out: &mut Channel,
         back: Option<&ReturnPath>,
         framing: &Framing,
+        elastic: &mut Elastic,
+    ) -> Result<Next, MigrationError> {
+        let next = self.iterate_until_due(out, back, framing, elastic)?;
+        // Not with the guest: what stops it waits for a request that is under way.
+        let patience = self.parameters.switchover_timeout;
+        elastic.freeze(&mut self.handlers, out, back, &self.progress, patience)?;
+        Ok(next)
+    }
+
+    fn iterate_until_due(
+        &mut self,
+        out: &mut Channel,
+        back: Option<&ReturnPath>,
+        framing: &Framing,
+        elastic: &mut Elastic,
     ) -> Result<Next, MigrationError> {
         let mut bandwidth = Bandwidth::new(self.parameters.max_bandwidth, out.written());
         let mut throttle = Throttle::new(self.parameters.throttle);
@@ -398,7 +424,7 @@ impl Outgoing<'_> {
                 return Err(MigrationError::Cancelled);
             }
             if let Some(back) = back {
-                back.check()?;
+                elastic.serve(&mut self.handlers, out, back)?;
             }
             if self.switches(&bandwidth) {
                 return Ok(Next::Postcopy);
@@ -446,12 +472,8 @@ impl Outgoing<'_> {
             bandwidth.handled(done);
             handled += done;
             Counters::set(&counters.transferred, out.written());
-            let mut pause = bandwidth.spent(out.written());
-            while !pause.is_zero() && !self.progress.is_cancelled() {
-                let step = pause.min(Duration::from_millis(20));
-                std::thread::sleep(step);
-                pause -= step;
-            }
+            let pause = bandwidth.spent(out.written());
+            elastic.pause(pause, &mut self.handlers, out, back, &self.progress)?;
         }
     }
 }

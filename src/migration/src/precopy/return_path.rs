@@ -21,7 +21,7 @@ const MOMENT: Duration = Duration::from_millis(20);
 /// answers two pings, and asks for the pages that loading its devices takes.
 const KEPT_MAX: usize = 4096;
 
-type Heard = Result<ReturnMessage, MigrationError>;
+pub(super) type Heard = Result<ReturnMessage, MigrationError>;
 
 /// What the destination sent back and was not looked at yet.
 pub(super) struct ReturnPath {
@@ -73,13 +73,25 @@ impl ReturnPath {
     }
 
     /// What came and is not expected: an error of the destination, most likely.
-    pub(super) fn check(&self) -> Result<(), MigrationError> {
+    fn check(&self) -> Result<(), MigrationError> {
+        self.hear(&mut |message| match message {
+            ReturnMessage::Pong(_) | ReturnMessage::BlockState { .. } => Ok(()),
+            other => Err(unexpected(Ok(other))),
+        })
+    }
+
+    /// Tells `each` what came.
+    pub(super) fn hear(&self, each: &mut Asked<'_>) -> Result<(), MigrationError> {
         loop {
             match self.heard.try_recv() {
                 Ok(heard) => {
                     self.kept.fetch_sub(1, Ordering::Relaxed);
-                    if !matches!(heard, Ok(ReturnMessage::Pong(_))) {
-                        return Err(unexpected(heard));
+                    match heard {
+                        Ok(message @ ReturnMessage::Shut(_)) => {
+                            return Err(unexpected(Ok(message)));
+                        }
+                        Ok(message) => each(message)?,
+                        Err(error) => return Err(error),
                     }
                 }
                 Err(TryRecvError::Empty) => return Ok(()),
@@ -214,7 +226,7 @@ fn is_last(message: &ReturnMessage) -> bool {
     matches!(message, ReturnMessage::Shut(_) | ReturnMessage::SwitchoverAck)
 }
 
-fn unexpected(heard: Heard) -> MigrationError {
+pub(super) fn unexpected(heard: Heard) -> MigrationError {
     match heard {
         Ok(ReturnMessage::Shut(code)) if code != 0 => MigrationError::Refused(code),
         Ok(message) => MigrationError::Unexpected(format!("{message:?}")),

@@ -2,6 +2,7 @@
 
 mod auto_converge;
 mod broken_channel;
+mod elastic;
 mod freeze;
 mod handlers;
 mod handover;

@@ -1,6 +1,8 @@
 //! Taking RAM: pages are written to the backing file, never through a mapping, so that a page
 //! costs one copy and no fault; what is absent or zero stays a hole.
 
+mod block_state;
+
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt;
@@ -15,11 +17,12 @@ use super::zero_runs::ZeroRun;
 use super::{FrozenBlocks, InMigration, MigrationBlock};
 use crate::error::MigrationError;
 use crate::handler::LoadHandler;
+use crate::lazy::LazyRam;
 use crate::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use crate::progress::{Counters, Progress};
 use crate::stream::{
-    BlockList, Configuration, ListLimits, PageBlocks, PageKind, PageRecord, PageRecords,
-    RAM_SECTION, RAM_VERSION, SectionKind, TARGET_PAGE_SIZE,
+    BlockList, BlockStateChange, Configuration, ListLimits, PageBlocks, PageKind, PageRecord,
+    PageRecords, RAM_SECTION, RAM_VERSION, SectionKind, TARGET_PAGE_SIZE,
 };
 
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
@@ -47,6 +50,8 @@ pub struct RamLoad {
     blocks: Vec<LoadBlock>,
     /// The block that pages are collected of.
     current: usize,
+    /// How many changes of block state came.
+    changes: u32,
 }
 
 /// A block that is loaded, and which of its pages came.
@@ -81,7 +86,8 @@ enum Stop {
 impl RamLoad {
     /// A handler that loads into the blocks of `registry`.
     pub fn new(registry: Arc<RamBlocks>, options: ListOptions, progress: Arc<Progress>) -> Self {
-        Self { registry, frozen: None, options, progress, blocks: Vec::new(), current: 0 }
+        let (blocks, current, changes) = (Vec::new(), 0, 0);
+        Self { registry, frozen: None, options, progress, blocks, current, changes }
     }
 
     /// Handles the records that are wholly in `buffer`, which starts at byte `at` of the stream;
@@ -377,6 +383,22 @@ impl LoadHandler for RamLoad {
                 }
             }
         }
+    }
+
+    fn can_follow(&self) -> bool {
+        self.can_follow_source()
+    }
+
+    fn block_state(
+        &mut self,
+        change: &BlockStateChange,
+        at: u64,
+    ) -> Result<Option<String>, MigrationError> {
+        self.follow(change, at)
+    }
+
+    fn arrives(&mut self, memory: &Arc<LazyRam>) -> Result<(), MigrationError> {
+        self.follow_arrival(memory)
     }
 
     fn complete(&mut self) -> Result<(), MigrationError> {

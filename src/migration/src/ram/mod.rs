@@ -1,6 +1,7 @@
 //! Guest RAM as it migrates: which blocks there are, sending their pages, and taking them.
 
 mod block;
+mod changes;
 mod frozen;
 mod load;
 mod prepare;

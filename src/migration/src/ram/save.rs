@@ -5,15 +5,17 @@
 //! backing file has no data for never gets into the bitmap, and the mask is applied after every
 //! sync.
 
+mod elastic;
 mod postcopy;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ram_discard::{ByteRange, FreezeFor, FreezeLost};
 use vmstate::wire::WireWrite;
 
+use super::changes::{Changes, Piece};
 use super::registry::{BlockError, ListOptions, RamBlocks};
 use super::{FrozenBlocks, InMigration, MigrationBlock};
 use crate::channel::Sink;
@@ -48,7 +50,7 @@ struct SaveBlock {
     block: Arc<MigrationBlock>,
     tracker: Box<dyn DirtyTracker>,
     dirty: PageBitmap,
-    /// What is discarded, as long as block state is frozen.
+    /// What is discarded, by the freeze and by the changes that were told since.
     discarded: DiscardMask,
     /// Chunks of which the tracker still remembers what `dirty` has.
     clear_bitmap: PageBitmap,
@@ -73,6 +75,12 @@ pub struct RamSave {
     listed: Vec<Arc<MigrationBlock>>,
     /// From before anything is saved until all has ended.
     frozen: Option<FrozenBlocks>,
+    /// Once block state may change.
+    changes: Option<Arc<Changes>>,
+    /// Changes that are sent after this section.
+    records: Vec<u8>,
+    /// Number of the last of them.
+    last_change: u32,
     list: Vec<u8>,
     progress: Arc<Progress>,
     gathered: GatherWrite,
@@ -228,6 +236,10 @@ fn room_in(gathered: &GatherWrite) -> u64 {
     (GATHER_PIECES.saturating_sub(gathered.segments()) / 2).max(1) as u64
 }
 
+fn bytes_of_run(pages: &Range<u64>) -> Option<ByteRange> {
+    (!pages.is_empty()).then(|| bytes_of(pages.clone()))
+}
+
 fn clear_chunk(
     block: &MigrationBlock,
     tracker: &mut dyn DirtyTracker,
@@ -266,6 +278,9 @@ impl RamSave {
             options,
             listed,
             frozen: None,
+            changes: None,
+            records: Vec::new(),
+            last_change: 0,
             list,
             progress,
             gathered: GatherWrite::new(),
@@ -315,11 +330,15 @@ impl RamSave {
         while spent < budget && seen < most {
             let affordable = (budget - spent).div_ceil(TARGET_PAGE_SIZE);
             let room = room_in(&self.gathered).min(affordable).min(most - seen);
-            let Some((index, pages)) = self.next_run(room, HostPages::Split) else { break };
-            seen += pages.end - pages.start;
-            spent += self.gather(index, pages)?;
+            let Some((pages, bytes)) = self.gather_next(room)? else { break };
+            seen += pages;
+            spent += bytes;
             if self.gathered.segments() + 2 > GATHER_PIECES {
                 self.flush(out)?;
+                // A PLUG does not wait behind more than this.
+                if self.changes.as_ref().is_some_and(|changes| changes.is_waited_for()) {
+                    break;
+                }
             }
         }
         let mut end = Vec::new();
@@ -328,6 +347,22 @@ impl RamSave {
         self.flush(out)?;
         self.note_remaining();
         Ok(())
+    }
+
+    /// Gathers the next dirty pages, of which nothing is discarded then: how many, and the bytes that makes on
+    /// the wire. `None` when there are none.
+    fn gather_next(&mut self, room: u64) -> Result<Option<(u64, u64)>, MigrationError> {
+        let changes = self.changes.clone();
+        let mut state = changes.as_ref().map(|changes| changes.lock());
+        if let Some(state) = &mut state {
+            self.take_discards(state)?;
+        }
+        let Some((index, pages)) = self.next_run(room, HostPages::Split) else { return Ok(None) };
+        if let (Some(state), Some(range)) = (&mut state, bytes_of_run(&pages)) {
+            state.gathered(Piece { block: index, range });
+        }
+        let count = pages.end - pages.start;
+        Ok(Some((count, self.gather(index, pages)?)))
     }
 
     /// The next dirty pages, in the order of the blocks and around: no more than `room`, or to the
@@ -369,9 +404,17 @@ impl RamSave {
         self.blocks[index].gather(out, pages, named, &self.progress.counters)
     }
 
+    /// Nothing of what was gathered is read any more.
+    fn flushed(&self) {
+        if let Some(changes) = &self.changes {
+            changes.flushed(|index| Arc::clone(&self.blocks[index].block));
+        }
+    }
+
     fn flush(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
         let written = out.write_gathered(&mut self.gathered);
         written.map_err(MigrationError::io("send pages"))?;
+        self.flushed();
         Counters::set(&self.progress.counters.transferred, out.written());
         Ok(())
     }
@@ -405,19 +448,52 @@ impl SaveHandler for RamSave {
         if self.frozen.is_none() {
             let blocks = self.listed.iter().map(Arc::clone);
             self.frozen = Some(FrozenBlocks::new(blocks, FreezeFor::Source)?);
+            self.progress.busy(true);
+        }
+        self.freeze_again()
+    }
+
+    fn check_frozen(&self) -> Result<(), MigrationError> {
+        let Some(frozen) = &self.frozen else {
+            return Err(FreezeLost("it has not begun, or has ended".to_owned()).into());
+        };
+        frozen.check()?;
+        for block in self.blocks.iter().filter(|block| block.started) {
+            if DiscardMask::new(frozen.discarded(&block.block)) != block.discarded {
+                let what = "what was told of block state is not what it has become";
+                return Err(FreezeLost(what.to_owned()).into());
+            }
         }
         Ok(())
     }
 
-    fn check_frozen(&self) -> Result<(), MigrationError> {
-        match &self.frozen {
-            Some(frozen) => frozen.check(),
-            None => Err(FreezeLost("it has not begun, or has ended".to_owned()).into()),
-        }
-    }
-
     fn thaw(&mut self) {
         self.frozen = None;
+        self.progress.busy(false);
+    }
+
+    fn can_follow(&self) -> bool {
+        self.frozen.as_ref().is_some_and(FrozenBlocks::can_follow)
+    }
+
+    fn follow(&mut self, patience: Duration) -> Result<(), MigrationError> {
+        self.follow_managers(patience)
+    }
+
+    fn changes(&mut self) -> Result<Vec<u8>, MigrationError> {
+        self.take_changes()
+    }
+
+    fn answered(&mut self, number: u32, refused: Option<String>) -> Result<bool, MigrationError> {
+        self.take_answer(number, refused)
+    }
+
+    fn is_waited_for(&self) -> bool {
+        self.changes.as_ref().is_some_and(|changes| changes.is_waited_for())
+    }
+
+    fn has_unanswered(&self) -> bool {
+        self.changes.as_ref().is_some_and(|changes| changes.has_unanswered())
     }
 
     fn setup(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
@@ -456,6 +532,11 @@ impl SaveHandler for RamSave {
     }
 
     fn cleanup(&mut self) {
+        self.gathered.clear();
+        self.flushed();
+        if let Some(changes) = &self.changes {
+            changes.end();
+        }
         for block in &mut self.blocks {
             block.in_migration = None;
             if std::mem::take(&mut block.started)

@@ -19,6 +19,8 @@ use crate::sys::GatherWrite;
 use crate::test_support::{BLOCK, Side, TestManager, fill, memfd, migration_block};
 use crate::test_utils::CountedStream;
 
+mod elastic;
+
 const HUGE_PAGE: u64 = 2 << 20;
 
 /// Reports the pages that it is told.

@@ -1,6 +1,6 @@
 //! Commands: what the source has the destination do.
 
-use super::FormatError;
+use super::{BlockStateChange, FormatError};
 use vmstate::wire::{WireRead, WireWrite};
 
 const OPEN_RETURN_PATH: u16 = 1;
@@ -13,6 +13,8 @@ const PACKAGED: u16 = 7;
 const POSTCOPY_RESUME: u16 = 9;
 const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
+/// Ours, far from those that QEMU may still add.
+const BLOCK_STATE: u16 = 0x564d;
 
 /// Version byte of a discard command.
 const DISCARD_VERSION: u8 = 0;
@@ -53,6 +55,8 @@ pub enum Command {
     },
     /// The guest is stopped; what follows is final.
     SwitchoverStart,
+    /// Block state of the source has changed.
+    BlockState(BlockStateChange),
 }
 
 /// The page sizes that must be alike for postcopy, bytes.
@@ -103,6 +107,10 @@ impl Command {
                 RECV_BITMAP
             }
             Self::SwitchoverStart => SWITCHOVER_START,
+            Self::BlockState(change) => {
+                change.put(&mut data);
+                BLOCK_STATE
+            }
         };
         out.put_be16(code);
         out.put_be16(u16::try_from(data.len()).expect("commands are short"));
@@ -129,6 +137,7 @@ impl Command {
             (POSTCOPY_RESUME, 0) => Self::PostcopyResume,
             (RECV_BITMAP, 1..) => Self::RecvBitmap { block: reader.name("the id of a block")? },
             (SWITCHOVER_START, 0) => Self::SwitchoverStart,
+            (BLOCK_STATE, _) => Self::BlockState(BlockStateChange::read(reader, len)?),
             (1..=11, _) => return Err(FormatError::value(offset, "length of a command", len)),
             _ => return Err(FormatError::value(offset, "command", code)),
         };

@@ -5,6 +5,7 @@
 //! `migration.c`.
 
 mod block_list;
+mod block_state;
 mod command;
 mod configuration;
 mod page;
@@ -16,6 +17,8 @@ pub use block_list::{
     BlockEntry, BlockList, ListLimits, MAPPED_RAM_ALIGNMENT, MappedRamHeader, RAM_SECTION,
     RAM_VERSION, entry_len, put_entry, put_list, put_list_start,
 };
+pub use block_state::BlockStateChange;
+pub(crate) use block_state::{BLOCK_STATE_RANGES_MAX, PING_BLOCK_STATE, PONG_BLOCK_STATE};
 pub(crate) use command::DISCARD_RANGES_MAX;
 pub use command::{AdvisedSizes, Command};
 pub use configuration::{CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration};

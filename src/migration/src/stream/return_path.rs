@@ -1,6 +1,7 @@
 //! What the destination sends back.
 
 use super::FormatError;
+use super::block_state::{put_answer, read_answer};
 use vmstate::wire::{WireRead, WireWrite};
 
 const SHUT: u16 = 1;
@@ -10,6 +11,8 @@ const REQ_PAGES: u16 = 4;
 const RECV_BITMAP: u16 = 5;
 const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
+/// Ours, far from those that QEMU may still add.
+const BLOCK_STATE: u16 = 0x564d;
 
 /// The only value a resume may be acknowledged with.
 const RESUMED: u32 = 1;
@@ -40,6 +43,13 @@ pub enum ReturnMessage {
     ResumeAck,
     /// The destination is ready for the switchover.
     SwitchoverAck,
+    /// The answer to a change of block state that populates.
+    BlockState {
+        /// Number of the change.
+        number: u32,
+        /// Why it is refused, if it is: nothing was populated then. At most 255 bytes are sent.
+        refused: Option<String>,
+    },
 }
 
 impl ReturnMessage {
@@ -75,6 +85,10 @@ impl ReturnMessage {
                 RESUME_ACK
             }
             Self::SwitchoverAck => SWITCHOVER_ACK,
+            Self::BlockState { number, refused } => {
+                put_answer(&mut data, *number, refused.as_deref());
+                BLOCK_STATE
+            }
         };
         out.put_be16(code);
         out.put_be16(u16::try_from(data.len()).expect("messages are short"));
@@ -111,6 +125,10 @@ impl ReturnMessage {
                 Self::ResumeAck
             }
             (SWITCHOVER_ACK, 0) => Self::SwitchoverAck,
+            (BLOCK_STATE, 5..) => {
+                let (number, refused) = read_answer(reader)?;
+                Self::BlockState { number, refused }
+            }
             (1..=7, _) => return Err(FormatError::value(offset, "length of a message", len)),
             _ => return Err(FormatError::value(offset, "message of the return path", code)),
         };

@@ -3,6 +3,7 @@ use serde_json::json;
 use vmstate::wire::{WireRead, WireReader};
 
 use proptest::prelude::*;
+use ram_discard::ByteRange;
 
 fn reader(bytes: &[u8]) -> WireReader<&[u8]> {
     WireReader::new(bytes)
@@ -222,6 +223,78 @@ fn other_streams_are_named() {
     assert!(matches!(error, FormatError::Footer { section_id: 1, offset: 0 }));
 }
 
+/// A command of ours with these bytes behind its code.
+fn block_state(data: &[u8]) -> Vec<u8> {
+    let mut bytes = b"\x08VM".to_vec();
+    bytes.extend(u16::try_from(data.len()).unwrap().to_be_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+#[test]
+fn golden_changes_of_block_state() {
+    let range = |start, len| ByteRange::new(start, len).unwrap();
+    for (populated, kind) in [(true, 1), (false, 2)] {
+        let ranges = vec![range(0x20_0000, 0x20_0000), range(0x80_0000, 0x40_0000)];
+        let change = BlockStateChange { number: 7, populated, block: "vm0".into(), ranges };
+        let mut data = vec![0, 0, 0, 7, kind];
+        data.extend(b"\x03vm0\0\0\0\0\0\x20\0\0\0\0\0\0\0\x20\0\0");
+        data.extend(b"\0\0\0\0\0\x80\0\0\0\0\0\0\0\x40\0\0");
+        let golden = block_state(&data);
+        let mut out = Vec::new();
+        put_command(&mut out, &Command::BlockState(change.clone()));
+        assert_eq!(out, golden);
+        let read = read_record(&mut reader(&golden)).unwrap();
+        assert_eq!(read, Record::Command(Command::BlockState(change)));
+    }
+    for (refused, golden) in [
+        (None, &b"VM\0\x05\0\0\0\x07\0"[..]),
+        (Some("no".to_owned()), &b"VM\0\x08\0\0\0\x07\x01\x02no"[..]),
+    ] {
+        let answer = ReturnMessage::BlockState { number: 7, refused };
+        let mut out = Vec::new();
+        answer.put(&mut out);
+        assert_eq!(out, golden);
+        assert_eq!(ReturnMessage::read(&mut reader(golden)).unwrap(), answer);
+    }
+    assert_eq!((PING_BLOCK_STATE, PONG_BLOCK_STATE), (0x564d_0001, 0x564d_0002));
+}
+
+#[test]
+fn changes_of_block_state_that_do_not_add_up_are_refused() {
+    let words =
+        |words: &[u64]| words.iter().flat_map(|word| word.to_be_bytes()).collect::<Vec<_>>();
+    let head = |kind: u8| [&[0, 0, 0, 1, kind][..], b"\x03vm0"].concat();
+    let many = vec![[0x1000u64, 0x1000]; BLOCK_STATE_RANGES_MAX + 1];
+    let many: Vec<_> = (0..).zip(many).flat_map(|(at, [_, len])| [at * 0x1000, len]).collect();
+    for (data, what) in [
+        (vec![0, 0, 0, 1], "the kind of a change"),
+        ([head(3), words(&[0, 1])].concat(), "kind of a change of block state"),
+        (head(1), "length of a change of block state"),
+        ([head(1), words(&[0])].concat(), "length of a change of block state"),
+        ([head(1), words(&many)].concat(), "length of a change of block state"),
+        ([head(1), words(&[0, 0])].concat(), "range of a change of block state"),
+        ([head(1), words(&[u64::MAX, 1])].concat(), "range of a change of block state"),
+        ([head(1), words(&[8, 8, 0, 8])].concat(), "range of a change of block state"),
+        ([head(1), words(&[0, 8, 7, 8])].concat(), "range of a change of block state"),
+    ] {
+        let bytes = block_state(&data);
+        let error = read_record(&mut reader(&bytes)).unwrap_err().to_string();
+        assert!(error.contains(what), "{error}");
+    }
+    let error = ReturnMessage::read(&mut reader(b"VM\0\x05\0\0\0\x07\x02")).unwrap_err();
+    assert!(error.to_string().contains("answer to a change of block state"), "{error}");
+}
+
+#[test]
+fn a_reason_that_is_too_long_is_cut_at_a_character() {
+    let refused = Some("ä".repeat(200));
+    let mut out = Vec::new();
+    ReturnMessage::BlockState { number: 1, refused }.put(&mut out);
+    let read = ReturnMessage::read(&mut reader(&out)).unwrap();
+    assert_eq!(read, ReturnMessage::BlockState { number: 1, refused: Some("ä".repeat(127)) });
+}
+
 fn commands() -> impl Strategy<Value = Command> {
     let name = "[a-z@/.:0-9]{1,200}";
     prop_oneof![
@@ -239,7 +312,24 @@ fn commands() -> impl Strategy<Value = Command> {
         Just(Command::PostcopyResume),
         name.prop_map(|block| Command::RecvBitmap { block }),
         Just(Command::SwitchoverStart),
+        changes().prop_map(Command::BlockState),
     ]
+}
+
+fn changes() -> impl Strategy<Value = BlockStateChange> {
+    let gap = (0u64..1 << 20, 1u64..1 << 20);
+    let gaps = prop::collection::vec(gap, 1..=BLOCK_STATE_RANGES_MAX);
+    (any::<u32>(), any::<bool>(), "[a-z@/.:0-9]{1,200}", gaps).prop_map(
+        |(number, populated, block, gaps)| {
+            let mut at = 0;
+            let ranges = gaps.into_iter().filter_map(|(gap, len)| {
+                let range = ByteRange::new(at + gap, len);
+                at += gap + len;
+                range
+            });
+            BlockStateChange { number, populated, block, ranges: ranges.collect() }
+        },
+    )
 }
 
 fn messages() -> impl Strategy<Value = ReturnMessage> {
@@ -252,6 +342,8 @@ fn messages() -> impl Strategy<Value = ReturnMessage> {
         name.prop_map(|block| ReturnMessage::RecvBitmap { block }),
         Just(ReturnMessage::ResumeAck),
         Just(ReturnMessage::SwitchoverAck),
+        (any::<u32>(), prop::option::of("[a-z ]{0,200}"))
+            .prop_map(|(number, refused)| ReturnMessage::BlockState { number, refused }),
     ]
 }
 

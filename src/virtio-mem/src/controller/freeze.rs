@@ -76,20 +76,40 @@ impl MemController {
     /// again to save that.
     pub fn thaw(&self, holder: FreezeHolder) -> io::Result<()> {
         let mut transaction = self.manager.begin();
+        if holder == FreezeHolder::Incoming {
+            self.memory.end_incoming();
+        }
+        self.end_freeze(&mut transaction, holder)
+    }
+
+    /// The guest runs here while its memory still arrives, and what brings it follows block state
+    /// ([`FrozenBlockState::follow`](ram_discard::FrozenBlockState::follow)): ends the freeze of
+    /// [`FreezeHolder::Incoming`]. Until that is [thawed](Self::thaw), no huge page is taken for what is outstanding;
+    /// blocks that are plugged get theirs.
+    ///
+    /// # Errors
+    ///
+    /// As [`thaw`](Self::thaw).
+    pub fn serve_while_incoming(&self) -> io::Result<()> {
+        self.end_freeze(&mut self.manager.begin(), FreezeHolder::Incoming)
+    }
+
+    fn end_freeze(
+        &self,
+        transaction: &mut Transaction<'_>,
+        holder: FreezeHolder,
+    ) -> io::Result<()> {
         let mut state = self.state();
         let Some(id) = state.holders.remove(&holder) else {
             return if state.thaw_unsaved { state.save_holders() } else { Ok(()) };
         };
-        if holder == FreezeHolder::Incoming {
-            self.memory.end_incoming();
-        }
         let saved = state.save_holders();
         state.thaw_unsaved = saved.is_err();
         state.observers.iter().for_each(|observer| observer.frozen_by(holder, false));
         drop(state);
         transaction.thaw(id);
         if !transaction.is_frozen() {
-            self.thawed(&mut transaction);
+            self.thawed(transaction);
         }
         saved
     }

@@ -391,7 +391,8 @@ impl MemController {
         blocks: &[Arc<RamBlock>],
         plugged: impl FnOnce() -> Vec<Section>,
     ) -> Result<(), RamBlockError> {
-        if blocks.iter().all(|block| block.backing().kind() != BackingKind::Hugetlb) {
+        let no_pool = |block: &Arc<RamBlock>| block.backing().kind() != BackingKind::Hugetlb;
+        if self.memory.is_incoming() || blocks.iter().all(no_pool) {
             return Ok(());
         }
         let plugged = plugged();

@@ -98,7 +98,7 @@ impl RegionMemory {
 
     /// Memory of plugged blocks is outstanding from now on (postcopy). Until it has
     /// [arrived](Self::end_incoming), no huge page is taken for them: an access to one that is there would not
-    /// wait for what arrives.
+    /// wait for what arrives. Blocks that are plugged meanwhile have nothing to arrive, and get theirs.
     pub(crate) fn begin_incoming(&self) {
         self.incoming.store(true, Ordering::Release);
     }
@@ -106,6 +106,11 @@ impl RegionMemory {
     /// Memory of plugged blocks has arrived, or is given up.
     pub(crate) fn end_incoming(&self) {
         self.incoming.store(false, Ordering::Release);
+    }
+
+    /// Whether memory of plugged blocks is outstanding.
+    pub(crate) fn is_incoming(&self) -> bool {
+        self.incoming.load(Ordering::Acquire)
     }
 
     /// A state is loaded for as long as the guard lives. Until then the listener takes no memory, since that
@@ -131,7 +136,7 @@ impl RegionMemory {
         block: &RamBlock,
         plugged: &[Section],
     ) -> Result<(), RamBlockError> {
-        if block.backing().kind() != BackingKind::Hugetlb || self.incoming.load(Ordering::Acquire) {
+        if block.backing().kind() != BackingKind::Hugetlb {
             return Ok(());
         }
         let sections = plugged.iter().filter_map(|section| section.gpa(self.geometry.addr()));

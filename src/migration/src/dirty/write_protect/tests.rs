@@ -453,3 +453,85 @@ proptest! {
         prop_assert_eq!(at, len);
     }
 }
+
+/// What is done with a block of which granules come and go.
+#[derive(Clone, Debug)]
+enum Op {
+    /// Populates a granule, or discards it.
+    Toggle(u64),
+    Write(u64),
+    Sync,
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    /// Granules of 64 pages, of which eight share a chunk; another one in which nothing is populated at first.
+    #[test]
+    fn no_write_is_lost_while_ranges_come_and_go(
+        ops in prop::collection::vec(
+            prop_oneof![
+                3 => (0u64..16).prop_map(Op::Toggle),
+                6 => (0u64..1024).prop_map(Op::Write),
+                2 => Just(Op::Sync),
+            ],
+            1..60,
+        ),
+    ) {
+        if !supported() {
+            return Ok(());
+        }
+        const GRANULE: u64 = 64 * PAGE;
+        let block = Block::shmem(16 * GRANULE);
+        let mut tracker = block.tracker();
+        tracker.start(&[range(0, 2 * GRANULE)]).unwrap();
+        let mut populated: Vec<_> = (0..16).map(|granule| granule < 2).collect();
+        let mut written = std::collections::BTreeSet::new();
+        for op in ops.into_iter().chain([Op::Sync]) {
+            match op {
+                Op::Toggle(granule) => {
+                    let part = range(granule * GRANULE, (granule + 1) * GRANULE);
+                    let is_populated = &mut populated[granule as usize];
+                    if *is_populated {
+                        tracker.discard(part).unwrap();
+                        let in_file = part.in_file(16 * PAGE).unwrap();
+                        block.block.backing().discard(in_file).unwrap();
+                        written.retain(|page| page / 64 != granule);
+                    } else {
+                        tracker.populate(part).unwrap();
+                    }
+                    *is_populated = !*is_populated;
+                }
+                Op::Write(page) if populated[(page / 64) as usize] => {
+                    block.mapping.write(page * PAGE + 8, &[1]);
+                    written.insert(page);
+                }
+                Op::Write(_) => {}
+                Op::Sync => {
+                    let dirty = synced(&mut tracker);
+                    let missed: Vec<_> = written.iter().filter(|page| !dirty.test(**page)).collect();
+                    prop_assert!(missed.is_empty(), "{missed:?}");
+                    written.clear();
+                }
+            }
+        }
+        let (outside, within) = (range(16 * GRANULE, 17 * GRANULE), range(0, GRANULE));
+        prop_assert!(tracker.populate(outside).is_err());
+        prop_assert_eq!(tracker.populate(within).is_err(), populated[0]);
+    }
+}
+
+#[test]
+fn what_is_populated_and_not_touched_costs_nothing() {
+    if !supported() {
+        return;
+    }
+    let block = Block::shmem(64 << 20);
+    let mut tracker = block.tracker();
+    tracker.start(&[]).unwrap();
+    let before = page_tables();
+    tracker.populate(range(0, 32 << 20)).unwrap();
+    assert_eq!(dirty_pages(&mut tracker), []);
+    assert_eq!((block.held(), page_tables()), (0, before));
+    block.mapping.write(5 * PAGE, &[1]);
+    assert_eq!(dirty_pages(&mut tracker), [5..6]);
+}

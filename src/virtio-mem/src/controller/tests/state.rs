@@ -123,3 +123,19 @@ fn a_state_that_cannot_be_saved_or_comes_during_migration_changes_nothing() {
     assert_eq!(rig.controller.save_state(), before);
     assert_eq!(rig.held(), 4);
 }
+
+#[test]
+fn a_guest_is_served_while_its_memory_arrives_once_that_is_followed() {
+    let rig = rig();
+    let changes = Arc::new(Changes::default());
+    rig.controller.observe(Arc::clone(&changes) as Arc<dyn DeviceObserver>);
+    rig.controller.freeze(FreezeHolder::Incoming).unwrap();
+    assert_eq!(rig.execute(plug(0, 1)), Response::Busy);
+    rig.controller.serve_while_incoming().unwrap();
+    assert_eq!(*changes.0.lock(), ["active", "over", "config"]);
+    assert_eq!(rig.execute(plug(0, 1)), Response::Ack);
+    assert!(rig.controller.memory.is_incoming(), "nothing is taken for what is outstanding");
+    rig.controller.thaw(FreezeHolder::Incoming).unwrap();
+    assert!(!rig.controller.memory.is_incoming());
+    assert_eq!(*changes.0.lock(), ["active", "over", "config"], "it had ended");
+}

@@ -1,0 +1,81 @@
+//! Block state that changes while memory arrives and the guest runs.
+
+use std::sync::{Arc, Weak};
+
+use ram_discard::{ByteRange, RamDiscardListener, Section};
+
+use super::LazyRam;
+use crate::error::MigrationError;
+use crate::page_bitmap::DiscardMask;
+
+/// Where the region of a manager lies in a block that arrives.
+struct Part {
+    /// Number of the block.
+    block: usize,
+    /// Where the region starts in it, bytes.
+    start: u64,
+    used: ByteRange,
+}
+
+/// What is plugged is zeros here, and nothing of it comes from elsewhere. What is unplugged is not waited for any
+/// more: late pages of it are dropped, also when it has been plugged again.
+pub(crate) struct ArrivalFollower {
+    // It must not keep memory that is given up.
+    memory: Weak<LazyRam>,
+    parts: Vec<Part>,
+}
+
+impl ArrivalFollower {
+    /// Of a region that starts at these bytes of these blocks. From here on memory knows by itself what is
+    /// discarded of them, so nothing may change until this is registered.
+    ///
+    /// # Errors
+    ///
+    /// When the manager's process is gone.
+    pub(crate) fn new(
+        memory: &Arc<LazyRam>,
+        regions: impl IntoIterator<Item = (usize, u64)>,
+    ) -> Result<Self, MigrationError> {
+        let mut parts = Vec::new();
+        for (index, start) in regions {
+            let block = memory.block(index);
+            let discarded = DiscardMask::new(block.discarded()?);
+            memory.blocks[index].set_discarded(discarded);
+            parts.extend(block.used().map(|used| Part { block: index, start, used }));
+        }
+        Ok(Self { memory: Arc::downgrade(memory), parts })
+    }
+
+    fn each(&self, section: Section, act: impl Fn(&LazyRam, usize, ByteRange)) {
+        let Some(memory) = self.memory.upgrade() else { return };
+        for part in &self.parts {
+            let range =
+                section.in_block(part.start).and_then(|range| range.intersection(part.used));
+            if let Some(range) = range {
+                act(&memory, part.block, range);
+            }
+        }
+    }
+}
+
+impl RamDiscardListener for ArrivalFollower {
+    fn name(&self) -> &str {
+        "migration"
+    }
+
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
+        self.each(section, |memory, block, range| memory.blocks[block].populated(range));
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, section: Section) {
+        self.each(section, |memory, block, range| {
+            // As pages of zeros that arrive: those who wait for them find zeros.
+            if let Err(error) = memory.place_zeros(block, range) {
+                let block = memory.block(block).id();
+                tracing::warn!(block, %range, %error, "cannot wake who waits for what is discarded");
+            }
+            memory.blocks[block].discarded(range);
+        });
+    }
+}
