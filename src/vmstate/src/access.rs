@@ -1,6 +1,7 @@
 //! How a field gets at its value, and what that says about its role.
 
-use crate::wire::{WireError, WireRead, WireWrite};
+use super::error::Problem;
+use crate::wire::{WireRead, WireWrite};
 
 /// What becomes of a value that is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,26 +26,6 @@ pub enum Access<T, V> {
     DerivedChecked(fn(&T) -> V),
 }
 
-impl<T, V> Access<T, V> {
-    pub(super) fn get(&self) -> fn(&T) -> V {
-        match *self {
-            Self::Mutable(get, _)
-            | Self::Immutable(get)
-            | Self::Derived(get)
-            | Self::DerivedChecked(get) => get,
-        }
-    }
-
-    pub(super) fn role(&self) -> Role {
-        match self {
-            Self::Mutable(..) => Role::Mutable,
-            Self::Immutable(_) => Role::Immutable,
-            Self::Derived(_) => Role::Derived,
-            Self::DerivedChecked(_) => Role::DerivedChecked,
-        }
-    }
-}
-
 /// Where a sequence of numbers of a state `T` is, and its role; see [`Access`].
 pub enum SliceAccess<T, V> {
     /// Saved and restored.
@@ -57,25 +38,33 @@ pub enum SliceAccess<T, V> {
     DerivedChecked(fn(&T) -> &[V]),
 }
 
-impl<T, V> SliceAccess<T, V> {
-    pub(super) fn get(&self) -> fn(&T) -> &[V] {
-        match *self {
-            Self::Mutable(get, _)
-            | Self::Immutable(get)
-            | Self::Derived(get)
-            | Self::DerivedChecked(get) => get,
-        }
-    }
+/// What both kinds of access tell: how the value is got, whose type is `$value`, and its role.
+macro_rules! roles {
+    ($access:ident, $value:ty) => {
+        impl<T, V> $access<T, V> {
+            pub(super) fn get(&self) -> fn(&T) -> $value {
+                match *self {
+                    Self::Mutable(get, _)
+                    | Self::Immutable(get)
+                    | Self::Derived(get)
+                    | Self::DerivedChecked(get) => get,
+                }
+            }
 
-    pub(super) fn role(&self) -> Role {
-        match self {
-            Self::Mutable(..) => Role::Mutable,
-            Self::Immutable(_) => Role::Immutable,
-            Self::Derived(_) => Role::Derived,
-            Self::DerivedChecked(_) => Role::DerivedChecked,
+            pub(super) fn role(&self) -> Role {
+                match self {
+                    Self::Mutable(..) => Role::Mutable,
+                    Self::Immutable(_) => Role::Immutable,
+                    Self::Derived(_) => Role::Derived,
+                    Self::DerivedChecked(_) => Role::DerivedChecked,
+                }
+            }
         }
-    }
+    };
 }
+
+roles!(Access, V);
+roles!(SliceAccess, &[V]);
 
 /// How many elements a sequence has, or bits a bitmap.
 pub enum Count<T> {
@@ -92,13 +81,13 @@ pub enum Count<T> {
 }
 
 impl<T> Count<T> {
-    /// The number, or the limit that it exceeds.
-    pub(super) fn of(&self, state: &T) -> Result<u64, (u64, u64)> {
+    /// The number, unless it exceeds its limit.
+    pub(super) fn of(&self, state: &T) -> Result<u64, Problem> {
         match *self {
             Self::Fixed(count) => Ok(count),
             Self::From { count, limit } => {
                 let count = count(state);
-                if count > limit { Err((count, limit)) } else { Ok(count) }
+                if count > limit { Err(Problem::TooMany { count, limit }) } else { Ok(count) }
             }
         }
     }
@@ -126,8 +115,8 @@ pub(super) trait Number: Copy + Default + PartialEq + std::fmt::Display + 'stati
 
     fn put(self, out: &mut Vec<u8>);
 
-    /// Reads one; the byte that stands for none where not every byte does.
-    fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Result<Self, u8>, WireError>;
+    /// Reads one.
+    fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Self, Problem>;
 
     /// Whether two are the same on the wire.
     fn same(&self, other: &Self) -> bool {
@@ -148,11 +137,8 @@ macro_rules! number {
                 out.$put(($to_wire)(self));
             }
 
-            fn take(
-                reader: &mut dyn WireRead,
-                what: &'static str,
-            ) -> Result<Result<Self, u8>, WireError> {
-                reader.$take(what).map($from_wire).map(Ok)
+            fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Self, Problem> {
+                Ok(reader.$take(what).map($from_wire)?)
             }
         }
     };
@@ -175,8 +161,8 @@ impl Number for f64 {
         out.put_be64(self.to_bits());
     }
 
-    fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Result<Self, u8>, WireError> {
-        Ok(Ok(Self::from_bits(reader.be64(what)?)))
+    fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Self, Problem> {
+        Ok(Self::from_bits(reader.be64(what)?))
     }
 
     /// What is not a number is the same as itself, and the two zeros differ.
@@ -193,11 +179,11 @@ impl Number for bool {
         out.put_u8(self.into());
     }
 
-    fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Result<Self, u8>, WireError> {
-        Ok(match reader.u8(what)? {
+    fn take(reader: &mut dyn WireRead, what: &'static str) -> Result<Self, Problem> {
+        match reader.u8(what)? {
             0 => Ok(false),
             1 => Ok(true),
-            other => Err(other),
-        })
+            other => Err(Problem::NotBool(other)),
+        }
     }
 }

@@ -95,7 +95,9 @@ impl<T: 'static> VmState<T> {
             Kind::ArrayU32(sequence) => sequence.load(name, state, loader),
             Kind::ArrayU64(sequence) => sequence.load(name, state, loader),
             Kind::Bitmap(sequence) => sequence.load_bitmap(name, state, loader),
-            Kind::Nested(nested) => nested.load(state, loader)?.map(|()| None),
+            Kind::Nested(nested) => {
+                return nested.load(state, loader).map_err(|fault| self.named(name, offset, fault));
+            }
             Kind::Unused(len) => {
                 loader.reader.skip(*len, name).map(|()| None).map_err(Problem::from)
             }
@@ -167,7 +169,7 @@ fn load_value<T: 'static, V: Number>(
     state: &mut T,
     loader: &mut Loader<'_>,
 ) -> Loaded<T> {
-    let found = V::take(loader.reader, name)?.map_err(Problem::NotBool)?;
+    let found = V::take(loader.reader, name)?;
     give(access, found, state, V::same)
 }
 
@@ -215,9 +217,7 @@ impl<T: 'static> Text<T> {
 
 impl<T: 'static, V: Number> Sequence<T, V> {
     fn load(&self, name: &'static str, state: &mut T, loader: &mut Loader<'_>) -> Loaded<T> {
-        let count = self.count.of(state);
-        let count = count.map_err(|(count, limit)| Problem::TooMany { count, limit })?;
-        let found = take_all(loader.reader, count, name)?;
+        let found = take_all(loader.reader, self.count.of(state)?, name)?;
         self.give(found, state)
     }
 
@@ -244,8 +244,7 @@ impl<T: 'static, V: Number> Sequence<T, V> {
 
 impl<T: 'static> Sequence<T, u64> {
     fn load_bitmap(&self, name: &'static str, state: &mut T, loader: &mut Loader<'_>) -> Loaded<T> {
-        let bits = self.count.of(state);
-        let bits = bits.map_err(|(count, limit)| Problem::TooMany { count, limit })?;
+        let bits = self.count.of(state)?;
         let found: Vec<u64> = take_all(loader.reader, bits.div_ceil(64), name)?;
         let tail = bits % 64;
         if let Some(last) = found.last().filter(|last| tail != 0 && **last >> tail != 0) {
@@ -265,7 +264,7 @@ fn take_all<V: Number>(
     const AT_ONCE: u64 = 64 << 10;
     let mut values = Vec::with_capacity(count.min(AT_ONCE) as usize);
     for _ in 0..count {
-        values.push(V::take(reader, name)?.map_err(Problem::NotBool)?);
+        values.push(V::take(reader, name)?);
     }
     Ok(values)
 }

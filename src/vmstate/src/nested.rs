@@ -10,7 +10,7 @@ use super::load::Loader;
 use super::properties::Properties;
 use super::save::Saver;
 use super::validate::Flaw;
-use crate::wire::WireWrite;
+use crate::wire::{WireError, WireWrite};
 
 /// A structure, an optional one, or an array of them, within a state `T`. Implemented by
 /// [`Struct`], [`OptionalStruct`] and [`StructArray`].
@@ -18,7 +18,7 @@ pub trait Nested<T>: Sync + private::Sealed {
     /// Name of the description.
     fn name(&self) -> &'static str;
 
-    /// Appends it, and what it was to `described`. The inner error is about the field itself.
+    /// Appends it, and what it was to `described`.
     #[doc(hidden)]
     fn save(
         &self,
@@ -26,19 +26,41 @@ pub trait Nested<T>: Sync + private::Sealed {
         state: &mut T,
         saver: &mut Saver<'_>,
         described: &mut Vec<Value>,
-    ) -> Result<Result<(), Problem>, VmStateError>;
+    ) -> Result<(), Fault>;
 
-    /// Reads it. The inner error is about the field itself.
+    /// Reads it.
     #[doc(hidden)]
-    fn load(
-        &self,
-        state: &mut T,
-        loader: &mut Loader<'_>,
-    ) -> Result<Result<(), Problem>, VmStateError>;
+    fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), Fault>;
 
     /// What is wrong with the description.
     #[doc(hidden)]
     fn flaws(&self, properties: &Properties, flaws: &mut Vec<Flaw>);
+}
+
+/// What is wrong with a structure.
+pub enum Fault {
+    /// The field that it is: its mark, or its number of elements.
+    Field(Problem),
+    /// Something in it, which has its place already.
+    Within(VmStateError),
+}
+
+impl From<Problem> for Fault {
+    fn from(problem: Problem) -> Self {
+        Self::Field(problem)
+    }
+}
+
+impl From<WireError> for Fault {
+    fn from(error: WireError) -> Self {
+        Self::Field(error.into())
+    }
+}
+
+impl From<VmStateError> for Fault {
+    fn from(error: VmStateError) -> Self {
+        Self::Within(error)
+    }
 }
 
 mod private {
@@ -46,6 +68,19 @@ mod private {
     impl<T, U> Sealed for super::Struct<T, U> {}
     impl<T, U> Sealed for super::OptionalStruct<T, U> {}
     impl<T, U> Sealed for super::StructArray<T, U> {}
+}
+
+/// Appends one structure, and describes it as field `name`, or as that of an array with this index.
+fn save_one<U: 'static>(
+    vmstate: &VmState<U>,
+    state: &mut U,
+    (name, index): (&'static str, Option<u64>),
+    saver: &mut Saver<'_>,
+) -> Result<Value, VmStateError> {
+    let start = saver.out.len();
+    let contents = vmstate.save_to(state, saver)?;
+    let size = (saver.out.len() - start) as u64;
+    Ok(describe::structure(name, size, index, contents))
 }
 
 /// A structure `U` within a state `T`.
@@ -67,20 +102,13 @@ impl<T, U> Nested<T> for Struct<T, U> {
         state: &mut T,
         saver: &mut Saver<'_>,
         described: &mut Vec<Value>,
-    ) -> Result<Result<(), Problem>, VmStateError> {
-        let start = saver.out.len();
-        let inner = self.vmstate.save_to((self.get)(state), saver)?;
-        let size = (saver.out.len() - start) as u64;
-        described.push(describe::structure(field, size, None, inner));
-        Ok(Ok(()))
+    ) -> Result<(), Fault> {
+        described.push(save_one(self.vmstate, (self.get)(state), (field, None), saver)?);
+        Ok(())
     }
 
-    fn load(
-        &self,
-        state: &mut T,
-        loader: &mut Loader<'_>,
-    ) -> Result<Result<(), Problem>, VmStateError> {
-        self.vmstate.load_from((self.get)(state), self.vmstate.version, loader).map(Ok)
+    fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), Fault> {
+        Ok(self.vmstate.load_from((self.get)(state), self.vmstate.version, loader)?)
     }
 
     fn flaws(&self, properties: &Properties, flaws: &mut Vec<Flaw>) {
@@ -117,41 +145,30 @@ impl<T, U> Nested<T> for OptionalStruct<T, U> {
         state: &mut T,
         saver: &mut Saver<'_>,
         described: &mut Vec<Value>,
-    ) -> Result<Result<(), Problem>, VmStateError> {
+    ) -> Result<(), Fault> {
         let Some(inner) = (self.get)(state) else {
             saver.out.put_u8(ABSENT);
             described.push(describe::field(field, "nullptr", 1, None));
-            return Ok(Ok(()));
+            return Ok(());
         };
         saver.out.put_u8(PRESENT);
         described.push(describe::field(&format!("{field}_present"), "uint8", 1, None));
-        let start = saver.out.len();
-        let inner = self.vmstate.save_to(inner, saver)?;
-        let size = (saver.out.len() - start) as u64;
-        described.push(describe::structure(field, size, None, inner));
-        Ok(Ok(()))
+        described.push(save_one(self.vmstate, inner, (field, None), saver)?);
+        Ok(())
     }
 
-    fn load(
-        &self,
-        state: &mut T,
-        loader: &mut Loader<'_>,
-    ) -> Result<Result<(), Problem>, VmStateError> {
-        let mark = match loader.reader.u8("whether a structure is there") {
-            Ok(mark) => mark,
-            Err(error) => return Ok(Err(error.into())),
-        };
-        let inner = match mark {
+    fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), Fault> {
+        let inner = match loader.reader.u8("whether a structure is there")? {
             ABSENT => None,
             PRESENT => {
                 let mut inner = (self.make)(state);
                 self.vmstate.load_from(&mut inner, self.vmstate.version, loader)?;
                 Some(inner)
             }
-            other => return Ok(Err(Problem::NotMark(other))),
+            other => return Err(Problem::NotMark(other).into()),
         };
         (self.set)(state, inner);
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn flaws(&self, properties: &Properties, flaws: &mut Vec<Flaw>) {
@@ -184,33 +201,20 @@ impl<T, U> Nested<T> for StructArray<T, U> {
         state: &mut T,
         saver: &mut Saver<'_>,
         described: &mut Vec<Value>,
-    ) -> Result<Result<(), Problem>, VmStateError> {
-        let count = match self.count.of(state) {
-            Ok(count) => count,
-            Err((count, limit)) => return Ok(Err(Problem::TooMany { count, limit })),
-        };
+    ) -> Result<(), Fault> {
+        let count = self.count.of(state)?;
         let elements = (self.get)(state);
         if elements.len() as u64 != count {
-            return Ok(Err(Problem::Length { held: elements.len(), count }));
+            return Err(Problem::Length { held: elements.len(), count }.into());
         }
         for (index, element) in (0..).zip(elements) {
-            let start = saver.out.len();
-            let inner = self.vmstate.save_to(element, saver)?;
-            let size = (saver.out.len() - start) as u64;
-            described.push(describe::structure(field, size, Some(index), inner));
+            described.push(save_one(self.vmstate, element, (field, Some(index)), saver)?);
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
-    fn load(
-        &self,
-        state: &mut T,
-        loader: &mut Loader<'_>,
-    ) -> Result<Result<(), Problem>, VmStateError> {
-        let count = match self.count.of(state) {
-            Ok(count) => count,
-            Err((count, limit)) => return Ok(Err(Problem::TooMany { count, limit })),
-        };
+    fn load(&self, state: &mut T, loader: &mut Loader<'_>) -> Result<(), Fault> {
+        let count = self.count.of(state)?;
         let mut elements = Vec::new();
         for _ in 0..count {
             let mut element = (self.make)(state);
@@ -218,7 +222,7 @@ impl<T, U> Nested<T> for StructArray<T, U> {
             elements.push(element);
         }
         (self.set)(state, elements);
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn flaws(&self, properties: &Properties, flaws: &mut Vec<Flaw>) {

@@ -6,6 +6,7 @@ use super::access::{Access, Number, Sequence};
 use super::describe;
 use super::description::{Field, Kind, Text, VmState};
 use super::error::{Place, Problem, Reason, VmStateError};
+use super::nested::Fault;
 use super::properties::Properties;
 use crate::wire::{SUBSECTION, WireWrite};
 
@@ -49,6 +50,14 @@ impl<T: 'static> VmState<T> {
     ) -> VmStateError {
         let place = Place { device: String::new(), section: self.name, field, offset };
         VmStateError { place, problem: problem.into() }
+    }
+
+    /// What is wrong with a structure, with its place: that of the field, or one within it.
+    pub(super) fn named(&self, field: &'static str, offset: u64, fault: Fault) -> VmStateError {
+        match fault {
+            Fault::Field(problem) => self.error(Some(field), offset, problem),
+            Fault::Within(error) => error,
+        }
     }
 
     /// The error of a hook that refused.
@@ -116,10 +125,8 @@ impl<T: 'static> VmState<T> {
                 .put(state, saver, |bits| bits.div_ceil(64))
                 .map(|words| describe::field(name, "bitmap", words * 8, None)),
             Kind::Nested(nested) => {
-                return match nested.save(name, state, saver, described) {
-                    Ok(saved) => saved.map_err(|problem| self.error(Some(name), start, problem)),
-                    Err(inner) => Err(inner),
-                };
+                let saved = nested.save(name, state, saver, described);
+                return saved.map_err(|fault| self.named(name, start, fault));
             }
             Kind::Unused(len) => {
                 let end = saver.out.len() + usize::try_from(*len).unwrap_or(0);
@@ -179,8 +186,7 @@ impl<T, V: Number> Sequence<T, V> {
         saver: &mut Saver<'_>,
         stored: fn(u64) -> u64,
     ) -> Result<u64, Problem> {
-        let count = self.count.of(state);
-        let count = stored(count.map_err(|(count, limit)| Problem::TooMany { count, limit })?);
+        let count = stored(self.count.of(state)?);
         let values = (self.access.get())(state);
         if values.len() as u64 != count {
             return Err(Problem::Length { held: values.len(), count });
