@@ -112,15 +112,21 @@ impl MemController {
         self.memory.sweep(&[section]).map_err(Busy::Discard)
     }
 
+    /// The section of `blocks`, whose memory is mapped and can be discarded.
+    fn ready_section(&self, blocks: &Range<usize>) -> Result<Section, Busy> {
+        let section = self.geometry.section_of(blocks);
+        let section = section.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        self.memory.ready(section)?;
+        Ok(section)
+    }
+
     fn plug(
         &self,
         transaction: &mut Transaction<'_>,
         request: Request,
         blocks: Range<usize>,
     ) -> Result<(), Busy> {
-        let section = self.geometry.section_of(&blocks).ok_or(io::ErrorKind::InvalidInput);
-        let section = section.map_err(io::Error::from)?;
-        self.memory.ready(section)?;
+        let section = self.ready_section(&blocks)?;
         transaction.notify_populate(self.source, section)?;
         self.commit_or(&Change::Plug(blocks), JournalUpdate::Record(request))
             .inspect_err(|_| transaction.notify_discard(self.source, section))?;
@@ -133,9 +139,7 @@ impl MemController {
         request: Request,
         blocks: Range<usize>,
     ) -> Result<(), Busy> {
-        let section = self.geometry.section_of(&blocks).ok_or(io::ErrorKind::InvalidInput);
-        let section = section.map_err(io::Error::from)?;
-        self.memory.ready(section)?;
+        let section = self.ready_section(&blocks)?;
         self.commit_or(&Change::Unplug(blocks), JournalUpdate::Record(request))?;
         transaction.notify_discard(self.source, section);
         Ok(())
