@@ -119,8 +119,7 @@ pub(super) fn router(api: Api) -> Router {
 /// It has all that it needs in it, and reads the resources below. `vmemctl ui` brings it to a browser.
 #[utoipa::path(get, path = "/", operation_id = "getPage", responses(
     (status = 200, description = "A document", body = String, content_type = "text/html"),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithoutBody,
 ))]
 pub(super) async fn show() -> Result<Response, ErrorAnswer> {
     page::answer()
@@ -138,8 +137,7 @@ pub(super) fn metrics_router(api: Api) -> Router {
 /// The device.
 #[utoipa::path(get, path = "/v1/device", operation_id = "getDevice", responses(
     (status = 200, description = "The device", body = DeviceInfo),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithoutBody,
 ))]
 pub(super) async fn device(State(api): State<Api>) -> Result<Json<DeviceInfo>, ErrorAnswer> {
     Ok(Json(api.call(|management| management.device()).await?))
@@ -149,13 +147,7 @@ pub(super) async fn device(State(api): State<Api>) -> Result<Json<DeviceInfo>, E
 #[utoipa::path(put, path = "/v1/device/requested-size", operation_id = "setRequestedSize",
     request_body = RequestedSize, responses(
     (status = 200, description = "The device after the change", body = DeviceInfo),
-    (status = 400, response = openapi::Malformed),
-    (status = 408, response = openapi::TooSlow),
-    (status = 413, response = openapi::TooLarge),
-    (status = 415, response = openapi::WrongType),
-    (status = 422, response = openapi::Wrong),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithBody,
 ))]
 pub(super) async fn set_requested_size(
     State(api): State<Api>,
@@ -176,8 +168,7 @@ pub(super) async fn set_requested_size(
 /// than 64 KiB a second for longer than 10 s is disconnected.
 #[utoipa::path(get, path = "/v1/device/blocks", operation_id = "getBlocks", responses(
     (status = 200, description = "The whole region", body = Blocks),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithoutBody,
 ))]
 pub(super) async fn blocks(State(api): State<Api>) -> Result<Response, ErrorAnswer> {
     let place = api.list_place().await?;
@@ -193,8 +184,7 @@ pub(super) async fn blocks(State(api): State<Api>) -> Result<Response, ErrorAnsw
 /// memory while it is looked up: each range was resident at a moment after the request came.
 #[utoipa::path(get, path = "/v1/device/resident", operation_id = "getResident", responses(
     (status = 200, description = "What the host holds", body = Resident),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithoutBody,
 ))]
 pub(super) async fn resident(State(api): State<Api>) -> Result<Response, ErrorAnswer> {
     let place = api.list_place().await?;
@@ -205,15 +195,9 @@ pub(super) async fn resident(State(api): State<Api>) -> Result<Response, ErrorAn
 /// Unplugs and discards everything, as a reset of the virtual machine does.
 #[utoipa::path(post, path = "/v1/device/system-reset", operation_id = "systemReset", responses(
     (status = 200, description = "The device after the reset", body = DeviceInfo),
-    (status = 400, response = openapi::Malformed),
-    (status = 408, response = openapi::TooSlow),
     (status = 409, description = "Memory cannot be discarded now", body = Problem,
         content_type = "application/problem+json"),
-    (status = 413, response = openapi::TooLarge),
-    (status = 415, response = openapi::WrongType),
-    (status = 422, response = openapi::Wrong),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithBody,
 ))]
 pub(super) async fn system_reset(
     State(api): State<Api>,
@@ -229,15 +213,9 @@ pub(super) async fn system_reset(
 /// What is plugged is not touched, also where it is plugged meanwhile.
 #[utoipa::path(post, path = "/v1/device/sweep", operation_id = "sweep", responses(
     (status = 200, description = "What was discarded", body = Swept),
-    (status = 400, response = openapi::Malformed),
-    (status = 408, response = openapi::TooSlow),
     (status = 409, description = "The guest does not run, or migration is active", body = Problem,
         content_type = "application/problem+json"),
-    (status = 413, response = openapi::TooLarge),
-    (status = 415, response = openapi::WrongType),
-    (status = 422, response = openapi::Wrong),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithBody,
 ))]
 pub(super) async fn sweep(
     State(api): State<Api>,
@@ -256,13 +234,7 @@ pub(super) async fn sweep(
 #[utoipa::path(put, path = "/v1/migration", operation_id = "setMigration",
     request_body = MigrationSetting, responses(
     (status = 200, description = "The device after the change", body = DeviceInfo),
-    (status = 400, response = openapi::Malformed),
-    (status = 408, response = openapi::TooSlow),
-    (status = 413, response = openapi::TooLarge),
-    (status = 415, response = openapi::WrongType),
-    (status = 422, response = openapi::Wrong),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithBody,
 ))]
 pub(super) async fn set_migration(
     State(api): State<Api>,
@@ -280,13 +252,7 @@ pub(super) async fn set_migration(
 #[utoipa::path(put, path = "/v1/log-level", operation_id = "setLogLevel",
     request_body = LogLevel, responses(
     (status = 200, description = "What is logged from now on", body = LogLevel),
-    (status = 400, response = openapi::Malformed),
-    (status = 408, response = openapi::TooSlow),
-    (status = 413, response = openapi::TooLarge),
-    (status = 415, response = openapi::WrongType),
-    (status = 422, response = openapi::Wrong),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithBody,
 ))]
 pub(super) async fn set_log_level(
     State(api): State<Api>,
@@ -329,8 +295,7 @@ pub(super) async fn events(State(api): State<Api>) -> Response {
 #[utoipa::path(get, path = "/metrics", operation_id = "getMetrics", responses(
     (status = 200, description = "OpenMetrics text", body = String,
         content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8"),
-    (status = 500, response = openapi::Failure),
-    (status = 503, response = openapi::Busy),
+    openapi::WithoutBody,
 ))]
 pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, ErrorAnswer> {
     let metrics = api.call(|management| management.metrics()).await?;
