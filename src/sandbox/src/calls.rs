@@ -131,6 +131,7 @@ mod tests {
 
     use super::*;
     use crate::RUNTIME;
+    use crate::lists::{EXECUTES_ITSELF, GUEST_MEMORY, UNIX_SOCKETS, WHOLE_FILES};
 
     fn arches() -> [Arch; 2] {
         fn x86_64(name: &str) -> Option<i64> {
@@ -146,8 +147,8 @@ mod tests {
     }
 
     #[test]
-    fn the_calls_of_the_runtime_exist_and_compile_for_each_architecture() {
-        let lists = [RUNTIME];
+    fn the_calls_of_the_shared_lists_exist_and_compile_for_each_architecture() {
+        let lists = [RUNTIME, UNIX_SOCKETS, GUEST_MEMORY, WHOLE_FILES, EXECUTES_ITSELF];
         for arch in arches() {
             for filter in [Filter::Refuse, Filter::Log] {
                 let programs = compile_for(&arch, &lists, filter, Opens::Nothing, 1).unwrap();

@@ -1,7 +1,8 @@
 //! Confines a process to what it needs.
 //!
 //! - [`Options`]: the command line, the same for each program.
-//! - [`Policy`]: which system calls the process and each of its threads may make. The tables are the programs'.
+//! - [`Policy`]: which system calls the process and each of its threads may make. The tables are the programs';
+//!   [`UNIX_SOCKETS`] and others are what several of them need.
 //! - [`Reach`]: which files and ports it may reach, and whom it may signal.
 //!
 //! There are two steps. [`begin`] comes first, while there is one thread: it becomes the user that is asked
@@ -37,6 +38,7 @@
 
 mod arguments;
 mod calls;
+mod lists;
 mod options;
 mod own_code;
 mod privileges;
@@ -51,6 +53,7 @@ use seccompiler::BpfProgram;
 use thiserror::Error;
 
 pub use calls::unknown;
+pub use lists::{EXECUTES_ITSELF, GUEST_MEMORY, UNIX_SOCKETS, WHOLE_FILES};
 pub use options::{Mode, Options, Part};
 pub use reach::Reach;
 pub use runtime::RUNTIME;

@@ -53,6 +53,14 @@ impl Reach {
         self.rule(path, make_bitflags!(AccessFs::{ReadFile | ReadDir}))
     }
 
+    /// Reads what libraries read wherever they run: `/proc`, and how many processors there are (glibc).
+    #[must_use]
+    pub fn runtime(self) -> Self {
+        // procfs makes files anew when memory is short, and a rule for one of them would be lost. Of other processes
+        // nothing is shown that is not shown to all: Landlock counts as tracing.
+        self.read(Path::new("/proc")).read(Path::new("/sys/devices/system/cpu"))
+    }
+
     /// Executes this program once more, with its libraries.
     ///
     /// # Errors

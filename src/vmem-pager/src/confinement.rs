@@ -3,56 +3,32 @@
 //! It confines itself before it opens anything that the command line names. A call that is needed and not listed
 //! ends it with a line that names it; `CONTRIBUTING.md` says how to find such calls before that.
 
-use std::path::Path;
-
-use sandbox::{Options, Policy, Reach, SandboxError};
+use sandbox::{
+    EXECUTES_ITSELF, GUEST_MEMORY, Options, Policy, Reach, SandboxError, UNIX_SOCKETS, WHOLE_FILES,
+};
 
 use crate::cli::args::{Command, Common, RestoreArgs, Vmm};
 use crate::error::PagerError;
 use crate::firecracker::is_supervisor;
 use crate::socket::{self, Address};
 
-/// Images, guest memory, channels to VMMs, page faults.
+/// What only the pager does of it.
 const PROCESS: &[&str] = &[
-    // VMMs, QMP, scrapers, the service manager.
-    "accept",
-    "accept4",
-    "bind",
-    "connect",
-    "listen",
-    "socket:unix",
-    "socketpair:unix",
-    // Guest memory, of VMMs and of its own, and what of it is resident. Pages go to a socket without a copy.
-    "cachestat",
-    "fallocate",
-    "fstatfs",
-    "ftruncate",
+    // Guest memory, of VMMs and of its own. Pages go to a socket without a copy.
     "ioctl:pagemap",
-    "memfd_create",
     "mincore",
     "vmsplice",
-    // Images and working sets, under their names once they are whole. Sockets and their locks.
+    // Images and working sets.
     "chmod",
     "fadvise64",
-    "fchmod",
     "fchmodat",
     "fchownat",
     "lchown",
-    "fdatasync",
-    "flock",
-    "fsync",
-    "getdents64",
-    "link",
-    "linkat",
-    "readlink",
-    "readlinkat",
-    "rename",
-    "renameat",
-    "renameat2",
     "sync_file_range",
-    "unlink",
-    "unlinkat",
 ];
+
+/// Images, guest memory, channels to VMMs.
+const ALWAYS: [&[&str]; 4] = [UNIX_SOCKETS, GUEST_MEMORY, WHOLE_FILES, PROCESS];
 
 /// Page faults of Firecracker, which sends the descriptor that they come by.
 const FAULTS: &[&str] = &["ioctl:userfaultfd"];
@@ -63,25 +39,15 @@ const TCP: &[&str] = &["socket:inet"];
 /// Where a VMM is ended whose guest cannot have its memory, or runs elsewhere: Firecracker, a handover.
 const ENDS_VMM: &[&str] = &["pidfd_open", "pidfd_send_signal"];
 
-/// With --supervise: a worker is started, which confines itself once more, without this list.
+/// With --supervise: a worker is started, which executes this program, and confines itself once more, without these lists.
 const SUPERVISE: &[&str] = &[
-    "access",
-    "arch_prctl",
     "clone",
     "dup2",
     "dup3",
-    "execve",
-    "faccessat",
-    "faccessat2",
     "kill",
     "landlock_add_rule",
     "landlock_create_ruleset",
     "landlock_restrict_self",
-    "mmap",
-    "mprotect",
-    "prlimit64",
-    "riscv_flush_icache",
-    "signalfd4",
     // Of the worker, which has another number.
     "tgkill",
     "vfork",
@@ -137,7 +103,7 @@ fn ends_vmm(command: &Command) -> bool {
 
 /// Which system calls are made.
 fn policy(command: &Command) -> Policy {
-    let mut process = vec![PROCESS];
+    let mut process = ALWAYS.to_vec();
     if addresses(command).iter().any(|address| matches!(address, Address::Tcp(_))) {
         process.push(TCP);
     }
@@ -148,19 +114,14 @@ fn policy(command: &Command) -> Policy {
         process.push(FAULTS);
     }
     if firecracker(command).is_some_and(is_supervisor) {
-        process.push(SUPERVISE);
+        process.extend([EXECUTES_ITSELF, SUPERVISE]);
     }
     Policy { program: "vmem-pager", process, threads: &[] }
 }
 
 /// What is reached.
 fn reach(command: &Command) -> Result<Reach, PagerError> {
-    // procfs makes files anew when memory is short, and a rule for one of them would be lost. Of other processes nothing
-    // is shown that is not shown to all: Landlock counts as tracing.
-    let mut reach = Reach::new()
-        .service_manager()
-        .read(Path::new("/proc"))
-        .read(Path::new("/sys/devices/system/cpu"));
+    let mut reach = Reach::new().service_manager().runtime();
     let listens = |reach: Reach, address: &Address| -> Result<Reach, PagerError> {
         Ok(match address {
             Address::Unix(path) => reach.listen(path),
@@ -226,11 +187,9 @@ mod tests {
 
     #[test]
     fn each_call_of_the_lists_exists() {
-        let lists = [PROCESS, TCP, FAULTS, ENDS_VMM, SUPERVISE];
-        let elsewhere = ["riscv_flush_icache"];
-        let unknown = sandbox::unknown(&lists);
-        let unknown: Vec<_> = unknown.iter().filter(|call| !elsewhere.contains(call)).collect();
-        assert_eq!(unknown, Vec::<&&str>::new());
+        let mut lists = ALWAYS.to_vec();
+        lists.extend([TCP, FAULTS, ENDS_VMM, EXECUTES_ITSELF, SUPERVISE]);
+        assert_eq!(sandbox::unknown(&lists), Vec::<&str>::new());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::io;
 use std::path::Path;
 
 use program::listener;
-use sandbox::{Policy, Reach, Thread};
+use sandbox::{EXECUTES_ITSELF, GUEST_MEMORY, Policy, Reach, Thread, UNIX_SOCKETS, WHOLE_FILES};
 
 use crate::args::Config;
 
@@ -28,59 +28,20 @@ pub(crate) const SWEEP: &str = "sweep";
 /// The thread that serves the queue of the guest.
 pub(crate) const WORKER: &str = "worker";
 
+/// What only the daemon does of it: a state file that takes the place of another has its owner.
+const STATE_FILE: &[&str] = &["fchown"];
+
 /// Everything that threads without a list of their own do: those that accept front-ends, serve their messages, and
-/// load device state.
-const PROCESS: &[&str] = &[
-    // Front-ends, discard-channel clients, clients of the API, the service manager.
-    "accept",
-    "accept4",
-    "bind",
-    "connect",
-    "listen",
-    "socket:unix",
-    "socketpair:unix",
-    // Guest memory: what is resident, discarded and taken; memory in the place of what was lost; the bitmap for
-    // clients.
-    "cachestat",
-    "fallocate",
-    "fstatfs",
-    "ftruncate",
-    "memfd_create",
-    // The state file, and one that takes its place. Sockets and their locks are removed.
-    "fchmod",
-    "fchown",
-    "fdatasync",
-    "flock",
-    "fsync",
-    "getdents64",
-    "link",
-    "linkat",
-    "readlink",
-    "readlinkat",
-    "rename",
-    "renameat",
-    "renameat2",
-    "unlink",
-    "unlinkat",
-];
+/// load device state. Clients of the discard channel and of the API are served, and the service manager is told. Guest
+/// memory: what is resident, discarded and taken; memory in the place of what was lost; the bitmap for clients. The
+/// state file, and one that takes its place; sockets and their locks are removed.
+const PROCESS: [&[&str]; 4] = [UNIX_SOCKETS, GUEST_MEMORY, WHOLE_FILES, STATE_FILE];
 
-/// With --postcopy: faults of this process are given to the front-end.
-const POSTCOPY: &[&str] = &["userfaultfd", "ioctl:userfaultfd"];
+/// Faults of this process are given to the front-end.
+const FAULTS: &[&str] = &["userfaultfd", "ioctl:userfaultfd"];
 
-/// With --postcopy, too: the daemon executes itself, and what is started anew comes to where it was. Which file is
-/// executed is Landlock's to say: this one. Code is loaded from its libraries.
-const ANEW: &[&str] = &[
-    "access",
-    "arch_prctl",
-    "execve",
-    "faccessat",
-    "faccessat2",
-    "mmap",
-    "mprotect",
-    "prlimit64",
-    "riscv_flush_icache",
-    "signalfd4",
-];
+/// With --postcopy: faults; and the daemon executes itself, and what is started anew comes to where it was.
+const POSTCOPY: [&[&str]; 2] = [FAULTS, EXECUTES_ITSELF];
 
 /// Threads with less than that.
 const THREADS: &[Thread] = &[
@@ -141,9 +102,9 @@ const THREADS: &[Thread] = &[
 
 /// Which system calls are made.
 pub(crate) fn policy(config: &Config) -> Policy {
-    let mut process = vec![PROCESS];
+    let mut process = PROCESS.to_vec();
     if config.postcopy {
-        process.extend([POSTCOPY, ANEW]);
+        process.extend(POSTCOPY);
     }
     Policy { program: "vhost-user-mem", process, threads: THREADS }
 }
@@ -157,13 +118,7 @@ pub(crate) fn reach(config: &Config) -> io::Result<Reach> {
     // What the service manager has bound, or keeps, stays at the end.
     let mut reach =
         listener::removed_at_the_end().iter().fold(Reach::new(), |reach, path| reach.remove(path));
-    // procfs makes files anew when memory is short, and a rule for one of them would be lost. Of other processes nothing
-    // is shown that is not shown to all: Landlock counts as tracing.
-    reach = reach
-        .service_manager()
-        .read(Path::new("/proc"))
-        // glibc counts processors.
-        .read(Path::new("/sys/devices/system/cpu"));
+    reach = reach.service_manager().runtime();
     if let Some(path) = &config.state_file {
         // A load of device state puts another file in its place.
         reach = reach.replace(&std::fs::canonicalize(path)?);

@@ -16,16 +16,14 @@ const TRY: &str = "VHOST_USER_MEM_TRY";
 
 #[test]
 fn each_call_of_the_lists_exists() {
-    let mut lists = vec![PROCESS, POSTCOPY, ANEW];
+    let mut lists = [&PROCESS[..], &POSTCOPY[..]].concat();
     lists.extend(THREADS.iter().map(|thread| thread.calls));
-    let elsewhere = ["riscv_flush_icache"];
-    let unknown = sandbox::unknown(&lists).into_iter().filter(|call| !elsewhere.contains(call));
-    assert_eq!(unknown.collect::<Vec<_>>(), Vec::<&str>::new());
+    assert_eq!(sandbox::unknown(&lists), Vec::<&str>::new());
 }
 
 #[test]
 fn no_thread_may_do_what_the_process_may_not() {
-    let process = [PROCESS, RUNTIME].concat();
+    let process = [PROCESS.concat(), RUNTIME.to_vec()].concat();
     for thread in THREADS {
         let more = thread.calls.iter().filter(|call| !process.contains(call));
         assert_eq!(more.collect::<Vec<_>>(), Vec::<&&str>::new(), "{}", thread.name);
