@@ -19,79 +19,85 @@ fn assert_all_of_one_channel(fake: &Fake, sample: &Sample) {
     }
 }
 
-/// A QEMU without postcopy-preempt that is slow: it closes the second connection without having read it.
-#[test]
-fn a_second_connection_is_not_relied_on_before_it_is_read() {
-    for closed_late in [false, true] {
+/// A restore to a QEMU that has its devices, places what comes on the main channel, and does not look at the second
+/// connection.
+struct WithoutSecond {
+    sample: Sample,
+    fake: Fake,
+    main: fake::Main,
+    placing: JoinHandle<()>,
+    restored: Restored,
+    _dir: TempDir,
+}
+
+impl WithoutSecond {
+    fn begin(how: How) -> Self {
         let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
         let fake = Fake::listen(dir.path());
-        let restored = restore(&sample, &dir, How::default());
+        let restored = restore(&sample, &dir, how);
         let mut main = fake.accept_main();
         main.greet();
         main.setup(&sample);
         let placing = main.place();
+        Self { sample, fake, main, placing, restored, _dir: dir }
+    }
+
+    /// QEMU has all of it: so does the restore, by one channel.
+    fn finish(mut self) {
+        self.fake.wait_ended();
+        self.main.say(&ReturnMessage::Shut(0));
+        self.restored.join().unwrap().0.unwrap();
+        self.placing.join().unwrap();
+        assert_all_of_one_channel(&self.fake, &self.sample);
+    }
+}
+
+/// A QEMU without postcopy-preempt that is slow: it closes the second connection without having read it.
+#[test]
+fn a_second_connection_is_not_relied_on_before_it_is_read() {
+    for closed_late in [false, true] {
+        let mut qemu = WithoutSecond::begin(How::default());
         // Its devices need these before it looks at the connection.
-        main.ask(Some("ram"), 40);
-        main.ask(None, 31);
-        fake.wait_for("ram", 40);
-        fake.wait_for("ram", 31);
+        qemu.main.ask(Some("ram"), 40);
+        qemu.main.ask(None, 31);
+        qemu.fake.wait_for("ram", 40);
+        qemu.fake.wait_for("ram", 31);
         if closed_late {
             // All of the image is here, but for a page that nothing reads.
-            for (block, page) in expected(&sample).keys() {
-                fake.wait_for(block, *page);
+            for (block, page) in expected(&qemu.sample).keys() {
+                qemu.fake.wait_for(block, *page);
             }
             thread::sleep(Duration::from_millis(100));
-            assert!(!fake.placed.lock().ended, "the end came with a page on its way nowhere");
+            assert!(!qemu.fake.placed.lock().ended, "the end came with a page on its way nowhere");
         }
-        drop(fake.accept());
-        fake.wait_ended();
-        main.say(&ReturnMessage::Shut(0));
-        restored.join().unwrap().0.unwrap();
-        placing.join().unwrap();
-        assert_all_of_one_channel(&fake, &sample);
+        drop(qemu.fake.accept());
+        qemu.finish();
     }
 }
 
 /// The same, whose main thread waits for the very page that went there, so that it never closes it.
 #[test]
 fn a_page_on_a_connection_that_nothing_reads_is_sent_again_when_it_is_waited_for() {
-    let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
-    let fake = Fake::listen(dir.path());
-    let restored = restore(&sample, &dir, How::default());
-    let mut main = fake.accept_main();
-    main.greet();
-    main.setup(&sample);
-    let placing = main.place();
+    let mut qemu = WithoutSecond::begin(How::default());
     // What goes there goes first.
-    fake.wait_for("ram", 0);
+    qemu.fake.wait_for("ram", 0);
     // The first that RAM has no content for.
-    main.ask(Some("ram"), 2);
-    fake.wait_for("ram", 2);
-    fake.wait_ended();
-    main.say(&ReturnMessage::Shut(0));
-    restored.join().unwrap().0.unwrap();
-    placing.join().unwrap();
-    assert_all_of_one_channel(&fake, &sample);
+    qemu.main.ask(Some("ram"), 2);
+    qemu.fake.wait_for("ram", 2);
+    qemu.finish();
 }
 
 #[test]
 fn a_second_connection_that_is_neither_read_nor_closed_is_a_timeout() {
-    let (sample, dir) = (Sample::new(true), tempfile::tempdir().unwrap());
-    let fake = Fake::listen(dir.path());
-    let how = How { silence: Some(SHORT_SILENCE), ..How::default() };
-    let restored = restore(&sample, &dir, how);
-    let mut main = fake.accept_main();
-    main.greet();
-    main.setup(&sample);
-    let placing = main.place();
-    let error = restored.join().unwrap().0.unwrap_err();
+    let qemu = WithoutSecond::begin(How { silence: Some(SHORT_SILENCE), ..How::default() });
+    let error = qemu.restored.join().unwrap().0.unwrap_err();
     assert_eq!(error.exit_status(), 3);
     assert!(
         error.to_string().contains("neither reads its second connection nor closes it"),
         "{error}"
     );
-    placing.join().unwrap();
-    assert!(!fake.placed.lock().ended);
+    qemu.placing.join().unwrap();
+    assert!(!qemu.fake.placed.lock().ended);
 }
 
 #[test]
