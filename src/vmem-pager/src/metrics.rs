@@ -77,6 +77,47 @@ impl Collector for Lines {
     }
 }
 
+/// What is measured of a run, with the registry that scrapers read it from.
+#[derive(Debug)]
+pub struct Measured<F> {
+    registry: SharedRegistry,
+    figures: Arc<F>,
+}
+
+/// Figures of a run.
+pub trait RunFigures: Sized {
+    /// How the names of its metrics begin.
+    const PREFIX: &'static str;
+
+    /// All zero, and told to `registry`.
+    fn new(registry: &SharedRegistry) -> Arc<Self>;
+}
+
+impl<F: RunFigures> Default for Measured<F> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<F: RunFigures> Measured<F> {
+    /// All zero.
+    pub fn new() -> Self {
+        let registry = Arc::new(Mutex::new(Registry::with_prefix(F::PREFIX)));
+        let figures = F::new(&registry);
+        Self { registry, figures }
+    }
+
+    /// What scrapers are told.
+    pub fn registry(&self) -> SharedRegistry {
+        Arc::clone(&self.registry)
+    }
+
+    /// What the run adds to.
+    pub fn figures(&self) -> &Arc<F> {
+        &self.figures
+    }
+}
+
 /// Serves `GET /metrics` until it is dropped.
 #[derive(Debug)]
 pub struct MetricsServer {

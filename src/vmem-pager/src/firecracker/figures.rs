@@ -14,7 +14,7 @@ use prometheus_client::registry::{Registry, Unit};
 use serde_json::{Value, json};
 
 use crate::cli::report;
-use crate::metrics::SharedRegistry;
+use crate::metrics::{RunFigures, SharedRegistry};
 
 /// Upper bounds of the time that a fault takes, seconds.
 const BUCKETS: [f64; 12] = [
@@ -70,9 +70,10 @@ pub struct Figures {
     total: AtomicU64,
 }
 
-impl Figures {
-    /// All zero, and told to `registry`.
-    pub fn new(registry: &SharedRegistry) -> Arc<Self> {
+impl RunFigures for Figures {
+    const PREFIX: &'static str = "vmem_pager_firecracker";
+
+    fn new(registry: &SharedRegistry) -> Arc<Self> {
         let figures = Self {
             begun: Mutex::new(Instant::now()),
             faults: Counter::default(),
@@ -87,7 +88,9 @@ impl Figures {
         figures.register(&mut registry.lock());
         Arc::new(figures)
     }
+}
 
+impl Figures {
     fn register(&self, to: &mut Registry) {
         for source in SOURCES {
             drop(self.placed.get_or_create(&By { source: source.name() }));

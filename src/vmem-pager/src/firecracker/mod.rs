@@ -27,14 +27,13 @@ use std::sync::Arc;
 use migration::lazy::vmm_faults::VmmFaults;
 use parking_lot::Mutex;
 use program::service_manager;
-use prometheus_client::registry::Registry;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
 use crate::cli::args::RestoreArgs;
 use crate::cli::report::Report;
 use crate::error::PagerError;
-use crate::metrics::SharedRegistry;
+use crate::metrics::Measured;
 use crate::run::Run;
 use crate::socket::{Address, Listener};
 use crate::working_set::WorkingSet;
@@ -52,31 +51,7 @@ use vmm::Vmm;
 const DESCRIPTORS: usize = 16;
 
 /// What is measured of a restore.
-pub struct RestoreMetrics {
-    registry: SharedRegistry,
-    figures: Arc<Figures>,
-}
-
-impl Default for RestoreMetrics {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl RestoreMetrics {
-    /// All zero.
-    pub fn new() -> Self {
-        let registry = Registry::with_prefix("vmem_pager_firecracker");
-        let registry = Arc::new(Mutex::new(registry));
-        let figures = Figures::new(&registry);
-        Self { registry, figures }
-    }
-
-    /// What scrapers are told.
-    pub fn registry(&self) -> SharedRegistry {
-        Arc::clone(&self.registry)
-    }
-}
+pub type RestoreMetrics = Measured<Figures>;
 
 /// A Firecracker whose guest is to be filled.
 #[derive(Debug)]
@@ -320,7 +295,7 @@ fn fill(
     replay: Option<&WorkingSet>,
 ) -> Result<(), PagerError> {
     let Loaded { vmm, uffd, guest } = loaded;
-    let figures = &metrics.figures;
+    let figures = metrics.figures();
     figures.begin(guest.outstanding_bytes());
     let shown = Arc::clone(figures);
     let following = report.follow(move || shown.progress());

@@ -22,6 +22,7 @@ use small_vmm::firecracker::PAGE;
 
 use super::{Snapshot, content};
 use crate::error::PagerError;
+use crate::metrics::RunFigures;
 
 const BASE: u64 = 0x10_0000;
 const PAGES: u64 = 70;

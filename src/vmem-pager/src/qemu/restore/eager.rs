@@ -8,30 +8,21 @@ use migration::{Bandwidth, Channel};
 use serde_json::json;
 use vmstate::wire::WireReader;
 
-use super::figures::Figures;
+use super::Transfer;
 use super::lost::{Lost, Stage};
 use super::page_writer::PageWriter;
 use super::preamble;
-use super::supply::{Next, Supply};
-use crate::cli::report::Report;
+use super::supply::Next;
 use crate::error::PagerError;
 use crate::image::PageReader;
-use crate::run::{POLL, Run};
-use crate::socket::{self, Address};
+use crate::run::POLL;
+use crate::socket;
 
 /// Pages sent at a time.
 const BATCH: u64 = 256;
 
 /// A restore of all memory before the guest runs.
-pub(super) struct Eager<'a> {
-    pub run: &'a Run,
-    pub report: &'a Report,
-    pub address: &'a Address,
-    pub supply: &'a Supply<'a>,
-    pub figures: &'a Figures,
-    /// Bytes a second.
-    pub bandwidth: Option<u64>,
-}
+pub(super) struct Eager<'a>(pub Transfer<'a>);
 
 impl Eager<'_> {
     /// Sends everything, and waits until QEMU has loaded it.
@@ -40,16 +31,16 @@ impl Eager<'_> {
     ///
     /// When QEMU fails, breaks off, or breaks the protocol.
     pub fn start(&self) -> Result<(), PagerError> {
-        let image = self.supply.image();
-        let lost = Lost { run: self.run, stage: Stage::Loading };
-        let fd = socket::connect(self.address, self.run, None)?;
-        self.figures.begin(image.present_bytes());
-        let channel = Channel::new(fd, Arc::clone(&self.run.progress));
-        let mut channel = channel.map_err(socket::failed("cannot set up", self.address))?;
-        channel.set_write_patience(self.run.silence());
+        let image = self.0.supply.image();
+        let lost = Lost { run: self.0.run, stage: Stage::Loading };
+        let fd = socket::connect(self.0.address, self.0.run, None)?;
+        self.0.figures.begin(image.present_bytes());
+        let channel = Channel::new(fd, Arc::clone(&self.0.run.progress));
+        let mut channel = channel.map_err(socket::failed("cannot set up", self.0.address))?;
+        channel.set_write_patience(self.0.run.silence());
         let mut back = WireReader::new(channel.clone_handle());
-        back.get_mut().set_read_patience(Some(self.run.silence()));
-        self.report.event("connected", &json!({ "second_connection": false }));
+        back.get_mut().set_read_patience(Some(self.0.run.silence()));
+        self.0.report.event("connected", &json!({ "second_connection": false }));
         let mut main = PageWriter::new(image, channel);
         let mut bytes = Vec::new();
         preamble::put_start(&mut bytes, image);
@@ -67,19 +58,19 @@ impl Eager<'_> {
         main.put(&bytes);
         main.send(&lost, "its devices were being sent")?;
         self.wait_loaded(&mut back, &lost)?;
-        self.figures.running();
-        self.figures.complete();
+        self.0.figures.running();
+        self.0.figures.complete();
         Ok(())
     }
 
     fn send_pages(&self, main: &mut PageWriter<'_>, lost: &Lost<'_>) -> Result<(), PagerError> {
-        let image = self.supply.image();
+        let image = self.0.supply.image();
         let mut reader = PageReader::new(image);
-        let mut bandwidth = Bandwidth::new(self.bandwidth, main.written());
+        let mut bandwidth = Bandwidth::new(self.0.bandwidth, main.written());
         loop {
             let pause = bandwidth.spent(main.written());
             let budget = (bandwidth.budget(main.written()) / TARGET_PAGE_SIZE).max(1);
-            match self.supply.next(BATCH.min(budget), pause.is_zero()) {
+            match self.0.supply.next(BATCH.min(budget), pause.is_zero()) {
                 Next::Send(work) => {
                     let count = work.pages.end - work.pages.start;
                     reader.read(&image.blocks()[work.block], work.pages, |page, bytes| {
@@ -89,11 +80,11 @@ impl Eager<'_> {
                         }
                     })?;
                     let bytes = main.send(lost, "memory was being sent")?;
-                    self.figures.sent(work.source, count, bytes);
+                    self.0.figures.sent(work.source, count, bytes);
                 }
                 Next::Later => {
-                    self.run.check("memory was being sent")?;
-                    self.supply.wait(pause.min(POLL));
+                    self.0.run.check("memory was being sent")?;
+                    self.0.supply.wait(pause.min(POLL));
                 }
                 Next::Nothing => return Ok(()),
             }

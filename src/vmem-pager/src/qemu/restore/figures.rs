@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::supply::{Answer, Source};
 use crate::cli::report;
-use crate::metrics::SharedRegistry;
+use crate::metrics::{RunFigures, SharedRegistry};
 
 /// Upper bounds of the time that a request takes, seconds.
 const BUCKETS: [f64; 12] = [
@@ -27,7 +27,7 @@ const BUCKETS: [f64; 12] = [
 
 /// Counters that the threads of a restore add to.
 #[derive(Debug)]
-pub(super) struct Figures {
+pub struct Figures {
     begun: Mutex<Instant>,
     requests: Counter,
     crossed: Counter,
@@ -64,9 +64,10 @@ impl Source {
 const SOURCES: [Source; 5] =
     [Source::Request, Source::ReadAhead, Source::Replay, Source::Background, Source::Hole];
 
-impl Figures {
-    /// All zero, and told to `registry`.
-    pub fn new(registry: &SharedRegistry) -> Arc<Self> {
+impl RunFigures for Figures {
+    const PREFIX: &'static str = "vmem_pager_restore";
+
+    fn new(registry: &SharedRegistry) -> Arc<Self> {
         let figures = Self {
             begun: Mutex::new(Instant::now()),
             requests: Counter::default(),
@@ -85,7 +86,9 @@ impl Figures {
         figures.register(&mut registry.lock());
         Arc::new(figures)
     }
+}
 
+impl Figures {
     fn register(&self, to: &mut Registry) {
         let Self { requests, crossed, ahead_hits, pages, bytes, service, .. } = self;
         for source in SOURCES {
@@ -123,7 +126,7 @@ impl Figures {
     }
 
     /// A page was asked for.
-    pub fn request(&self, answer: Answer) {
+    pub(super) fn request(&self, answer: Answer) {
         self.requests.inc();
         if let Answer::OnItsWay { ahead } = answer {
             self.crossed.inc();
@@ -134,7 +137,7 @@ impl Figures {
     }
 
     /// Pages were sent, in so many bytes.
-    pub fn sent(&self, source: Source, pages: u64, bytes: u64) {
+    pub(super) fn sent(&self, source: Source, pages: u64, bytes: u64) {
         let by = By { source: source.name() };
         self.pages.get_or_create(&by).inc_by(pages);
         self.bytes.get_or_create(&by).inc_by(bytes);

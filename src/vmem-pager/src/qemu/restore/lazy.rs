@@ -13,17 +13,16 @@ use rustix::net::sockopt;
 use serde_json::json;
 use vmstate::wire::WireReader;
 
-use super::figures::Figures;
+use super::Transfer;
 use super::lost::{Lost, Stage};
 use super::page_writer::PageWriter;
 use super::preamble::{self, PING_BEFORE, PING_FIRST, PING_LISTENING};
 use super::serve::{Ear, Listening, wait_for_pong};
-use super::supply::{Next, Supply, Work};
+use super::supply::{Next, Work};
 use super::urgent::{LOOK_EVERY, Urgent};
-use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::image::{GuestImage, PageReader};
-use crate::run::{POLL, Run};
+use crate::run::POLL;
 use crate::socket::{self, Address};
 
 /// What the kernel holds of a channel, bytes, and pages sent at a time, where pages that are waited for queue behind
@@ -54,13 +53,7 @@ pub(super) trait Guest: Sync {
 
 /// A restore in postcopy.
 pub(super) struct Lazy<'a> {
-    pub run: &'a Run,
-    pub report: &'a Report,
-    pub address: &'a Address,
-    pub supply: &'a Supply<'a>,
-    pub figures: &'a Figures,
-    /// Bytes a second of what was not asked for.
-    pub bandwidth: Option<u64>,
+    pub transfer: Transfer<'a>,
     pub guest: Option<&'a dyn Guest>,
     /// Whether QEMU has postcopy-preempt, where that is known.
     pub preempt: Option<bool>,
@@ -83,11 +76,11 @@ fn patience_for(round_trip: Duration) -> Duration {
 
 impl Lazy<'_> {
     fn image(&self) -> &GuestImage {
-        self.supply.image()
+        self.transfer.supply.image()
     }
 
     fn lost<'s>(&'s self, stage: Stage<'s>) -> Lost<'s> {
-        Lost { run: self.run, stage }
+        Lost { run: self.transfer.run, stage }
     }
 
     /// Has a fresh QEMU run the guest, and sends it its memory.
@@ -103,7 +96,7 @@ impl Lazy<'_> {
         let what = "it was being told what follows";
         main.write(&bytes).map_err(|error| lost.io(what, error))?;
         let asked = Instant::now();
-        wait_for_pong(&mut back, PING_FIRST, &lost, self.run.silence())?;
+        wait_for_pong(&mut back, PING_FIRST, &lost, self.transfer.run.silence())?;
         let round_trip = asked.elapsed();
         let mut urgent = None;
         if self.preempt == Some(true) {
@@ -121,7 +114,7 @@ impl Lazy<'_> {
             // Requests may come before all of it is read.
             return self.send_all(Channels { main, back, urgent, heard: Vec::new() }, &bytes);
         }
-        let lost = self.lost(Stage::Postcopy(self.figures));
+        let lost = self.lost(Stage::Postcopy(self.transfer.figures));
         main.write(&bytes).map_err(|error| lost.io(what, error))?;
         if !listening.wait(&mut back, patience_for(round_trip), &lost)? {
             urgent = self.connect_urgent()?;
@@ -135,10 +128,10 @@ impl Lazy<'_> {
     ///
     /// When QEMU fails, breaks off, or breaks the protocol.
     pub fn recover(&self) -> Result<(), PagerError> {
-        let lost = self.lost(Stage::Postcopy(self.figures));
+        let lost = self.lost(Stage::Postcopy(self.transfer.figures));
         let (mut main, mut back) = self.connect()?;
-        self.figures.running();
-        back.get_mut().set_read_patience(Some(self.run.silence()));
+        self.transfer.figures.running();
+        back.get_mut().set_read_patience(Some(self.transfer.run.silence()));
         let what = "it was being asked for what it has";
         let (mut received, mut round_trip) = (0, Duration::ZERO);
         for (index, block) in self.image().blocks().iter().enumerate() {
@@ -151,9 +144,9 @@ impl Lazy<'_> {
                     let outstanding = read_received(&mut back, block.id(), block.nr_pages())
                         .map_err(|error| lost.engine(what, error))?;
                     round_trip = round_trip.max(asked.elapsed());
-                    let before = self.supply.left();
-                    self.supply.not_received(index, &outstanding);
-                    received += before - self.supply.left();
+                    let before = self.transfer.supply.left();
+                    self.transfer.supply.not_received(index, &outstanding);
+                    received += before - self.transfer.supply.left();
                 }
                 other => {
                     return Err(PagerError::Protocol(format!(
@@ -163,9 +156,9 @@ impl Lazy<'_> {
                 }
             }
         }
-        self.figures.skip(received * TARGET_PAGE_SIZE);
+        self.transfer.figures.skip(received * TARGET_PAGE_SIZE);
         let details = json!({ "received_bytes": received * TARGET_PAGE_SIZE });
-        self.report.event("recovering", &details);
+        self.transfer.report.event("recovering", &details);
         let mut bytes = Vec::new();
         put_command(&mut bytes, &Command::Ping(PING_BEFORE));
         put_command(&mut bytes, &Command::PostcopyResume);
@@ -175,7 +168,7 @@ impl Lazy<'_> {
         let mut urgent = None;
         if !listening.wait(&mut back, patience_for(round_trip), &lost)? {
             urgent = self.connect_urgent()?;
-            if !listening.wait(&mut back, self.run.silence(), &lost)? {
+            if !listening.wait(&mut back, self.transfer.run.silence(), &lost)? {
                 return Err(lost.io("it was being resumed", io::ErrorKind::TimedOut.into()));
             }
         }
@@ -183,8 +176,8 @@ impl Lazy<'_> {
     }
 
     fn connect(&self) -> Result<(Channel, WireReader<Channel>), PagerError> {
-        let fd = socket::connect(self.address, self.run, None)?;
-        self.figures.begin(self.image().present_bytes());
+        let fd = socket::connect(self.transfer.address, self.transfer.run, None)?;
+        self.transfer.figures.begin(self.image().present_bytes());
         let main = self.channel(fd)?;
         let back = WireReader::new(main.clone_handle());
         Ok((main, back))
@@ -192,29 +185,29 @@ impl Lazy<'_> {
 
     /// The channel of pages that are waited for, if QEMU listens for one (postcopy-preempt).
     fn connect_urgent(&self) -> Result<Option<Channel>, PagerError> {
-        match socket::try_connect(self.address, self.run) {
+        match socket::try_connect(self.transfer.address, self.transfer.run) {
             Ok(fd) => self.channel(fd).map(Some),
             Err(error) => match error.kind() {
                 io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => Ok(None),
-                _ => Err(socket::failed("cannot connect to", self.address)(error)),
+                _ => Err(socket::failed("cannot connect to", self.transfer.address)(error)),
             },
         }
     }
 
     fn channel(&self, fd: std::os::fd::OwnedFd) -> Result<Channel, PagerError> {
-        let failed = || socket::failed("cannot set up", self.address);
+        let failed = || socket::failed("cannot set up", self.transfer.address);
         // Without a small buffer it works, too.
         let _ = sockopt::set_socket_send_buffer_size(&fd, SEND_BUFFER);
-        let progress = std::sync::Arc::clone(&self.run.progress);
+        let progress = std::sync::Arc::clone(&self.transfer.run.progress);
         let mut channel = Channel::new(fd, progress).map_err(failed())?;
-        channel.set_write_patience(self.run.silence());
+        channel.set_write_patience(self.transfer.run.silence());
         Ok(channel)
     }
 
     /// Sends `first` and all pages, and answers requests, until QEMU has everything.
     fn send_all(&self, channels: Channels, first: &[u8]) -> Result<(), PagerError> {
         let Channels { main, back, urgent, heard } = channels;
-        self.report.event("connected", &json!({ "second_connection": urgent.is_some() }));
+        self.transfer.report.event("connected", &json!({ "second_connection": urgent.is_some() }));
         let ended = Mutex::new(None);
         let stopped = AtomicBool::new(false);
         let writer = |channel| PageWriter::new(self.image(), channel);
@@ -223,16 +216,16 @@ impl Lazy<'_> {
         let broken = main.channel().clone_handle();
         let done = thread::scope(|scope| {
             let ear = Ear {
-                run: self.run,
-                supply: self.supply,
-                figures: self.figures,
+                run: self.transfer.run,
+                supply: self.transfer.supply,
+                figures: self.transfer.figures,
                 ended: &ended,
                 urgent,
             };
             let hearing = thread::Builder::new().name("return-path".to_owned());
             let hearing = hearing.spawn_scoped(scope, move || {
                 let heard = ear.hear(back, heard);
-                self.supply.close();
+                self.transfer.supply.close();
                 // A write must not wait for a reader that is gone.
                 broken.shutdown();
                 heard
@@ -265,7 +258,7 @@ impl Lazy<'_> {
             None => Ok(()),
         };
         done.and(continued)?;
-        self.figures.complete();
+        self.transfer.figures.complete();
         Ok(())
     }
 
@@ -281,15 +274,16 @@ impl Lazy<'_> {
         ended: &Mutex<Option<Instant>>,
         stopped: &AtomicBool,
     ) -> Result<(), PagerError> {
-        if matches!(self.address, Address::Unix(_)) {
-            urgent.probe(self.supply, &self.lost(Stage::Postcopy(self.figures)))?;
+        if matches!(self.transfer.address, Address::Unix(_)) {
+            urgent
+                .probe(self.transfer.supply, &self.lost(Stage::Postcopy(self.transfer.figures)))?;
         }
         self.send_pages(main, urgent, &|| urgent.is_awaited())?;
         if urgent.is_read() {
             return self.end(main, ended);
         }
         let Some(guest) = self.guest else {
-            self.supply.send_holes();
+            self.transfer.supply.send_holes();
             self.send_pages(main, urgent, &|| false)?;
             return self.end(main, ended);
         };
@@ -299,7 +293,7 @@ impl Lazy<'_> {
                 let ran = guest.stop();
                 stopped.store(matches!(ran, Ok(true)), Ordering::Release);
                 *answer.lock() = Some(ran);
-                self.supply.nudge();
+                self.transfer.supply.nudge();
             };
             thread::Builder::new()
                 .name("qmp-stop".to_owned())
@@ -320,10 +314,10 @@ impl Lazy<'_> {
         urgent: &Urgent<'_>,
         waits: &dyn Fn() -> bool,
     ) -> Result<(), PagerError> {
-        let lost = self.lost(Stage::Postcopy(self.figures));
+        let lost = self.lost(Stage::Postcopy(self.transfer.figures));
         let image = self.image();
         let mut reader = PageReader::new(image);
-        let mut bandwidth = Bandwidth::new(self.bandwidth, main.written());
+        let mut bandwidth = Bandwidth::new(self.transfer.bandwidth, main.written());
         main.send(&lost, "its devices were being sent")?;
         let mut apart = false;
         loop {
@@ -332,22 +326,22 @@ impl Lazy<'_> {
                 // Without a large buffer it works, too.
                 let _ = sockopt::set_socket_send_buffer_size(main.channel(), SEND_BUFFER_APART);
             }
-            if self.supply.is_closed() {
+            if self.transfer.supply.is_closed() {
                 return Err(lost.closed("memory was being sent"));
             }
-            urgent.look(self.supply, &lost)?;
+            urgent.look(self.transfer.supply, &lost)?;
             let pause = bandwidth.spent(main.written());
             let budget = (bandwidth.budget(main.written()) / TARGET_PAGE_SIZE).max(1);
             let waiting = waits();
             let batch = if urgent.is_read() { BATCH } else { BATCH_SHARED };
-            match self.supply.next(batch.min(budget), pause.is_zero()) {
+            match self.transfer.supply.next(batch.min(budget), pause.is_zero()) {
                 Next::Send(work) => self.send(work, main, &mut reader, &lost)?,
                 Next::Later => {
                     let longest = if urgent.is_awaited() { LOOK_EVERY } else { POLL };
-                    self.supply.wait(pause.min(longest));
+                    self.transfer.supply.wait(pause.min(longest));
                 }
                 Next::Nothing if waiting => {
-                    self.supply.wait(LOOK_EVERY);
+                    self.transfer.supply.wait(LOOK_EVERY);
                 }
                 Next::Nothing => return Ok(()),
             }
@@ -371,9 +365,9 @@ impl Lazy<'_> {
             pages.for_each(|page| main.page(block, page, None));
         }
         let bytes = main.send(lost, "memory was being sent")?;
-        self.figures.sent(source, count, bytes);
+        self.transfer.figures.sent(source, count, bytes);
         if let Some(since) = since {
-            self.figures.served(since.elapsed());
+            self.transfer.figures.served(since.elapsed());
         }
         Ok(())
     }
@@ -388,7 +382,8 @@ impl Lazy<'_> {
         preamble::put_end(&mut bytes);
         main.put(&bytes);
         *ended.lock() = Some(Instant::now());
-        main.send(&self.lost(Stage::Postcopy(self.figures)), "the stream was being ended").map(drop)
+        main.send(&self.lost(Stage::Postcopy(self.transfer.figures)), "the stream was being ended")
+            .map(drop)
     }
 }
 

@@ -16,16 +16,15 @@ mod urgent;
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-use prometheus_client::registry::Registry;
 use serde_json::json;
 
 use crate::cli::args::RestoreArgs;
 use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::image::GuestImage;
-use crate::metrics::SharedRegistry;
+use crate::metrics::Measured;
 use crate::run::Run;
+use crate::socket::Address;
 use crate::working_set::WorkingSet;
 use destination::Destination;
 use eager::Eager;
@@ -34,29 +33,19 @@ use lazy::{Guest, Lazy};
 use supply::Supply;
 
 /// What is measured of a restore.
-pub struct RestoreMetrics {
-    registry: SharedRegistry,
-    figures: Arc<Figures>,
-}
+pub type RestoreMetrics = Measured<Figures>;
 
-impl Default for RestoreMetrics {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl RestoreMetrics {
-    /// All zero.
-    pub fn new() -> Self {
-        let registry = Arc::new(Mutex::new(Registry::with_prefix("vmem_pager_restore")));
-        let figures = Figures::new(&registry);
-        Self { registry, figures }
-    }
-
-    /// What scrapers are told.
-    pub fn registry(&self) -> SharedRegistry {
-        Arc::clone(&self.registry)
-    }
+/// What is sent, where to, and who is told.
+#[derive(Clone, Copy)]
+struct Transfer<'a> {
+    run: &'a Run,
+    report: &'a Report,
+    /// Where QEMU listens.
+    address: &'a Address,
+    supply: &'a Supply<'a>,
+    figures: &'a Figures,
+    /// Bytes a second of what was not asked for.
+    bandwidth: Option<u64>,
 }
 
 /// Restores a guest.
@@ -110,15 +99,13 @@ pub fn run(
              it was started with -S; with --qmp it stays paused",
         );
     }
-    let figures = &metrics.figures;
+    let figures = metrics.figures();
     let shown = Arc::clone(figures);
     let following = report.follow(move || shown.progress());
-    let address = &args.common.socket;
-    let bandwidth = args.bandwidth;
-    let eager = Eager { run, report, address, supply: &supply, figures, bandwidth };
+    let (address, bandwidth) = (&args.common.socket, args.bandwidth);
+    let transfer = Transfer { run, report, address, supply: &supply, figures, bandwidth };
     let guest = destination.as_ref().map(|destination| destination as &dyn Guest);
-    let mut lazy =
-        Lazy { run, report, address, supply: &supply, figures, bandwidth, guest, preempt: None };
+    let mut lazy = Lazy { transfer, guest, preempt: None };
     if let Some(destination) = &destination {
         match args.recover {
             true => destination.recover(address)?,
@@ -129,7 +116,7 @@ pub fn run(
         }
     }
     let restored = match (args.eager, args.recover) {
-        (true, _) => eager.start(),
+        (true, _) => Eager(transfer).start(),
         (_, true) => lazy.recover(),
         (_, false) => lazy.start(),
     };

@@ -17,7 +17,6 @@ use vmstate::wire::WireRead;
 
 use super::*;
 use crate::image::reader::sample::{Record, Sample, SampleBlock};
-use crate::socket::Address;
 use fake::Fake;
 
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
@@ -83,20 +82,12 @@ fn restore_file(
     let (report, metrics) = (&Report::silent(), RestoreMetrics::new());
     let unix = || Address::Unix(socket.to_owned());
     let (run, address) = (&run, &how.tcp.clone().map_or_else(unix, Address::Tcp));
-    let (figures, bandwidth) = (&metrics.figures, how.bandwidth);
+    let (figures, bandwidth) = (metrics.figures(), how.bandwidth);
     let guest = how.guest.as_deref().map(|guest| guest as &dyn Guest);
-    let lazy = Lazy {
-        run,
-        report,
-        address,
-        supply: &supply,
-        figures,
-        bandwidth,
-        guest,
-        preempt: how.preempt,
-    };
+    let transfer = Transfer { run, report, address, supply: &supply, figures, bandwidth };
+    let lazy = Lazy { transfer, guest, preempt: how.preempt };
     let done = match (how.eager, how.recover) {
-        (true, _) => Eager { run, report, address, supply: &supply, figures, bandwidth }.start(),
+        (true, _) => Eager(transfer).start(),
         (_, true) => lazy.recover(),
         (_, false) => lazy.start(),
     };
