@@ -1,8 +1,8 @@
 //! The machine: guest memory, the connection to the daemon, the guest's driver and its vCPUs, and
 //! what it takes to stop all of them for a moment.
 
-mod arriving;
 mod daemon_link;
+mod daemon_postcopy;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ use crate::memory::{GuestRam, Layout, PAGE_SIZE};
 use crate::protocol::{feature, protocol_feature};
 use crate::split_ring::SplitRing;
 use crate::vcpu::Vcpus;
-use arriving::Arriving;
+use daemon_postcopy::DaemonPostcopy;
 
 /// Size of boot memory, which starts at 0.
 pub const BOOT_SIZE: u64 = 16 << 20;
@@ -72,8 +72,8 @@ pub struct Machine {
     detached: AtomicBool,
     /// Changes only with `guest` locked.
     running: AtomicBool,
-    /// The daemon as one that waits for memory that arrives. Locked before `guest`.
-    arriving: Mutex<Option<Arriving>>,
+    /// While postcopy lasts for the daemon. Locked before `guest`.
+    daemon_postcopy: Mutex<Option<DaemonPostcopy>>,
     /// Locked while the driver makes a request, so that with it the ring is found idle.
     guest: Mutex<GuestState>,
 }
@@ -85,9 +85,9 @@ struct GuestState {
     place: Place,
     /// Whether the guest is to wait when it could run.
     hold: bool,
-    /// Whether memory still arrives while the guest runs, at a daemon that does not wait for it
+    /// Whether memory is outstanding while the guest runs, with a daemon that does not wait for it
     /// (PAGEFAULT). It would find a hole where the ring is and fill it: the ring waits.
-    arriving: bool,
+    memory_outstanding: bool,
     /// Why the device is of no use any more.
     lost: Option<String>,
 }
@@ -136,8 +136,14 @@ impl Machine {
             GuestDriver::new(frontend.clone(), channel.clone(), driver).with_vcpus(vcpus.clone());
         let (incoming, hold) = (options.incoming, options.paused);
         let place = if incoming { Place::Awaited } else { Place::Here };
-        let guest =
-            GuestState { driver, ring: Ring::Stopped, place, hold, arriving: false, lost: None };
+        let guest = GuestState {
+            driver,
+            ring: Ring::Stopped,
+            place,
+            hold,
+            memory_outstanding: false,
+            lost: None,
+        };
         let guest = Mutex::new(guest);
         let (detached, running) = (AtomicBool::new(false), AtomicBool::new(false));
         let machine = Arc::new(Self {
@@ -151,7 +157,7 @@ impl Machine {
             shared: AtomicBool::new(shared),
             detached,
             running,
-            arriving: Mutex::default(),
+            daemon_postcopy: Mutex::default(),
             guest,
         });
         let weak = Arc::downgrade(&machine);
@@ -298,7 +304,7 @@ impl Machine {
         if self.is_running() {
             return;
         }
-        if !guest.arriving {
+        if !guest.memory_outstanding {
             self.start_device(guest);
         }
         self.running.store(true, Ordering::SeqCst);
@@ -360,7 +366,7 @@ fn lose(guest: &mut GuestState, reason: &str) {
 fn drive(machine: &Weak<Machine>) {
     while let Some(machine) = machine.upgrade() {
         let mut guest = machine.guest();
-        let idle = !machine.is_running() || guest.arriving || guest.lost.is_some();
+        let idle = !machine.is_running() || guest.memory_outstanding || guest.lost.is_some();
         if idle || machine.detached.load(Ordering::SeqCst) {
             drop(guest);
             thread::sleep(Duration::from_millis(2));

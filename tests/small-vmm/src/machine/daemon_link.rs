@@ -43,9 +43,9 @@ impl Machine {
         Ok(self.channel.reopen(&self.frontend)?)
     }
 
-    /// Whether the guest's memory may still arrive when it runs.
-    pub fn expect_memory(&self, arriving: bool) {
-        self.guest().arriving = arriving;
+    /// Says whether memory may be outstanding when the guest runs.
+    pub fn expect_memory(&self, outstanding: bool) {
+        self.guest().memory_outstanding = outstanding;
     }
 
     /// Tells the daemon where the ring is, so that it only has to be enabled.
@@ -99,7 +99,7 @@ impl Machine {
         self.share_memory_again()?;
         if !self.driver_works() {
             let mut guest = self.guest();
-            if !self.is_running() || guest.arriving {
+            if !self.is_running() || guest.memory_outstanding {
                 guest.ring = Ring::Stopped;
                 self.attached(&mut guest);
                 return Ok(());
@@ -119,8 +119,8 @@ impl Machine {
     /// Whether the guest runs and its ring does not wait for memory. A driver that holds the lock makes a
     /// request.
     fn driver_works(&self) -> bool {
-        let arriving = self.guest.try_lock().is_ok_and(|guest| guest.arriving);
-        self.is_running() && !arriving
+        let outstanding = self.guest.try_lock().is_ok_and(|guest| guest.memory_outstanding);
+        self.is_running() && !outstanding
     }
 
     fn attached(&self, guest: &mut GuestState) {

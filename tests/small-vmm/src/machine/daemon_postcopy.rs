@@ -1,5 +1,5 @@
-//! The daemon while memory arrives: by vhost-user's PAGEFAULT it waits for the pages that it misses,
-//! and serves the guest before all has come.
+//! Postcopy for the daemon: by vhost-user's PAGEFAULT it waits for outstanding pages that it touches, and serves
+//! the guest before all memory has arrived.
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -14,24 +14,26 @@ use super::{Machine, Ring, lose};
 use crate::migration::id_at;
 use crate::protocol::Request;
 
-/// The daemon of a destination, from POSTCOPY_ADVISE to POSTCOPY_END.
+/// Postcopy for the daemon of a destination, from POSTCOPY_ADVISE to POSTCOPY_END.
 #[derive(Default)]
-pub(super) struct Arriving {
-    /// The daemon's, until it listens.
+pub(super) struct DaemonPostcopy {
+    /// The daemon's userfaultfd, until it listens.
     userfaultfd: Option<OwnedFd>,
-    /// What arrives, once it listens.
+    /// Memory that arrives, once it listens.
     memory: Option<Arc<LazyRam>>,
-    /// What answers its faults.
+    /// Answers its page faults.
     faults: Option<SharedFaults>,
 }
 
-impl fmt::Debug for Arriving {
+impl fmt::Debug for DaemonPostcopy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Arriving").field("listens", &self.memory.is_some()).finish_non_exhaustive()
+        f.debug_struct("DaemonPostcopy")
+            .field("listens", &self.memory.is_some())
+            .finish_non_exhaustive()
     }
 }
 
-impl Arriving {
+impl DaemonPostcopy {
     fn advise(&mut self, machine: &Machine) -> anyhow::Result<()> {
         let advised = machine.frontend.postcopy_advise().context("tell the daemon of postcopy")?;
         let userfaultfd = advised.context("the daemon sends no userfaultfd for postcopy")?;
@@ -42,7 +44,7 @@ impl Arriving {
     fn listen(&mut self, machine: &Machine, memory: &Arc<LazyRam>) -> anyhow::Result<()> {
         let userfaultfd = self.userfaultfd.take().context("the daemon listens already")?;
         machine.frontend.postcopy_listen().context("have the daemon listen")?;
-        // What answers a daemon that is gone ends first.
+        // The thread for the faults of a daemon that is gone ends first.
         self.faults = None;
         let faults = SharedFaults::start(Arc::clone(memory), userfaultfd, Arc::new(Report))?;
         machine.shared.store(true, Ordering::SeqCst);
@@ -50,11 +52,12 @@ impl Arriving {
         let mut ranges = Vec::new();
         for mapped in mapped.context("share memory with the daemon")? {
             let block = memory.find(id_at(machine, mapped.guest_addr));
-            let block = block.context("the daemon maps memory that does not arrive")?;
+            let block =
+                block.context("the daemon maps memory that no RAM block of the migration has")?;
             let (address, len) = (mapped.user_addr, mapped.size);
             ranges.push(SharedRange { address, len, block, offset: 0 });
         }
-        faults.set_ranges(ranges).context("the daemon maps what it was not sent")?;
+        faults.set_ranges(ranges).context("the daemon maps other memory than it was sent")?;
         machine.frontend.confirm_memory(Request::SetMemTable)?;
         self.memory = Some(Arc::clone(memory));
         self.faults = Some(faults);
@@ -62,7 +65,7 @@ impl Arriving {
     }
 }
 
-/// The guest can do without the daemon.
+/// Says that the daemon's faults are not answered: the guest can do without the daemon.
 struct Report;
 
 impl HandlerFailed for Report {
@@ -72,78 +75,78 @@ impl HandlerFailed for Report {
 }
 
 impl Machine {
-    /// Tells the daemon that memory may arrive after the guest; false when it cannot take part, and has
-    /// the memory table as in any migration. The ring waits for all memory then.
+    /// Tells the daemon that memory may arrive after the guest. False when the daemon cannot wait for pages: it has
+    /// the memory table then, as in any migration, and the ring is started when all memory has arrived.
     pub fn advise_postcopy(&self) -> anyhow::Result<bool> {
-        let mut arriving = self.arriving();
-        *arriving = None;
+        let mut postcopy = self.daemon_postcopy();
+        *postcopy = None;
         if !self.waits_for_pages() {
             self.share_memory()?;
             return Ok(false);
         }
         self.unshare_memory()?;
-        arriving.insert(Arriving::default()).advise(self)?;
+        postcopy.insert(DaemonPostcopy::default()).advise(self)?;
         Ok(true)
     }
 
-    /// Shares memory that is about to arrive with the daemon, whose faults are answered from now on.
+    /// Shares outstanding memory with the daemon, whose page faults are answered from now on.
     pub fn listen(&self, memory: &Arc<LazyRam>) -> anyhow::Result<()> {
-        let mut arriving = self.arriving();
-        let arriving = arriving.as_mut().context("the daemon was not told of postcopy")?;
-        arriving.listen(self, memory)?;
+        let mut postcopy = self.daemon_postcopy();
+        let postcopy = postcopy.as_mut().context("the daemon was not told of postcopy")?;
+        postcopy.listen(self, memory)?;
         // The daemon finds no holes there, so that the ring need not wait.
         self.expect_memory(false);
         Ok(())
     }
 
-    /// Shares memory with a daemon that was connected to again: as memory that arrives, if it does.
+    /// Shares memory with a daemon that was connected to again: as outstanding memory, while it is.
     pub(super) fn share_memory_again(&self) -> anyhow::Result<()> {
-        let mut arriving = self.arriving();
-        let Some(arriving) = &mut *arriving else { return self.share_memory() };
+        let mut postcopy = self.daemon_postcopy();
+        let Some(postcopy) = &mut *postcopy else { return self.share_memory() };
         ensure!(
             self.waits_for_pages(),
-            "memory still arrives, and the daemon cannot wait for it: start it with --postcopy, \
-             or reconnect when all memory is here"
+            "memory is outstanding, and the daemon cannot wait for it: start it with --postcopy, \
+             or reconnect when all memory has arrived"
         );
-        arriving.advise(self)?;
-        match arriving.memory.clone() {
-            Some(memory) => arriving.listen(self, &memory),
+        postcopy.advise(self)?;
+        match postcopy.memory.clone() {
+            Some(memory) => postcopy.listen(self, &memory),
             None => Ok(()),
         }
     }
 
-    /// Nothing is to arrive any more, or the guest has not come.
+    /// Ends postcopy: all memory has arrived, or the guest continues at the source.
     pub fn end_postcopy(&self) -> anyhow::Result<()> {
-        let ends = self.arriving().take();
+        let ends = self.daemon_postcopy().take();
         if ends.is_some() {
             self.frontend.postcopy_end().context("tell the daemon that postcopy is over")?;
         }
         Ok(())
     }
 
-    /// What has not arrived never will: a daemon that waits for it finds no zeros.
+    /// Gives up what is outstanding: a daemon that waits for a page of it never finds zeros there.
     pub fn abandon_postcopy(&self) {
-        *self.arriving() = None;
+        *self.daemon_postcopy() = None;
     }
 
-    /// All memory has arrived: what waited for that continues. The guest can do without a daemon
-    /// that is gone by now.
+    /// All memory has arrived: a ring that waited for it is started. The guest can do without a daemon that is
+    /// gone by now.
     pub fn memory_arrived(&self) {
         let shared = self.end_postcopy().and_then(|()| self.share_memory());
         let mut guest = self.guest();
-        guest.arriving = false;
+        guest.memory_outstanding = false;
         match shared {
             Ok(()) if self.is_running() && guest.ring != Ring::Running => {
                 self.start_device(&mut guest);
             }
             Ok(()) => {}
-            // Which shares it, too.
+            // The daemon that is connected to next gets the memory table then.
             Err(_) if self.detached.load(Ordering::SeqCst) => {}
             Err(error) => lose(&mut guest, &format!("{error:#}")),
         }
     }
 
-    fn arriving(&self) -> MutexGuard<'_, Option<Arriving>> {
-        self.arriving.lock().unwrap_or_else(PoisonError::into_inner)
+    fn daemon_postcopy(&self) -> MutexGuard<'_, Option<DaemonPostcopy>> {
+        self.daemon_postcopy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
