@@ -20,19 +20,72 @@
 //! It knows no device: what is discarded it learns from any `RamDiscardManager`, and device state is bytes to it.
 //! Sockets are opened by its users, and handed in as a [`Channel`].
 //!
-//! The bytes of a page of zeros, as they are sent, and what reads them:
+//! A guest with 4 MiB of RAM, of which it has written one page, and no devices:
 //!
 //! ```
-//! use migration::page_bitmap::PageBitmap;
+//! use std::{error::Error, fs::File, os::unix::fs::FileExt, os::unix::net::UnixStream, sync::Arc, thread};
+//! use migration::dirty::NeverWritten;
+//! use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
+//! use migration::stream::Configuration;
+//! use migration::{Channel, Guest, Incoming, NoDevices, Outgoing, Parameters, Progress};
+//! use ram_discard::memory::RamBlock;
 //!
-//! // Pages 0 to 511 are to be sent, and a discarded block of 256 pages is not.
-//! let mut pages = PageBitmap::new(512);
-//! pages.set_range(0..512);
-//! pages.clear_range(256..512);
-//! assert_eq!(pages.count(), 256);
+//! type Failure = Box<dyn Error + Send + Sync>;
+//!
+//! // A VMM stops its vCPUs here, and lets them run.
+//! struct Vcpus;
+//! impl Guest for Vcpus {
+//!     fn stop(&self) -> Result<(), String> { Ok(()) }
+//!     fn run(&self) -> Result<(), String> { Ok(()) }
+//! }
+//!
+//! fn ram(file: &File) -> Result<RamBlocks, Failure> {
+//!     let block = RamBlock::new("ram".into(), 0, 4 << 20, file.try_clone()?, 0)?;
+//!     let mut blocks = RamBlocks::new();
+//!     blocks.register(Arc::new(MigrationBlock::map(Arc::new(block), BlockOptions::migratable())?))?;
+//!     Ok(blocks)
+//! }
+//!
+//! # fn memfd() -> Result<File, Failure> {
+//! #     let file = File::from(rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC)?);
+//! #     file.set_len(4 << 20)?;
+//! #     Ok(file)
+//! # }
+//! # fn main() -> Result<(), Failure> {
+//! # let (here, there) = (memfd()?, memfd()?);
+//! // `here` and `there`: memfds of 4 MiB.
+//! here.write_all_at(&[7; 4096], 1 << 20)?;
+//! let (near, far) = UnixStream::pair()?;
+//! let blocks = Arc::new(ram(&there)?);
+//! let destination = thread::spawn(move || {
+//!     let progress = Arc::new(Progress::new());
+//!     let channel = Channel::new(far, Arc::clone(&progress)).expect("a socket");
+//!     let ram = RamLoad::new(blocks, ListOptions::default(), Arc::clone(&progress));
+//!     let (configuration, handlers) = (Configuration::new("example"), vec![Box::new(ram) as _]);
+//!     let (guest, devices) = (&Vcpus, &mut NoDevices);
+//!     Incoming { configuration, guest, handlers, devices, postcopy: None, progress }.run(channel)
+//! });
+//!
+//! let progress = Arc::new(Progress::new());
+//! let channel = Channel::new(near, Arc::clone(&progress))?;
+//! // Nothing writes this guest's memory while it moves.
+//! let tracker = |_: &MigrationBlock| Box::new(NeverWritten) as _;
+//! let ram = RamSave::new(&ram(&here)?, ListOptions::default(), Arc::clone(&progress), tracker)?;
+//! let (parameters, handlers) = (Parameters::new(Configuration::new("example")), vec![Box::new(ram) as _]);
+//! let (guest, devices, seen) = (&Vcpus, &mut NoDevices, Arc::clone(&progress));
+//! Outgoing { parameters, guest, handlers, devices, postcopy: None, progress }.run(channel)?;
+//! destination.join().expect("no panic")?;
+//!
+//! let mut page = [0; 4096];
+//! there.read_exact_at(&mut page, 1 << 20)?;
+//! assert_eq!(page, [7; 4096]);
+//! // The rest was never touched, so that it was neither read nor sent.
+//! assert_eq!((seen.snapshot().normal, seen.snapshot().holes), (1, 1023));
+//! # Ok(())
+//! # }
 //! ```
 //!
-//! The folder `examples` has a whole migration and a snapshot.
+//! The folder `examples` has the same with a virtio-mem device, and a snapshot.
 
 #[cfg(test)]
 #[path = "../../../tests/common/huge_page_pool.rs"]

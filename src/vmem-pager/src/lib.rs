@@ -22,6 +22,16 @@
 //! - [`run`]: the end of a run: a signal, a time that has passed. [`socket`]: where VMMs are met.
 //! - [`metrics`]: what scrapers are told.
 //! - [`confinement`]: which system calls the pager makes, and what it reaches.
+//!
+//! ```
+//! use clap::Parser;
+//! use vmem_pager::cli::args::{Args, Command, Vmm};
+//!
+//! let words = "vmem-pager restore --vmm qemu --socket vm.sock --image guest.img --bandwidth 64M";
+//! let Command::Restore(args) = Args::try_parse_from(words.split(' '))?.command else { unreachable!() };
+//! assert_eq!((args.common.vmm, args.bandwidth), (Vmm::Qemu, Some(64 << 20)));
+//! # Ok::<(), clap::Error>(())
+//! ```
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 

@@ -1,5 +1,12 @@
 //! `vhost-user-mem`: a vhost-user back-end for virtio-mem (device id 24).
 //!
+//! ```text
+//!   front-end ── vhost-user ──> front_door ──> backend, queue ──> MemController (crate virtio-mem)
+//!                                                                    ^   │   │
+//!   vmemctl ──── HTTP ────────> management ──> service ──────────────┘   │   └──> state_file
+//!   other VMMs <── discard ──── discard_channel <── RamDiscardManager <──┘
+//! ```
+//!
 //! - [`args`]: the command line.
 //! - [`front_door`]: the connection to the front-end, and config-change messages to it.
 //! - [`connection`]: one front-end at a time, from its arrival until it has left.
@@ -16,6 +23,17 @@
 //! - [`supervision`], [`watchdog`]: the service manager.
 //! - [`log`]: lines on stderr that nothing waits for.
 //! - `confinement`: which system calls the daemon makes, by thread, and which files it opens.
+//!
+//! ```
+//! use clap::Parser;
+//! use vhost_user_mem::args::{Args, Config};
+//!
+//! let words = "vhost-user-mem --socket-path vm.sock --addr 4G --region-size 1G --block-size 2M --requested-size 3M";
+//! let error = Config::try_from(Args::try_parse_from(words.split(' '))?).unwrap_err();
+//! // It is not a multiple of the size of a block.
+//! assert!(error.to_string().starts_with("--requested-size 3M: "), "{error}");
+//! # Ok::<(), clap::Error>(())
+//! ```
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 

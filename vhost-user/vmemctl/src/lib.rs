@@ -1,8 +1,24 @@
 //! `vmemctl`, the client of the management API.
 //!
+//! ```text
+//!   a person ──> command line ──> client ── HTTP on --api-socket ──> vhost-user-mem
+//!                    │
+//!                    └──> inspect: a migration stream or an image in a file, without a daemon
+//! ```
+//!
 //! - [`Args`]: the command line; [`execute`] carries it out.
 //! - [`Client`] speaks to the daemon; [`Failure`] is whatever ends a command early.
 //! - [`man_pages`] makes manual pages of any clap command.
+//!
+//! ```
+//! use clap::Parser;
+//! use vmemctl::{Args, Command};
+//!
+//! let words = "vmemctl --api-socket api.sock resize 2G --wait --timeout 30s";
+//! let args = Args::try_parse_from(words.split(' '))?;
+//! assert!(matches!(args.command, Command::Resize { size: 0x8000_0000, wait: true, .. }));
+//! # Ok::<(), clap::Error>(())
+//! ```
 
 mod args;
 mod client;
