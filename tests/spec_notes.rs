@@ -66,6 +66,29 @@ fn every_clause_has_a_row_with_a_test() {
     assert!(without.is_empty(), "clauses without a row or test: {without:?}");
 }
 
+/// The folders `sys` in a folder, and in the folders inside it.
+fn sys_folders(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries
+        .filter(|path| path.is_dir() && !path.ends_with("target"))
+        .flat_map(|path| if path.ends_with("sys") { vec![path] } else { sys_folders(&path) })
+        .collect()
+}
+
+#[test]
+fn every_folder_with_unsafe_code_is_named_in_the_architecture() {
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let row = text.lines().find(|line| line.starts_with("| all `unsafe` |")).unwrap();
+    let tops = ["src", "vhost-user", "tests", "benches"].map(|top| root().join(top));
+    let mut folders: Vec<_> = tops.iter().flat_map(|top| sys_folders(top)).collect();
+    folders.retain(|path| path.parent().is_some_and(|parent| parent.ends_with("src")));
+    assert!(!folders.is_empty());
+    for folder in folders {
+        let name = format!("`{}/`", folder.strip_prefix(root()).unwrap().display());
+        assert!(row.contains(&name), "{name} is missing in the row of all `unsafe`");
+    }
+}
+
 /// The paths of this repository that a document names: in backticks, from a top-level folder on.
 fn named_paths(text: &str) -> Vec<&str> {
     let tops = [".ci/", "benches/", "spec-notes/", "src/", "tests/", "vhost-user/"];

@@ -1,10 +1,10 @@
-//! Who must know which memory is populated.
+//! A listener: it is told before memory is populated, which it may refuse, and before it is discarded.
 
 use thiserror::Error;
 
 use crate::{Section, try_all};
 
-/// A listener's refusal to have memory populated; the guest is told BUSY.
+/// A listener's veto: it refuses to have memory populated, and the guest is told BUSY.
 #[derive(Debug, Error)]
 #[error("{listener} refused to populate {section}: {reason}")]
 pub struct PopulateRefused {
