@@ -1,5 +1,5 @@
 //! Precopy of an idle guest between two sides on this machine, against a bare loop that moves the
-//! same populated bytes into such a memory; and its cost as the region grows.
+//! same resident bytes into such a memory; and its cost as the region grows.
 
 #[expect(dead_code, reason = "each bench uses its part")]
 mod common;

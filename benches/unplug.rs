@@ -1,4 +1,4 @@
-//! UNPLUG of populated memory against a bare loop of fallocate calls on the same memory.
+//! UNPLUG of resident memory against a bare loop of fallocate calls on the same memory.
 
 #[expect(dead_code, reason = "each bench uses its part")]
 mod common;
@@ -40,7 +40,7 @@ fn main() {
     let ram = RamBlock::new("bench".to_owned(), ADDR, SIZE, file.try_clone().unwrap(), 0).unwrap();
     controller.set_memory(vec![Arc::new(ram)]).unwrap();
     let bare = memfd();
-    head("UNPLUG of 512 MiB of populated memory, 2 MiB blocks", "fallocate");
+    head("UNPLUG of 512 MiB of resident memory, 2 MiB blocks", "fallocate");
     for step in [1u16, 64, NR] {
         let execute = |request| {
             assert_eq!(controller.execute(request), Response::Ack);

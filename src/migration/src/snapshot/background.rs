@@ -3,7 +3,7 @@
 //! The guest is stopped for as long as it takes to save its devices and to protect the pages that
 //! exist. Then it continues; a vCPU that writes a protected page waits until that page is in the file.
 //! Holes and discarded ranges are zeros at that instant by definition, so they are neither
-//! populated nor saved, and writing them costs nothing.
+//! allocated nor saved, and writing them costs nothing.
 
 use std::fs::File;
 use std::ops::Range;

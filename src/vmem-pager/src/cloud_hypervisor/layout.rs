@@ -73,7 +73,7 @@ impl Mapping {
 pub struct Layout {
     /// Ascending by address.
     pub mappings: Vec<Mapping>,
-    /// All memory is populated when the VM is made, which an on-demand restore cannot be.
+    /// All memory is resident once the VM is made, which an on-demand restore cannot be.
     pub prefault: bool,
 }
 
