@@ -23,14 +23,14 @@ pub struct Structure {
     /// Its version.
     pub version: u64,
     /// In the order of the stream.
-    pub fields: Vec<Field>,
+    pub fields: Vec<SavedField>,
     /// In the order of the stream.
     pub subsections: Vec<Structure>,
 }
 
 /// A field of a structure.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Field {
+pub struct SavedField {
     /// Its name in the device's code.
     pub name: Arc<str>,
     /// Its place, when it is an element of an array.
@@ -131,7 +131,7 @@ impl Decoder {
                 Some(len) => self.array(reader, field, len)?,
             };
             let (name, kind) = (field.name.clone(), field.kind.clone());
-            out.fields.push(Field { name, index: field.index, kind, value });
+            out.fields.push(SavedField { name, index: field.index, kind, value });
         }
         for subsection in &shape.subsections {
             self.subsection_head(reader, subsection)?;

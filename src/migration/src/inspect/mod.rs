@@ -18,7 +18,7 @@ mod tests;
 mod virtio_mem;
 
 pub use error::{InspectError, Warning};
-pub use fields::{Field, Structure, Value};
+pub use fields::{SavedField, Structure, Value};
 pub use pages::{PageIndex, PageMap, Word};
 pub use ram::SavedRamBlock;
 pub use virtio_mem::SavedVirtioMem;

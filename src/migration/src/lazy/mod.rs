@@ -85,7 +85,7 @@ pub struct LazyRam {
 
 impl LazyRam {
     /// Prepares `blocks` so that accesses to outstanding pages wait. None of these pages may be
-    /// there: it was never touched, or it was given back.
+    /// there: it was never touched, or it was discarded.
     ///
     /// # Errors
     ///

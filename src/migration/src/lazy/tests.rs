@@ -92,7 +92,7 @@ fn what_nothing_comes_for_is_zero_and_never_asked_for() {
     assert_eq!(read(&side, 3), 9);
     lazy.place(0, 40 * PAGE, &[7; 9 * PAGE as usize]).unwrap();
     lazy.finish().unwrap();
-    // What was read of discarded memory has been given back.
+    // What was read of discarded memory has been discarded again.
     assert_eq!(side.held().0, 10 + 1 + 1);
 }
 

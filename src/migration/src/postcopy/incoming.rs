@@ -155,7 +155,7 @@ impl<'a> IncomingPages<'a> {
                 Some(index) => self.outstanding.swap_remove(index).1,
                 None => PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE),
             };
-            give_stale_back(&block, &outstanding)?;
+            discard_stale(&block, &outstanding)?;
             blocks.push((block, outstanding));
         }
         let lazy = Arc::new(LazyRam::new(blocks)?);
@@ -186,7 +186,7 @@ impl<'a> IncomingPages<'a> {
 
 /// Gives back what is there of pages that are still to come. All at once, by what there is, since
 /// there may be as many ranges to come as pages, and the guest stands still.
-fn give_stale_back(block: &MigrationBlock, outstanding: &PageBitmap) -> Result<(), MigrationError> {
+fn discard_stale(block: &MigrationBlock, outstanding: &PageBitmap) -> Result<(), MigrationError> {
     let mut stale = Vec::new();
     if let Some(used) = block.used() {
         let looked = block.for_each_data(used, |data| {
@@ -196,7 +196,7 @@ fn give_stale_back(block: &MigrationBlock, outstanding: &PageBitmap) -> Result<(
     }
     for range in stale {
         let given = block.discard(range);
-        given.map_err(MigrationError::memory(block.id(), "give stale pages back"))?;
+        given.map_err(MigrationError::memory(block.id(), "discard stale pages"))?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Postcopy: the guest runs on the destination, and its memory follows.
 //!
 //! The source first tells which pages are still to come (QEMU's discard commands); the destination
-//! gives those back, registers them for faults, and starts the guest. Faults ask for pages on the
+//! discards those, registers them for faults, and starts the guest. Faults ask for pages on the
 //! return path; the answers overtake everything else on a channel of their own where there is one.
 //! A broken channel loses nothing: both sides pause, and go on over a new one.
 

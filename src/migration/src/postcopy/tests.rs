@@ -304,7 +304,7 @@ fn the_guest_sees_its_memory_while_it_arrives_and_holes_stay_cheap() {
         assert_eq!(run.sent.status, Status::Completed);
         assert_eq!(from.held(), held);
         assert!(run.sent.normal >= 64 + 50 + 20 + 2);
-        // The guest has read every page once: those of discarded memory are given back at the end
+        // The guest has read every page once: those of discarded memory are discarded again at the end
         // unless it reads them later still.
         let vmem = blocks_of(&to).get("vmem0").unwrap();
         assert!(vmem.discarded().unwrap().len() > 2);

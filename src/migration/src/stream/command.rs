@@ -34,7 +34,7 @@ pub enum Command {
     PostcopyListen,
     /// The guest runs on the destination from now on.
     PostcopyRun,
-    /// These pages are stale: they are given back, and faults on them asked for.
+    /// These pages are stale: they are discarded, and faults on them asked for.
     PostcopyRamDiscard {
         /// Id of the RAM block.
         block: String,

@@ -78,7 +78,7 @@ pub enum BackingError {
     },
 }
 
-/// An open file that holds guest RAM and can give it back.
+/// An open file that holds guest RAM and can discard it.
 #[derive(Debug)]
 pub struct Backing {
     file: File,

@@ -44,7 +44,7 @@ impl MemController {
 
     /// Becomes what `state` says. Listeners are told of every block that changes, those that
     /// become plugged first. Huge pages are taken for all that are plugged. What unplugged blocks
-    /// hold is given back now, or once it is mapped; what plugged ones hold is left alone, since it
+    /// hold is discarded now, or once it is mapped; what plugged ones hold is left alone, since it
     /// may have come before the state. The guest is told to read its configuration again.
     ///
     /// # Errors

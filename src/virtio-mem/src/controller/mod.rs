@@ -419,7 +419,7 @@ impl MemController {
         Ok(())
     }
 
-    /// Gives back what discarded ranges hold, of what is not mapped `later`.
+    /// Discards what unplugged blocks hold; of what is not mapped, `later`.
     fn sweep_or(&self, later: Sweep) {
         if self.memory.may_be_resident()
             && let Err(error) = self.memory.sweep(&self.served.unplugged_ranges())

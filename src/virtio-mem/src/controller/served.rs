@@ -12,7 +12,7 @@ use super::{BlockUpdate, DeviceObserver, FreezeHolder, JournalUpdate, StateRecor
 use crate::device::{ConfigSpace, Geometry, Request, VirtioMem};
 
 /// What requests change. Locked for moments only, so that the configuration can be read while
-/// memory is given back; changes are serialised by the manager's transaction.
+/// memory is discarded; changes are serialised by the manager's transaction.
 pub(super) struct DeviceSource {
     pub(super) geometry: Geometry,
     pub(super) state: Mutex<State>,
@@ -38,7 +38,7 @@ pub(super) struct State {
     pub(super) shown: Arc<Mutex<ConfigSpace>>,
 }
 
-/// When memory that unplugged blocks may have been left with is given back.
+/// When memory that unplugged blocks may have been left with is discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sweep {
     /// There is none.

@@ -424,7 +424,7 @@ fn while_a_listener_follows_requests_are_served_and_one_that_it_refuses_is_busy(
     assert_eq!(rig.execute(plug(4, 3)), Response::Busy);
     assert_eq!(rig.execute(plug(6, 1)), Response::Ack, "only that one request");
     assert_eq!(rig.execute(unplug(0, 1)), Response::Ack);
-    // A state that cannot be saved is taken back from the listener, too.
+    // A state that cannot be saved is discarded again at the listener, too.
     rig.store.fails.store(true, Ordering::Relaxed);
     assert_eq!(rig.execute(plug(8, 1)), Response::Busy);
     rig.store.fails.store(false, Ordering::Relaxed);

@@ -105,21 +105,21 @@ impl BlockBitmap {
     }
 
     /// The maximal runs of blocks in the state `plugged` within `blocks`, ascending.
-    pub fn runs(&self, blocks: Range<usize>, plugged: bool) -> Runs<'_> {
+    pub fn runs(&self, blocks: Range<usize>, plugged: bool) -> BlockRuns<'_> {
         let end = blocks.end.min(self.nr_blocks());
         let start = blocks.start.min(end);
         let words = &self.words()[..end.div_ceil(WORD_BITS)];
         let invert = if plugged { 0 } else { u64::MAX };
         let index = start / WORD_BITS;
         let first = words.get(index).map_or(0, |word| word ^ invert);
-        Runs { words, invert, index, rest: first & (u64::MAX << (start % WORD_BITS)), end }
+        BlockRuns { words, invert, index, rest: first & (u64::MAX << (start % WORD_BITS)), end }
     }
 }
 
 /// Maximal runs of blocks in one state, ascending. Holds the word it stands in, so that short runs
 /// cost a few instructions and long ones an instruction for every 64 blocks.
 #[derive(Clone, Debug)]
-pub struct Runs<'a> {
+pub struct BlockRuns<'a> {
     words: &'a [u64],
     /// Makes the wanted state read as ones.
     invert: u64,
@@ -130,7 +130,7 @@ pub struct Runs<'a> {
     end: usize,
 }
 
-impl Iterator for Runs<'_> {
+impl Iterator for BlockRuns<'_> {
     type Item = Range<usize>;
 
     #[inline]

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 
-pub use block_bitmap::{BlockBitmap, Runs};
+pub use block_bitmap::{BlockBitmap, BlockRuns};
 pub use config::{
     CONFIG_LEN, ConfigSpace, Geometry, GeometryError, MAX_BLOCKS, MIN_BLOCK_SIZE, USABLE_SLACK,
 };

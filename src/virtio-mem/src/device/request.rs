@@ -37,9 +37,9 @@ pub struct BlockSpan {
 pub enum Request {
     /// Make unplugged blocks usable.
     Plug(BlockSpan),
-    /// Give plugged blocks back.
+    /// Unplug plugged blocks.
     Unplug(BlockSpan),
-    /// Give everything back.
+    /// Unplug everything.
     UnplugAll,
     /// Ask for the state of blocks.
     State(BlockSpan),

@@ -13,7 +13,7 @@ use rustix::net::{
 };
 use thiserror::Error;
 
-use super::wire::{FRAME_MAX, Message, WireError, decode};
+use super::wire::{FRAME_MAX, Message, MessageError, decode};
 
 /// Why no message came.
 #[derive(Debug, Error)]
@@ -30,7 +30,7 @@ pub enum ReceiveError {
     Io(#[from] io::Error),
     /// What came is no message.
     #[error(transparent)]
-    Wire(#[from] WireError),
+    Wire(#[from] MessageError),
 }
 
 /// Cuts what comes from a stream into messages; holds at most one frame and what came with it.
@@ -103,7 +103,7 @@ impl FrameReader {
         }
     }
 
-    fn take<M: Message>(&mut self) -> Result<Option<M>, WireError> {
+    fn take<M: Message>(&mut self) -> Result<Option<M>, MessageError> {
         let Some((message, len)) = decode(&self.buffer[..self.filled])? else { return Ok(None) };
         self.buffer.copy_within(len..self.filled, 0);
         self.filled -= len;

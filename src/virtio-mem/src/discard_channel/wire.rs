@@ -46,7 +46,7 @@ pub type Sections = SmallVec<[Section; 1]>;
 /// Why bytes are no message.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum WireError {
+pub enum MessageError {
     /// No message of this side has this number.
     #[error("unknown message {0:#x}")]
     UnknownKind(u32),
@@ -133,7 +133,7 @@ pub trait Message: Sized {
     /// # Errors
     ///
     /// When it is not the payload of this message.
-    fn decode_payload(kind: u32, payload: &[u8]) -> Result<Self, WireError>;
+    fn decode_payload(kind: u32, payload: &[u8]) -> Result<Self, MessageError>;
 
     /// The frame.
     fn to_frame(&self) -> Vec<u8> {
@@ -149,13 +149,13 @@ pub trait Message: Sized {
 /// # Errors
 ///
 /// As soon as the bytes that are there cannot become a message.
-pub fn decode<M: Message>(bytes: &[u8]) -> Result<Option<(M, usize)>, WireError> {
+pub fn decode<M: Message>(bytes: &[u8]) -> Result<Option<(M, usize)>, MessageError> {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER_LEN>() else { return Ok(None) };
     let mut header = Fields(header);
     let (kind, len) = (header.u32(), header.u32());
-    let lengths = M::lengths(kind).ok_or(WireError::UnknownKind(kind))?;
+    let lengths = M::lengths(kind).ok_or(MessageError::UnknownKind(kind))?;
     if !lengths.contains(len) {
-        return Err(WireError::Length { kind, len });
+        return Err(MessageError::Length { kind, len });
     }
     let len = len as usize;
     match rest.get(..len) {

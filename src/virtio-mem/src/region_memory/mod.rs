@@ -1,4 +1,4 @@
-//! The memory behind the device's region, and the listener that takes it and gives it back.
+//! The memory behind the device's region, and the listener that takes and discards it.
 
 mod recent;
 
@@ -57,7 +57,7 @@ struct Table {
     blocks: Vec<Arc<RamBlock>>,
     /// Sections that should have been discarded and could not be. They are tried again with
     /// every discard and every new table, until they are plugged.
-    owed: Vec<Section>,
+    undiscarded: Vec<Section>,
     failures: u64,
 }
 
@@ -160,7 +160,7 @@ impl RegionMemory {
         blocks.sort_by_key(|block| block.range());
         let previous = std::mem::replace(&mut self.table.lock().blocks, blocks);
         self.held.forget();
-        self.settle();
+        self.retry_discards();
         previous
     }
 
@@ -327,35 +327,36 @@ impl RegionMemory {
         Ok(held)
     }
 
-    /// Gives `section` back; what fails is owed, and tried again later.
+    /// Discards `section`; what cannot be discarded is noted, and tried again later.
     fn discard(&self, section: Section) {
         let (pieces, _) = self.pieces(section);
         for (block, file_range) in pieces {
             if let Err(error) = block.backing().discard(file_range) {
-                tracing::error!(block = block.id(), %file_range, %error, "cannot give memory back");
+                tracing::error!(block = block.id(), %file_range, %error, "cannot discard memory");
                 let mut table = self.table.lock();
                 table.failures += 1;
-                table.owed.push(section);
+                table.undiscarded.push(section);
                 return;
             }
         }
     }
 
-    /// Tries again to give back what is owed.
-    fn settle(&self) {
-        let owed = std::mem::take(&mut self.table.lock().owed);
-        owed.into_iter().for_each(|section| self.discard(section));
+    /// Tries again to discard what could not be discarded.
+    fn retry_discards(&self) {
+        let undiscarded = std::mem::take(&mut self.table.lock().undiscarded);
+        undiscarded.into_iter().for_each(|section| self.discard(section));
     }
 
     /// Sections that are plugged again need not be discarded any more.
-    fn no_longer_owed(&self, plugged: &[Section]) {
+    fn forget_undiscarded(&self, plugged: &[Section]) {
         let mut table = self.table.lock();
         for &section in plugged {
-            if table.owed.is_empty() {
+            if table.undiscarded.is_empty() {
                 return;
             }
-            let rest = |owed: Section| owed.subtract(section).into_iter().flatten();
-            table.owed = std::mem::take(&mut table.owed).into_iter().flat_map(rest).collect();
+            let rest = |undiscarded: Section| undiscarded.subtract(section).into_iter().flatten();
+            table.undiscarded =
+                std::mem::take(&mut table.undiscarded).into_iter().flat_map(rest).collect();
         }
     }
 
@@ -426,7 +427,7 @@ impl RamDiscardListener for MemoryListener {
     /// have dies of SIGBUS. Other memory is taken when it is touched: cost follows use.
     fn notify_populate(&mut self, section: Section) -> Result<(), String> {
         if !self.takes_memory() {
-            self.0.no_longer_owed(&[section]);
+            self.0.forget_undiscarded(&[section]);
             return Ok(());
         }
         let pieces = self.0.pieces(section).0;
@@ -442,14 +443,14 @@ impl RamDiscardListener for MemoryListener {
             |_, piece| discard(piece),
         )
         .map_err(|error| error.to_string())?;
-        self.0.no_longer_owed(&[section]);
+        self.0.forget_undiscarded(&[section]);
         Ok(())
     }
 
     /// Of memory that is taken when it is touched, nothing is done for each of many sections.
     fn notify_populate_all(&mut self, sections: &[Section]) -> Result<(), (Section, String)> {
         if !self.takes_memory() {
-            self.0.no_longer_owed(sections);
+            self.0.forget_undiscarded(sections);
             return Ok(());
         }
         try_all(
@@ -466,7 +467,7 @@ impl RamDiscardListener for MemoryListener {
         if self.0.is_loading() {
             return;
         }
-        self.0.settle();
+        self.0.retry_discards();
         self.0.discard(section);
     }
 }

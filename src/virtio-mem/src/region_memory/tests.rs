@@ -86,7 +86,7 @@ fn memory_sealed_after_it_was_mapped_is_not_ready() {
 }
 
 #[test]
-fn what_could_not_be_given_back_is_owed_until_it_can_or_is_plugged() {
+fn what_could_not_be_discarded_is_tried_again_until_it_can_or_is_plugged() {
     let memory = region();
     let sealed = memfd(16 * BLOCK);
     memory.replace(vec![block(ADDR, 16 * BLOCK, &sealed, 0)]);

@@ -16,7 +16,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use virtio_mem::device::Geometry;
 use virtio_mem::discard_channel::bitmap::{BitmapWriter, LAYOUT_VERSION, MAGIC, file_size};
 use virtio_mem::discard_channel::wire::{
-    ClientMessage, Farewell, Lengths, Message, Sections, ServerMessage, VERSION, Welcome, WireError,
+    ClientMessage, Farewell, Lengths, Message, Sections, ServerMessage, VERSION, Welcome, MessageError,
 };
 use virtio_mem::discard_channel::{
     FrameReader, ReceiveError, RemoteRamDiscardManager, send, send_with_fd,
@@ -40,8 +40,8 @@ impl Message for Raw {
         frame.extend_from_slice(&self.0);
     }
 
-    fn decode_payload(kind: u32, _payload: &[u8]) -> Result<Self, WireError> {
-        Err(WireError::UnknownKind(kind))
+    fn decode_payload(kind: u32, _payload: &[u8]) -> Result<Self, MessageError> {
+        Err(MessageError::UnknownKind(kind))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use migration::inspect::{
-    Field, Inspection, SavedRamBlock, SavedSection, SavedVirtioMem, Structure, Value,
+    Inspection, SavedField, SavedRamBlock, SavedSection, SavedVirtioMem, Structure, Value,
 };
 use serde_json::{Value as Json, json};
 
@@ -95,7 +95,7 @@ fn structure(state: &Structure) -> Json {
     object
 }
 
-fn field(field: &Field) -> Json {
+fn field(field: &SavedField) -> Json {
     let mut object =
         json!({ "name": *field.name, "type": *field.kind, "value": value(&field.value) });
     if let Some(index) = field.index {

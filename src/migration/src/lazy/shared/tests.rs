@@ -115,7 +115,11 @@ fn what_never_comes_is_zeros_on_the_spot() {
     let rest = ByteRange::new(64 * PAGE, 8 * PAGE).unwrap();
     rig.lazy.place_zeros(0, rest).unwrap();
     rig.lazy.finish().unwrap();
-    assert_eq!(rig.side.held().0, held - 2, "what a client left in discarded memory is given back");
+    assert_eq!(
+        rig.side.held().0,
+        held - 2,
+        "what a client left in discarded memory is discarded again"
+    );
 }
 
 #[test]

@@ -77,7 +77,7 @@ fn a_state_that_a_listener_refuses_changes_nothing() {
     rig.controller.load_state(loaded(5, 0b101_0000_1111)).unwrap();
     assert_eq!(rig.held(), 6, "block 12 was a stray");
     assert_eq!(rig.execute(unplug(8, 1)), Response::Ack);
-    assert_eq!(rig.held(), 5, "given back as ever");
+    assert_eq!(rig.held(), 5, "discarded as ever");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The messages of a client.
 
 use super::fields::{Builder, Fields};
-use super::{FREEZE_LEN, HELLO_LEN, Lengths, MAGIC, Message, NUMBER_LEN, WireError, kind};
+use super::{FREEZE_LEN, HELLO_LEN, Lengths, MAGIC, Message, MessageError, NUMBER_LEN, kind};
 
 /// What a client says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,7 +80,7 @@ impl Message for ClientMessage {
         };
     }
 
-    fn decode_payload(kind: u32, payload: &[u8]) -> Result<Self, WireError> {
+    fn decode_payload(kind: u32, payload: &[u8]) -> Result<Self, MessageError> {
         let mut fields = Fields(payload);
         Ok(match kind {
             kind::HELLO => {
@@ -95,7 +95,7 @@ impl Message for ClientMessage {
             kind::THAW => Self::Thaw { id: fields.u64(), freeze: fields.u64() },
             kind::RENEW => Self::Renew { id: fields.u64(), freeze: fields.u64() },
             kind::GET_SIZES => Self::GetSizes { id: fields.u64() },
-            _ => return Err(WireError::UnknownKind(kind)),
+            _ => return Err(MessageError::UnknownKind(kind)),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Fields of a frame, one after the other.
 
-use super::{HEADER_LEN, MAGIC, Sections, TEXT_MAX, WireError};
+use super::{HEADER_LEN, MAGIC, MessageError, Sections, TEXT_MAX};
 use ram_discard::Section;
 
 /// Appends fields; the length is put into the header as they come.
@@ -71,31 +71,31 @@ impl<'a> Fields<'a> {
         u64::from_le_bytes(self.take())
     }
 
-    pub(super) fn magic(&mut self) -> Result<(), WireError> {
+    pub(super) fn magic(&mut self) -> Result<(), MessageError> {
         let magic = self.take();
-        if magic == MAGIC { Ok(()) } else { Err(WireError::Magic(magic)) }
+        if magic == MAGIC { Ok(()) } else { Err(MessageError::Magic(magic)) }
     }
 
-    pub(super) fn zero(&mut self, kind: u32, field: &'static str) -> Result<(), WireError> {
+    pub(super) fn zero(&mut self, kind: u32, field: &'static str) -> Result<(), MessageError> {
         match self.u32() {
             0 => Ok(()),
-            value => Err(WireError::Field { kind, field, value: value.into() }),
+            value => Err(MessageError::Field { kind, field, value: value.into() }),
         }
     }
 
     /// Takes all that is left.
-    pub(super) fn sections(&mut self, kind: u32) -> Result<Sections, WireError> {
+    pub(super) fn sections(&mut self, kind: u32) -> Result<Sections, MessageError> {
         let mut sections = Sections::new();
         while !self.0.is_empty() {
             let (offset, size) = (self.u64(), self.u64());
             let section = Section::new(offset, size);
-            sections.push(section.ok_or(WireError::Section { kind, offset, size })?);
+            sections.push(section.ok_or(MessageError::Section { kind, offset, size })?);
         }
         Ok(sections)
     }
 
-    pub(super) fn text(&mut self, kind: u32) -> Result<String, WireError> {
-        let text = std::str::from_utf8(self.0).map_err(|_| WireError::Text(kind))?;
+    pub(super) fn text(&mut self, kind: u32) -> Result<String, MessageError> {
+        let text = std::str::from_utf8(self.0).map_err(|_| MessageError::Text(kind))?;
         Ok(text.to_owned())
     }
 }

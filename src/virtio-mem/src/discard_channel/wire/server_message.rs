@@ -2,8 +2,8 @@
 
 use super::fields::{Builder, Fields};
 use super::{
-    FROZEN_LEN, GOODBYE_LEN, Lengths, MAGIC, Message, NUMBER_LEN, SIZES_LEN, Sections, WELCOME_LEN,
-    WireError, kind,
+    FROZEN_LEN, GOODBYE_LEN, Lengths, MAGIC, Message, MessageError, NUMBER_LEN, SIZES_LEN,
+    Sections, WELCOME_LEN, kind,
 };
 use crate::device::Geometry;
 
@@ -165,13 +165,13 @@ impl Message for ServerMessage {
         };
     }
 
-    fn decode_payload(kind: u32, payload: &[u8]) -> Result<Self, WireError> {
+    fn decode_payload(kind: u32, payload: &[u8]) -> Result<Self, MessageError> {
         let mut fields = Fields(payload);
         Ok(match kind {
             kind::WELCOME => Self::Welcome(Welcome::decode(fields)?),
             kind::GOODBYE => {
                 let code = fields.u32();
-                let cause = Farewell::from_code(code).ok_or(WireError::Field {
+                let cause = Farewell::from_code(code).ok_or(MessageError::Field {
                     kind,
                     field: "cause",
                     value: code.into(),
@@ -189,7 +189,7 @@ impl Message for ServerMessage {
                 let (id, freeze, event) = (fields.u64(), fields.u64(), fields.u64());
                 let expiry_ms = fields.u32();
                 if expiry_ms == 0 {
-                    return Err(WireError::Field { kind, field: "expiry_ms", value: 0 });
+                    return Err(MessageError::Field { kind, field: "expiry_ms", value: 0 });
                 }
                 fields.zero(kind, "reserved")?;
                 Self::Frozen { id, freeze, event, expiry_ms }
@@ -203,7 +203,7 @@ impl Message for ServerMessage {
                 plugged_size: fields.u64(),
                 requested_size: fields.u64(),
             },
-            _ => return Err(WireError::UnknownKind(kind)),
+            _ => return Err(MessageError::UnknownKind(kind)),
         })
     }
 }
@@ -228,9 +228,10 @@ impl Welcome {
             .u64(*generation)
     }
 
-    fn decode(mut fields: Fields<'_>) -> Result<Self, WireError> {
+    fn decode(mut fields: Fields<'_>) -> Result<Self, MessageError> {
         const KIND: u32 = kind::WELCOME;
-        let wrong = |field, value: u16| WireError::Field { kind: KIND, field, value: value.into() };
+        let wrong =
+            |field, value: u16| MessageError::Field { kind: KIND, field, value: value.into() };
         fields.magic()?;
         let (version, flags) = (fields.u16(), fields.u16());
         let (node, reserved) = (fields.u16(), fields.u16());

@@ -110,16 +110,16 @@ fn a_cut_frame_is_awaited_and_a_wrong_one_is_an_error_as_soon_as_it_shows() {
     }
     let header = |kind: u32, len: u32| [kind.to_le_bytes(), len.to_le_bytes()].concat();
     let unknown = decode::<ClientMessage>(&header(0x63, 0));
-    assert_eq!(unknown, Err(WireError::UnknownKind(0x63)));
+    assert_eq!(unknown, Err(MessageError::UnknownKind(0x63)));
     let of_the_other_side = decode::<ClientMessage>(&header(kind::DONE, 8));
-    assert_eq!(of_the_other_side, Err(WireError::UnknownKind(kind::DONE)));
+    assert_eq!(of_the_other_side, Err(MessageError::UnknownKind(kind::DONE)));
     for len in [0, 7, 9, u32::MAX] {
         let wrong = decode::<ClientMessage>(&header(kind::ACK, len));
-        assert_eq!(wrong, Err(WireError::Length { kind: kind::ACK, len }));
+        assert_eq!(wrong, Err(MessageError::Length { kind: kind::ACK, len }));
     }
     for len in [0, 8, 23, 25, 39] {
         let wrong = decode::<ServerMessage>(&header(kind::POPULATE, len));
-        assert_eq!(wrong, Err(WireError::Length { kind: kind::POPULATE, len }));
+        assert_eq!(wrong, Err(MessageError::Length { kind: kind::POPULATE, len }));
     }
     let most = ServerMessage::Discard { event: 1, sections: most_sections() }.to_frame();
     assert_eq!(most.len(), FRAME_MAX);
@@ -149,26 +149,29 @@ fn one_wrong_field_is_an_error() {
     }
     let mut hello = ClientMessage::Hello { min_version: 1, max_version: 1 }.to_frame();
     hello[20] = 1;
-    assert!(matches!(decode::<ClientMessage>(&hello), Err(WireError::Field { .. })));
+    assert!(matches!(decode::<ClientMessage>(&hello), Err(MessageError::Field { .. })));
     let mut frozen = ServerMessage::Frozen { id: 1, freeze: 1, event: 1, expiry_ms: 1 }.to_frame();
     for (at, value) in [(32, 0), (36, 1)] {
         let before = std::mem::replace(&mut frozen[at], value);
-        assert!(matches!(decode::<ServerMessage>(&frozen), Err(WireError::Field { .. })), "{at}");
+        assert!(
+            matches!(decode::<ServerMessage>(&frozen), Err(MessageError::Field { .. })),
+            "{at}"
+        );
         frozen[at] = before;
     }
     let mut goodbye = [kind::GOODBYE.to_le_bytes(), 8u32.to_le_bytes()].concat();
     goodbye.extend([9, 0, 0, 0, 0, 0, 0, 0]);
-    assert!(matches!(decode::<ServerMessage>(&goodbye), Err(WireError::Field { .. })));
+    assert!(matches!(decode::<ServerMessage>(&goodbye), Err(MessageError::Field { .. })));
     for (offset, size) in [(0, 0), (u64::MAX, 1)] {
         let mut frame = ServerMessage::Discard { event: 1, sections: sections() }.to_frame();
         frame[16..24].copy_from_slice(&u64::to_le_bytes(offset));
         frame[24..32].copy_from_slice(&u64::to_le_bytes(size));
-        let error = WireError::Section { kind: kind::DISCARD, offset, size };
+        let error = MessageError::Section { kind: kind::DISCARD, offset, size };
         assert_eq!(decode::<ServerMessage>(&frame), Err(error));
     }
     let mut refuse = ClientMessage::Refuse { event: 1, reason: "a".to_owned() }.to_frame();
     *refuse.last_mut().unwrap() = 0xff;
-    assert_eq!(decode::<ClientMessage>(&refuse), Err(WireError::Text(kind::REFUSE)));
+    assert_eq!(decode::<ClientMessage>(&refuse), Err(MessageError::Text(kind::REFUSE)));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
-use migration::inspect::{Field, Structure, Value, Warning, inspect};
+use migration::inspect::{SavedField, Structure, Value, Warning, inspect};
 use serde_json::{Map, Value as Json};
 
 use crate::files::Written;
@@ -69,7 +69,7 @@ fn run(script: &Script, written: &Written, folder: &Path, args: &[&str]) -> Resu
 /// As the script prints it.
 fn structure(structure: &Structure, values: &mut usize) -> Json {
     let mut fields = Map::new();
-    for Field { name, value, .. } in &structure.fields {
+    for SavedField { name, value, .. } in &structure.fields {
         let value = printed(value, values);
         match fields.get_mut(&**name) {
             None => drop(fields.insert(name.to_string(), value)),
