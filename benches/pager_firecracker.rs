@@ -1,6 +1,6 @@
-//! Guests of Firecracker: what a fault costs, 25 restores of one image at once, a working set that was recorded against
-//! ascending order, and all memory at once against a bare loop. The VMM is the small VMM's, in the pager's process. With
-//! `--quick`, a quarter of the memory.
+//! Guests of Firecracker: what a fault costs, also while all memory is being placed; 25 restores of one image at once, a
+//! working set that was recorded against ascending order, and all memory at once against a bare loop. The VMM is the small
+//! VMM's, in the pager's process. With `--quick`, a quarter of the memory.
 
 #[expect(dead_code, reason = "each bench uses its part")]
 mod common;
@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use migration::lazy::vmm_faults::{Event, MESSAGE_LEN, VmmFaults};
+use migration::lazy::vmm_faults::{Event, MESSAGE_LEN, Stop, VmmFaults};
 use ram_discard::ByteRange;
 use ram_discard::memory::HostMapping;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -26,6 +26,8 @@ use vmem_pager::run::Run;
 
 const MIB: u64 = 1 << 20;
 const FAULTS: u64 = 4096;
+/// Pages between those that are touched while all memory is being placed.
+const FARTHER: u64 = 16;
 const RUNS: usize = 5;
 /// Guests of one image.
 const GUESTS: usize = 25;
@@ -98,13 +100,21 @@ fn warm(len: u64) {
 
 /// Reads pages far from each other; how long each took.
 fn touch(vm: &Vm, pages: u64) -> Vec<Duration> {
-    let mut times: Vec<_> = (0..FAULTS)
-        .map(|n| {
-            let start = Instant::now();
-            vm.read(n * 13 % pages);
-            start.elapsed()
-        })
-        .collect();
+    touch_all(vm, (0..FAULTS).map(|n| n * 13 % pages))
+}
+
+/// Reads pages of the last half, from the end on: those that what is placed ascending comes to last.
+fn touch_beside(vm: &Vm, pages: u64) -> Vec<Duration> {
+    touch_all(vm, (1..=pages / FARTHER / 2).map(|n| pages - n * FARTHER))
+}
+
+fn touch_all(vm: &Vm, pages: impl Iterator<Item = u64>) -> Vec<Duration> {
+    let touch = |page| {
+        let start = Instant::now();
+        vm.read(page);
+        start.elapsed()
+    };
+    let mut times: Vec<_> = pages.map(touch).collect();
     times.sort();
     times
 }
@@ -128,6 +138,15 @@ fn pager(snapshot: &Snapshot) -> Vec<Duration> {
 
 /// A handler in a thread that answers faults, each with what `page` puts into the buffer, and nothing else.
 fn handler(snapshot: &Snapshot, page: impl Fn(u64, &mut [u8]) + Sync) -> Vec<Duration> {
+    handler_with(snapshot, page, |vm, _| touch(vm, snapshot.pages()))
+}
+
+/// As that, with other work of the guest.
+fn handler_with(
+    snapshot: &Snapshot,
+    page: impl Fn(u64, &mut [u8]) + Sync,
+    work: impl Fn(&Vm, &VmmFaults) -> Vec<Duration>,
+) -> Vec<Duration> {
     warm(snapshot.len);
     let vm = snapshot.vm();
     let over = AtomicBool::new(false);
@@ -146,15 +165,68 @@ fn handler(snapshot: &Snapshot, page: impl Fn(u64, &mut [u8]) + Sync) -> Vec<Dur
                     if let Some(Event::Missing { address }) = Event::decode(&message) {
                         let address = address / PAGE * PAGE;
                         page(address - base, &mut buffer);
-                        uffd.copy(address, &buffer).unwrap();
+                        let filled = uffd.copy(address, &buffer).unwrap();
+                        if filled.stop == Stop::Exists {
+                            uffd.wake(address, PAGE).unwrap();
+                        }
                     }
                 }
             }
         });
-        let times = touch(&vm, snapshot.pages());
+        let times = work(&vm, &uffd);
         over.store(true, Ordering::Relaxed);
         times
     })
+}
+
+/// Faults of a guest whose pager places all else meanwhile, as fast as it can.
+fn pager_beside(snapshot: &Snapshot) -> Vec<Duration> {
+    warm(snapshot.len);
+    let (socket, restore) = snapshot.restore("s", "");
+    let vm = snapshot.vm();
+    vm.load(&socket);
+    let times = touch_beside(&vm, snapshot.pages());
+    restore.join().unwrap();
+    times
+}
+
+/// Faults of a guest with the smallest handler, and a bare loop beside it that places all memory.
+fn handler_beside(snapshot: &Snapshot) -> Vec<Duration> {
+    let read = |at, buffer: &mut [u8]| snapshot.file.read_exact_at(buffer, at).unwrap();
+    let work = |vm: &Vm, uffd: &VmmFaults| {
+        thread::scope(|scope| {
+            scope.spawn(|| fill(snapshot, vm, uffd, 0, 1));
+            touch_beside(vm, snapshot.pages())
+        })
+    };
+    handler_with(snapshot, read, work)
+}
+
+/// Places each of `of` pieces of memory, from the piece `first` on.
+fn fill(snapshot: &Snapshot, vm: &Vm, uffd: &VmmFaults, first: u64, of: u64) {
+    const PIECE: u64 = 128 << 10;
+    let mut buffer = vec![0; PIECE as usize];
+    for at in (first * PIECE..snapshot.len).step_by((of * PIECE) as usize) {
+        snapshot.file.read_exact_at(&mut buffer, at).unwrap();
+        let mut done = 0;
+        while done < PIECE {
+            let filled = uffd.copy(vm.base() + at + done, &buffer[done as usize..]).unwrap();
+            // One that is there is skipped.
+            done += filled.bytes + if filled.stop == Stop::Exists { PAGE } else { 0 };
+        }
+    }
+}
+
+fn faults_beside(snapshot: &Snapshot) {
+    let title =
+        "A fault while all memory is being placed, against the smallest handler and a bare loop";
+    common::head(title, "loop");
+    let rounds: Vec<_> =
+        (0..=RUNS).map(|_| (pager_beside(snapshot), handler_beside(snapshot))).skip(1).collect();
+    for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
+        let of = |(ours, peer): &(Vec<_>, Vec<_>)| (quantile(ours, share), quantile(peer, share));
+        common::report(name, &rounds.iter().map(of).collect::<Vec<_>>());
+    }
 }
 
 fn faults(snapshot: &Snapshot) {
@@ -269,14 +341,7 @@ fn eager(snapshot: &Snapshot) {
         thread::scope(|scope| {
             for thread in 0..threads {
                 let (uffd, vm) = (&uffd, &vm);
-                scope.spawn(move || {
-                    const CHUNK: u64 = 128 << 10;
-                    let mut buffer = vec![0; CHUNK as usize];
-                    for at in (thread * CHUNK..snapshot.len).step_by((threads * CHUNK) as usize) {
-                        snapshot.file.read_exact_at(&mut buffer, at).unwrap();
-                        uffd.copy(vm.base() + at, &buffer).unwrap();
-                    }
-                });
+                scope.spawn(move || fill(snapshot, vm, uffd, thread, threads));
             }
         });
         start.elapsed()
@@ -290,6 +355,7 @@ fn main() {
     let size = if quick { 64 * MIB } else { 256 * MIB };
     let snapshot = Snapshot::new(size);
     faults(&snapshot);
+    faults_beside(&snapshot);
     many(size / 8);
     replay(&snapshot);
     eager(&snapshot);

@@ -11,7 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, OwnedFd};
 
 use super::figures::{Figures, Source};
-use super::fill::{CHUNK, Filling, Step, Uffd, Unplaced, Waiting};
+use super::fill::{CHUNK, Filling, SMALL_CHUNK, Step, Uffd, Unplaced, Waiting};
 use super::order::Order;
 use super::vmm::Vmm;
 use crate::error::PagerError;
@@ -86,6 +86,8 @@ impl<U: Uffd + AsFd> Background<'_, U> {
     /// Serves faults until all memory is with the VMM.
     fn serve(&self, vmm: &Vmm, run: &Run, ends: &Ends) -> Result<(), Unplaced> {
         let (mut waiting, mut buffer) = (Waiting::default(), Vec::new());
+        let (end, end_flags) = vmm.end();
+        let mut has_ended = false;
         loop {
             self.filling.take_events(&mut waiting)?;
             let busy = self.filling.serve(&mut waiting, &mut buffer)?;
@@ -96,22 +98,24 @@ impl<U: Uffd + AsFd> Background<'_, U> {
             if let Some(error) = ends.failed.lock().take() {
                 return Err(error);
             }
-            if vmm.has_ended() {
+            if has_ended {
                 return Err(Unplaced::Ended);
             }
             run.check("the VMM has not got all of its memory")?;
             // What cannot be placed waits for a message, or for the VMM to do what the last one said.
             let wait = if busy || complete { PAUSE } else { POLL };
             let wait = Timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
-            let (end, end_flags) = vmm.end();
             let mut fds = [
                 PollFd::new(self.filling, PollFlags::IN),
                 PollFd::new(&end, end_flags),
                 PollFd::new(&ends.wake, PollFlags::IN),
             ];
+            // With an error none of them is ready.
             let _ = poll(&mut fds, Some(&wait));
-            let mut count = [0; 8];
-            let _ = rustix::io::read(&ends.wake, &mut count);
+            has_ended = fds[1].revents().intersects(end_flags);
+            if !fds[2].revents().is_empty() {
+                let _ = rustix::io::read(&ends.wake, &mut [0; 8]);
+            }
         }
     }
 
@@ -119,7 +123,8 @@ impl<U: Uffd + AsFd> Background<'_, U> {
     fn place(&self, pace: &Mutex<Pace>, ends: &Ends) -> Result<(), Unplaced> {
         let (mut buffer, begun) = (Vec::new(), Instant::now());
         // What is placed at once is not more than may be in a tenth of a second.
-        let most = self.rate.map_or(CHUNK, |rate| rate / 10);
+        let chunk = if self.eager { CHUNK } else { SMALL_CHUNK };
+        let most = self.rate.map_or(chunk, |rate| chunk.min(rate / 10));
         let (mut seen, mut quiet_since) = (self.figures.faults.get(), begun);
         // What comes first waits for its time, too: a pager that dies again and again would exceed its rate.
         let first = self.rate.map_or(Duration::ZERO, |rate| {

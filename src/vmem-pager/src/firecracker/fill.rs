@@ -1,7 +1,9 @@
 //! Pages are placed in the VMM: by faults, and in the background.
 //!
-//! Whatever places a page or reads messages holds the lock of the guest while it does: a page that was read from the file
-//! before its removal was read from the userfaultfd is not placed after it.
+//! Pages are placed by several threads at once, and never while messages are read: the VMM discards as soon as its
+//! removal was read, and a copy that was under way would land after that, with what the file has. It could not be
+//! undone from here. So a page is looked up, copied and marked in one shared turn, and messages are read in a turn
+//! alone ([`Filling::placing`]); files are read outside of both.
 
 use std::collections::{HashSet, VecDeque};
 use std::io;
@@ -12,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use migration::lazy::vmm_faults::{Event, Filled, Stop, VmmFaults};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use ram_discard::memory::HostMapping;
 use rustix::io::Errno;
 
@@ -28,8 +30,10 @@ use crate::working_set::WorkingSet;
 pub const TARGET_PAGE: u64 = 4096;
 /// Reads of messages before faults are served: a VMM that discards without end does not keep vCPUs waiting.
 const READS_AT_ONCE: usize = 8;
-/// Bytes that the background places at once: a fault waits for no more.
+/// Bytes that an eager restore places at once.
 pub const CHUNK: u64 = 128 << 10;
+/// Bytes that the background places at once beside a guest that runs: a fault waits for no more.
+pub const SMALL_CHUNK: u64 = 32 << 10;
 /// Holes of at least so many bytes are left to the kernel, in which a transparent huge page fits.
 const LARGE_HOLE: u64 = 2 << 20;
 /// As many of them, at most: each is a mapping more in the VMM, which has some ten thousand.
@@ -141,6 +145,10 @@ pub struct Filling<U> {
     /// The userfaultfd.
     pub uffd: U,
     files: MemoryFiles,
+    /// Shared by those who place pages, from the look at their state to its change; alone who reads messages. Taken
+    /// before the lock of the guest.
+    placing: RwLock<()>,
+    /// Held for no system call but the reading of messages, and unregistering.
     guest: Mutex<Guest>,
     figures: Arc<Figures>,
     /// Whether vCPUs wait, to whom the background gives way.
@@ -168,8 +176,8 @@ impl<U: Uffd> Filling<U> {
     ) -> Self {
         let unregistered = Mutex::new(vec![false; guest.regions().count()]);
         let (guest, touched) = (Mutex::new(guest), touched.map(Mutex::new));
-        let urgent = AtomicBool::new(false);
-        Self { uffd, files, guest, figures, urgent, touched, unregistered }
+        let (placing, urgent) = (RwLock::new(()), AtomicBool::new(false));
+        Self { uffd, files, placing, guest, figures, urgent, touched, unregistered }
     }
 
     /// The files.
@@ -241,6 +249,7 @@ impl<U: Uffd> Filling<U> {
     ///
     /// See [`Unplaced`].
     pub fn take_events(&self, waiting: &mut Waiting) -> Result<(), Unplaced> {
+        let alone = self.placing.write();
         let mut guest = self.guest();
         for _ in 0..READS_AT_ONCE {
             let (map, at) = guest.messages();
@@ -274,6 +283,7 @@ impl<U: Uffd> Filling<U> {
                 break;
             }
         }
+        drop(alone);
         self.urgent.store(!waiting.is_empty(), Ordering::Relaxed);
         self.unregister_complete(&mut guest)
     }
@@ -308,16 +318,16 @@ impl<U: Uffd> Filling<U> {
             let offset = region.offset + page * region.page_size;
             self.files.read(offset, buffer)?;
         }
-        let mut guest = self.guest();
+        let placing = self.placing.read();
         // What was removed meanwhile is no longer the file's.
-        if state == State::Missing && guest.state(index, page) == State::Missing {
+        if state == State::Missing && self.guest().state(index, page) == State::Missing {
             if let Some(touched) = &self.touched {
                 let first = (region.offset + page * region.page_size) / TARGET_PAGE;
                 touched.lock().push(0, first..first + region.page_size / TARGET_PAGE);
             }
-            let pages = page..page + 1;
-            let run = self.place(&mut guest, index, pages, buffer, Source::Fault)?;
-            self.unregister_complete(&mut guest)?;
+            let run = self.place(index, region, page..page + 1, buffer, Source::Fault)?;
+            drop(placing);
+            self.unregister_complete(&mut self.guest())?;
             return Ok(run);
         }
         // What had been there and is missed was discarded, and is zeros.
@@ -335,23 +345,23 @@ impl<U: Uffd> Filling<U> {
             Stop::Busy => return Ok(Run::Busy(page)),
             Stop::Exists => self.wake(address, region.page_size)?,
             Stop::Complete => {
-                guest.mark(index, page..page + 1, State::Zeros);
+                self.guest().mark(index, page..page + 1, State::Zeros);
                 self.figures.placed(Source::Zeros, region.page_size);
             }
         }
         Ok(Run::Done)
     }
 
-    /// Copies what was read of missing pages.
+    /// Copies what was read of missing pages, in a turn that the caller has.
     fn place(
         &self,
-        guest: &mut Guest,
         index: usize,
+        region: Region,
         pages: Range<u64>,
         bytes: &[u8],
         source: Source,
     ) -> Result<Run, Unplaced> {
-        let Region { base, page_size, .. } = guest.region(index);
+        let Region { base, page_size, .. } = region;
         let mut page = pages.start;
         while page < pages.end {
             let address = base + page * page_size;
@@ -360,17 +370,15 @@ impl<U: Uffd> Filling<U> {
             let filled = self.uffd.copy(address, rest);
             let filled = filled.or_else(|error| not_registered(error, rest.len() as u64))?;
             let done = page + filled.bytes / page_size;
-            guest.mark(index, page..done, State::Present);
+            // One that is there was placed by another thread, or by a pager before this one.
+            let there = u64::from(filled.stop == Stop::Exists);
+            self.guest().mark(index, page..done + there, State::Present);
             self.figures.placed(source, (done - page) * page_size);
-            page = done;
+            page = done + there;
             match filled.stop {
                 Stop::Complete => {}
                 Stop::Busy => return Ok(Run::Busy(page)),
-                Stop::Exists => {
-                    guest.mark(index, page..page + 1, State::Present);
-                    self.wake(base + page * page_size, page_size)?;
-                    page += 1;
-                }
+                Stop::Exists => self.wake(base + done * page_size, page_size)?,
             }
         }
         Ok(Run::Done)
@@ -425,19 +433,23 @@ impl<U: Uffd> Filling<U> {
     ) -> Result<Step, Unplaced> {
         let next = {
             let guest = self.guest();
-            order.lock().next(&guest, most)
+            order.lock().next(&guest, most).map(|piece| (guest.region(piece.index), piece))
         };
-        let Some(Piece { index, pages, source }) = next else { return Ok(Step::Nothing) };
-        let region = self.guest().region(index);
+        let Some((region, Piece { index, pages, source })) = next else {
+            return Ok(Step::Nothing);
+        };
         let len = (pages.end - pages.start) * region.page_size;
         buffer.resize(len as usize, 0);
         self.files.read(region.offset + pages.start * region.page_size, buffer)?;
-        let mut guest = self.guest();
         let mut at = pages.start;
-        while let Some(run) = guest.missing(index, at..pages.end) {
+        loop {
+            // A turn for each run: messages are read in between, also of what is still to be placed.
+            let placing = self.placing.read();
+            let missing = self.guest().missing(index, at..pages.end);
+            let Some(run) = missing else { break };
             let bytes = ((run.start - pages.start) * region.page_size) as usize
                 ..((run.end - pages.start) * region.page_size) as usize;
-            match self.place(&mut guest, index, run.clone(), &buffer[bytes], source)? {
+            match self.place(index, region, run.clone(), &buffer[bytes], source)? {
                 Run::Done => at = run.end,
                 Run::Busy(page) => {
                     self.figures.busy.inc();
@@ -445,10 +457,9 @@ impl<U: Uffd> Filling<U> {
                     return Ok(Step::Busy);
                 }
             }
+            drop(placing);
         }
-        self.unregister_complete(&mut guest)?;
-        // So that a fault that waits for the lock comes next.
-        MutexGuard::unlock_fair(guest);
+        self.unregister_complete(&mut self.guest())?;
         Ok(Step::Placed)
     }
 }

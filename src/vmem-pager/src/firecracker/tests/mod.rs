@@ -1,5 +1,6 @@
 //! A VMM that behaves as Firecracker does, and others that do not.
 
+mod crossing;
 mod model;
 mod processes;
 
@@ -212,7 +213,7 @@ fn huge_pages_are_served_whole_and_discarded_whole() {
     // The second page has a hole in it, the third is one.
     let snapshot = Snapshot::new(4 * HUGE, &[0, each, 3 * each + 7]);
     let restore = snapshot.restore("--bandwidth 1M");
-    let vm = Vm::new(&[(4 * each, HUGE)]);
+    let vm = Vm::new(&[(each, HUGE), (3 * each, HUGE)]);
     vm.load(&snapshot.socket());
     assert_eq!(vm.read(each), content(each));
     assert_eq!(vm.read(each + 1), 0);
