@@ -225,9 +225,16 @@ fn pager_firecracker() -> Vec<Vec<u8>> {
     left.resize(4096, 0);
     left.extend(good);
     left.resize(4 * 4096, 0);
+    let layers = [[0xff; 32], [0b1010_1010; 32], [0; 32]].concat();
+    // Removals: of the first pages, across the end of the first region, of nothing, of everything.
+    let removals =
+        [[0, 8, 16, 0], [0xf8, 0x2f, 16, 0x20], [0, 9, 0, 0], [0, 0, 0xff, 0xff]].concat();
     vec![
         [&[0, 15], good].concat(),
         [&[1, 15], &fault[..], &remove].concat(),
         [&[2, 15], &left[..]].concat(),
+        [&[3, 15], &layers[..]].concat(),
+        [&[4, 0, 0], &removals[..]].concat(),
+        [&[4, 0, 1], &removals[..]].concat(),
     ]
 }
