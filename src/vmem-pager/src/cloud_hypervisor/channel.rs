@@ -13,9 +13,10 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recv, recvmsg, send, sendmsg,
 };
 
-use super::protocol::{Answer, FRAME_LEN, Request, SLOT_LEN};
+use super::protocol::{Answer, Command, FRAME_LEN, RANGE_LEN, Request, SLOT_LEN};
 use crate::error::PagerError;
 use crate::run::{POLL, Run};
+use crate::sys::unread;
 
 /// Bytes read at a time, so that a claimed length alone allocates nothing.
 const PIECE: usize = 64 << 10;
@@ -54,6 +55,17 @@ impl Lost {
     }
 }
 
+/// What a peer has read of what was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// All of it.
+    All,
+    /// Not all, and it still may.
+    Outstanding,
+    /// Not all, and it has closed the connection.
+    Closed,
+}
+
 /// A connection.
 #[derive(Debug)]
 pub struct Peer {
@@ -85,6 +97,23 @@ impl Peer {
             Ok((0, _)) => true,
             Ok(_) | Err(Errno::AGAIN | Errno::INTR) => false,
             Err(_) => true,
+        }
+    }
+
+    /// Whether the peer has read all that was sent.
+    pub fn reading(&self) -> Reading {
+        // What is unread when the peer closes counts as read from then on, but the kernel says so in an error, once. So
+        // of a connection that is open the count before counts, and of one without an error that after.
+        let none = || unread::bytes(&self.fd).is_ok_and(|unread| unread == 0);
+        let before = none();
+        let mut byte = [0u8; 1];
+        match recv(&self.fd, &mut byte[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((0, _)) if none() => Reading::All,
+            // Shut down, which is not closed.
+            Ok((0, _)) => Reading::Outstanding,
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) if before => Reading::All,
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Reading::Outstanding,
+            Err(_) => Reading::Closed,
         }
     }
 
@@ -155,6 +184,44 @@ impl Peer {
         let mut bytes = [0; FRAME_LEN];
         self.read_exact(&mut bytes, run, wait)?;
         Ok(Request::decode(&bytes))
+    }
+
+    /// The next request for a page, with its range; other requests without what follows them, after which nothing
+    /// more can be read. Its first byte is waited for as `first` says, and the rest for `bound`.
+    ///
+    /// # Errors
+    ///
+    /// See [`Lost`].
+    pub fn page_request(
+        &self,
+        run: &Run,
+        first: Wait,
+        bound: Duration,
+    ) -> Result<Result<(Request, [u8; RANGE_LEN]), String>, Lost> {
+        // It comes in one piece, once the one before was answered: waited for first, it is read by one call.
+        self.wait(PollFlags::IN, run, first)?;
+        let rest = Wait::within(bound, "the rest of a request for a page");
+        let (mut bytes, mut at) = ([0; FRAME_LEN + RANGE_LEN], 0);
+        while at < FRAME_LEN {
+            match recv(&self.fd, &mut bytes[at..], RecvFlags::DONTWAIT) {
+                Ok((0, _)) | Err(Errno::CONNRESET | Errno::PIPE) => {
+                    return Err(if at == 0 { Lost::Closed } else { Lost::Cut });
+                }
+                Ok((count, _)) => at += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => self.wait(PollFlags::IN, run, rest)?,
+                Err(errno) => return Err(Lost::System(errno)),
+            }
+        }
+        let (frame, range) = bytes.split_first_chunk_mut().expect("it begins with a frame");
+        let request = match Request::decode(frame) {
+            Ok(request) => request,
+            Err(what) => return Ok(Err(what)),
+        };
+        if request.command == Command::PageFault {
+            self.read_exact(&mut range[at - FRAME_LEN..], run, rest)?;
+        }
+        Ok(Ok((request, *range.first_chunk().expect("and has a range"))))
     }
 
     /// A payload of `len` bytes, which the caller has limited.

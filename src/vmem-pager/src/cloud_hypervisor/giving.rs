@@ -113,10 +113,19 @@ impl<'a> Giving<'a> {
     /// # Errors
     ///
     /// When it has not, or may not have, the guest.
-    pub fn complete(mut self, paused: bool) -> Result<(), NotTaken> {
-        let command = if paused { Command::CompletePaused } else { Command::Complete };
+    pub fn complete(self, paused: bool) -> Result<(), NotTaken> {
         // A run that has ended sends nothing any more.
         self.run.check("the guest was being handed over").map_err(NotTaken::Dropped)?;
+        self.complete_now(paused)
+    }
+
+    /// As [`complete`](Self::complete), also when the run has ended.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn complete_now(mut self, paused: bool) -> Result<(), NotTaken> {
+        let command = if paused { Command::CompletePaused } else { Command::Complete };
         self.send(Request::new(command, 0), &[], "the guest being taken")
             .map_err(NotTaken::Dropped)?;
         self.open = false;

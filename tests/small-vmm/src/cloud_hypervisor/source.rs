@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::Value;
 
 use super::frames::{self, Command, FRAME_LEN};
@@ -32,6 +33,8 @@ pub enum Trap {
     AbandonBefore(Command),
     /// The connection ends as soon as this command is sent.
     CloseAfter(Command),
+    /// Nothing is read any more once this command is sent, and the connection stays open.
+    StopAfter(Command),
     /// Header, slot and descriptor are one message.
     OneMessage,
     /// A slot without its descriptor.
@@ -89,6 +92,8 @@ pub enum Step {
     Close,
     /// Sends a command and closes without reading the answer.
     SendAndClose(Command),
+    /// Sends a command and does no more, as a process that is stopped.
+    SendAndStop(Command),
     /// Waits to be told, and says nothing.
     Wait,
 }
@@ -121,6 +126,7 @@ pub fn steps(mappings: usize, trap: Trap) -> Vec<Step> {
         Trap::CutPayload(command) => cut(command, Step::Cut(command, FRAME_LEN + 10)),
         Trap::UnknownBefore(command) => cut(command, Step::Unknown),
         Trap::CloseAfter(command) => cut(command, Step::SendAndClose(command)),
+        Trap::StopAfter(command) => cut(command, Step::SendAndStop(command)),
         Trap::AbandonBefore(command) => cut(command, Step::Send(Command::Abandon, 0)),
         Trap::Twice(command) => {
             let at = place(&steps, command);
@@ -193,6 +199,15 @@ impl Source<'_> {
                 let (request, payload) = self.message(command);
                 self.write(&request)?;
                 self.write(&payload)?;
+                None
+            }
+            Step::SendAndStop(command) => {
+                let (request, payload) = self.message(command);
+                self.write(&request)?;
+                self.write(&payload)?;
+                // Until the other end closes, without reading what it says.
+                let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
+                poll(&mut fds, None).expect("a socket");
                 None
             }
             Step::Wait => {

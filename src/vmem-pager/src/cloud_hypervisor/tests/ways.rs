@@ -1,18 +1,22 @@
 //! A guest that is saved, restored or handed over, with the small VMM's Cloud Hypervisors at the other ends.
 
+use std::cell::Cell;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command as Program};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::Pid;
 use small_vmm::cloud_hypervisor::receiver::{self, Receive};
 use small_vmm::cloud_hypervisor::{Command, Guest, source};
 use tempfile::TempDir;
 
 use crate::cli::report::Report;
 use crate::cloud_hypervisor::channel::Peer;
-use crate::cloud_hypervisor::handover::{Process, hand_over};
+use crate::cloud_hypervisor::handover::{Process, Receiver, Source, hand_over};
 use crate::cloud_hypervisor::image::SavedGuest;
 use crate::cloud_hypervisor::metrics::RestoreMetrics;
 use crate::cloud_hypervisor::restore::{Plan, restore};
@@ -143,25 +147,75 @@ pub fn restored(guest: &Guest, eager: bool, how: &Receive, run: &Arc<Run>) -> Re
     Saved::of(guest).restored(&Options::new(eager), how, run)
 }
 
+/// What stands for the process of a Cloud Hypervisor, and can be ended.
+pub struct StandIn(Child);
+
+impl StandIn {
+    pub fn new() -> Self {
+        Self(Program::new("sleep").arg("600").spawn().unwrap())
+    }
+
+    pub fn process(&self) -> Process {
+        Process::new(Pid::from_child(&self.0)).unwrap()
+    }
+
+    /// The signal that has ended it, if it has ended.
+    pub fn ended_by(&mut self) -> Option<i32> {
+        self.0.try_wait().unwrap().and_then(|status| status.signal())
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The Cloud Hypervisors of a handover.
+pub struct Parties<'a> {
+    /// What the source does.
+    pub steps: &'a [source::Step],
+    pub trap: source::Trap,
+    /// What stands for its process.
+    pub source: Option<&'a Process>,
+    /// The receiver, and those that follow it.
+    pub receivers: &'a [Receive],
+    /// What stands for the process of the first.
+    pub receiver: Option<Process>,
+}
+
 /// Hands `guest` over.
 pub fn handed_over(
     guest: &Guest,
-    source: (&[source::Step], source::Trap),
-    how: &Receive,
-    receiver: Option<&Process>,
+    parties: Parties<'_>,
     run: &Arc<Run>,
-) -> (Result<(), PagerError>, source::Outcome, receiver::Outcome) {
+) -> (Result<(), PagerError>, source::Outcome, Vec<receiver::Outcome>) {
+    let Parties { steps, trap, source, receivers, receiver } = parties;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let listener = UnixListener::bind(&path).unwrap();
+    let connect = || Peer::new(UnixStream::connect(&path).unwrap().into()).unwrap();
     let (near, far) = UnixStream::pair().unwrap();
+    let left = Cell::new(receivers.len() - 1);
+    let another = || match left.get() {
+        0 => Err(PagerError::Peer("there is no other receiver".to_owned())),
+        some => {
+            left.set(some - 1);
+            Ok(Receiver { to: connect(), process: None })
+        }
+    };
     thread::scope(|scope| {
-        let to = Peer::new(UnixStream::connect(&path).unwrap().into()).unwrap();
-        let receiving = scope.spawn(move || how.take(&listener));
-        let sending = scope.spawn(move || source::perform(far, guest, source.0, source.1));
+        let receiver = Receiver { to: connect(), process: receiver };
+        let sending = scope.spawn(move || source::perform(far, guest, steps, trap));
+        let receiving =
+            scope.spawn(|| receivers.iter().map(|how| how.take(&listener)).collect::<Vec<_>>());
         let from = Peer::new(near.into()).unwrap();
-        let done = hand_over(&from, &to, receiver, &[], run, &Report::silent());
-        drop((from, to));
+        let source = Source { from: &from, process: source };
+        let done = hand_over(&source, receiver, &another, &[], run, &Report::silent());
+        drop(from);
+        // Those that were not needed get nothing.
+        (0..left.get()).for_each(|_| drop(connect()));
         (done, sending.join().unwrap(), receiving.join().unwrap())
     })
 }
@@ -171,9 +225,17 @@ pub fn handed_over_with(
     guest: &Guest,
     trap: source::Trap,
     how: &Receive,
-    receiver: Option<&Process>,
+    receiver: Option<Process>,
     run: &Arc<Run>,
 ) -> (Result<(), PagerError>, source::Outcome, receiver::Outcome) {
     let steps = source::steps(guest.mappings.len(), trap);
-    handed_over(guest, (&steps, trap), how, receiver, run)
+    let parties = Parties {
+        steps: &steps,
+        trap,
+        source: None,
+        receivers: std::slice::from_ref(how),
+        receiver,
+    };
+    let (done, sent, mut received) = handed_over(guest, parties, run);
+    (done, sent, received.remove(0))
 }
