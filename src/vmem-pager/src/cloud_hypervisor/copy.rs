@@ -19,6 +19,8 @@ use crate::image::pages::Pages;
 
 /// Bytes that are read at a time: they are in the cache when they are written.
 const PIECE: u64 = 256 << 10;
+/// Bytes that go to the disk at a time, so that it is busy from the start: a guest that is paused writes none of them again.
+const WRITEBACK: u64 = 8 << 20;
 /// Threads that copy, if there are as many CPUs.
 const THREADS_MAX: usize = 8;
 
@@ -81,7 +83,15 @@ fn copy(
     let at = mapping_.file_offset + range.start();
     // Read off the file: reading a hole through a mapping would fill it.
     file.read_exact_at(bytes, at).map_err(memory_failed(mapping_))?;
-    pages.write(mapping, range.start(), bytes)
+    pages.write(mapping, range.start(), bytes)?;
+    if range.end() / WRITEBACK != range.start() / WRITEBACK {
+        // What another thread has not written yet of it goes to the disk at the end.
+        let end = range.end() / WRITEBACK * WRITEBACK;
+        ByteRange::from_bounds(end - WRITEBACK, end)
+            .into_iter()
+            .for_each(|part| pages.begin_writeback(mapping, part));
+    }
+    Ok(())
 }
 
 fn memory_failed(mapping: &Mapping) -> impl FnOnce(io::Error) -> PagerError {

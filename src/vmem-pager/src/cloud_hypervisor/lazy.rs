@@ -24,7 +24,7 @@ use super::channel::{Lost, Peer, Wait};
 use super::filling::Filling;
 use super::giving::{Giving, WHO};
 use super::pace::Pace;
-use super::protocol::{Answer, Command, RANGE_LEN, ROLE_FAULT};
+use super::protocol::{Answer, Command, ROLE_FAULT};
 use super::restore::{Plan, explain};
 use super::touches::Touches;
 use crate::cli::report::Report;
@@ -91,7 +91,7 @@ impl<'a> Faults<'a> {
         loop {
             // What the guest waits for is not bounded by silence: it may touch nothing for long.
             let wait = Wait::for_the_run("pages were being asked for");
-            let request = match peer.request(run, wait) {
+            let (request, range) = match peer.page_request(run, wait, run.silence()) {
                 Ok(Ok(request)) => request,
                 Ok(Err(what)) => {
                     return self.fail(peer, PagerError::Protocol(format!("{WHO}: {what}")));
@@ -106,11 +106,6 @@ impl<'a> Faults<'a> {
                     format!("{WHO}: {:?} came where PageFault was expected", request.command);
                 return self.fail(peer, PagerError::Protocol(what));
             }
-            let wait = Wait::within(run.silence(), "the rest of a request for a page");
-            let range = match peer.payload(RANGE_LEN as u64, run, wait) {
-                Ok(range) => range,
-                Err(lost) => return Served::Failed(lost.explain(WHO, "a request for a page")),
-            };
             let word =
                 |at: usize| u64::from_le_bytes(range[at..at + 8].try_into().expect("8 bytes"));
             let (gpa, len) = (word(0), word(8));

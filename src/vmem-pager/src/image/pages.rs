@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use vmstate::printable;
 
 use crate::error::PagerError;
+use crate::sys::writeback;
 
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
 const ZEROS: [u8; PAGE] = [0; PAGE];
@@ -268,6 +269,18 @@ impl Pages {
             }
         }
         Ok(())
+    }
+
+    /// Has the kernel begin to bring a part of a block to the disk, of what was written of it: then less is left to do
+    /// at the end.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such block.
+    pub fn begin_writeback(&self, block: usize, part: ByteRange) {
+        let at = self.blocks[block].header.pages_offset + part.start();
+        // Whether all is on the disk is told at the end.
+        let _ = writeback::begin(&self.file, at, part.len());
     }
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
