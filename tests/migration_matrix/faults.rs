@@ -1,5 +1,7 @@
 //! What goes wrong besides channels: memory that is not there, pages that do not fit.
 
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -9,12 +11,14 @@ use migration::lazy::OfferedFaults;
 use migration::lazy::{FaultHandler, HandlerFailed, LazyRam, SharedFaults, SharedRange};
 use migration::page_bitmap::PageBitmap;
 use migration::postcopy::SwitchWhen;
-use migration::{Guest, MigrationError};
+use migration::snapshot::{RunningGuest, save_in_background};
+use migration::stream::Configuration;
+use migration::{Guest, MigrationError, NoDevices, Progress};
 use ram_discard::memory::HostMapping;
 
 use crate::guest::{Vm, no_work};
 use crate::huge_page_pool::Pool;
-use crate::memory::{BLOCK, Kind, Pattern, Room, Side, say};
+use crate::memory::{BLOCK, Kind, Pattern, Room, Side, file_with_room, say};
 use crate::{ALONE, SMALL, run};
 
 const PAGE: u64 = 4096;
@@ -298,4 +302,50 @@ fn who_touches_a_hole_with_no_room_left_waits_until_there_is_some() {
     assert_eq!(readers.map(|reader| reader.join().unwrap()), [0, 0]);
     lazy.place(0, 100 * PAGE, &[7; PAGE as usize]).unwrap();
     lazy.finish().unwrap();
+}
+
+/// A guest that unplugs a block when it runs again.
+struct Unplugs<'a>(&'a Side);
+
+impl Guest for Unplugs<'_> {
+    fn stop(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        assert!(self.0.device.change(3, false), "it is not busy");
+        Ok(())
+    }
+}
+
+#[test]
+fn a_full_disk_fails_the_image_and_not_the_unplug() {
+    let _alone = alone();
+    let side = Side::new(Kind::Memfd, &Pattern::None.plugged(SMALL)).unwrap();
+    let image = match file_with_room(1 << 20) {
+        Ok(image) => image,
+        Err(error) => return say(&format!("skipped: a tmpfs of its own: {error}")),
+    };
+    let nr_pages = side.block.used_length() / PAGE;
+    (0..nr_pages).for_each(|page| side.block.mapping().write(page * PAGE, &[7]));
+    let progress = Arc::new(Progress::new());
+    let running = RunningGuest {
+        configuration: Configuration::new("matrix"),
+        blocks: &side.blocks,
+        devices: &mut NoDevices,
+        guest: &Unplugs(&side),
+        progress: Arc::clone(&progress),
+    };
+    let error = save_in_background(running, &image).unwrap_err();
+    let MigrationError::Io { source, .. } = &error else { panic!("{error}") };
+    assert_eq!(source.kind(), io::ErrorKind::StorageFull);
+    // It was the unplug that found out.
+    let seen = progress.snapshot();
+    assert_eq!(
+        (seen.normal, seen.saved_before_discard != 0),
+        (seen.saved_before_discard - 64, true)
+    );
+    assert_eq!(side.leaked(), 0);
+    let held = side.block.ram().backing().file().metadata().unwrap().blocks() * 512;
+    assert_eq!(held, (SMALL as u64 - 1) * BLOCK);
 }

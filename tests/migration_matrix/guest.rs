@@ -1,4 +1,5 @@
-//! A guest whose vCPUs write stamps and look at every stamp before they replace it.
+//! A guest whose vCPUs write stamps and look at every stamp before they replace it, and whose driver may plug and
+//! unplug blocks meanwhile.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -6,10 +7,10 @@ use std::thread::JoinHandle;
 
 use migration::lazy::HandlerFailed;
 use migration::{Guest, MigrationError};
-use ram_discard::ByteRange;
 use ram_discard::memory::HostMapping;
+use virtio_mem::device::BlockBitmap;
 
-use crate::memory::{Side, say};
+use crate::memory::{Device, Side, say};
 
 const PAGE: u64 = 4096;
 const VCPUS: usize = 2;
@@ -20,8 +21,12 @@ pub type Work = Arc<Vec<AtomicU64>>;
 /// A guest on one side.
 pub struct Vm {
     mapping: Arc<HostMapping>,
-    /// Pages that it may use: the others are never touched.
+    /// Pages that it uses where they are usable: the others are never touched.
     pages: Vec<u64>,
+    device: Arc<Device>,
+    pages_per_block: u64,
+    /// Blocks that vCPUs may touch: those that are plugged, without those that are about to be unplugged.
+    usable: RwLock<BlockBitmap>,
     work: Work,
     /// Held for reading while a vCPU touches memory.
     running: RwLock<bool>,
@@ -29,9 +34,20 @@ pub struct Vm {
     wrong: AtomicU64,
     rounds: AtomicU64,
     visited: AtomicU64,
-    vcpus: Mutex<Vec<JoinHandle<()>>>,
-    /// What was written by the time that it was stopped.
-    at_stop: Mutex<Vec<u64>>,
+    /// Blocks that were plugged or unplugged.
+    resizes: AtomicU64,
+    /// How many there are before [`Guest::run`] returns.
+    resizes_first: AtomicU64,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    at_stop: Mutex<Option<AtStop>>,
+}
+
+/// A guest as it was when it was stopped last.
+struct AtStop {
+    /// What was written.
+    work: Vec<u64>,
+    usable: BlockBitmap,
+    plugged: BlockBitmap,
 }
 
 /// A stamp: differs between pages and between generations; 0 of a page never written.
@@ -48,31 +64,48 @@ impl Vm {
     pub fn new(side: &Side, work: &Work) -> Arc<Self> {
         // Few of very large pages, so that a round stays short.
         let gigantic = side.block.page_size() >= 1 << 30;
-        let pages = |range: &ByteRange| {
-            (range.start() / PAGE..range.end() / PAGE)
-                .filter(move |page| page % 3 != 2 && (!gigantic || page / 64 % 64 == 0))
-        };
+        let is_used = |page: &u64| page % 3 != 2 && (!gigantic || page / 64 % 64 == 0);
+        let plugged = side.device.plugged();
+        let nr_pages = side.block.used_length() / PAGE;
         Arc::new(Self {
             mapping: Arc::clone(side.block.mapping()),
-            pages: side.populated().iter().flat_map(pages).collect(),
+            pages: (0..nr_pages).filter(is_used).collect(),
+            device: Arc::clone(&side.device),
+            pages_per_block: nr_pages / plugged.nr_blocks() as u64,
+            usable: RwLock::new(plugged),
             work: Arc::clone(work),
             running: RwLock::new(false),
             end: AtomicBool::new(false),
             wrong: AtomicU64::new(0),
             rounds: AtomicU64::new(0),
             visited: AtomicU64::new(0),
-            vcpus: Mutex::default(),
+            resizes: AtomicU64::new(0),
+            resizes_first: AtomicU64::new(0),
+            threads: Mutex::default(),
             at_stop: Mutex::default(),
         })
     }
 
     /// Starts the vCPUs, which wait for [`Guest::run`].
     pub fn start(self: &Arc<Self>) {
-        let mut vcpus = self.vcpus.lock().unwrap();
+        let mut threads = self.threads.lock().unwrap();
         for index in 0..VCPUS {
             let vm = Arc::clone(self);
-            vcpus.push(std::thread::spawn(move || vm.run_vcpu(index)));
+            threads.push(std::thread::spawn(move || vm.run_vcpu(index)));
         }
+    }
+
+    /// Starts a driver that plugs and unplugs the first `nr_blocks` blocks for ever, `first` times before
+    /// [`Guest::run`] returns.
+    pub fn start_driver(self: &Arc<Self>, nr_blocks: u64, first: u64) {
+        self.resizes_first.store(first, Ordering::Relaxed);
+        let vm = Arc::clone(self);
+        self.threads.lock().unwrap().push(std::thread::spawn(move || vm.run_driver(nr_blocks)));
+    }
+
+    /// Blocks that were plugged when it was stopped last.
+    pub fn plugged_at_stop(&self) -> BlockBitmap {
+        self.at_stop.lock().unwrap().as_ref().expect("it was stopped").plugged.clone()
     }
 
     /// Waits until the vCPUs went over their memory so often.
@@ -91,8 +124,8 @@ impl Vm {
     /// Ends the vCPUs; how many pages were not as they had been written.
     pub fn end(&self) -> u64 {
         self.end.store(true, Ordering::Relaxed);
-        for vcpu in self.vcpus.lock().unwrap().drain(..) {
-            vcpu.join().unwrap();
+        for thread in self.threads.lock().unwrap().drain(..) {
+            thread.join().unwrap();
         }
         self.wrong.load(Ordering::Relaxed)
     }
@@ -100,9 +133,10 @@ impl Vm {
     /// Pages of `side` that do not hold what the guest had written when it was stopped last.
     pub fn differ_at_stop(&self, side: &Side) -> u64 {
         let at_stop = self.at_stop.lock().unwrap();
+        let AtStop { work, usable, .. } = at_stop.as_ref().expect("it was stopped");
         let differs = |page: &&u64| {
-            let expected = stamp(**page, at_stop[**page as usize]);
-            read_stamps(side.block.mapping(), **page) != [expected; 2]
+            let expected = stamp(**page, work[**page as usize]);
+            self.is_in(usable, **page) && read_stamps(side.block.mapping(), **page) != [expected; 2]
         };
         self.pages.iter().filter(differs).count() as u64
     }
@@ -117,9 +151,41 @@ impl Vm {
                     std::thread::sleep(std::time::Duration::from_micros(200));
                     break;
                 }
-                chunk.iter().for_each(|&page| self.visit(page));
+                let usable = self.usable.read().unwrap_or_else(PoisonError::into_inner);
+                let pages = chunk.iter().filter(|&&page| self.is_in(&usable, page));
+                pages.for_each(|&page| self.visit(page));
             }
             self.rounds.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn is_in(&self, blocks: &BlockBitmap, page: u64) -> bool {
+        let block = (page / self.pages_per_block) as usize;
+        blocks.all(block..block + 1, true)
+    }
+
+    fn run_driver(&self, nr_blocks: u64) {
+        let mut random = 0x2545_f491_4f6c_dd1d_u64;
+        while !self.end.load(Ordering::Relaxed) {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            let block = (random % nr_blocks) as usize;
+            let unplug = self.usable.read().unwrap().all(block..block + 1, true);
+            // No vCPU touches it from now on.
+            self.usable.write().unwrap().set(block..block + 1, false);
+            let done = self.device.change(block, !unplug);
+            if done && unplug {
+                let first = block as u64 * self.pages_per_block;
+                for page in first..first + self.pages_per_block {
+                    self.work[page as usize].store(0, Ordering::Relaxed);
+                }
+            }
+            if done != unplug {
+                self.usable.write().unwrap().set(block..block + 1, true);
+            }
+            self.resizes.fetch_add(u64::from(done), Ordering::Relaxed);
+            std::thread::sleep(std::time::Duration::from_micros(200));
         }
     }
 
@@ -151,13 +217,20 @@ fn read_stamps(mapping: &HostMapping, page: u64) -> [u64; 2] {
 impl Guest for Vm {
     fn stop(&self) -> Result<(), String> {
         *self.running.write().unwrap_or_else(PoisonError::into_inner) = false;
-        *self.at_stop.lock().unwrap() =
-            self.work.iter().map(|generation| generation.load(Ordering::Relaxed)).collect();
+        let usable = self.usable.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let work = self.work.iter().map(|generation| generation.load(Ordering::Relaxed)).collect();
+        let plugged = self.device.plugged();
+        *self.at_stop.lock().unwrap() = Some(AtStop { work, usable, plugged });
         Ok(())
     }
 
     fn run(&self) -> Result<(), String> {
+        let before = self.resizes.load(Ordering::Relaxed);
         *self.running.write().unwrap_or_else(PoisonError::into_inner) = true;
+        let first = self.resizes_first.load(Ordering::Relaxed);
+        while self.resizes.load(Ordering::Relaxed) < before + first {
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
         Ok(())
     }
 }

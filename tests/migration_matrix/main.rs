@@ -12,6 +12,7 @@ mod guest;
 mod huge_page_pool;
 mod memory;
 
+use std::borrow::Borrow;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -48,6 +49,7 @@ enum Way {
     Postcopy,
     Recovered,
     BackgroundSnapshot,
+    BackgroundSnapshotWithResizes,
     LazyRestore,
 }
 
@@ -78,7 +80,11 @@ fn all(way: Way, nr_blocks: usize) {
                     break;
                 }
             };
-            one(way, &from, &to, &format!("{way:?} on {kind:?}, {pattern:?} discarded"));
+            let what = format!("{way:?} on {kind:?}, {pattern:?} discarded");
+            match way {
+                Way::BackgroundSnapshotWithResizes => background_with_resizes(kind, &from, &what),
+                _ => one(way, &from, &to, &what),
+            }
         }
         drop(pool);
     }
@@ -95,8 +101,9 @@ fn one(way: Way, from: &Side, to: &Side, what: &str) {
         Way::Hybrid => migrate(from, to, &here, &there, Some(SwitchWhen::Rounds(1)), 1),
         Way::Postcopy => migrate(from, to, &here, &there, Some(SwitchWhen::AtOnce), 1),
         Way::Recovered => migrate(from, to, &here, &there, Some(SwitchWhen::AtOnce), 3),
+        Way::BackgroundSnapshotWithResizes => unreachable!("its destination is another"),
         Way::BackgroundSnapshot => {
-            background(from, to, &here);
+            background(from, &here, || to);
             assert_eq!(here.differ_at_stop(to), 0, "{what}");
         }
         Way::LazyRestore => lazily(from, to, &here, &there),
@@ -247,8 +254,26 @@ fn breaking(limit: usize) -> (UnixStream, UnixStream) {
     (source, destination)
 }
 
+/// Saves a guest whose driver plugs and unplugs blocks all the time, and restores it into memory of which is plugged
+/// what was at the instant of the image.
+fn background_with_resizes(kind: Kind, from: &Side, what: &str) {
+    let here = Vm::new(from, &no_work(from.block.used_length()));
+    here.start();
+    here.run().unwrap();
+    here.wait_rounds(3);
+    // Some before the background begins to write. There are pages of 1 GiB for what is plugged at first.
+    match kind {
+        Kind::Gigantic => here.start_driver(1, 1),
+        _ => here.start_driver(from.device.plugged().nr_blocks() as u64, 5),
+    }
+    let to = background(from, &here, || Side::new(kind, &here.plugged_at_stop()).unwrap());
+    assert_eq!(here.differ_at_stop(&to), 0, "{what}");
+    assert_eq!(here.end(), 0, "{what}: pages wrong on the source");
+    assert_eq!((from.leaked(), to.leaked()), (0, 0), "{what}: discarded memory is held");
+}
+
 /// Saves a running guest, and restores the file into other memory.
-fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
+fn background<S: Borrow<Side>>(from: &Side, here: &Arc<Vm>, to: impl FnOnce() -> S) -> S {
     let file = tempfile::tempfile().unwrap();
     let running = RunningGuest {
         configuration: Configuration::new("matrix"),
@@ -259,6 +284,8 @@ fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
     };
     save_in_background(running, &file).unwrap();
     here.wait_rounds(2);
+    let other = to();
+    let to = other.borrow();
     let what = Restore {
         configuration: Configuration::new("matrix"),
         blocks: Arc::clone(&to.blocks),
@@ -267,6 +294,7 @@ fn background(from: &Side, to: &Side, here: &Arc<Vm>) {
         progress: Arc::new(Progress::new()),
     };
     restore(what, &file).unwrap();
+    other
 }
 
 /// Saves a stopped guest, and lets it go on from the file at once.
@@ -332,6 +360,11 @@ fn background_snapshot() {
 }
 
 #[test]
+fn background_snapshot_with_resizes() {
+    all(Way::BackgroundSnapshotWithResizes, SMALL);
+}
+
+#[test]
 fn lazy_restore() {
     all(Way::LazyRestore, SMALL);
 }
@@ -352,6 +385,7 @@ fn soak() {
             Way::Postcopy,
             Way::Recovered,
             Way::BackgroundSnapshot,
+            Way::BackgroundSnapshotWithResizes,
             Way::LazyRestore,
         ] {
             all(way, nr_blocks);

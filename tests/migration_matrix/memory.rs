@@ -4,12 +4,13 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use ram_discard::memory::RamBlock;
 use ram_discard::{
-    ByteRange, LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, Section,
+    ByteRange, LocalRamDiscardManager, RamDiscardListener, RamDiscardManager, RamDiscardSource,
+    Section, SourceId,
 };
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::mount::{
@@ -82,6 +83,11 @@ fn own_tmpfs(option: &str, value: &str) -> io::Result<(File, OwnedFd)> {
     Ok((File::from(rustix::fs::openat(&mount, "ram", flags, Mode::RWXU)?), mount))
 }
 
+/// A file on a tmpfs that has room for so many bytes.
+pub fn file_with_room(bytes: u64) -> io::Result<File> {
+    Ok(own_tmpfs("size", &bytes.to_string())?.0)
+}
+
 /// How much a tmpfs has room for.
 pub struct Room(OwnedFd);
 
@@ -129,15 +135,16 @@ impl Pattern {
     }
 }
 
-/// A source of block state that never changes, as while migration runs.
-struct Frozen {
-    plugged: BlockBitmap,
+/// Block state.
+struct Blocks {
+    plugged: RwLock<BlockBitmap>,
+    nr_blocks: usize,
     block_size: u64,
 }
 
-impl RamDiscardSource for Frozen {
+impl RamDiscardSource for Blocks {
     fn region_size(&self) -> u64 {
-        self.plugged.nr_blocks() as u64 * self.block_size
+        self.nr_blocks as u64 * self.block_size
     }
 
     fn granularity(&self) -> u64 {
@@ -148,8 +155,61 @@ impl RamDiscardSource for Frozen {
         let size = self.block_size;
         let first = usize::try_from(section.start() / size).ok()?;
         let end = usize::try_from(section.end().div_ceil(size)).ok()?;
-        let run = self.plugged.next_run(first..end, populated)?;
+        let run = self.plugged.read().unwrap().next_run(first..end, populated)?;
         Section::from_bounds(run.start as u64 * size, run.end as u64 * size)?.intersection(section)
+    }
+}
+
+/// Discards what is unplugged: the first listener, and so the last to be told.
+struct Discarder(Arc<RamBlock>);
+
+impl RamDiscardListener for Discarder {
+    fn name(&self) -> &str {
+        "memory"
+    }
+
+    fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, section: Section) {
+        let range = section.gpa(self.0.range().start()).and_then(|gpa| self.0.file_range(gpa));
+        self.0.backing().discard(range.unwrap()).unwrap();
+    }
+}
+
+/// The device of one side.
+pub struct Device {
+    manager: Arc<LocalRamDiscardManager>,
+    source: SourceId,
+    blocks: Arc<Blocks>,
+}
+
+impl Device {
+    /// Plugs a block that is not plugged, or unplugs one that is; false when it is busy.
+    pub fn change(&self, block: usize, plug: bool) -> bool {
+        let mut transaction = self.manager.begin();
+        let size = self.blocks.block_size;
+        let section = Section::new(block as u64 * size, size).unwrap();
+        let set = |plugged| self.blocks.plugged.write().unwrap().set(block..block + 1, plugged);
+        if transaction.is_frozen() {
+            return false;
+        }
+        if plug {
+            if transaction.notify_populate(self.source, section).is_err() {
+                return false;
+            }
+            set(true);
+        } else {
+            set(false);
+            transaction.notify_discard(self.source, section);
+        }
+        true
+    }
+
+    /// What is plugged.
+    pub fn plugged(&self) -> BlockBitmap {
+        self.blocks.plugged.read().unwrap().clone()
     }
 }
 
@@ -157,6 +217,7 @@ impl RamDiscardSource for Frozen {
 pub struct Side {
     pub block: Arc<MigrationBlock>,
     pub blocks: Arc<RamBlocks>,
+    pub device: Arc<Device>,
 }
 
 impl Side {
@@ -176,17 +237,23 @@ impl Side {
         let size = plugged.nr_blocks() as u64 * block_size;
         let ram =
             RamBlock::new("vmem0".into(), 4 << 30, size, file, 0).map_err(io::Error::other)?;
-        let block = MigrationBlock::map(Arc::new(ram), BlockOptions::migratable())?;
-        let manager = LocalRamDiscardManager::new(size);
-        let source = Frozen { plugged: plugged.clone(), block_size };
-        manager.add_source(Arc::new(source)).map_err(io::Error::other)?;
+        let ram = Arc::new(ram);
+        let block = MigrationBlock::map(Arc::clone(&ram), BlockOptions::migratable())?;
+        let manager = Arc::new(LocalRamDiscardManager::new(size));
+        let (plugged, nr_blocks) = (RwLock::new(plugged.clone()), plugged.nr_blocks());
+        let state = Arc::new(Blocks { plugged, nr_blocks, block_size });
+        let source = manager.add_source(Arc::clone(&state) as Arc<dyn RamDiscardSource>);
+        let source = source.map_err(io::Error::other)?;
+        let region = Section::new(0, size).ok_or(io::ErrorKind::InvalidInput)?;
+        manager.register(region, Box::new(Discarder(ram))).map_err(io::Error::other)?;
         block
-            .set_discard_manager(0, Arc::new(manager) as Arc<dyn RamDiscardManager>)
+            .set_discard_manager(0, Arc::clone(&manager) as Arc<dyn RamDiscardManager>)
             .map_err(io::Error::other)?;
+        let device = Arc::new(Device { manager, source, blocks: state });
         let block = Arc::new(block);
         let mut blocks = RamBlocks::new();
         blocks.register(Arc::clone(&block)).map_err(io::Error::other)?;
-        Ok(Self { block, blocks: Arc::new(blocks) })
+        Ok(Self { block, blocks: Arc::new(blocks), device })
     }
 
     /// The plugged bytes.

@@ -179,6 +179,16 @@ pub enum MigrationError {
         /// How long it may be stopped for.
         limit: Duration,
     },
+    /// The device discards memory, and what is outstanding of it could not be saved in the time that it
+    /// waits for its listeners.
+    #[error(
+        "RAM block {block:?}: memory was unplugged and could not be saved in the time that the device waits for \
+         that; take the snapshot on faster storage, or while no memory is unplugged"
+    )]
+    DiscardedTooSoon {
+        /// Id of the block.
+        block: String,
+    },
     /// The VMM could not do its part.
     #[error("the VMM cannot {what}: {reason}")]
     Vmm {

@@ -78,6 +78,9 @@ pub struct Counters {
     pub postcopy_recoveries: AtomicU64,
     /// Writes that waited for their page to be in a background snapshot.
     pub write_faults: AtomicU64,
+    /// Pages that were saved to a background snapshot before their turn, since they were about to be
+    /// discarded.
+    pub saved_before_discard: AtomicU64,
     /// Pages that were written although they are discarded: a fault of the guest. Not sent.
     pub dirty_while_discarded: AtomicU64,
     /// How often dirty pages were collected.
@@ -198,6 +201,7 @@ impl Progress {
             postcopy_requests: get(&counters.postcopy_requests),
             postcopy_recoveries: get(&counters.postcopy_recoveries),
             write_faults: get(&counters.write_faults),
+            saved_before_discard: get(&counters.saved_before_discard),
             dirty_sync_count: get(&counters.dirty_sync_count),
             dirty_pages_rate: get(&counters.dirty_pages_rate),
             cpu_throttle_percentage: get(&counters.throttle),
@@ -299,6 +303,8 @@ pub struct MigrationInfo {
     pub postcopy_recoveries: u64,
     /// Writes that waited for their page to be in a background snapshot.
     pub write_faults: u64,
+    /// Pages saved to a background snapshot before their turn, since they were about to be discarded.
+    pub saved_before_discard: u64,
     /// How often dirty pages were collected.
     pub dirty_sync_count: u64,
     /// Pages written by the guest per second.

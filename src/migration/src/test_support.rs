@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
@@ -26,7 +26,23 @@ pub(super) const PAGE: u64 = 4096;
 pub(super) const BLOCK: u64 = 64 * PAGE;
 
 /// A source whose state a test may change.
-struct Changing(Mutex<BlockBitmap>);
+pub(super) struct Changing(Mutex<BlockBitmap>);
+
+impl Changing {
+    pub(super) fn new(plugged: BlockBitmap) -> Self {
+        Self(Mutex::new(plugged))
+    }
+
+    /// Plugs blocks, or unplugs them, without a word to a manager.
+    pub(super) fn set(&self, blocks: Range<usize>, plugged: bool) {
+        self.0.lock().unwrap().set(blocks, plugged);
+    }
+
+    /// Whether all of the blocks are plugged, or unplugged.
+    pub(super) fn all(&self, blocks: Range<usize>, plugged: bool) -> bool {
+        self.0.lock().unwrap().all(blocks, plugged)
+    }
+}
 
 impl RamDiscardSource for Changing {
     fn region_size(&self) -> u64 {
@@ -168,7 +184,7 @@ impl TestManager {
         let mut bitmap = BlockBitmap::new(nr_blocks);
         plugged.iter().for_each(|&block| bitmap.set(block..block + 1, true));
         let local = LocalRamDiscardManager::new(nr_blocks as u64 * BLOCK);
-        let source = Arc::new(Changing(Mutex::new(bitmap)));
+        let source = Arc::new(Changing::new(bitmap));
         let id = local.add_source(Arc::clone(&source) as Arc<dyn RamDiscardSource>).unwrap();
         let (log, losses, elastic) = (Mutex::default(), Arc::default(), AtomicBool::new(false));
         let (refuses, busy) = (Mutex::default(), Mutex::default());
@@ -201,7 +217,7 @@ impl TestManager {
 
     /// Whether a block is plugged.
     pub(super) fn is_plugged(&self, block: usize) -> bool {
-        self.source.0.lock().unwrap().all(block..block + 1, true)
+        self.source.all(block..block + 1, true)
     }
 
     /// Has freezes noted in `log` from now on.
@@ -216,7 +232,7 @@ impl TestManager {
 
     /// Plugs a block, frozen or not, or unplugs it, without a word to the manager.
     pub(super) fn set(&self, block: usize, plugged: bool) {
-        self.source.0.lock().unwrap().set(block..block + 1, plugged);
+        self.source.set(block..block + 1, plugged);
     }
 }
 
@@ -368,7 +384,7 @@ impl Side {
     }
 }
 
-pub(crate) fn fill(file: &File, pages: std::ops::Range<u64>, byte: u8) {
+pub(crate) fn fill(file: &File, pages: Range<u64>, byte: u8) {
     for page in pages {
         file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
     }

@@ -61,6 +61,7 @@ mod sys;
 pub mod test_utils;
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -95,6 +96,12 @@ pub trait RamDiscardManager: Send + Sync {
     ///
     /// When the manager's process is gone.
     fn is_populated(&self, section: Section) -> Result<bool, Unavailable>;
+
+    /// For how long all listeners together may keep a change waiting before this manager is without a
+    /// device; `None` when a change waits for as long as it takes.
+    fn patience(&self) -> Option<Duration> {
+        None
+    }
 
     /// Calls `visit` with each maximal populated range of `section`, ascending, until it breaks.
     ///

@@ -1,18 +1,20 @@
 //! A daemon that is killed and started again in the middle of a migration: the freeze has ended with it,
-//! and what the guest plugs and writes then must not be lost.
+//! and what the guest plugs and writes then must not be lost. And what a guest may do while it is saved.
 
 mod common;
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
-use migration::snapshot::{RunningGuest, save_in_background};
+use migration::snapshot::{FileIo, Restore, RunningGuest, restore, save_in_background};
 use migration::stream::Configuration;
 use migration::{
-    Channel, Guest, GuestAfter, Incoming, MigrationError, NoDevices, Outgoing, Parameters, Progress,
+    Channel, Guest, GuestAfter, Incoming, MigrationError, MigrationInfo, NoDevices, Outgoing,
+    Parameters, Progress,
 };
 use ram_discard::memory::RamBlock;
 use small_vmm::driver::ResponseType;
@@ -165,18 +167,65 @@ fn a_daemon_that_is_killed_and_back_before_the_guest_is_stopped_keeps_the_guest_
     assert_eq!(vm.log(), ["stop"]);
 }
 
-#[test]
-fn a_daemon_that_is_killed_and_back_while_a_guest_is_saved_leaves_no_snapshot() {
-    let vm = Vm::new("run", restart_and_unplug);
+/// Saves a guest while it runs, as a client of its daemon.
+fn save(vm: &Vm, file: &File) -> (Result<(), MigrationError>, MigrationInfo) {
     let blocks = vm.blocks();
+    let progress = Arc::new(Progress::new());
     let running = RunningGuest {
         configuration: Configuration::new("test"),
         blocks: &blocks,
         devices: &mut NoDevices,
-        guest: &vm,
+        guest: vm,
+        progress: Arc::clone(&progress),
+    };
+    (save_in_background(running, file), progress.snapshot())
+}
+
+fn resize(rig: &mut Rig) {
+    assert_eq!(rig.unplug(0, 2), ResponseType::Ack, "block state is not frozen");
+    assert_eq!(rig.held(0, 2), 0, "its memory goes before the guest is answered");
+    // Comes again as zeros, and another one, and both are written.
+    assert_eq!(rig.plug(0, 1), ResponseType::Ack);
+    assert_eq!(rig.plug(7, 1), ResponseType::Ack);
+    rig.ram.write(gpa(0), &[0xbb; 4096]).unwrap();
+    rig.stamp(7, 8);
+    rig.ram.write(gpa(2), &[0xbb; 4096]).unwrap();
+}
+
+#[test]
+fn a_guest_that_is_saved_while_it_plugs_and_unplugs_is_in_the_image_as_it_was_at_the_instant() {
+    let vm = Vm::new("run", resize);
+    let file = tempfile::tempfile().unwrap();
+    let (saved, seen) = save(&vm, &file);
+    saved.unwrap();
+    let pages = 2 * (gpa(1) - gpa(0)) / 4096;
+    assert_eq!((seen.saved_before_discard, seen.normal), (pages, 2 * pages));
+    assert!(seen.busy_time.is_some());
+    let there = ram();
+    let region = there.region(ADDR).unwrap();
+    let (file_there, offset) = (region.file.try_clone().unwrap(), region.offset);
+    let block = RamBlock::new("vmem0".to_owned(), ADDR, REGION, file_there, offset).unwrap();
+    let block = MigrationBlock::map(Arc::new(block), BlockOptions::migratable()).unwrap();
+    let mut blocks = RamBlocks::new();
+    blocks.register(Arc::new(block)).unwrap();
+    let image = Restore {
+        configuration: Configuration::new("test"),
+        blocks: Arc::new(blocks),
+        devices: &mut NoDevices,
+        io: FileIo { threads: 2, direct: false },
         progress: Arc::new(Progress::new()),
     };
-    let error = save_in_background(running, &tempfile::tempfile().unwrap()).unwrap_err();
+    restore(image, &file).unwrap();
+    assert_eq!(there.find_wrong_stamp(gpa(0)..gpa(4), 1).unwrap(), None);
+    assert_eq!(there.allocated_bytes(gpa(0)..gpa(8)).unwrap(), gpa(4) - gpa(0));
+    // Nothing is left of it at the device.
+    assert_eq!(vm.rig.lock().unwrap().unplug(3, 1), ResponseType::Ack);
+}
+
+#[test]
+fn a_daemon_that_is_killed_and_back_while_a_guest_is_saved_leaves_no_snapshot() {
+    let vm = Vm::new("run", restart_and_unplug);
+    let error = save(&vm, &tempfile::tempfile().unwrap()).0.unwrap_err();
     assert!(matches!(error, MigrationError::FreezeLost(_)), "{error}");
     assert_eq!(vm.log(), ["stop", "run"]);
 }

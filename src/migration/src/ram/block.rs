@@ -180,7 +180,7 @@ impl MigrationBlock {
     }
 
     /// The manager, and where in the block its region starts.
-    pub(super) fn discard_region(&self) -> Option<(u64, Arc<dyn RamDiscardManager>)> {
+    pub(crate) fn discard_region(&self) -> Option<(u64, Arc<dyn RamDiscardManager>)> {
         let discard = self.discard.read();
         discard.as_ref().map(|region| (region.start, Arc::clone(&region.manager)))
     }

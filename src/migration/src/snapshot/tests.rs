@@ -1,6 +1,7 @@
 mod background;
 mod disk;
 mod lazy;
+mod resizes;
 mod shared;
 
 use std::fs::File;

@@ -1,6 +1,7 @@
 //! The client: the manager of a region whose device is in another process.
 
 mod events;
+mod follow;
 mod freeze;
 mod requests;
 
@@ -229,6 +230,10 @@ impl Drop for RemoteRamDiscardManager {
 }
 
 impl RamDiscardManager for RemoteRamDiscardManager {
+    fn patience(&self) -> Option<Duration> {
+        Some(self.shared.patience)
+    }
+
     fn region_size(&self) -> u64 {
         self.shared.geometry.region_size()
     }
@@ -299,17 +304,10 @@ impl RamDiscardManager for RemoteRamDiscardManager {
     fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
         let shared = &self.shared;
         let freeze = RemoteFreeze::begin(shared, purpose)?;
-        let lease = freeze.lease();
+        let map = freeze.map(&shared.view.lock());
         // Ends the freeze when the map cannot be had.
         let mut frozen = FrozenBlockState::new(Vec::new(), Box::new(freeze));
-        if let Some(region) = shared.geometry.section() {
-            let view = shared.view.lock();
-            let blocks = shared.blocks(&view, 0..shared.geometry.nr_blocks())?;
-            if let Some(lease) = lease {
-                shared.check_map(lease, &blocks)?;
-            }
-            frozen.set_discarded(blocks.ranges(&shared.geometry, region, false).collect());
-        }
+        frozen.set_discarded(shared.discarded(&map?));
         Ok(frozen)
     }
 }
@@ -384,6 +382,13 @@ impl Shared {
             }
             thread::yield_now();
         }
+    }
+
+    /// All maximal discarded ranges of all blocks, ascending.
+    fn discarded(&self, blocks: &Blocks) -> Vec<Section> {
+        let region = self.geometry.section();
+        let of = |region| blocks.ranges(&self.geometry, region, false).collect();
+        region.map(of).unwrap_or_default()
     }
 
     fn mark(&self, copy: &mut Blocks, section: Section, populated: bool) {

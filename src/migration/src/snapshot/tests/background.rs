@@ -36,7 +36,10 @@ impl Guest for Writer {
     }
 }
 
-fn save_running(side: &Side, file: &File) -> (Result<(), MigrationError>, progress::MigrationInfo) {
+pub(super) fn save_running(
+    side: &Side,
+    file: &File,
+) -> (Result<(), MigrationError>, progress::MigrationInfo) {
     let (result, seen, runs) = save_running_while(side, file, None, Arc::default());
     assert_eq!(runs, 1);
     (result, seen)

@@ -10,7 +10,7 @@ use vmstate::printable;
 
 use super::requests::Answer;
 use super::{Blocks, DeviceSizes, Shared};
-use crate::device::Geometry;
+use crate::device::{BlockBitmap, Geometry};
 use crate::discard_channel::wire::{ClientMessage, ServerMessage};
 use crate::discard_channel::{FrameReader, ReceiveError};
 
@@ -38,6 +38,11 @@ pub(super) struct Told {
 }
 
 impl Told {
+    /// As blocks.
+    pub(super) fn blocks(&self) -> &BlockBitmap {
+        &self.blocks.blocks
+    }
+
     /// The maximal ranges, ascending.
     pub(super) fn populated<'a>(
         &'a self,

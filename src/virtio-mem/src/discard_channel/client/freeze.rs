@@ -4,9 +4,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-use ram_discard::{Freeze, FreezeError, FreezeFor, FreezeLost, Unavailable};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use ram_discard::{
+    Follow, FollowError, Freeze, FreezeError, FreezeFor, FreezeLost, RamDiscardListener,
+    Unavailable,
+};
 
+use super::events::View;
+use super::follow::RemoteFollow;
 use super::requests::Answer;
 use super::{Blocks, Shared};
 use crate::discard_channel::wire::ClientMessage;
@@ -17,7 +22,8 @@ const RENEWALS: u32 = 3;
 /// The freezes of a client. For the server, all at a time are one.
 #[derive(Default)]
 pub(super) struct Freezes {
-    /// One begins or ends at a time; taken before any other lock.
+    /// One begins or ends at a time, or is renewed by the thread for that: the server would refuse to renew
+    /// one that ends, and it would count as lost. Taken before any other lock.
     turn: Mutex<()>,
     lease: Mutex<Option<Lease>>,
     /// The lease has ended.
@@ -93,45 +99,90 @@ impl Freezes {
     }
 }
 
-/// A freeze, or none: for a destination, there is nothing to hold.
+/// A freeze of this client.
 pub(super) struct RemoteFreeze {
     shared: Arc<Shared>,
-    lease: Option<u64>,
+    purpose: FreezeFor,
+    hold: Hold,
+}
+
+/// What there is to hold.
+enum Hold {
+    /// A lease, by its name.
+    Lease(u64),
+    /// Nothing: for a destination.
+    Nothing,
+    /// The lease, which has ended, and not as it should.
+    Lost(FreezeLost),
 }
 
 impl RemoteFreeze {
     pub(super) fn begin(shared: &Arc<Shared>, purpose: FreezeFor) -> Result<Self, FreezeError> {
         shared.requests.check_thread()?;
         shared.requests.check()?;
-        let lease = match purpose {
-            FreezeFor::Source => Some(shared.freeze()?),
-            FreezeFor::Destination => None,
+        let hold = match purpose {
+            FreezeFor::Source => Hold::Lease(shared.freeze()?),
+            FreezeFor::Destination => Hold::Nothing,
         };
-        Ok(Self { shared: Arc::clone(shared), lease })
+        Ok(Self { shared: Arc::clone(shared), purpose, hold })
+    }
+
+    /// All blocks as they are while it is held.
+    pub(super) fn map(&self, view: &MutexGuard<'_, View>) -> Result<Blocks, Unavailable> {
+        let blocks = self.shared.blocks(view, 0..self.shared.geometry.nr_blocks())?;
+        if let Some(lease) = self.lease() {
+            self.shared.check_map(lease, &blocks)?;
+        }
+        Ok(blocks)
     }
 
     /// Names the lease that it holds.
-    pub(super) fn lease(&self) -> Option<u64> {
-        self.lease
+    fn lease(&self) -> Option<u64> {
+        match self.hold {
+            Hold::Lease(id) => Some(id),
+            Hold::Nothing | Hold::Lost(_) => None,
+        }
     }
 }
 
 impl Freeze for RemoteFreeze {
     /// Renews it: a server that still has this freeze has had it without a gap.
     fn check(&self) -> Result<(), FreezeLost> {
-        match self.lease {
-            Some(id) => self.shared.renew(id),
-            None => self.shared.requests.check().map_err(|lost| FreezeLost(lost.to_string())),
+        match &self.hold {
+            Hold::Lease(id) => self.shared.renew(*id),
+            Hold::Nothing => {
+                self.shared.requests.check().map_err(|lost| FreezeLost(lost.to_string()))
+            }
+            Hold::Lost(lost) => Err(lost.clone()),
         }
     }
 
     fn thaw(&mut self) -> Result<(), FreezeLost> {
-        let Some(id) = self.lease else { return self.check() };
+        let Some(id) = self.lease() else { return self.check() };
         // A listener must not call back. Its freeze ends with the connection then.
         if let Err(error) = self.shared.requests.check_thread() {
             return Err(FreezeLost(self.shared.lose(&error.to_string()).to_string()));
         }
         self.shared.thaw(id)
+    }
+
+    fn can_follow(&self) -> bool {
+        !matches!(self.hold, Hold::Lost(_))
+    }
+
+    fn follow(
+        &mut self,
+        listener: Box<dyn RamDiscardListener>,
+    ) -> Result<Box<dyn Follow>, FollowError> {
+        // Registered first: it is told of all that the server does once it has thawed.
+        let follow = RemoteFollow::register(&self.shared, self, self.purpose, listener)?;
+        if let Some(id) = self.lease()
+            && let Err(lost) = self.shared.thaw(id)
+        {
+            self.hold = Hold::Lost(lost.clone());
+            return Err(lost.into());
+        }
+        Ok(Box::new(follow))
     }
 }
 
@@ -222,6 +273,11 @@ impl Shared {
                 let _ = self.freezes.changed.wait_until(&mut lease, due);
             }
             drop(lease);
+            let _turn = self.freezes.turn.lock();
+            // It may have ended meanwhile.
+            if !self.freezes.lease.lock().as_mut().is_some_and(|lease| is_held(&lease)) {
+                return;
+            }
             if let Err(lost) = self.renew(id) {
                 tracing::warn!(%lost, "block state is no longer frozen");
                 return;
@@ -256,7 +312,7 @@ impl Shared {
         thawed
     }
 
-    fn wrong_answer(&self) -> Unavailable {
+    pub(super) fn wrong_answer(&self) -> Unavailable {
         self.lose("the server broke the protocol: a wrong answer")
     }
 }

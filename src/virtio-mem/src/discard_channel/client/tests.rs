@@ -1,3 +1,4 @@
+mod follow;
 mod freezes;
 mod lost;
 

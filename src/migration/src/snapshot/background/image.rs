@@ -1,0 +1,474 @@
+//! The image while the guest runs: three write pages to it, each page is written once.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+use ram_discard::ByteRange;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+use crate::error::MigrationError;
+use crate::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::precopy::Guest;
+use crate::progress::{Counters, Progress, Status};
+use crate::ram::{FrozenBlocks, MigrationBlock};
+use crate::snapshot::file_io::PagesFile;
+use crate::snapshot::save::{write_bitmap, write_run};
+use crate::stream::{MappedRamHeader, TARGET_PAGE_SIZE};
+use crate::sys::GatherWrite;
+use crate::sys::page_faults::{Fault, PageFaults};
+
+/// What is written between two looks at which vCPUs wait, bytes.
+const STEP: u64 = 256 << 10;
+
+/// Who writes pages to the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writer {
+    /// The thread that writes all pages, one after the other.
+    Background,
+    /// The thread that answers the vCPUs that wait for a page.
+    Faults,
+    /// The thread of the device, which discards memory next.
+    Discards,
+}
+
+const WRITERS: usize = 3;
+
+/// A block while it is saved.
+pub(super) struct Saved {
+    block: Arc<MigrationBlock>,
+    header: MappedRamHeader,
+    /// Its number among the mappings.
+    mapping: usize,
+    state: Mutex<State>,
+    /// A writer has finished with what it had claimed.
+    settled: Condvar,
+}
+
+struct State {
+    /// Pages that are not in the file yet, and that no writer has claimed.
+    todo: PageBitmap,
+    /// Pages that are in it, and not zero.
+    written: PageBitmap,
+    /// What each writer writes now: whole host pages.
+    claimed: [Option<Range<u64>>; WRITERS],
+}
+
+impl State {
+    /// Whether a writer, unless it is `except`, has claimed one of `pages`.
+    fn is_claimed(&self, pages: &Range<u64>, except: Option<Writer>) -> bool {
+        let overlaps =
+            |claimed: &Range<u64>| claimed.start < pages.end && pages.start < claimed.end;
+        let except = except.map(|writer| writer as usize);
+        let others = self.claimed.iter().enumerate().filter(|(writer, _)| Some(*writer) != except);
+        others.flat_map(|(_, claimed)| claimed).any(overlaps)
+    }
+}
+
+/// What a vCPU waits for.
+enum Wanted<'a> {
+    /// It is in the file, or is not part of the image.
+    Nothing,
+    /// Another thread writes it now, and lets the vCPU continue.
+    ClaimedBefore,
+    /// It is to be written.
+    Pages(Claim<'a>),
+}
+
+impl Saved {
+    /// A block of which the pages `todo` are to be saved while the guest runs, and `written` have been.
+    pub(super) fn new(
+        block: Arc<MigrationBlock>,
+        header: MappedRamHeader,
+        mapping: usize,
+        todo: PageBitmap,
+        written: PageBitmap,
+    ) -> Self {
+        let state = Mutex::new(State { todo, written, claimed: [const { None }; WRITERS] });
+        Self { block, header, mapping, state, settled: Condvar::new() }
+    }
+
+    /// The block.
+    pub(super) fn block(&self) -> &Arc<MigrationBlock> {
+        &self.block
+    }
+
+    /// Target pages in a host page.
+    fn per_page(&self) -> u64 {
+        (self.block.page_size() / TARGET_PAGE_SIZE).max(1)
+    }
+
+    /// The host pages that `pages` touch.
+    fn host_pages(&self, pages: Range<u64>) -> Range<u64> {
+        let (per_page, nr_pages) = (self.per_page(), self.block.used_length() / TARGET_PAGE_SIZE);
+        let end = pages.end.next_multiple_of(per_page).min(nr_pages);
+        pages.start / per_page * per_page..end
+    }
+
+    /// What is written at once, pages.
+    fn step(&self) -> u64 {
+        (STEP / TARGET_PAGE_SIZE).max(self.per_page())
+    }
+
+    /// Claims the first outstanding pages of `within`, no more than a step, for a writer that has
+    /// claimed none. Host pages are claimed as a whole: the protection of all of it is lifted at once.
+    fn claim<'a>(
+        &'a self,
+        image: &'a Image,
+        writer: Writer,
+        within: Range<u64>,
+    ) -> Option<Claim<'a>> {
+        let mut state = self.state.lock();
+        let run = state.todo.next_run(within.start, within.end, self.step())?;
+        Some(self.take(image, &mut state, writer, run))
+    }
+
+    /// As [`claim`](Self::claim), of one host page that a vCPU waits for.
+    fn claim_wanted<'a>(&'a self, image: &'a Image, page: Range<u64>) -> Wanted<'a> {
+        let mut state = self.state.lock();
+        if state.is_claimed(&page, None) {
+            return Wanted::ClaimedBefore;
+        }
+        match state.todo.next_set(page.start, page.end) {
+            Some(first) => {
+                Wanted::Pages(self.take(image, &mut state, Writer::Faults, first..first + 1))
+            }
+            None => Wanted::Nothing,
+        }
+    }
+
+    fn take<'a>(
+        &'a self,
+        image: &'a Image,
+        state: &mut State,
+        writer: Writer,
+        pages: Range<u64>,
+    ) -> Claim<'a> {
+        let pages = self.host_pages(pages);
+        let runs = state.todo.runs(pages.clone()).collect();
+        state.todo.clear_range(pages.clone());
+        state.claimed[writer as usize] = Some(pages.clone());
+        Claim { image, saved: self, writer, pages, runs, is_written: false }
+    }
+
+    /// Waits until no other writer than the one that discards has claimed any of `pages`; false when
+    /// that is not so at the `deadline`.
+    fn wait_unclaimed(&self, pages: &Range<u64>, deadline: Option<Instant>) -> bool {
+        let mut state = self.state.lock();
+        while state.is_claimed(pages, Some(Writer::Discards)) {
+            match deadline {
+                None => self.settled.wait(&mut state),
+                Some(deadline) => {
+                    if self.settled.wait_until(&mut state, deadline).timed_out() {
+                        return !state.is_claimed(pages, Some(Writer::Discards));
+                    }
+                }
+            }
+        }
+        true
+    }
+}
+
+/// Pages that one writer writes, and no other: whole host pages. Dropped before they are written,
+/// it ends the image.
+struct Claim<'a> {
+    image: &'a Image,
+    saved: &'a Saved,
+    writer: Writer,
+    pages: Range<u64>,
+    /// What of them is not in the file.
+    runs: Vec<Range<u64>>,
+    is_written: bool,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if !self.is_written {
+            self.image.stop();
+        }
+        self.saved.state.lock().claimed[self.writer as usize] = None;
+        self.saved.settled.notify_all();
+    }
+}
+
+/// Stops the image when it is dropped.
+struct StopsAtLast<'a>(&'a Image);
+
+impl Drop for StopsAtLast<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// The pages of the image, and who waits for them.
+pub(super) struct Image {
+    faults: PageFaults,
+    saved: Vec<Saved>,
+    file: File,
+    progress: Arc<Progress>,
+    /// Wakes the thread that answers vCPUs.
+    wake: OwnedFd,
+    /// All is written, or it has failed.
+    stopped: AtomicBool,
+    /// Why it has failed first.
+    failure: Mutex<Option<MigrationError>>,
+}
+
+impl Image {
+    /// An image of which the pages of `saved` are to be written to `file`, each before it is changed.
+    pub(super) fn new(
+        faults: PageFaults,
+        saved: Vec<Saved>,
+        file: File,
+        progress: Arc<Progress>,
+    ) -> Result<Self, MigrationError> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| MigrationError::io("make an eventfd")(errno.into()))?;
+        let (stopped, failure) = (AtomicBool::new(false), Mutex::default());
+        Ok(Self { faults, saved, file, progress, wake, stopped, failure })
+    }
+
+    /// The blocks, as numbers for [`save_before_discard`](Self::save_before_discard).
+    pub(super) fn blocks(&self) -> &[Saved] {
+        &self.saved
+    }
+
+    /// Lets the guest run, which `runs` tells from then on, and writes all pages. Block state is followed (or
+    /// frozen, where it cannot be) until they are written. No vCPU waits for a page when this returns.
+    pub(super) fn write_while_running(
+        &self,
+        guest: &dyn Guest,
+        block_state: FrozenBlocks,
+        runs: &mut bool,
+    ) -> Result<(), MigrationError> {
+        std::thread::scope(|scope| {
+            let answering = scope.spawn(|| self.answer());
+            // The scope waits for that thread, also when the VMM panics.
+            let _stops = StopsAtLast(self);
+            match guest.run() {
+                Ok(()) => {
+                    *runs = true;
+                    self.progress.guest_runs_elsewhere();
+                    self.progress.set_status(Status::Active);
+                    self.write_all();
+                }
+                Err(reason) => {
+                    self.fail(MigrationError::Vmm { what: "let the guest continue", reason });
+                }
+            }
+            // Asked when all is written: memory that goes without a word of it may have been
+            // read afterwards.
+            if !self.is_stopped()
+                && let Err(error) = block_state.check()
+            {
+                self.fail(error);
+            }
+            if self.is_stopped() {
+                // The thread that answers vCPUs may have ended. The device may wait for one of them
+                // with its manager locked, and the next step waits for that.
+                self.end_protection();
+            }
+            drop(block_state);
+            let failed = self.is_stopped();
+            self.stop();
+            answering.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            self.end_protection();
+            if failed { Err(self.why_it_failed()) } else { Ok(()) }
+        })?;
+        for saved in &self.saved {
+            let state = saved.state.lock();
+            write_bitmap(&state.written, saved.header, &self.file)
+                .map_err(MigrationError::io("write a bitmap"))?;
+        }
+        Ok(())
+    }
+
+    /// The image is of no use, for this reason unless there was one before.
+    pub(super) fn fail(&self, error: MigrationError) {
+        self.failure.lock().get_or_insert(error);
+        self.stop();
+    }
+
+    /// Writes what is outstanding of `range` (bytes of the block, about to be discarded), and waits until
+    /// no other thread reads it: what is read after it was discarded would be allocated again. Its
+    /// protection is lifted, since that outlives its memory. When that lasts until the `deadline`, the
+    /// image fails; a guest is not held for it.
+    pub(super) fn save_before_discard(
+        &self,
+        saved: &Saved,
+        range: ByteRange,
+        deadline: Option<Instant>,
+    ) {
+        let pages = saved.host_pages(pages_touched(range));
+        let mut gathered = GatherWrite::new();
+        while !self.is_stopped()
+            && let Some(claim) = saved.claim(self, Writer::Discards, pages.clone())
+        {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                drop(claim);
+                self.fail(too_slow(saved));
+                break;
+            }
+            let nr_pages = claim.runs.iter().map(|run| run.end - run.start).sum();
+            Counters::add(&self.progress.counters.saved_before_discard, nr_pages);
+            if let Err(error) = self.save(claim, &mut gathered) {
+                self.fail(error);
+            }
+        }
+        // After a failure, too, none of it is to be read again.
+        saved.state.lock().todo.clear_range(pages.clone());
+        if !saved.wait_unclaimed(&pages, deadline) {
+            return self.fail(too_slow(saved));
+        }
+        if !self.is_stopped()
+            && let Err(error) = self.unprotect(saved, pages)
+        {
+            self.fail(error);
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        // Any number but 0 wakes.
+        let _ = rustix::io::write(&self.wake, &1u64.to_le_bytes());
+    }
+
+    fn why_it_failed(&self) -> MigrationError {
+        self.failure.lock().take().unwrap_or_else(|| MigrationError::Io {
+            what: "write pages",
+            source: std::io::Error::other("a thread that wrote them has ended"),
+        })
+    }
+
+    /// Ends the protection of all blocks, also for vCPUs that wait.
+    fn end_protection(&self) {
+        for saved in &self.saved {
+            let Some(used) = saved.block.used() else { continue };
+            if let Err(error) = self.faults.unregister(saved.mapping, used) {
+                let what = "end protection";
+                self.failure
+                    .lock()
+                    .get_or_insert_with(|| MigrationError::memory(saved.block.id(), what)(error));
+            }
+        }
+    }
+
+    /// Writes all pages, one after the other, and waits until those are written that other threads
+    /// write.
+    fn write_all(&self) {
+        let mut gathered = GatherWrite::new();
+        for saved in &self.saved {
+            let nr_pages = saved.block.used_length() / TARGET_PAGE_SIZE;
+            let mut from = 0;
+            loop {
+                if self.progress.is_cancelled() {
+                    self.fail(MigrationError::Cancelled);
+                }
+                if self.is_stopped() {
+                    return;
+                }
+                let Some(claim) = saved.claim(self, Writer::Background, from..nr_pages) else {
+                    break;
+                };
+                from = claim.pages.end;
+                if let Err(error) = self.save(claim, &mut gathered) {
+                    return self.fail(error);
+                }
+            }
+        }
+        for saved in &self.saved {
+            let mut state = saved.state.lock();
+            while state.claimed.iter().any(Option::is_some) {
+                saved.settled.wait(&mut state);
+            }
+        }
+    }
+
+    /// Writes pages that no other thread writes, and lifts their protection.
+    fn save(&self, mut claim: Claim<'_>, gathered: &mut GatherWrite) -> Result<(), MigrationError> {
+        let saved = claim.saved;
+        for run in &claim.runs {
+            let (header, progress) = (saved.header, &self.progress);
+            let file = PagesFile::cached(&self.file);
+            let kept = write_run(&saved.block, run.clone(), header, &file, gathered, progress)?;
+            let mut state = saved.state.lock();
+            for kept in kept {
+                state.written.set_range(kept);
+            }
+        }
+        claim.is_written = true;
+        self.unprotect(saved, claim.pages.clone())
+    }
+
+    /// Lets whole host pages be written again, and vCPUs continue that wait for that.
+    fn unprotect(&self, saved: &Saved, pages: Range<u64>) -> Result<(), MigrationError> {
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let lifted = self.faults.protect(saved.mapping, bytes_of(pages), false);
+        lifted.map_err(MigrationError::memory(saved.block.id(), "lift the protection"))
+    }
+
+    /// Answers the faults of vCPUs, until told to stop.
+    fn answer(&self) {
+        let mut found = Vec::new();
+        let mut gathered = GatherWrite::new();
+        while !self.is_stopped() {
+            if let Err(error) = self.answer_some(&mut found, &mut gathered) {
+                self.fail(error);
+            }
+        }
+    }
+
+    fn answer_some(
+        &self,
+        found: &mut Vec<Fault>,
+        gathered: &mut GatherWrite,
+    ) -> Result<(), MigrationError> {
+        let mut fds =
+            [PollFd::new(&self.faults, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(MigrationError::io("wait for faults")(errno.into())),
+        }
+        self.faults.read(found).map_err(MigrationError::io("read faults"))?;
+        found.drain(..).try_for_each(|fault| self.answer_fault(&fault, gathered))
+    }
+
+    /// Saves the page that a vCPU wants to write, before everything else.
+    fn answer_fault(
+        &self,
+        fault: &Fault,
+        gathered: &mut GatherWrite,
+    ) -> Result<(), MigrationError> {
+        let Some(saved) = self.saved.iter().find(|saved| saved.mapping == fault.mapping) else {
+            return Ok(());
+        };
+        let page = fault.offset / TARGET_PAGE_SIZE;
+        let pages = saved.host_pages(page..page + 1);
+        match saved.claim_wanted(self, pages.clone()) {
+            Wanted::ClaimedBefore => Ok(()),
+            Wanted::Pages(claim) => {
+                Counters::add(&self.progress.counters.write_faults, 1);
+                self.save(claim, gathered)
+            }
+            Wanted::Nothing => {
+                Counters::add(&self.progress.counters.write_faults, 1);
+                self.unprotect(saved, pages)
+            }
+        }
+    }
+}
+
+fn too_slow(saved: &Saved) -> MigrationError {
+    MigrationError::DiscardedTooSoon { block: saved.block.id().to_owned() }
+}
