@@ -41,6 +41,10 @@ const CLEAR_CHUNK_PAGES: u64 = 1 << 18;
 /// a cancelled migration would not be noticed.
 const ITERATE_PAGES: u64 = (64 << 20) / TARGET_PAGE_SIZE;
 
+/// The pages of a section behind which a PLUG waits: some of them always go before it, so that a guest which
+/// plugs all the time is still moved.
+const SHORT_PAGES: u64 = (2 << 20) / TARGET_PAGE_SIZE;
+
 /// The most bytes of a request where host pages are smaller: a request is gathered as a whole. QEMU's
 /// are one host page.
 const REQUEST_MAX: u64 = 1 << 20;
@@ -52,6 +56,8 @@ struct SaveBlock {
     dirty: PageBitmap,
     /// What is discarded, by the freeze and by the changes that were told since.
     discarded: DiscardMask,
+    /// What of it was discarded since the last sync: writes before that are no fault of the guest.
+    fresh: DiscardMask,
     /// Chunks of which the tracker still remembers what `dirty` has.
     clear_bitmap: PageBitmap,
     started: bool,
@@ -99,6 +105,7 @@ impl SaveBlock {
             tracker,
             dirty: PageBitmap::new(nr_pages),
             discarded: DiscardMask::default(),
+            fresh: DiscardMask::default(),
             clear_bitmap: PageBitmap::new(nr_pages.div_ceil(CLEAR_CHUNK_PAGES)),
             started: false,
             in_migration: None,
@@ -167,13 +174,16 @@ impl SaveBlock {
             .sync(&mut self.dirty)
             .map_err(MigrationError::memory(id, "collect dirty pages"))?;
         self.set_clear_bitmap();
+        let fresh = std::mem::take(&mut self.fresh);
         if self.dirty.count() == 0 {
             return Ok(0);
         }
-        self.discarded.try_apply(&mut self.dirty, |pages| {
+        let mut forget = |pages| {
             let cleared = self.tracker.clear(bytes_of(pages));
             cleared.map_err(MigrationError::memory(id, "forget discarded pages"))
-        })
+        };
+        fresh.try_apply(&mut self.dirty, &mut forget)?;
+        self.discarded.try_apply(&mut self.dirty, forget)
     }
 
     /// Makes every host page of which something is dirty dirty as a whole: it is placed at once.
@@ -326,7 +336,7 @@ impl RamSave {
     /// or none are left.
     fn send(&mut self, out: &mut dyn Sink, budget: u64, most: u64) -> Result<(), MigrationError> {
         self.continued = None;
-        let (mut spent, mut seen) = (0, 0);
+        let (mut spent, mut seen, mut look) = (0, 0, SHORT_PAGES);
         while spent < budget && seen < most {
             let affordable = (budget - spent).div_ceil(TARGET_PAGE_SIZE);
             let room = room_in(&self.gathered).min(affordable).min(most - seen);
@@ -335,7 +345,9 @@ impl RamSave {
             spent += bytes;
             if self.gathered.segments() + 2 > GATHER_PIECES {
                 self.flush(out)?;
-                // A PLUG does not wait behind more than this.
+            }
+            if seen >= look {
+                look = seen + SHORT_PAGES;
                 if self.changes.as_ref().is_some_and(|changes| changes.is_waited_for()) {
                     break;
                 }

@@ -19,6 +19,7 @@ impl SaveBlock {
         for pages in &populated {
             self.dirty.clear_range(pages.clone());
             self.discarded.add(pages.clone());
+            self.fresh.add(pages.clone());
             let forgotten = self.tracker.discard(bytes_of(pages.clone()));
             forgotten.map_err(MigrationError::memory(self.block.id(), "stop tracking writes"))?;
         }
@@ -30,6 +31,7 @@ impl SaveBlock {
         let tracked = self.tracker.populate(range);
         tracked.map_err(MigrationError::memory(self.block.id(), "track writes"))?;
         self.discarded.remove(pages_touched(range));
+        self.fresh.remove(pages_touched(range));
         let dirty = &mut self.dirty;
         let looked = self.block.for_each_data(range, |data| {
             dirty.set_range(pages_touched(data));

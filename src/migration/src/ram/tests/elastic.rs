@@ -74,6 +74,7 @@ struct Pair {
     answers: VecDeque<(u32, Option<String>)>,
     /// Of each plugged block what its pages are filled with.
     model: Vec<Option<Vec<u8>>>,
+    progress: Arc<Progress>,
     /// The request of a guest that is under way.
     plugs: Option<(usize, JoinHandle<Result<(), String>>)>,
 }
@@ -82,17 +83,16 @@ impl Pair {
     fn new(plugged: &[usize], patience: Duration) -> Self {
         let (from, to) = (Side::elastic(plugged), Side::elastic(plugged));
         let (dirty, progress) = (Told::default(), Arc::new(Progress::new()));
-        let reports = dirty.clone();
-        let mut save =
-            RamSave::new(&from.blocks, ListOptions::default(), progress, move |block| match block
-                .id()
-            {
+        let (reports, sending) = (dirty.clone(), Arc::clone(&progress));
+        let mut save = RamSave::new(&from.blocks, ListOptions::default(), sending, move |block| {
+            match block.id() {
                 "vmem0" => Box::new(reports.clone()) as Box<dyn DirtyTracker>,
                 _ => Box::<Told>::default(),
-            })
-            .unwrap();
-        let progress = Arc::new(Progress::new());
-        let mut load = RamLoad::new(Arc::clone(&to.blocks), ListOptions::default(), progress);
+            }
+        })
+        .unwrap();
+        let loading = Arc::new(Progress::new());
+        let mut load = RamLoad::new(Arc::clone(&to.blocks), ListOptions::default(), loading);
         load.load_setup().unwrap();
         let mut model = vec![None; BLOCKS];
         plugged.iter().for_each(|&block| model[block] = Some(vec![0; PAGES as usize]));
@@ -104,7 +104,7 @@ impl Pair {
         assert!(SaveHandler::can_follow(&save) && LoadHandler::can_follow(&load));
         save.follow(patience).unwrap();
         let (stream, answers, plugs) = Default::default();
-        Self { from, to, save, load, dirty, stream, answers, model, plugs }
+        Self { from, to, save, load, dirty, stream, answers, model, progress, plugs }
     }
 
     /// Sends a section, and the changes after it.
@@ -253,6 +253,9 @@ impl Pair {
                 prop_assert_eq!(self.to.page(page), vec![byte; PAGE as usize], "page {}", page);
             }
         }
+        let discarded = self.model.iter().filter(|block| block.is_none()).count() as u64 * PAGES;
+        let seen = self.progress.snapshot();
+        prop_assert_eq!((seen.discarded, seen.dirty_while_discarded), (discarded, 0));
         self.save.cleanup();
         self.save.thaw();
         self.load.cleanup();
