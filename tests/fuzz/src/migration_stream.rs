@@ -5,6 +5,7 @@
 //! succeeded, and on the source again where it did not; nothing gets where memory is discarded, not
 //! in use, or shared by both sides; a migration that has ended holds no block and no freeze.
 
+mod changes;
 mod devices;
 mod edits;
 mod good;
@@ -28,6 +29,7 @@ use ram_discard::{RamDiscardSource, Section};
 use virtio_mem::device::BlockBitmap;
 
 use crate::input::Input;
+use changes::with_changes;
 use devices::{Devices, State};
 use edits::edited;
 use good::{good_stream, with_edited_file};
@@ -200,10 +202,11 @@ fn drive(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let kind = input.u8();
     let sharing = if kind & 0x80 == 0 { Sharing::Nothing } else { Sharing::Firmware };
-    match kind % 0x80 % 6 {
-        kind @ (0 | 1 | 5) => {
+    match kind % 0x80 % 7 {
+        kind @ (0 | 1 | 5 | 6) => {
             let ending = Ending::choose(&mut input);
             match kind {
+                6 => load(with_changes(sharing, &mut input), ending, sharing),
                 0 => load(edited(good_stream(sharing), &mut input), ending, sharing),
                 1 => load(input.rest().to_vec(), ending, sharing),
                 _ => {
@@ -243,15 +246,47 @@ mod tests {
     fn the_seeds_reach_the_outcomes_of_each_kind() {
         let driven: Vec<_> = seeds()
             .into_iter()
-            .map(|seed| (seed[0] & 0x80, seed[0] % 0x80 % 6, drive(&seed)))
+            .map(|seed| (seed[0] & 0x80, seed[0] % 0x80 % 7, drive(&seed)))
             .collect();
         // Bytes alone make no guest.
         for sharing in [0, 0x80] {
             for (kind, well) in
-                [(0, true), (0, false), (2, true), (2, false), (5, true), (5, false)]
+                [
+                    (0, true),
+                    (0, false),
+                    (2, true),
+                    (2, false),
+                    (5, true),
+                    (5, false),
+                    (6, true),
+                    (6, false),
+                ]
             {
                 assert!(driven.contains(&(sharing, kind, well)), "{:?}", (sharing, kind, well));
             }
+        }
+    }
+
+    #[test]
+    fn changes_that_fit_are_followed_and_others_refused() {
+        // One range of `vmem0`: block 6 has no pages, 1 is discarded.
+        let range = 1 << 3;
+        assert!(drive(&[6, OPEN, range, 1, 6, 1]), "block 6 is discarded");
+        assert!(drive(&[6, OPEN, range, 0, 1, 1]), "block 1 is populated");
+        assert!(drive(&[6, OPEN, range, 0, 7, 1]), "block 7 has no memory, which is no error");
+        assert!(drive(&[6, OPEN, range, 1, 6, 1, range, 0, 6, 1]), "and populated again");
+        for wrong in [
+            &[range, 0, 6, 1][..],
+            &[range, 1, 1, 1],
+            &[range, 1, 2, 1],
+            &[range, 2, 6, 1],
+            &[range, 1, 6, 8],
+            &[range | 2, 1, 0, 1],
+            &[range | 6, 1, 6, 1],
+            &[0, 1],
+            &[range | 1, 9, 0, 0, 0, 1, 6, 1],
+        ] {
+            assert!(!drive(&[&[6, OPEN], wrong].concat()), "{wrong:?}");
         }
     }
 

@@ -33,6 +33,18 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         let shut = vec![0, 1, 0, 4, 0, 0, 0, code];
         seeds.push([vec![5, ending, early], pong(1), pong(5), shut].concat());
     }
+    // Changes of block state: one that fits, one that fits and is undone, several that do not.
+    let range = 1 << 3;
+    seeds.push(vec![6, OPEN, range, 0, 1, 1]);
+    seeds.push(vec![6, OPEN, range, 1, 6, 1, range, 0, 6, 1]);
+    seeds.push(vec![6, CLOSED, 3 << 3, 0, 1, 1, 3, 1, 5, 1, range, 1, 0, 1]);
+    seeds.push(vec![6, CLOSED, range | 0x20, 1, 0, 0, 0, 0, 0, 0, 0, 0xff, 1, 0]);
+    seeds.push(vec![6, CLOSED, range | 0x40, 1, 6, 1, 0xff, 0xff]);
+    // And a destination that says that it follows, and answers what was not sent.
+    let follows = [0, 2, 0, 4, 0x56, 0x4d, 0, 2];
+    let answer = [0x56, 0x4d, 0, 5, 0, 0, 0, 1, 0];
+    seeds.push([&[5, CLOSED, 8][..], &follows].concat());
+    seeds.push([&[5, CLOSED, 17][..], &follows, &answer].concat());
     let shared = seeds.iter().map(|seed| [&[seed[0] | 0x80], &seed[1..]].concat());
     seeds = shared.collect::<Vec<_>>().into_iter().chain(seeds).collect();
     // Packages in packages, after a header.

@@ -2,14 +2,62 @@
 
 use std::cell::OnceCell;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks};
 use migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
 use ram_discard::memory::RamBlock;
-use ram_discard::{ByteRange, LocalRamDiscardManager};
+use ram_discard::{
+    ByteRange, LocalRamDiscardManager, RamDiscardSource, Section, SourceFollower, SourceId,
+    SourceNotFollowed,
+};
+use virtio_mem::device::BlockBitmap;
 
 use super::{BLOCK, BLOCKS, PAGE, memfd, plugged};
+
+/// Blocks that follow those of a source.
+struct Following {
+    blocks: Arc<Changing>,
+    manager: Weak<LocalRamDiscardManager>,
+    id: SourceId,
+}
+
+impl SourceFollower for Following {
+    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+        let manager = self.manager.upgrade().expect("who asks has it");
+        let mut transaction = manager.begin();
+        if populated {
+            // The last block has no memory.
+            if section.end() > (BLOCKS as u64 - 1) * BLOCK {
+                return Err(SourceNotFollowed("no memory".to_owned()));
+            }
+            let told = transaction.notify_populate(self.id, section);
+            told.map_err(|refused| SourceNotFollowed(refused.to_string()))?;
+        }
+        let blocks = (section.start() / BLOCK) as usize..(section.end() / BLOCK) as usize;
+        self.blocks.0.lock().unwrap().set(blocks, populated);
+        if !populated {
+            transaction.notify_discard(self.id, section);
+        }
+        Ok(())
+    }
+}
+
+struct Changing(Mutex<BlockBitmap>);
+
+impl RamDiscardSource for Changing {
+    fn region_size(&self) -> u64 {
+        BLOCKS as u64 * BLOCK
+    }
+
+    fn granularity(&self) -> u64 {
+        BLOCK
+    }
+
+    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
+        super::Plugged(self.0.lock().unwrap().clone()).next_range(section, populated)
+    }
+}
 
 /// The pages of the device's region that the source has written.
 const WRITTEN: [u64; 7] = [0, 1, 2, 5, 33, 34, 64];
@@ -56,7 +104,8 @@ pub(super) struct Side {
     rom: Arc<MigrationBlock>,
     firmware: Arc<MigrationBlock>,
     manager: Arc<LocalRamDiscardManager>,
-    /// What is discarded of the region.
+    plugged: Arc<Changing>,
+    /// What is discarded of the region before a source changes it.
     discarded: Vec<ByteRange>,
 }
 
@@ -70,7 +119,10 @@ impl Side {
         };
         let vmem = map("vmem0", 0, BLOCKS as u64 * BLOCK, BlockOptions::migratable());
         let manager = Arc::new(LocalRamDiscardManager::new(BLOCKS as u64 * BLOCK));
-        manager.add_source(Arc::new(plugged())).unwrap();
+        let plugged = Arc::new(Changing(Mutex::new(plugged().0)));
+        let id = manager.add_source(Arc::clone(&plugged) as Arc<_>).unwrap();
+        let (blocks, weak) = (Arc::clone(&plugged), Arc::downgrade(&manager));
+        manager.set_source_follower(Box::new(Following { blocks, manager: weak, id }));
         vmem.set_discard_manager(0, Arc::clone(&manager) as Arc<_>).unwrap();
         let resizable = BlockOptions { resizable: Some(rom_used), ..BlockOptions::migratable() };
         let rom = map("rom", 1 << 30, ROM_MAX, resizable);
@@ -81,8 +133,9 @@ impl Side {
             blocks.register(Arc::clone(block)).unwrap();
         }
         let discarded = vmem.discarded().unwrap();
+        let blocks = Arc::new(blocks);
         let side =
-            Self { sharing, blocks: Arc::new(blocks), vmem, rom, firmware, manager, discarded };
+            Self { sharing, blocks, vmem, rom, firmware, manager, plugged, discarded };
         if sharing == Sharing::Firmware {
             side.firmware.mapping().write(0, &SHARED);
         }
@@ -120,7 +173,8 @@ impl Side {
     fn check_and_reset(&self) {
         self.check_ended();
         let found = data(&self.vmem);
-        let leaked = |data: &&ByteRange| self.discarded.iter().any(|range| range.overlaps(**data));
+        let discarded = self.vmem.discarded().unwrap();
+        let leaked = |data: &&ByteRange| discarded.iter().any(|range| range.overlaps(**data));
         assert_eq!(found.iter().find(leaked), None, "data in discarded memory");
         let used = self.rom.used_length();
         assert!(used <= ROM_MAX && used.is_multiple_of(PAGE), "{used:#x} bytes of rom are used");
@@ -136,6 +190,7 @@ impl Side {
             firmware.into_iter().for_each(|data| self.firmware.discard(data).unwrap());
         }
         found.into_iter().for_each(|data| self.vmem.discard(data).unwrap());
+        *self.plugged.0.lock().unwrap() = plugged().0;
         rom.into_iter().for_each(|data| self.rom.discard(data).unwrap());
         self.rom.resize(ROM_HERE).expect("the migration has ended");
         self.leave_behind();
