@@ -26,7 +26,8 @@ pub struct Vm {
     device: Arc<Device>,
     pages_per_block: u64,
     /// Blocks that vCPUs may touch: those that are plugged, without those that are about to be unplugged.
-    usable: RwLock<BlockBitmap>,
+    /// They move with the guest.
+    usable: Arc<RwLock<BlockBitmap>>,
     work: Work,
     /// Held for reading while a vCPU touches memory.
     running: RwLock<bool>,
@@ -36,7 +37,7 @@ pub struct Vm {
     visited: AtomicU64,
     /// Blocks that were plugged or unplugged.
     resizes: AtomicU64,
-    /// How many there are before [`Guest::run`] returns.
+    /// How many there are before [`Guest::run`] returns the next time.
     resizes_first: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
     at_stop: Mutex<Option<AtStop>>,
@@ -62,9 +63,18 @@ pub fn no_work(size: u64) -> Work {
 
 impl Vm {
     pub fn new(side: &Side, work: &Work) -> Arc<Self> {
+        Self::with_usable(side, work, Arc::new(RwLock::new(side.device.plugged())))
+    }
+
+    /// The same guest on another side, to which it moves.
+    pub fn moved(&self, side: &Side) -> Arc<Self> {
+        Self::with_usable(side, &self.work, Arc::clone(&self.usable))
+    }
+
+    fn with_usable(side: &Side, work: &Work, usable: Arc<RwLock<BlockBitmap>>) -> Arc<Self> {
         // Few of very large pages, so that a round stays short.
         let gigantic = side.block.page_size() >= 1 << 30;
-        let is_used = |page: &u64| page % 3 != 2 && (!gigantic || page / 64 % 64 == 0);
+        let is_used = |page: &u64| page % 3 != 2 && (!gigantic || (page / 64).is_multiple_of(64));
         let plugged = side.device.plugged();
         let nr_pages = side.block.used_length() / PAGE;
         Arc::new(Self {
@@ -72,7 +82,7 @@ impl Vm {
             pages: (0..nr_pages).filter(is_used).collect(),
             device: Arc::clone(&side.device),
             pages_per_block: nr_pages / plugged.nr_blocks() as u64,
-            usable: RwLock::new(plugged),
+            usable,
             work: Arc::clone(work),
             running: RwLock::new(false),
             end: AtomicBool::new(false),
@@ -96,11 +106,16 @@ impl Vm {
     }
 
     /// Starts a driver that plugs and unplugs the first `nr_blocks` blocks for ever, `first` times before
-    /// [`Guest::run`] returns.
+    /// [`Guest::run`] returns the next time.
     pub fn start_driver(self: &Arc<Self>, nr_blocks: u64, first: u64) {
         self.resizes_first.store(first, Ordering::Relaxed);
         let vm = Arc::clone(self);
         self.threads.lock().unwrap().push(std::thread::spawn(move || vm.run_driver(nr_blocks)));
+    }
+
+    /// How many blocks its driver has plugged and unplugged on this side.
+    pub fn resizes(&self) -> u64 {
+        self.resizes.load(Ordering::Relaxed)
     }
 
     /// Blocks that were plugged when it was stopped last.
@@ -171,6 +186,13 @@ impl Vm {
             random ^= random >> 7;
             random ^= random << 17;
             let block = (random % nr_blocks) as usize;
+            // As a vCPU does, it stops with the guest.
+            let running = self.running.read().unwrap_or_else(PoisonError::into_inner);
+            if !*running {
+                drop(running);
+                std::thread::sleep(std::time::Duration::from_micros(200));
+                continue;
+            }
             let unplug = self.usable.read().unwrap().all(block..block + 1, true);
             // No vCPU touches it from now on.
             self.usable.write().unwrap().set(block..block + 1, false);
@@ -185,6 +207,7 @@ impl Vm {
                 self.usable.write().unwrap().set(block..block + 1, true);
             }
             self.resizes.fetch_add(u64::from(done), Ordering::Relaxed);
+            drop(running);
             std::thread::sleep(std::time::Duration::from_micros(200));
         }
     }
@@ -227,7 +250,7 @@ impl Guest for Vm {
     fn run(&self) -> Result<(), String> {
         let before = self.resizes.load(Ordering::Relaxed);
         *self.running.write().unwrap_or_else(PoisonError::into_inner) = true;
-        let first = self.resizes_first.load(Ordering::Relaxed);
+        let first = self.resizes_first.swap(0, Ordering::Relaxed);
         while self.resizes.load(Ordering::Relaxed) < before + first {
             std::thread::sleep(std::time::Duration::from_micros(100));
         }

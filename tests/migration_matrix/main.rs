@@ -34,7 +34,7 @@ use migration::{
     Channel, Guest, Incoming, MigrationError, NoDevices, Outgoing, Parameters, Progress,
 };
 
-use device::Reserving;
+use device::{Reserving, Sending};
 use guest::{Vm, no_work};
 use huge_page_pool::Pool;
 use memory::{BLOCK, Kind, Pattern, Side, say};
@@ -48,6 +48,9 @@ enum Way {
     Hybrid,
     Postcopy,
     Recovered,
+    /// The guest plugs and unplugs all the while.
+    PrecopyWithResizes,
+    PostcopyWithResizes,
     BackgroundSnapshot,
     BackgroundSnapshotWithResizes,
     LazyRestore,
@@ -83,6 +86,10 @@ fn all(way: Way, nr_blocks: usize) {
             let what = format!("{way:?} on {kind:?}, {pattern:?} discarded");
             match way {
                 Way::BackgroundSnapshotWithResizes => background_with_resizes(kind, &from, &what),
+                Way::PrecopyWithResizes => with_resizes(kind, &from, &to, None, &what),
+                Way::PostcopyWithResizes => {
+                    with_resizes(kind, &from, &to, Some(SwitchWhen::AtOnce), &what);
+                }
                 _ => one(way, &from, &to, &what),
             }
         }
@@ -101,6 +108,7 @@ fn one(way: Way, from: &Side, to: &Side, what: &str) {
         Way::Hybrid => migrate(from, to, &here, &there, Some(SwitchWhen::Rounds(1)), 1),
         Way::Postcopy => migrate(from, to, &here, &there, Some(SwitchWhen::AtOnce), 1),
         Way::Recovered => migrate(from, to, &here, &there, Some(SwitchWhen::AtOnce), 3),
+        Way::PrecopyWithResizes | Way::PostcopyWithResizes => unreachable!("its guest is another"),
         Way::BackgroundSnapshotWithResizes => unreachable!("its destination is another"),
         Way::BackgroundSnapshot => {
             background(from, &here, || to);
@@ -160,6 +168,7 @@ fn run(
     drop((tell_here, tell_there));
     let (main, urgent) = first.expect("a link to begin with");
     let (vm, blocks, block) = (Arc::clone(there), Arc::clone(&to.blocks), Arc::clone(&to.block));
+    let device = Arc::clone(&to.device);
     let receiving = thread::spawn(move || {
         vm.start();
         let progress = Arc::new(Progress::new());
@@ -175,7 +184,7 @@ fn run(
             configuration: Configuration::new("matrix"),
             guest: &*vm,
             handlers: vec![Box::new(ram)],
-            devices: &mut Reserving(block),
+            devices: &mut Reserving(block, device),
             postcopy,
             progress: Arc::clone(&progress),
         }
@@ -201,7 +210,7 @@ fn run(
         parameters,
         guest: &**here,
         handlers: vec![Box::new(ram)],
-        devices: &mut NoDevices,
+        devices: &mut Sending(Arc::clone(&from.device)),
         postcopy,
         progress: Arc::clone(&progress),
     };
@@ -254,6 +263,31 @@ fn breaking(limit: usize) -> (UnixStream, UnixStream) {
     (source, destination)
 }
 
+/// Migrates a guest whose driver plugs and unplugs blocks all the time: before, while it is moved, and afterwards; in
+/// postcopy also over two channels that break.
+fn with_resizes(kind: Kind, from: &Side, to: &Side, when: Option<SwitchWhen>, what: &str) {
+    let here = Vm::new(from, &no_work(from.block.used_length()));
+    let there = here.moved(to);
+    // There are pages of 1 GiB for what is plugged at first.
+    let nr_blocks = match kind {
+        Kind::Gigantic => 1,
+        _ => from.device.plugged().nr_blocks() as u64,
+    };
+    here.start();
+    here.start_driver(nr_blocks, 2);
+    here.run().unwrap();
+    here.wait_rounds(3);
+    there.start_driver(nr_blocks, 0);
+    let attempts = if when.is_some() { 3 } else { 1 };
+    migrate(from, to, &here, &there, when, attempts);
+    while there.resizes() < 2 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(here.end(), 0, "{what}: pages wrong on the source");
+    assert_eq!(there.end(), 0, "{what}: pages wrong on the destination");
+    assert_eq!((from.leaked(), to.leaked()), (0, 0), "{what}: discarded memory is held");
+}
+
 /// Saves a guest whose driver plugs and unplugs blocks all the time, and restores it into memory of which is plugged
 /// what was at the instant of the image.
 fn background_with_resizes(kind: Kind, from: &Side, what: &str) {
@@ -289,7 +323,7 @@ fn background<S: Borrow<Side>>(from: &Side, here: &Arc<Vm>, to: impl FnOnce() ->
     let what = Restore {
         configuration: Configuration::new("matrix"),
         blocks: Arc::clone(&to.blocks),
-        devices: &mut Reserving(Arc::clone(&to.block)),
+        devices: &mut Reserving(Arc::clone(&to.block), Arc::clone(&to.device)),
         io: FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
@@ -325,7 +359,7 @@ fn restore_at_once(to: &Side, file: &Arc<File>, failed: Arc<dyn HandlerFailed>) 
     let what = Restore {
         configuration: Configuration::new("matrix"),
         blocks: Arc::clone(&to.blocks),
-        devices: &mut Reserving(Arc::clone(&to.block)),
+        devices: &mut Reserving(Arc::clone(&to.block), Arc::clone(&to.device)),
         io: FileIo::default(),
         progress: Arc::new(Progress::new()),
     };
@@ -352,6 +386,16 @@ fn postcopy() {
 #[test]
 fn recovered_postcopy() {
     all(Way::Recovered, SMALL);
+}
+
+#[test]
+fn precopy_with_resizes() {
+    all(Way::PrecopyWithResizes, SMALL);
+}
+
+#[test]
+fn postcopy_with_resizes() {
+    all(Way::PostcopyWithResizes, SMALL);
 }
 
 #[test]
@@ -384,6 +428,8 @@ fn soak() {
             Way::Hybrid,
             Way::Postcopy,
             Way::Recovered,
+            Way::PrecopyWithResizes,
+            Way::PostcopyWithResizes,
             Way::BackgroundSnapshot,
             Way::BackgroundSnapshotWithResizes,
             Way::LazyRestore,

@@ -4,13 +4,13 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, RwLock, Weak};
 
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use ram_discard::memory::RamBlock;
 use ram_discard::{
     ByteRange, LocalRamDiscardManager, RamDiscardListener, RamDiscardManager, RamDiscardSource,
-    Section, SourceId,
+    Section, SourceFollower, SourceId, SourceNotFollowed,
 };
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::mount::{
@@ -207,9 +207,48 @@ impl Device {
         true
     }
 
+    /// Plugs and unplugs what another one has plugged and unplugged, from which the guest comes.
+    pub fn take_over(&self, plugged: &BlockBitmap) {
+        let before = self.plugged();
+        let size = self.blocks.block_size;
+        for block in 0..before.nr_blocks() {
+            let is_plugged = |blocks: &BlockBitmap| blocks.all(block..block + 1, true);
+            let section = Section::new(block as u64 * size, size).unwrap();
+            if is_plugged(&before) != is_plugged(plugged) {
+                let manager: &dyn RamDiscardManager = &*self.manager;
+                manager.follow_source(section, is_plugged(plugged)).unwrap();
+            }
+        }
+    }
+
     /// What is plugged.
     pub fn plugged(&self) -> BlockBitmap {
         self.blocks.plugged.read().unwrap().clone()
+    }
+}
+
+/// Has a device do what that of the source did.
+struct Follower {
+    manager: Weak<LocalRamDiscardManager>,
+    source: SourceId,
+    blocks: Arc<Blocks>,
+}
+
+impl SourceFollower for Follower {
+    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+        let manager = self.manager.upgrade().expect("it is the one that asks");
+        let mut transaction = manager.begin();
+        if populated {
+            let told = transaction.notify_populate(self.source, section);
+            told.map_err(|refused| SourceNotFollowed(refused.to_string()))?;
+        }
+        let block = |at: u64| (at / self.blocks.block_size) as usize;
+        let blocks = block(section.start())..block(section.end());
+        self.blocks.plugged.write().unwrap().set(blocks, populated);
+        if !populated {
+            transaction.notify_discard(self.source, section);
+        }
+        Ok(())
     }
 }
 
@@ -246,6 +285,8 @@ impl Side {
         let source = source.map_err(io::Error::other)?;
         let region = Section::new(0, size).ok_or(io::ErrorKind::InvalidInput)?;
         manager.register(region, Box::new(Discarder(ram))).map_err(io::Error::other)?;
+        let (weak, blocks) = (Arc::downgrade(&manager), Arc::clone(&state));
+        manager.set_source_follower(Box::new(Follower { manager: weak, source, blocks }));
         block
             .set_discard_manager(0, Arc::clone(&manager) as Arc<dyn RamDiscardManager>)
             .map_err(io::Error::other)?;

@@ -20,11 +20,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use migration::{Channel, Guest, Incoming, MigrationError, Outgoing, Parameters, Progress};
 use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::inspect::inspect;
 use migration::ram::{MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{FileIo, Restore, restore};
+use migration::{Channel, Guest, Incoming, MigrationError, Outgoing, Parameters, Progress};
 use ram_discard::{RamDiscardSource, Section};
 use virtio_mem::device::BlockBitmap;
 
@@ -250,18 +250,16 @@ mod tests {
             .collect();
         // Bytes alone make no guest.
         for sharing in [0, 0x80] {
-            for (kind, well) in
-                [
-                    (0, true),
-                    (0, false),
-                    (2, true),
-                    (2, false),
-                    (5, true),
-                    (5, false),
-                    (6, true),
-                    (6, false),
-                ]
-            {
+            for (kind, well) in [
+                (0, true),
+                (0, false),
+                (2, true),
+                (2, false),
+                (5, true),
+                (5, false),
+                (6, true),
+                (6, false),
+            ] {
                 assert!(driven.contains(&(sharing, kind, well)), "{:?}", (sharing, kind, well));
             }
         }

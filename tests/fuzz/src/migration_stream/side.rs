@@ -134,8 +134,7 @@ impl Side {
         }
         let discarded = vmem.discarded().unwrap();
         let blocks = Arc::new(blocks);
-        let side =
-            Self { sharing, blocks, vmem, rom, firmware, manager, plugged, discarded };
+        let side = Self { sharing, blocks, vmem, rom, firmware, manager, plugged, discarded };
         if sharing == Sharing::Firmware {
             side.firmware.mapping().write(0, &SHARED);
         }
