@@ -23,6 +23,7 @@ pub use pages::{PageIndex, PageMap, Word};
 pub use ram::SavedRamBlock;
 pub use virtio_mem::SavedVirtioMem;
 
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
 use vmstate::wire::WireRead;
@@ -92,10 +93,23 @@ pub fn inspect(file: impl Read + Seek) -> Inspection {
 }
 
 /// As [`inspect`], and gives for each block, in their order, what `P` keeps of its pages.
-pub fn inspect_pages<P: PageIndex>(mut file: impl Read + Seek) -> (Inspection, Vec<P>) {
+pub fn inspect_pages<P: PageIndex>(file: impl Read + Seek) -> (Inspection, Vec<P>) {
+    inspect_with(file, None)
+}
+
+/// As [`inspect_pages`]; of bitmaps of RAM blocks only what is no hole of the file is read, so that the size of absent
+/// memory does not matter. The position in the file moves.
+pub fn inspect_file<P: PageIndex>(file: &File) -> (Inspection, Vec<P>) {
+    inspect_with(file, Some(file))
+}
+
+fn inspect_with<P: PageIndex>(
+    mut file: impl Read + Seek,
+    holes: Option<&File>,
+) -> (Inspection, Vec<P>) {
     let mut inspection = Inspection::default();
     let mut pages = Vec::new();
-    if let Err(error) = read(&mut file, &mut inspection, &mut pages) {
+    if let Err(error) = read(&mut file, holes, &mut inspection, &mut pages) {
         inspection.error = Some(error);
     }
     (inspection, pages)
@@ -103,6 +117,7 @@ pub fn inspect_pages<P: PageIndex>(mut file: impl Read + Seek) -> (Inspection, V
 
 fn read<P: PageIndex>(
     file: &mut (impl Read + Seek),
+    holes: Option<&File>,
     out: &mut Inspection,
     pages: &mut Vec<P>,
 ) -> Result<(), InspectError> {
@@ -115,7 +130,7 @@ fn read<P: PageIndex>(
         let offset = reader.offset();
         return Err(InspectError::Unsupported { offset, what: "pages that are not of 4 KiB" });
     }
-    let (ram, decoder) = (Ram::new(), Decoder::default());
+    let (ram, decoder) = (Ram::new(holes), Decoder::default());
     let mut walk = Walk { reader, description, decoder, ram, package: None, out };
     let read = walk.records();
     let Walk { ram, out, .. } = walk;
@@ -151,7 +166,7 @@ struct Walk<'a, R, P> {
     reader: FileReader<R>,
     description: Option<Description>,
     decoder: Decoder,
-    ram: Ram<P>,
+    ram: Ram<'a, P>,
     /// Where the package ends that is being read.
     package: Option<u64>,
     out: &'a mut Inspection,

@@ -1,8 +1,11 @@
 //! The RAM section: which pages of which block a file has.
 
 use std::collections::HashMap;
-use std::io::{Read, Seek};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 
+use rustix::io::Errno;
 use vmstate::wire::{WireError, WireRead};
 
 use super::error::InspectError;
@@ -46,7 +49,9 @@ pub struct SavedRamBlock {
 
 /// The RAM of a stream while it is read.
 #[derive(Debug)]
-pub(super) struct Ram<P> {
+pub(super) struct Ram<'a, P> {
+    /// The file, if it may tell where it has holes.
+    holes: Option<&'a File>,
     blocks: Blocks,
     /// Of each block, its pages.
     pages: Vec<P>,
@@ -80,11 +85,11 @@ impl PageBlocks for Blocks {
     }
 }
 
-impl<P: PageIndex> Ram<P> {
+impl<'a, P: PageIndex> Ram<'a, P> {
     /// Without blocks.
-    pub fn new() -> Self {
+    pub fn new(holes: Option<&'a File>) -> Self {
         let (blocks, pages) = (Blocks::default(), Vec::new());
-        Self { blocks, pages, records: PageRecords::new(), held: 0 }
+        Self { holes, blocks, pages, records: PageRecords::new(), held: 0 }
     }
 
     /// The blocks in the order of the stream, and of each its pages.
@@ -232,12 +237,22 @@ impl<P: PageIndex> Ram<P> {
         let pages = self.pages.last_mut().expect("a block was added");
         let mut chunk = vec![0; BITMAP_STEP as usize];
         let mut index = 0;
+        // Between its pages the bitmap of a large region is mostly a hole.
+        let mut is_empty = true;
         while index < words {
             let offset = reader.offset();
+            if is_empty
+                && let Some(len) = self.holes.and_then(|file| hole(file, offset..bitmap_end))
+            {
+                reader.skip(len, "the bitmap of a block")?;
+                index += len / 8;
+                is_empty = false;
+                continue;
+            }
             let len = (words - index).min(BITMAP_STEP / 8) as usize * 8;
             reader.read_exact(&mut chunk[..len], "the bitmap of a block")?;
-            // The bitmap of a large region is mostly empty.
-            if chunk[..len].iter().fold(0, |any, byte| any | byte) == 0 {
+            is_empty = chunk[..len].iter().fold(0, |any, byte| any | byte) == 0;
+            if is_empty {
                 index += len as u64 / 8;
                 continue;
             }
@@ -262,6 +277,20 @@ impl<P: PageIndex> Ram<P> {
         reader.skip(pages_end - bitmap_end, "the pages of a block")?;
         Ok(())
     }
+}
+
+/// Whole words at the start of a range of the file that are a hole, bytes; `None` when those are not worth being passed
+/// over. Where the file is read next stays as it is.
+pub(super) fn hole(mut file: &File, range: Range<u64>) -> Option<u64> {
+    let next = file.stream_position().ok()?;
+    let data = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(range.start)) {
+        Err(Errno::NXIO) => Some(range.end),
+        // A file system that does not tell has no holes.
+        found => found.ok(),
+    };
+    file.seek(SeekFrom::Start(next)).ok()?;
+    let len = (data?.min(range.end) - range.start) / 8 * 8;
+    (len >= BITMAP_STEP).then_some(len)
 }
 
 /// The bits of the last word of a bitmap that stand for pages of the block.

@@ -1,6 +1,7 @@
 mod hostile;
 mod ours;
 mod sample;
+mod sparse;
 
 use std::io::Cursor;
 

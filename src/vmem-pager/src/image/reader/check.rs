@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use migration::inspect::{InspectError, Inspection, SavedVirtioMem, Warning, inspect_pages};
+use migration::inspect::{InspectError, Inspection, SavedVirtioMem, Warning, inspect_file};
 use migration::page_bitmap::PageBitmap;
 use migration::stream::{
     CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Command, MappedRamHeader, TARGET_PAGE_SIZE,
@@ -37,7 +37,7 @@ const RUNSTATE_LEN: usize = 100;
 /// Checks a file.
 pub(super) fn check(path: &Path, file: File) -> Result<GuestImage, PagerError> {
     let refuse = |what: String| PagerError::Image { path: path.to_owned(), what };
-    let (seen, pages) = inspect_pages::<BlockPages>(&file);
+    let (seen, pages) = inspect_file::<BlockPages>(&file);
     check_capabilities(&seen).map_err(refuse)?;
     let after_ram = after_ram(&seen).map_err(refuse)?;
     check_records(&seen).map_err(refuse)?;
