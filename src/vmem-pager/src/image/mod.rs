@@ -7,4 +7,5 @@ pub mod pages;
 pub mod reader;
 pub mod writer;
 
+pub(crate) use reader::is_zero;
 pub use reader::{Discards, GuestImage, ImageBlock, PageReader};

@@ -21,6 +21,7 @@ use migration::stream::{Configuration, TARGET_PAGE_SIZE};
 
 pub use discards::Discards;
 pub use read::PageReader;
+pub(crate) use read::is_zero;
 
 use crate::error::PagerError;
 use places::Places;

@@ -1,19 +1,23 @@
 //! Reading pages out of an image.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use migration::stream::TARGET_PAGE_SIZE;
 use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, preadv};
 
 use super::places::Placed;
 use super::{GuestImage, ImageBlock};
 use crate::error::PagerError;
 
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
+/// Pages that are read in one call (`IOV_MAX`).
+const PIECES_MAX: u64 = 1024;
+/// Of fewer pages it is not asked whether the file has a hole there: reading zeros costs less.
+const HOLE_MIN: u64 = 8;
 
 /// Reads pages of an image; each thread has its own.
 #[derive(Debug)]
@@ -91,6 +95,52 @@ impl<'a> PageReader<'a> {
         })
     }
 
+    /// Reads each of `pages` of a block, which must be there, to its place in `to`: one behind the other, and before each
+    /// as many bytes as are over, which stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    ///
+    /// # Panics
+    ///
+    /// When `to` does not have as much room for each.
+    pub fn read_apart(
+        &mut self,
+        block: &ImageBlock,
+        pages: Range<u64>,
+        mut to: &mut [u8],
+    ) -> Result<(), PagerError> {
+        let Some(step) = to.len().checked_div((pages.end - pages.start) as usize) else {
+            return Ok(());
+        };
+        let head = step.checked_sub(PAGE).expect("room for each page");
+        let mut page = pages.start;
+        while page < pages.end {
+            let placed = self.find(block, page, (pages.end - page).min(PIECES_MAX))?;
+            let count = placed.map_or(1, |placed| placed.pages);
+            let places;
+            (places, to) = to.split_at_mut(count as usize * step);
+            let mut places = places.chunks_exact_mut(step).map(|place| &mut place[head..]);
+            match placed {
+                None => places.for_each(|place| place.fill(0)),
+                Some(placed) if placed.stride == TARGET_PAGE_SIZE => {
+                    let mut places: Vec<IoSliceMut<'_>> = places.map(IoSliceMut::new).collect();
+                    read_all(&self.image.file, &mut places, placed.at)
+                        .map_err(PagerError::file("read a page from", &self.image.path))?;
+                }
+                Some(placed) => {
+                    let bytes = self.bytes_of(placed)?;
+                    for bytes in bytes.chunks(placed.stride as usize) {
+                        places.next().expect("a place for each").copy_from_slice(&bytes[..PAGE]);
+                    }
+                }
+            }
+            page += count;
+        }
+        Ok(())
+    }
+
     /// Calls `take` with the first page, the bytes, and how far pages are from each other in them, of what is read at a
     /// time; or with one page of zeros.
     fn read_pieces(
@@ -99,33 +149,66 @@ impl<'a> PageReader<'a> {
         pages: Range<u64>,
         mut take: impl FnMut(u64, Option<&[u8]>, usize),
     ) -> Result<(), PagerError> {
-        let failed = |error| PagerError::file("read a page from", &self.image.path)(error);
         let mut page = pages.start;
         while page < pages.end {
-            let Some(Placed { at, stride, pages: count }) =
-                block.places.find(page, pages.end - page)
-            else {
-                let source =
-                    io::Error::other(format!("page {page} of {:?} is not there", block.id));
-                return Err(failed(source));
-            };
-            if self.known.is_hole(&self.image.file, at, TARGET_PAGE_SIZE) {
-                take(page, None, PAGE);
-                page += 1;
-                continue;
+            match self.find(block, page, pages.end - page)? {
+                None => {
+                    take(page, None, PAGE);
+                    page += 1;
+                }
+                Some(placed) => {
+                    take(page, Some(self.bytes_of(placed)?), placed.stride as usize);
+                    page += placed.pages;
+                }
             }
-            let len = (count - 1) * stride + TARGET_PAGE_SIZE;
-            // What was there is read over.
-            if (self.bytes.len() as u64) < len {
-                self.bytes.resize(len as usize, 0);
-            }
-            let bytes = &mut self.bytes[..len as usize];
-            self.image.file.read_exact_at(bytes, at).map_err(failed)?;
-            take(page, Some(bytes), stride as usize);
-            page += count;
         }
         Ok(())
     }
+
+    /// Where `page` is, and as many of those that follow it as are read in one step; `None` when it is known to be a hole.
+    fn find(
+        &mut self,
+        block: &ImageBlock,
+        page: u64,
+        max: u64,
+    ) -> Result<Option<Placed>, PagerError> {
+        let Some(placed) = block.places.find(page, max) else {
+            let source = io::Error::other(format!("page {page} of {:?} is not there", block.id));
+            return Err(PagerError::file("read a page from", &self.image.path)(source));
+        };
+        let is_hole =
+            max >= HOLE_MIN && self.known.is_hole(&self.image.file, placed.at, TARGET_PAGE_SIZE);
+        Ok((!is_hole).then_some(placed))
+    }
+
+    /// The bytes of pages, and what is between them in the file.
+    fn bytes_of(&mut self, placed: Placed) -> Result<&[u8], PagerError> {
+        let len = ((placed.pages - 1) * placed.stride + TARGET_PAGE_SIZE) as usize;
+        // What was there is read over.
+        if self.bytes.len() < len {
+            self.bytes.resize(len, 0);
+        }
+        let bytes = &mut self.bytes[..len];
+        let read = self.image.file.read_exact_at(bytes, placed.at);
+        read.map_err(PagerError::file("read a page from", &self.image.path))?;
+        Ok(bytes)
+    }
+}
+
+/// Reads a part of a file to several places.
+fn read_all(file: &File, mut places: &mut [IoSliceMut<'_>], mut at: u64) -> io::Result<()> {
+    while !places.is_empty() {
+        match preadv(file, places, at) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => {
+                at += read as u64;
+                IoSliceMut::advance_slices(&mut places, read);
+            }
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }
 
 impl Known {
@@ -149,7 +232,8 @@ impl Known {
     }
 }
 
-fn is_zero(page: &[u8]) -> bool {
+/// Whether a page is zeros.
+pub(crate) fn is_zero(page: &[u8]) -> bool {
     // Most pages are seen not to be at their start.
     page.chunks(512).all(|bytes| bytes.iter().fold(0, |any, byte| any | byte) == 0)
 }

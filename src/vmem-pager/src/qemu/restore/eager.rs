@@ -9,6 +9,7 @@ use serde_json::json;
 use vmstate::wire::WireReader;
 
 use super::Transfer;
+use super::batch;
 use super::lost::{Lost, Stage};
 use super::page_writer::PageWriter;
 use super::preamble;
@@ -41,7 +42,8 @@ impl Eager<'_> {
         let mut back = WireReader::new(channel.clone_handle());
         back.get_mut().set_read_patience(Some(self.0.run.silence()));
         self.0.report.event("connected", &json!({ "second_connection": false }));
-        let mut main = PageWriter::new(image, channel);
+        // Memory is zeros before anything arrives.
+        let mut main = PageWriter::without_zeros(image, channel);
         let mut bytes = Vec::new();
         preamble::put_start(&mut bytes, image);
         preamble::put_setup(&mut bytes, image);
@@ -64,23 +66,15 @@ impl Eager<'_> {
     }
 
     fn send_pages(&self, main: &mut PageWriter<'_>, lost: &Lost<'_>) -> Result<(), PagerError> {
-        let image = self.0.supply.image();
-        let mut reader = PageReader::new(image);
+        let mut reader = PageReader::new(self.0.supply.image());
         let mut bandwidth = Bandwidth::new(self.0.bandwidth, main.written());
         loop {
             let pause = bandwidth.spent(main.written());
             let budget = (bandwidth.budget(main.written()) / TARGET_PAGE_SIZE).max(1);
             match self.0.supply.next(BATCH.min(budget), pause.is_zero()) {
                 Next::Send(work) => {
-                    let count = work.pages.end - work.pages.start;
-                    reader.read(&image.blocks()[work.block], work.pages, |page, bytes| {
-                        // Memory is zeros before anything arrives.
-                        if bytes.is_some() {
-                            main.page(work.block, page, bytes);
-                        }
-                    })?;
-                    let bytes = main.send(lost, "memory was being sent")?;
-                    self.0.figures.sent(work.source, count, bytes);
+                    let from = (self.0.supply, &mut reader);
+                    batch::send(work, BATCH.min(budget), from, main, self.0.figures, lost)?;
                 }
                 Next::Later => {
                     self.0.run.check("memory was being sent")?;

@@ -165,6 +165,13 @@ impl Figures {
         self.running.get() != 0.0
     }
 
+    /// How long the guest has been able to run, if it is.
+    pub fn running_for(&self) -> Option<Duration> {
+        let running = self.running.get();
+        let since = self.elapsed() - running;
+        (running != 0.0).then(|| Duration::try_from_secs_f64(since).unwrap_or_default())
+    }
+
     /// All memory is with the VMM.
     pub fn complete(&self) {
         self.complete.set(self.elapsed());

@@ -14,11 +14,12 @@ use serde_json::json;
 use vmstate::wire::WireReader;
 
 use super::Transfer;
+use super::batch;
 use super::lost::{Lost, Stage};
 use super::page_writer::PageWriter;
 use super::preamble::{self, PING_BEFORE, PING_FIRST, PING_LISTENING};
 use super::serve::{Ear, Listening, wait_for_pong};
-use super::supply::{Next, Work};
+use super::supply::Next;
 use super::urgent::{LOOK_EVERY, Urgent};
 use crate::error::PagerError;
 use crate::image::{GuestImage, PageReader};
@@ -32,6 +33,11 @@ const BATCH_SHARED: u64 = 4;
 /// The same of the main channel where they do not: only what is read ahead queues behind it.
 const SEND_BUFFER_APART: usize = 128 << 10;
 const BATCH: u64 = 64;
+/// For so long a guest that has begun waits for one page after the other, and for the threads that bring them. After that
+/// it gains more by what arrives unasked, and the kernel holds so much of it that QEMU never waits for the next write: a
+/// writer is woken when three quarters of it are read.
+const BEGINNING: Duration = Duration::from_millis(100);
+const SEND_BUFFER_LATER: usize = 1 << 20;
 
 /// How the guest is kept from faulting while the stream ends, where there is no channel that is served
 /// beyond its end.
@@ -315,16 +321,20 @@ impl Lazy<'_> {
         waits: &dyn Fn() -> bool,
     ) -> Result<(), PagerError> {
         let lost = self.lost(Stage::Postcopy(self.transfer.figures));
-        let image = self.image();
-        let mut reader = PageReader::new(image);
+        let mut reader = PageReader::new(self.image());
         let mut bandwidth = Bandwidth::new(self.transfer.bandwidth, main.written());
         main.send(&lost, "its devices were being sent")?;
-        let mut apart = false;
+        let mut held = SEND_BUFFER;
         loop {
-            if !apart && urgent.is_read() {
-                apart = true;
-                // Without a large buffer it works, too.
-                let _ = sockopt::set_socket_send_buffer_size(main.channel(), SEND_BUFFER_APART);
+            let holds = match (urgent.is_read(), self.transfer.figures.running_for()) {
+                (false, _) => SEND_BUFFER,
+                (true, Some(time)) if time >= BEGINNING => SEND_BUFFER_LATER,
+                (true, _) => SEND_BUFFER_APART,
+            };
+            if held != holds {
+                held = holds;
+                // With another it works, too.
+                let _ = sockopt::set_socket_send_buffer_size(main.channel(), holds);
             }
             if self.transfer.supply.is_closed() {
                 return Err(lost.closed("memory was being sent"));
@@ -334,8 +344,12 @@ impl Lazy<'_> {
             let budget = (bandwidth.budget(main.written()) / TARGET_PAGE_SIZE).max(1);
             let waiting = waits();
             let batch = if urgent.is_read() { BATCH } else { BATCH_SHARED };
-            match self.transfer.supply.next(batch.min(budget), pause.is_zero()) {
-                Next::Send(work) => self.send(work, main, &mut reader, &lost)?,
+            let most = batch.min(budget);
+            match self.transfer.supply.next(most, pause.is_zero()) {
+                Next::Send(work) => {
+                    let from = (self.transfer.supply, &mut reader);
+                    batch::send(work, most, from, main, self.transfer.figures, &lost)?;
+                }
                 Next::Later => {
                     let longest = if urgent.is_awaited() { LOOK_EVERY } else { POLL };
                     self.transfer.supply.wait(pause.min(longest));
@@ -346,30 +360,6 @@ impl Lazy<'_> {
                 Next::Nothing => return Ok(()),
             }
         }
-    }
-
-    fn send(
-        &self,
-        work: Work,
-        main: &mut PageWriter<'_>,
-        reader: &mut PageReader<'_>,
-        lost: &Lost<'_>,
-    ) -> Result<(), PagerError> {
-        let Work { source, block, pages, content, since } = work;
-        let count = pages.end - pages.start;
-        if content {
-            reader.read(&self.image().blocks()[block], pages, |page, bytes| {
-                main.page(block, page, bytes);
-            })?;
-        } else {
-            pages.for_each(|page| main.page(block, page, None));
-        }
-        let bytes = main.send(lost, "memory was being sent")?;
-        self.transfer.figures.sent(source, count, bytes);
-        if let Some(since) = since {
-            self.transfer.figures.served(since.elapsed());
-        }
-        Ok(())
     }
 
     fn end(

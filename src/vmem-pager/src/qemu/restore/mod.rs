@@ -1,12 +1,13 @@
 //! The source of a postcopy migration: a guest runs at once, and its memory follows.
 
+mod batch;
 mod destination;
 mod eager;
 mod figures;
 mod lazy;
 mod lost;
 mod page_writer;
-mod preamble;
+pub mod preamble;
 mod serve;
 mod supply;
 #[cfg(test)]

@@ -10,30 +10,30 @@ use vmstate::wire::WireWrite;
 use crate::image::GuestImage;
 
 /// Everything in the package is loaded, and the guest can run (QEMU_VM_PING_PACKAGED_LOADED).
-pub(super) const PING_LOADED: u32 = 0x42;
+pub const PING_LOADED: u32 = 0x42;
 /// The first PING: QEMU has accepted the connection once it answers.
-pub(super) const PING_FIRST: u32 = 1;
+pub const PING_FIRST: u32 = 1;
 /// QEMU listens for faults: without postcopy-preempt at once, with it only when the second connection is there.
-pub(super) const PING_LISTENING: u32 = 4;
+pub const PING_LISTENING: u32 = 4;
 /// QEMU is about to; it has read all before.
-pub(super) const PING_BEFORE: u32 = 5;
+pub const PING_BEFORE: u32 = 5;
 const PING_PACKAGE: u32 = 3;
 
 /// Magic, version, configuration, and the return path.
-pub(super) fn put_start(out: &mut Vec<u8>, image: &GuestImage) {
+pub fn put_start(out: &mut Vec<u8>, image: &GuestImage) {
     put_header(out, image.configuration());
     put_command(out, &Command::OpenReturnPath);
     put_command(out, &Command::Ping(PING_FIRST));
 }
 
 /// That postcopy follows: page sizes are compared, and all RAM is discarded.
-pub(super) fn put_advise(out: &mut Vec<u8>) {
+pub fn put_advise(out: &mut Vec<u8>) {
     let sizes = AdvisedSizes { page_sizes: TARGET_PAGE_SIZE, target_page_size: TARGET_PAGE_SIZE };
     put_command(out, &Command::PostcopyAdvise(Some(sizes)));
 }
 
 /// The devices that go before RAM, and the list of RAM blocks.
-pub(super) fn put_setup(out: &mut Vec<u8>, image: &GuestImage) {
+pub fn put_setup(out: &mut Vec<u8>, image: &GuestImage) {
     out.put(image.early());
     let section_id = image.ram_section();
     put_section(
@@ -61,7 +61,7 @@ pub(super) fn put_setup(out: &mut Vec<u8>, image: &GuestImage) {
 /// Has QEMU take the way of postcopy. It needs one discard to be in its state for that; without, pages
 /// would go to the loader of precopy, whose thread waits for them itself. Nothing was sent, so any page
 /// will do: ADVISE has discarded all of it.
-pub(super) fn put_discard(out: &mut Vec<u8>, image: &GuestImage) {
+pub fn put_discard(out: &mut Vec<u8>, image: &GuestImage) {
     if let Some(block) = image.blocks().iter().find(|block| block.nr_pages() != 0) {
         let ranges = vec![(0, TARGET_PAGE_SIZE)];
         put_command(out, &Command::PostcopyRamDiscard { block: block.id().to_owned(), ranges });
@@ -69,7 +69,7 @@ pub(super) fn put_discard(out: &mut Vec<u8>, image: &GuestImage) {
 }
 
 /// The package: devices, and the guest runs.
-pub(super) fn put_package(out: &mut Vec<u8>, image: &GuestImage) {
+pub fn put_package(out: &mut Vec<u8>, image: &GuestImage) {
     let mut package = Vec::new();
     put_command(&mut package, &Command::PostcopyListen);
     put_command(&mut package, &Command::Ping(PING_LISTENING));
@@ -85,12 +85,12 @@ pub(super) fn put_package(out: &mut Vec<u8>, image: &GuestImage) {
 }
 
 /// Starts the one section in which all pages are sent.
-pub(super) fn put_pages_start(out: &mut Vec<u8>, image: &GuestImage) {
+pub fn put_pages_start(out: &mut Vec<u8>, image: &GuestImage) {
     put_continued(out, SectionKind::Part, image.ram_section());
 }
 
 /// Ends the section of pages, and RAM.
-pub(super) fn put_pages_end(out: &mut Vec<u8>, image: &GuestImage) {
+pub fn put_pages_end(out: &mut Vec<u8>, image: &GuestImage) {
     let section_id = image.ram_section();
     put_end_of_section(out);
     put_footer(out, section_id);
@@ -100,6 +100,6 @@ pub(super) fn put_pages_end(out: &mut Vec<u8>, image: &GuestImage) {
 }
 
 /// Ends the stream.
-pub(super) fn put_end(out: &mut Vec<u8>) {
+pub fn put_end(out: &mut Vec<u8>) {
     put_eof(out);
 }

@@ -19,6 +19,8 @@ use crate::error::PagerError;
 use crate::image::{GuestImage, PageReader};
 use crate::run::{POLL, Run};
 
+/// How often it is looked whether the second connection is closed, and the run over: not for each request.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// Requests that are kept until they are answered: those that were outstanding when QEMU paused.
 const HEARD_MAX: usize = 64 << 10;
 
@@ -50,11 +52,12 @@ impl Ear<'_> {
         back.get_mut().set_read_patience(Some(self.run.silence()));
         let what = "memory was being sent";
         let mut heard = heard.into_iter();
+        let mut looked = None;
         loop {
             let message = match heard.next() {
                 Some(message) => message,
                 None => {
-                    self.wait(&mut back, &lost)?;
+                    self.wait(&mut back, &mut looked, &lost)?;
                     if back.is_at_end().map_err(|error| lost.io(what, error))? {
                         return Err(lost.closed(what));
                     }
@@ -104,28 +107,41 @@ impl Ear<'_> {
         }
     }
 
-    /// Waits for the next message, within the bounds.
-    fn wait(&self, back: &mut WireReader<Channel>, lost: &Lost<'_>) -> Result<(), PagerError> {
+    /// Waits for the next message, within the bounds; when these were `looked` at last.
+    fn wait(
+        &self,
+        back: &mut WireReader<Channel>,
+        looked: &mut Option<Instant>,
+        lost: &Lost<'_>,
+    ) -> Result<(), PagerError> {
         let wait = Timespec { tv_sec: 0, tv_nsec: POLL.subsec_nanos().into() };
         while back.buffered().is_empty() {
-            self.run.check("memory was being sent")?;
-            // At the end QEMU closes it before it says that it has everything.
-            if self.ended.lock().is_none() {
-                self.urgent.check(self.supply, lost)?;
-            }
-            let over = self.ended.lock().map(|at| at.elapsed());
-            if let Some(after) = over.filter(|over| *over >= self.run.silence()) {
-                let what =
-                    "QEMU has been sent all memory, but does not say that it has it; stop and \
-                            restart it if it hangs (query-migrate)"
-                        .to_owned();
-                return Err(PagerError::TimedOut { what, after });
+            if looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
+                self.look(lost)?;
+                *looked = Some(Instant::now());
             }
             match poll(&mut [PollFd::new(back.get_ref(), PollFlags::IN)], Some(&wait)) {
                 Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return Ok(()),
                 Err(errno) => return Err(lost.io("memory was being sent", errno.into())),
             }
+        }
+        Ok(())
+    }
+
+    /// Whether the restore goes on.
+    fn look(&self, lost: &Lost<'_>) -> Result<(), PagerError> {
+        self.run.check("memory was being sent")?;
+        let ended = *self.ended.lock();
+        // At the end QEMU closes it before it says that it has everything.
+        let Some(ended) = ended else { return self.urgent.check(self.supply, lost) };
+        let after = ended.elapsed();
+        if after >= self.run.silence() {
+            let what =
+                "QEMU has been sent all memory, but does not say that it has it; stop and restart it if it hangs \
+                 (query-migrate)"
+                    .to_owned();
+            return Err(PagerError::TimedOut { what, after });
         }
         Ok(())
     }
@@ -152,7 +168,7 @@ impl Ear<'_> {
             return Ok(());
         }
         let page = Page { block, page, content: answer == Answer::Content };
-        match self.urgent.answer(page, self.supply, reader, lost) {
+        match self.urgent.answer(page, reader, lost) {
             Ok(sent) => {
                 self.figures.sent(Source::Request, 1, sent);
                 self.figures.served(since.elapsed());

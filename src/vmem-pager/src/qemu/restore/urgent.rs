@@ -158,7 +158,6 @@ impl<'a> Urgent<'a> {
     pub fn answer(
         &self,
         page: Page,
-        supply: &Supply<'_>,
         reader: &mut PageReader<'_>,
         lost: &Lost<'_>,
     ) -> Result<u64, PagerError> {
@@ -166,26 +165,24 @@ impl<'a> Urgent<'a> {
         let Some(Second { pages, .. }) = &mut *state else {
             return Err(lost.closed("a page that it waits for was being sent"));
         };
-        put_with(pages, supply, page, reader)?;
+        put_with(pages, page, reader)?;
         pages.send(lost, "a page that it waits for was being sent")
     }
 }
 
 fn put(pages: &mut PageWriter<'_>, supply: &Supply<'_>, page: Page) -> Result<(), PagerError> {
-    put_with(pages, supply, page, &mut PageReader::new(supply.image()))
+    put_with(pages, page, &mut PageReader::new(supply.image()))
 }
 
 fn put_with(
     pages: &mut PageWriter<'_>,
-    supply: &Supply<'_>,
     page: Page,
     reader: &mut PageReader<'_>,
 ) -> Result<(), PagerError> {
     let Page { block, page, content } = page;
-    if !content {
-        pages.page(block, page, None);
-        return Ok(());
+    if content {
+        return pages.pages(block, page..page + 1, reader);
     }
-    let of = &supply.image().blocks()[block];
-    reader.read(of, page..page + 1, |page, bytes| pages.page(block, page, bytes))
+    pages.zeros(block, page);
+    Ok(())
 }

@@ -43,10 +43,16 @@ fn read_all(image: &GuestImage, max: u64) -> BTreeMap<(usize, u64), Vec<u8>> {
                 }
             };
             reader.read_runs(block, run.clone(), take_run).unwrap();
+            // And each to its place, with room before it.
+            let mut apart = vec![0xee; run.clone().count() * (8 + PAGE as usize)];
+            reader.read_apart(block, run.clone(), &mut apart).unwrap();
+            let mut apart = apart.chunks(8 + PAGE as usize);
             let take = |page, bytes: Option<&[u8]>| {
                 assert_eq!(Some(page), expected.next());
                 assert_eq!(by_runs.remove(&page).as_deref(), bytes);
                 let bytes = bytes.map_or(vec![0; PAGE as usize], <[u8]>::to_vec);
+                let (room, content) = apart.next().unwrap().split_at(8);
+                assert!(room == [0xee; 8] && content == bytes);
                 assert!(read.insert((index, page), bytes).is_none(), "page {page} twice");
             };
             reader.read(block, run, take).unwrap();
@@ -111,7 +117,7 @@ fn pages_in_discarded_memory_are_left_out_and_told() {
 #[test]
 fn a_page_that_is_a_hole_of_the_file_or_zeros_is_read_as_zeros() {
     let mut sample = Sample::new(true);
-    sample.records = vec![Record { block: 1, page: 3, seed: Some(1) }];
+    sample.records = (1..=20).map(|n| Record { block: 1, page: 2 + n, seed: Some(n) }).collect();
     let (dir, image) = open(&sample);
     drop(image);
     let path = dir.path().join("guest.img");
@@ -132,10 +138,19 @@ fn a_page_that_is_a_hole_of_the_file_or_zeros_is_read_as_zeros() {
             std::os::unix::fs::FileExt::write_all_at(&file, &[0; PAGE as usize], at).unwrap();
         }
         let image = GuestImage::open(&path).unwrap();
-        let mut pages = Vec::new();
-        let take = |page, bytes: Option<&[u8]>| pages.push((page, bytes.is_some()));
-        PageReader::new(&image).read(&image.blocks()[1], 3..4, take).unwrap();
-        assert_eq!(pages, [(3, false)], "hole: {hole}");
+        // A page by itself, and with others.
+        for end in [4, 23] {
+            let mut pages = Vec::new();
+            let take = |page, bytes: Option<&[u8]>| pages.push((page, bytes.is_some()));
+            PageReader::new(&image).read(&image.blocks()[1], 3..end, take).unwrap();
+            let expected: Vec<_> = (3..end).map(|page| (page, page != 3)).collect();
+            assert_eq!(pages, expected, "hole: {hole}");
+            let mut bytes = vec![1; (end as usize - 3) * PAGE as usize];
+            PageReader::new(&image).read_apart(&image.blocks()[1], 3..end, &mut bytes).unwrap();
+            let (zeros, others) = bytes.split_at(PAGE as usize);
+            assert_eq!(zeros, [0; PAGE as usize], "hole: {hole}");
+            assert_eq!(others, (2..=end - 3).flat_map(content).collect::<Vec<u8>>());
+        }
     }
 }
 
@@ -148,11 +163,14 @@ fn a_file_that_becomes_shorter_is_an_error_and_not_zeros() {
         let file = File::options().write(true).open(dir.path().join("guest.img")).unwrap();
         file.set_len(200).unwrap();
         let read = PageReader::new(&image).read(&image.blocks()[1], 0..2, |_, _| {});
-        let error = read.unwrap_err().to_string();
-        assert!(
-            error.contains("cannot read a page from") && error.contains("guest.img"),
-            "{error}"
-        );
+        let mut bytes = [0; 2 * PAGE as usize];
+        let apart = PageReader::new(&image).read_apart(&image.blocks()[1], 0..2, &mut bytes);
+        for error in [read, apart].map(|read| read.unwrap_err().to_string()) {
+            assert!(
+                error.contains("cannot read a page from") && error.contains("guest.img"),
+                "{error}"
+            );
+        }
     }
 }
 

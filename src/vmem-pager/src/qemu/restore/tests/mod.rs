@@ -130,6 +130,50 @@ fn all_of_an_image_arrives_once_and_nothing_else() {
 }
 
 #[test]
+fn pages_that_turn_out_to_be_zeros_are_sent_as_such_or_not_at_all() {
+    use std::os::unix::fs::FileExt;
+    for eager in [false, true] {
+        let (sample, dir) = (large(), tempfile::tempdir().unwrap());
+        let path = dir.path().join("guest.img");
+        sample.write(&path);
+        let bytes = sample.bytes();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        let mut expected = expected(&sample);
+        // The first of their block, some among others, and the last.
+        for page in [0, 1, 70, 72, 73, 599] {
+            let content = expected.remove(&("big".to_owned(), page)).unwrap();
+            // The last block's: others have the like.
+            let at = bytes.chunks_exact(PAGE).rposition(|bytes| *bytes == content).unwrap();
+            file.write_all_at(&[0; PAGE], (at * PAGE) as u64).unwrap();
+            if !eager {
+                expected.insert(("big".to_owned(), page), vec![0; PAGE]);
+            }
+        }
+        let fake = Fake::listen(dir.path());
+        let socket = dir.path().join("vm.sock");
+        let how = How { eager, preempt: Some(true), ..How::default() };
+        let restored = thread::spawn(move || restore_file(&path, &socket, &how));
+        if eager {
+            let mut main = fake.accept_main();
+            main.greet();
+            main.blocks(&sample);
+            let _rest = main.place_eager();
+            main.say(&ReturnMessage::Shut(0));
+            restored.join().unwrap().0.unwrap();
+        } else {
+            let (mut main, urgent) = fake.load_known(&sample);
+            let placing = main.place();
+            fake.wait_ended();
+            main.say(&ReturnMessage::Shut(0));
+            restored.join().unwrap().0.unwrap();
+            placing.join().unwrap();
+            urgent.join().unwrap();
+        }
+        assert!(fake.placed.lock().pages == expected, "eager: {eager}");
+    }
+}
+
+#[test]
 fn requests_are_answered_before_the_guest_runs_and_after_the_stream_has_ended() {
     let (sample, dir) = (large(), tempfile::tempdir().unwrap());
     let fake = Fake::listen(dir.path());
