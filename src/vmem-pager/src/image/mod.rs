@@ -5,6 +5,7 @@
 
 pub mod pages;
 pub mod reader;
+mod write_out;
 pub mod writer;
 
 pub(crate) use reader::is_zero;

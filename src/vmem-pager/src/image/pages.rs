@@ -6,8 +6,8 @@ use std::io;
 use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 
 use migration::Progress;
 use migration::inspect::SavedVirtioMem;
@@ -20,6 +20,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use vmstate::printable;
 
+use super::write_out::WriteOut;
 use crate::error::PagerError;
 use crate::sys::writeback;
 
@@ -97,6 +98,7 @@ pub struct Pages {
     blocks: Vec<PlacedBlock>,
     by_id: HashMap<String, usize>,
     progress: Arc<Progress>,
+    write_out: OnceLock<WriteOut>,
 }
 
 impl Pages {
@@ -108,7 +110,8 @@ impl Pages {
     ) -> Self {
         let by_id = blocks.iter().enumerate().map(|(index, block)| (block.id.clone(), index));
         let by_id = by_id.collect();
-        Self { file, path: path.to_owned(), blocks, by_id, progress }
+        let write_out = OnceLock::new();
+        Self { file, path: path.to_owned(), blocks, by_id, progress, write_out }
     }
 
     /// The blocks, in the order of the stream.
@@ -196,6 +199,9 @@ impl Pages {
             let at = placed.header.pages_offset + part.start();
             let written = self.file.write_all_at(&bytes[from..from + part.len() as usize], at);
             written.map_err(PagerError::file("write", &self.path))?;
+            if let Some(write_out) = self.write_out.get() {
+                write_out.wrote(part.len());
+            }
             let mut state = placed.state.lock();
             state.present.set_range(run.clone());
             state.written.set_range(run);
@@ -269,6 +275,14 @@ impl Pages {
             }
         }
         Ok(())
+    }
+
+    /// From now on has the kernel begin, again and again, to bring to the disk what is written, by a thread: for pages that
+    /// come in no order. Without a thread, all is left to the end.
+    pub fn write_out_early(&self) {
+        if let Ok(write_out) = WriteOut::start(&self.file) {
+            let _ = self.write_out.set(write_out);
+        }
     }
 
     /// Has the kernel begin to bring a part of a block to the disk, of what was written of it: then less is left to do

@@ -263,6 +263,7 @@ impl<'a> Early<'a> {
             kept::put_head(&mut self.head, &self.configuration, &self.bytes, header, &list);
         }
         let image = file.begin(start, Arc::clone(self.progress))?;
+        image.pages().write_out_early();
         peer.blocks_known(image.pages());
         let mut records = Records::default();
         let mut has_flush = false;
