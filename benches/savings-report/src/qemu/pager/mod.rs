@@ -1,5 +1,6 @@
 //! `vmem-pager` beside what a stock QEMU does itself: the same guest, from and to files.
 
+mod bare;
 mod exchange;
 mod images;
 mod process;

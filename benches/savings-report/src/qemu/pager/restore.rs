@@ -9,6 +9,7 @@ use real_guest::machine::Parts;
 use real_guest::pager::vm::{Shape, Start, Vm};
 use serde::{Deserialize, Serialize};
 
+use super::bare::Bare;
 use super::images::Images;
 use super::process::{Pager, cpu_without_vcpus};
 use crate::host;
@@ -31,11 +32,14 @@ pub enum Way {
     Replay,
     /// The pager; all memory before the guest runs.
     Eager,
+    /// As the second, by a writer that has the records of all pages ready.
+    Bare,
 }
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Plain, Self::Mapped, Self::Lazy, Self::Replay, Self::Eager];
+    pub const ALL: [Self; 6] =
+        [Self::Plain, Self::Mapped, Self::Lazy, Self::Replay, Self::Eager, Self::Bare];
 
     /// Its name in tables.
     pub fn name(self) -> &'static str {
@@ -45,6 +49,7 @@ impl Way {
             Self::Lazy => "`vmem-pager restore`",
             Self::Replay => "the same, `--replay`",
             Self::Eager => "the same, `--eager`",
+            Self::Bare => "a bare writer, lazily",
         }
     }
 }
@@ -110,11 +115,12 @@ pub fn restore(
     let mut vm = Vm::start(parts, shape, Start::Incoming, &dir.join("destination"))?;
     vm.set_capabilities(&[("events", true)])?;
     let mut verifier = vm.verifier()?;
+    let bare = (way == Way::Bare).then(|| Bare::read(&images.ours)).transpose()?;
     host::warm(2 * GIB)?;
     let ticking = thread::spawn(move || verifier.tick().map(|_| SystemTime::now()));
     let before = cpu_without_vcpus(vm.process())?;
     let begun = SystemTime::now();
-    let mut pager = None;
+    let (mut pager, mut writing) = (None, None);
     match way {
         Way::Plain | Way::Mapped => {
             let mapped = way == Way::Mapped;
@@ -128,6 +134,11 @@ pub fn restore(
                 _ => Vec::new(),
             };
             pager = Some(Pager::start(parts, &words(&vm, &images.ours, &more))?);
+        }
+        Way::Bare => {
+            let socket = vm.dir().join("restore.sock");
+            Bare::prepare(&mut vm, &socket)?;
+            writing = bare.map(|bare| thread::spawn(move || bare.send(&socket)));
         }
     }
     let since = |at: SystemTime| Ok::<_, anyhow::Error>(millis(at.duration_since(begun)?));
@@ -143,6 +154,10 @@ pub fn restore(
     let took = waiting
         .map(|waiting| waiting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
     let took = took.transpose()?;
+    if let Some(writing) = writing {
+        let written = writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        written.context("the bare writer")?;
+    }
     cpu += took.as_ref().map_or(0.0, |took| took.cpu);
     let summary = took.as_ref().map(|took| &took.summary);
     let number = |name: &str| summary.and_then(|summary| summary[name].as_f64());

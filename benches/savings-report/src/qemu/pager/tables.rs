@@ -13,7 +13,9 @@ pub const NOTE: &str = "The pager: a Linux guest of a stock QEMU under TCG, one 
      and its files then say that it ran, so that it runs when it is loaded. Times are from the command (migrate-incoming, \
      or the start of the pager, which drives QEMU with --qmp) to QEMU's events RESUME and MIGRATION completed; a tick \
      is a line that the program writes to a serial port 50 times a second. Processor time is QEMU's without \
-     its vCPUs, and the pager's, to when all memory is there. An exchange is a request for a page, and its answer, as seen by a client of the socket: \
+     its vCPUs, and the pager's, to when all memory is there. The bare writer is the limit of a lazy restore: it has the \
+     records of all pages ready in memory, sends them as fast as QEMU takes them, and answers requests; its own processor \
+     time is left out. An exchange is a request for a page, and its answer, as seen by a client of the socket: \
      of the pager, and of a thread that sends the same bytes without looking. Saves end with all bytes on the disk (fsync, \
      which QEMU leaves to others).";
 
