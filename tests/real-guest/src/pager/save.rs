@@ -232,6 +232,15 @@ impl Saves<'_> {
                 std::thread::sleep(Duration::from_millis(500));
                 pager.kill()?;
                 self.vm.wait_migration("postcopy-paused")?;
+                // Half of the guest is elsewhere: QEMU keeps its half, and does not run it.
+                for command in ["cont", "migrate_cancel"] {
+                    let refused = self.vm.qmp.execute(command, &json!({}));
+                    ensure!(
+                        refused.is_err(),
+                        "QEMU takes {command} of a guest that was given away"
+                    );
+                }
+                self.vm.wait_migration("postcopy-paused")?;
                 ensure!(!image.exists(), "a killed save left an image");
                 // The image waits to be finished: another guest is not saved there.
                 let other = Pager::run(self.parts, self.vm.dir(), &self.words(&image))?;
