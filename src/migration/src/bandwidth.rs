@@ -42,6 +42,29 @@ impl Bandwidth {
         }
     }
 
+    /// From now on at most `limit` bytes a second; 0 is no limit. How fast that is, is measured anew.
+    pub fn set_limit(&mut self, limit: Option<u64>, written: u64) {
+        self.set_limit_at(Instant::now(), limit, written);
+    }
+
+    fn set_limit_at(&mut self, now: Instant, limit: Option<u64>, written: u64) {
+        let limit = limit.filter(|&limit| limit != 0);
+        if limit == self.limit {
+            return;
+        }
+        *self = Self::new_at(now, limit, written);
+    }
+
+    /// What goes between two looks at what is left, bytes.
+    pub(crate) fn step(&self) -> u64 {
+        self.budget(self.window_bytes)
+    }
+
+    /// Bytes a second, as what less is left; `None` as long as nothing was measured.
+    pub(crate) fn per_second(&self) -> Option<f64> {
+        self.per_second.filter(|&per_second| per_second > 0.0)
+    }
+
     /// One that was measured.
     #[cfg(test)]
     pub(crate) fn measured(per_second: f64) -> Self {
@@ -94,7 +117,7 @@ impl Bandwidth {
 
     /// How long `bytes` that are left would take; `None` as long as nothing was measured.
     pub fn time_for(&self, bytes: u64) -> Option<Duration> {
-        let per_second = self.per_second.filter(|&per_second| per_second > 0.0)?;
+        let per_second = self.per_second()?;
         Duration::try_from_secs_f64(bytes as f64 / per_second).ok()
     }
 }
@@ -112,6 +135,25 @@ mod tests {
         assert!(bandwidth.spent(500 + (1 << 20)) > Duration::ZERO);
         assert_eq!(Bandwidth::new(None, 0).time_for(1), None);
         assert_eq!(Bandwidth::new(Some(0), 0).budget(1 << 40), Bandwidth::new(None, 0).budget(0));
+    }
+
+    #[test]
+    fn another_limit_holds_at_once_and_how_fast_it_is_is_measured_anew() {
+        let mut bandwidth = Bandwidth::new(Some(10 << 20), 0);
+        let begin = bandwidth.window_start;
+        bandwidth.handled(1 << 20);
+        assert_eq!(bandwidth.spent_at(begin + WINDOW, 1 << 20), Duration::ZERO);
+        assert_eq!(bandwidth.time_for(10 << 20), Some(Duration::from_secs(1)));
+        // The same again changes nothing.
+        bandwidth.set_limit_at(begin + 2 * WINDOW, Some(10 << 20), 1 << 20);
+        assert_eq!(bandwidth.time_for(10 << 20), Some(Duration::from_secs(1)));
+        bandwidth.set_limit_at(begin + 2 * WINDOW, Some(100 << 20), 1 << 20);
+        assert_eq!((bandwidth.time_for(1), bandwidth.budget(1 << 20)), (None, 10 << 20));
+        bandwidth.handled(10 << 20);
+        assert_eq!(bandwidth.spent_at(begin + 3 * WINDOW, 11 << 20), Duration::ZERO);
+        assert_eq!(bandwidth.time_for(10 << 20), Some(WINDOW));
+        bandwidth.set_limit_at(begin + 3 * WINDOW, Some(0), 11 << 20);
+        assert_eq!(bandwidth.budget(11 << 20), Bandwidth::new(None, 0).budget(0));
     }
 
     #[test]

@@ -209,6 +209,9 @@ pub enum MigrationError {
     /// It was cancelled.
     #[error("cancelled")]
     Cancelled,
+    /// It was paused on request.
+    #[error("paused on request")]
+    Paused,
 }
 
 impl From<FormatError> for MigrationError {

@@ -106,12 +106,15 @@ mod bandwidth;
 mod channel;
 mod devices;
 mod error;
+mod events;
 mod file_reader;
 mod framing;
 mod handler;
+mod keep_alive;
 mod loader;
 mod precopy;
 mod progress;
+mod steering;
 #[cfg(test)]
 pub(crate) mod test_support;
 #[cfg(any(test, feature = "test-utils"))]
@@ -121,9 +124,12 @@ pub use bandwidth::{Bandwidth, TokenBucket};
 pub use channel::{BufferSink, Channel, GatherWrite, Sink};
 pub use devices::{DevicePhase, DeviceRegistry, DeviceSection, Devices, NoDevices, RegistryError};
 pub use error::MigrationError;
+pub use events::{Event, Events};
 pub use handler::{LoadHandler, PostcopySave, SaveHandler};
+pub use keep_alive::keep_alive;
 pub use precopy::{
     AtMaxRounds, Guest, GuestAfter, Incoming, Outgoing, OutgoingError, Parameters,
     ThrottleParameters,
 };
 pub use progress::{Counters, MigrationInfo, Progress, Status};
+pub use steering::{ParameterChange, SteeringError};

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::events::{Event, Events, Publisher};
 use super::lazy::FaultStatistics;
+use super::steering::{ParameterChange, Steering, SteeringError};
 
 /// The state of a migration (QEMU's MigrationStatus).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +20,8 @@ pub enum Status {
     Setup,
     /// Memory is sent while the guest runs.
     Active,
+    /// The guest is stopped, and waits for [`Progress::continue_switchover`].
+    PreSwitchover,
     /// The guest is stopped; the rest is sent.
     Device,
     /// The guest runs on the destination; memory follows.
@@ -37,12 +41,18 @@ pub enum Status {
 }
 
 impl Status {
+    /// Whether a migration in this state is one that a cancel ends.
+    fn is_cancellable(self) -> bool {
+        matches!(self, Self::Setup | Self::Active | Self::PreSwitchover | Self::Device)
+    }
+
     /// QEMU's name of it.
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
             Self::Setup => "setup",
             Self::Active => "active",
+            Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
             Self::PostcopyActive => "postcopy-active",
             Self::PostcopyPaused => "postcopy-paused",
@@ -118,6 +128,8 @@ pub struct Progress {
     pub counters: Counters,
     cancelled: AtomicBool,
     postcopy: AtomicBool,
+    pub(crate) steering: Steering,
+    events: Publisher,
     times: Mutex<Times>,
     /// Of the memory that arrives while the guest runs here.
     faults: Mutex<Option<Arc<Mutex<FaultStatistics>>>>,
@@ -131,6 +143,7 @@ struct Times {
     stopped: Option<Instant>,
     downtime: Option<Duration>,
     expected_downtime: Option<Duration>,
+    time_left: Option<Duration>,
     total: Option<Duration>,
     /// Since when block state is frozen.
     busy_since: Option<Instant>,
@@ -149,9 +162,52 @@ impl Progress {
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
         let mut times = self.times.lock();
-        if matches!(times.status, Status::Setup | Status::Active | Status::Device) {
+        if times.status.is_cancellable() {
             times.status = Status::Cancelling;
+            self.events.tell(Event::Status(Status::Cancelling));
         }
+    }
+
+    /// Subscribes to what happens from now on; the first event is the state now. Up to `capacity` events wait to
+    /// be taken: a subscriber that is slow is told that it lost some, and holds up nothing.
+    pub fn subscribe(&self, capacity: usize) -> Events {
+        // No change of the state comes between.
+        let times = self.times.lock();
+        self.events.subscribe(capacity, times.status)
+    }
+
+    /// Changes parameters of the migration, at once where it runs, else of the one that begins. They hold to its
+    /// end, over what it was begun with.
+    ///
+    /// # Errors
+    ///
+    /// When a value is impossible; nothing changes then.
+    pub fn set_parameters(&self, change: ParameterChange) -> Result<(), SteeringError> {
+        self.steering.change(change)
+    }
+
+    /// Has a migration go on that waits before its switchover ([`Parameters::pause_before_switchover`]), or will
+    /// wait (QEMU's migrate-continue).
+    ///
+    /// [`Parameters::pause_before_switchover`]: crate::Parameters::pause_before_switchover
+    pub fn continue_switchover(&self) {
+        self.steering.continue_switchover();
+    }
+
+    /// Ends the channels of postcopy at the source, as if they had broken: both sides pause, until new ones come
+    /// from [`Reconnect`](crate::postcopy::Reconnect), which is told [`MigrationError::Paused`] (QEMU's
+    /// migrate-pause).
+    ///
+    /// [`MigrationError::Paused`]: crate::MigrationError::Paused
+    ///
+    /// # Errors
+    ///
+    /// When no pages of postcopy are being sent from here.
+    pub fn pause_postcopy(&self) -> Result<(), SteeringError> {
+        if self.steering.pause_postcopy() {
+            return Ok(());
+        }
+        Err(SteeringError::State { what: "be paused", status: self.status() })
     }
 
     /// Has the source switch to postcopy as soon as it can, if that was provided for.
@@ -210,6 +266,7 @@ impl Progress {
             downtime: times.downtime,
             expected_downtime: times.expected_downtime,
             busy_time: times.busy_since.map(|since| since.elapsed()).or(times.busy),
+            expected_time_left: times.time_left.filter(|_| times.status == Status::Active),
             error_desc: times.error.clone(),
         }
     }
@@ -229,10 +286,11 @@ impl Progress {
             _ => {}
         }
         // A cancel shows until it is done, or comes too late: the guest has left.
-        if times.status != Status::Cancelling
-            || !matches!(status, Status::Setup | Status::Active | Status::Device)
+        if times.status != status
+            && (times.status != Status::Cancelling || !status.is_cancellable())
         {
             times.status = status;
+            self.events.tell(Event::Status(status));
         }
     }
 
@@ -259,6 +317,23 @@ impl Progress {
     pub(crate) fn guest_runs_elsewhere(&self) {
         let mut times = self.times.lock();
         times.downtime = times.stopped.map(|stopped| stopped.elapsed());
+        self.events.tell(Event::Switchover(times.downtime.unwrap_or_default()));
+    }
+
+    /// Dirty pages were collected so many times.
+    pub(crate) fn passed(&self, passes: u64) {
+        self.events.tell(Event::Pass(passes));
+    }
+
+    /// vCPUs are kept from running for so many percent of the time.
+    pub(crate) fn throttled(&self, percent: u8) {
+        Counters::set(&self.counters.throttle, percent.into());
+        self.events.tell(Event::Throttle(percent));
+    }
+
+    /// So long, it is expected, until the guest can run at the destination.
+    pub(crate) fn expect_end(&self, expected: Option<Duration>) {
+        self.times.lock().time_left = expected;
     }
 
     /// Block state is frozen from now on, or not any more.
@@ -322,6 +397,10 @@ pub struct MigrationInfo {
     /// For how long block state was frozen, or is, the last time: the guest's requests are answered with BUSY
     /// meanwhile. Where both ends know that it may change, that is the switchover.
     pub busy_time: Option<Duration>,
+    /// How long it takes until the guest can run at the destination, if it goes on to write as it did when
+    /// dirty pages were collected last. In the first pass, before it is known how it writes, as if it wrote
+    /// nothing. `None` when it is not known, or comes to no end: the guest writes too much.
+    pub expected_time_left: Option<Duration>,
     /// Why it failed.
     pub error_desc: Option<String>,
 }

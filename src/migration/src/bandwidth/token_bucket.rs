@@ -26,6 +26,13 @@ impl TokenBucket {
         (rate != 0).then(|| Self { level: bucket.most(), ..bucket })
     }
 
+    /// The same at another rate from `now` on; none for a rate of 0. What is owed stays owed.
+    pub fn at_rate(mut self, now: Instant, rate: u64) -> Option<Self> {
+        self.budget(now);
+        let full = Self::new(now, rate)?;
+        Some(Self { level: self.level.min(full.level), ..full })
+    }
+
     /// What is due in a tenth of a second, and not less than a byte: else there would never be one.
     fn most(&self) -> i128 {
         (i128::from(self.rate) * WINDOW.as_nanos().cast_signed()).max(BYTE)
@@ -74,6 +81,22 @@ mod tests {
         assert_eq!(bucket.pause(), Duration::ZERO);
         // Not more than is due in a tenth of a second is saved up.
         assert_eq!(bucket.budget(at + Duration::from_secs(3600)), (1 << 20) / 10);
+    }
+
+    #[test]
+    fn what_is_owed_stays_owed_at_another_rate() {
+        let begin = Instant::now();
+        let mut bucket = TokenBucket::new(begin, 100).unwrap();
+        bucket.charge(1010);
+        assert_eq!(bucket.pause(), Duration::from_millis(10_010));
+        // Half of it is paid back by then.
+        let mut faster = bucket.at_rate(begin + Duration::from_secs(5), 1000).unwrap();
+        assert_eq!(faster.pause(), Duration::from_millis(501));
+        assert_eq!(faster.budget(begin + Duration::from_secs(60)), 100);
+        // What was saved up is no more than the new rate has in a tenth of a second.
+        let mut slower = faster.clone().at_rate(begin + Duration::from_secs(60), 10).unwrap();
+        assert_eq!(slower.budget(begin + Duration::from_secs(60)), 1);
+        assert!(slower.at_rate(begin, 0).is_none());
     }
 
     #[test]

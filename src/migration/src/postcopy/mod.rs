@@ -59,7 +59,7 @@ pub struct Channels {
 
 impl Channels {
     /// Ends both.
-    fn shutdown(&self) {
+    pub(crate) fn shutdown(&self) {
         self.main.shutdown();
         if let Some(urgent) = &self.urgent {
             urgent.shutdown();

@@ -126,8 +126,12 @@ impl OutgoingPages<'_> {
         loop {
             let (memory, bucket, progress) = (&memory, &bucket, &progress);
             let stream = Stream { memory, section_id, bucket, progress };
-            let error = match stream.send_all(channels, back.take(), &mut asked) {
+            let sent = stream.send_all(channels, back.take(), &mut asked);
+            progress.steering.postcopy_over(None);
+            let paused = progress.steering.take_paused();
+            let error = match sent {
                 Ok(()) => return Ok(()),
+                Err(_) if paused => MigrationError::Paused,
                 Err(error) => error,
             };
             progress.set_status(Status::PostcopyPaused);
@@ -167,6 +171,9 @@ impl Stream<'_, '_> {
                 back
             }
         };
+        let urgent_handle = urgent.as_ref().map(Channel::clone_handle);
+        let handles = Channels { main: main.clone_handle(), urgent: urgent_handle };
+        self.progress.steering.postcopy_over(Some(handles));
         self.progress.set_status(Status::PostcopyActive);
         let requests = Requests::default();
         let urgent = urgent.map(Mutex::new);
@@ -237,7 +244,19 @@ impl Stream<'_, '_> {
     ) -> Result<(), MigrationError> {
         let mut gathered = GatherWrite::new();
         let mut bucket = self.bucket.lock();
+        let mut changes = 0;
         loop {
+            let steering = &self.progress.steering;
+            if steering.changes() != changes {
+                changes = steering.changes();
+                if let Some(rate) = steering.max_postcopy_bandwidth() {
+                    let now = Instant::now();
+                    *bucket = match bucket.take() {
+                        Some(bucket) => bucket.at_rate(now, rate),
+                        None => TokenBucket::new(now, rate),
+                    };
+                }
+            }
             let due = bucket.as_mut().map_or(BATCH, |bucket| bucket.budget(Instant::now()));
             let pause = bucket.as_ref().map_or(Duration::ZERO, TokenBucket::pause);
             let told = requests.wait(pause.min(PAUSE_MAX));

@@ -25,6 +25,7 @@ mod elastic;
 mod incoming;
 mod patience;
 mod peers;
+mod steering;
 
 const OPTIONS: ListOptions = ListOptions { ignore_shared: false, postcopy: true };
 
@@ -100,13 +101,18 @@ impl HandlerFailed for Reader {
     }
 }
 
-/// Hands out channels that were made before.
-struct Prepared(mpsc::Receiver<(OwnedFd, Option<UnixStream>)>, Arc<Progress>);
+/// Hands out channels that were made before, and notes why they are needed.
+struct Prepared {
+    channels: mpsc::Receiver<(OwnedFd, Option<UnixStream>)>,
+    progress: Arc<Progress>,
+    breaks: Arc<Mutex<Vec<String>>>,
+}
 
 impl Reconnect for Prepared {
-    fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
-        let (main, urgent) = self.0.recv_timeout(Duration::from_secs(20)).ok()?;
-        let channel = |stream: OwnedFd| Channel::new(stream, Arc::clone(&self.1)).unwrap();
+    fn reconnect(&mut self, error: &MigrationError) -> Option<Channels> {
+        self.breaks.lock().unwrap().push(error.to_string());
+        let (main, urgent) = self.channels.recv_timeout(Duration::from_secs(20)).ok()?;
+        let channel = |stream: OwnedFd| Channel::new(stream, Arc::clone(&self.progress)).unwrap();
         let urgent = urgent.map(|urgent| channel(urgent.into()));
         Some(Channels { main: channel(main), urgent })
     }
@@ -146,6 +152,8 @@ struct Run {
     wrong: usize,
     /// How often the guest was let run on the source and on the destination.
     runs: (usize, usize),
+    /// Why the source needed other channels.
+    breaks: Vec<String>,
     sent: MigrationInfo,
 }
 
@@ -184,8 +192,22 @@ fn migrate_acting(
     expected: Vec<u8>,
     when: SwitchWhen,
     urgent: bool,
-    mut channels: Vec<(OwnedFd, OwnedFd)>,
+    channels: Vec<(OwnedFd, OwnedFd)>,
     acts: Option<Act>,
+) -> Run {
+    let progress = Arc::new(Progress::new());
+    migrate_told(&progress, parameters, from, to, (expected, acts), (when, urgent), channels)
+}
+
+/// Seen and steered by `progress`.
+fn migrate_told(
+    progress: &Arc<Progress>,
+    parameters: Parameters,
+    from: &Side,
+    to: &Side,
+    (expected, acts): (Vec<u8>, Option<Act>),
+    (when, urgent): (SwitchWhen, bool),
+    mut channels: Vec<(OwnedFd, OwnedFd)>,
 ) -> Run {
     let reader = Arc::new(Reader::new(to, expected));
     *reader.acts.lock().unwrap() = acts;
@@ -211,7 +233,11 @@ fn migrate_acting(
         let postcopy = PostcopyIncoming {
             blocks,
             urgent: far_urgent.map(|urgent| channel(&progress, urgent.into())),
-            reconnect: Box::new(Prepared(destination_hears, Arc::clone(&progress))),
+            reconnect: Box::new(Prepared {
+                channels: destination_hears,
+                progress: Arc::clone(&progress),
+                breaks: Arc::default(),
+            }),
             failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
             listening: None,
         };
@@ -225,14 +251,18 @@ fn migrate_acting(
         };
         incoming.run(channel(&progress, first.1))
     });
-    let progress = Arc::new(Progress::new());
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
-    let ram = RamSave::new(&from.blocks, OPTIONS, Arc::clone(&progress), tracker).unwrap();
+    let ram = RamSave::new(&from.blocks, OPTIONS, Arc::clone(progress), tracker).unwrap();
+    let breaks = Arc::<Mutex<Vec<_>>>::default();
     let source = Reader::new(from, Vec::new());
     let postcopy = PostcopyOutgoing {
         when,
-        urgent: near_urgent.map(|urgent| channel(&progress, urgent.into())),
-        reconnect: Box::new(Prepared(source_hears, Arc::clone(&progress))),
+        urgent: near_urgent.map(|urgent| channel(progress, urgent.into())),
+        reconnect: Box::new(Prepared {
+            channels: source_hears,
+            progress: Arc::clone(progress),
+            breaks: Arc::clone(&breaks),
+        }),
     };
     let outgoing = Outgoing {
         parameters,
@@ -240,17 +270,18 @@ fn migrate_acting(
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
         postcopy: Some(postcopy),
-        progress: Arc::clone(&progress),
+        progress: Arc::clone(progress),
     };
     let mut guest = None;
-    let outgoing = outgoing.run(channel(&progress, first.0)).map_err(|failed| {
+    let outgoing = outgoing.run(channel(progress, first.0)).map_err(|failed| {
         guest = Some(failed.guest);
         failed.error
     });
     let incoming = there.join().unwrap();
     let runs = [&source, &*reader].map(|guest| guest.runs.load(Ordering::Relaxed));
     let (wrong, sent) = (reader.wait(), progress.snapshot());
-    Run { outgoing, guest, incoming, wrong, runs: runs.into(), sent }
+    let breaks = breaks.lock().unwrap().clone();
+    Run { outgoing, guest, incoming, wrong, runs: runs.into(), breaks, sent }
 }
 
 /// A source with pages of all kinds, and what the guest is to see of each.

@@ -1,11 +1,10 @@
 //! The iterative handlers of a source: which of them go when.
 
-use super::Parameters;
 use crate::channel::Sink;
 use crate::error::MigrationError;
 use crate::framing::Framing;
 use crate::handler::SaveHandler;
-use crate::stream::{CAPABILITY_IGNORE_SHARED, SectionKind};
+use crate::stream::SectionKind;
 
 /// The handlers of a source, in the order of their sections.
 pub(super) type Handlers<'a> = Vec<Box<dyn SaveHandler + 'a>>;
@@ -23,27 +22,6 @@ pub(super) fn check(handlers: &Handlers<'_>) -> Result<(), MigrationError> {
         }
     }
     Ok(())
-}
-
-/// Refuses postcopy where it is not possible.
-pub(super) fn check_postcopy(
-    parameters: &Parameters,
-    postcopy: bool,
-) -> Result<(), MigrationError> {
-    let shared = parameters.configuration.has(CAPABILITY_IGNORE_SHARED);
-    match (postcopy, parameters.one_way, shared) {
-        (true, true, _) => Err(no_way_back()),
-        (true, _, true) => {
-            let what = "postcopy and x-ignore-shared exclude each other: switch one of them off";
-            Err(MigrationError::NotPossible(what.to_owned()))
-        }
-        _ => Ok(()),
-    }
-}
-
-pub(super) fn no_way_back() -> MigrationError {
-    let what = "postcopy needs a return path, and the stream goes one way";
-    MigrationError::NotPossible(what.to_owned())
 }
 
 /// Has all handlers that have something left send about `budget` bytes together. Each has an equal

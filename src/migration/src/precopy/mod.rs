@@ -5,6 +5,7 @@
 //! that it has everything, and gets it back on anything else; the destination starts it only after
 //! it could tell the source so.
 
+mod capabilities;
 mod convergence;
 mod elastic;
 mod handlers;

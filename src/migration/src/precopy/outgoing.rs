@@ -7,7 +7,7 @@ use super::convergence::{AtMaxRounds, Due, Switchover, Throttle, ThrottleParamet
 use super::elastic::Elastic;
 use super::outcome::{GuestAfter, OutgoingError};
 use super::return_path::{ReturnPath, refuse};
-use super::{Guest, PING_LOADED, handlers};
+use super::{Guest, PING_LOADED, capabilities, handlers};
 use crate::bandwidth::Bandwidth;
 use crate::channel::{BufferSink, Channel, Sink};
 use crate::devices::{DevicePhase, Devices};
@@ -63,6 +63,9 @@ pub struct Parameters {
     /// for the VMM to say whether it continues here or where the stream is loaded, and never both.
     /// Postcopy is not possible.
     pub one_way: bool,
+    /// Whether the guest, once it is stopped, waits for [`Progress::continue_switchover`] before anything else
+    /// of it is sent, or for a cancel: the VMM flushes its disks meanwhile.
+    pub pause_before_switchover: bool,
 }
 
 impl Parameters {
@@ -79,6 +82,7 @@ impl Parameters {
             block_state_timeout: Some(Duration::from_secs(1)),
             configuration,
             one_way: false,
+            pause_before_switchover: false,
         }
     }
 }
@@ -173,7 +177,8 @@ impl Outgoing<'_> {
 
     fn migrate(&mut self, mut channel: Channel, owner: &mut Owner) -> Result<(), MigrationError> {
         handlers::check(&self.handlers)?;
-        handlers::check_postcopy(&self.parameters, self.postcopy.is_some())?;
+        let preempt = self.postcopy.as_ref().is_some_and(|postcopy| postcopy.urgent.is_some());
+        capabilities::check(&self.parameters, self.postcopy.is_some(), preempt)?;
         for handler in &mut self.handlers {
             handler.freeze()?;
         }
@@ -205,12 +210,18 @@ impl Outgoing<'_> {
             .iterate(out, back.as_ref(), &framing, &mut elastic)
             .map_err(|error| reason_of(back.as_ref(), error))?;
         // From here on the guest stands still.
-        self.progress.set_status(Status::Device);
+        let pauses = self.parameters.pause_before_switchover;
+        if !pauses {
+            self.progress.set_status(Status::Device);
+        }
         self.progress.guest_stopped();
         self.guest
             .stop()
             .map_err(|reason| MigrationError::Vmm { what: "stop the guest", reason })?;
         *owner = Owner::Stopped;
+        if pauses {
+            self.wait_to_continue(back.as_ref())?;
+        }
         let after = channel.uncancellable();
         channel.set_write_patience(self.parameters.switchover_timeout);
         match next {
@@ -219,9 +230,25 @@ impl Outgoing<'_> {
                 .map_err(|error| reason_of(back.as_ref(), error)),
             Next::Postcopy => match back {
                 Some(back) => self.postcopy(channel, after, back, framing, owner),
-                None => Err(handlers::no_way_back()),
+                None => Err(capabilities::no_way_back()),
             },
         }
+    }
+
+    /// Waits until the switchover is to go on. A destination that fails meanwhile is noticed.
+    fn wait_to_continue(&self, back: Option<&ReturnPath>) -> Result<(), MigrationError> {
+        const MOMENT: Duration = Duration::from_millis(20);
+        self.progress.set_status(Status::PreSwitchover);
+        while !self.progress.steering.wait_to_continue(MOMENT) {
+            if self.progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            if let Some(back) = back {
+                back.check()?;
+            }
+        }
+        self.progress.set_status(Status::Device);
+        Ok(())
     }
 
     /// Sends the rest while the guest stands still, and hands it over.
@@ -347,7 +374,7 @@ impl Outgoing<'_> {
         let back = back.end()?;
         let (reconnect, channels) =
             (postcopy.reconnect, Channels { main: after, urgent: urgent_after });
-        let max_bandwidth = self.parameters.max_postcopy_bandwidth;
+        let max_bandwidth = progress.steering.limits(&self.parameters).max_postcopy_bandwidth;
         let memory = self.memory(index)?;
         let source =
             OutgoingPages { memory, section_id, asked, reconnect, max_bandwidth, progress };
@@ -387,6 +414,15 @@ impl Outgoing<'_> {
         })
     }
 
+    /// Slows vCPUs down as far as is told, if it is.
+    fn throttle(&self, percent: Option<u8>) {
+        if let Some(percent) = percent {
+            tracing::info!(percent, "vCPUs are kept from running for a part of the time");
+            self.progress.throttled(percent);
+            self.guest.throttle(percent);
+        }
+    }
+
     /// Sends memory until the rest can be sent within the downtime that is allowed, or the guest
     /// is to go first, and freezes block state then.
     fn iterate(
@@ -419,9 +455,19 @@ impl Outgoing<'_> {
             Some(_) => u64::MAX,
         };
         let mut switchover = Switchover::new(self.parameters.downtime_limit, max_rounds);
+        let (mut changes, mut collected) = (0, Instant::now());
         loop {
             if self.progress.is_cancelled() {
                 return Err(MigrationError::Cancelled);
+            }
+            if self.progress.steering.changes() != changes {
+                changes = self.progress.steering.changes();
+                let limits = self.progress.steering.limits(&self.parameters);
+                self.parameters.downtime_limit = limits.downtime_limit;
+                switchover.set_limit(limits.downtime_limit);
+                bandwidth.set_limit(limits.max_bandwidth, out.written());
+                let percent = throttle.set_parameters(limits.throttle);
+                self.throttle(percent);
             }
             if let Some(back) = back {
                 elastic.serve(&mut self.handlers, out, back)?;
@@ -432,6 +478,10 @@ impl Outgoing<'_> {
             let counters = &self.progress.counters;
             let estimate: u64 =
                 self.handlers.iter().map(|handler| handler.pending_estimate()).sum();
+            let dirtied = Counters::get(&counters.dirty_pages_rate) * TARGET_PAGE_SIZE;
+            let time_left =
+                switchover.time_left(estimate, dirtied, collected.elapsed(), &bandwidth);
+            self.progress.expect_end(time_left);
             if switchover.may_be_due(estimate, &bandwidth) {
                 let begin = Instant::now();
                 let mut exact = 0;
@@ -439,6 +489,7 @@ impl Outgoing<'_> {
                     exact += handler.pending_exact()?;
                 }
                 let sync = begin.elapsed();
+                collected = begin + sync;
                 bandwidth.leave_out(sync);
                 let due = switchover.is_due(exact, sync, &bandwidth);
                 let expected = switchover.expected(exact, &bandwidth);
@@ -446,11 +497,9 @@ impl Outgoing<'_> {
                     self.progress.expect_downtime(time);
                 }
                 let dirtied = Counters::get(&counters.dirtied) * TARGET_PAGE_SIZE;
-                if let Some(percent) = throttle.after_sync(dirtied, handled) {
-                    tracing::info!(percent, "the guest writes faster than memory is sent");
-                    Counters::set(&counters.throttle, percent.into());
-                    self.guest.throttle(percent);
-                }
+                let percent = throttle.after_sync(dirtied, handled);
+                self.throttle(percent);
+                self.progress.passed(switchover.rounds());
                 match (due, self.parameters.at_max_rounds) {
                     (Due::No, _) => {}
                     (Due::Yes, _) | (Due::TooManyRounds, AtMaxRounds::StopAndCopy) => {

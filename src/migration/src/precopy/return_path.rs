@@ -73,7 +73,7 @@ impl ReturnPath {
     }
 
     /// What came and is not expected: an error of the destination, most likely.
-    fn check(&self) -> Result<(), MigrationError> {
+    pub(super) fn check(&self) -> Result<(), MigrationError> {
         self.hear(&mut |message| match message {
             ReturnMessage::Pong(_) | ReturnMessage::BlockState { .. } => Ok(()),
             other => Err(unexpected(Ok(other))),

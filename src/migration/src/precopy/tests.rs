@@ -12,6 +12,7 @@ mod patience;
 mod resizable;
 mod rounds;
 mod shared;
+mod steering;
 
 use std::fs::File;
 use std::io;

@@ -10,6 +10,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+/// How long a host may not be heard of before the guest is said to be alone.
+const VANISHED: Duration = Duration::from_secs(30);
+
 enum Address<'a> {
     Unix(&'a Path),
     Tcp(&'a str),
@@ -35,6 +38,7 @@ pub fn connect(address: &str) -> anyhow::Result<OwnedFd> {
         Address::Tcp(host) => {
             let stream = TcpStream::connect(host).with_context(refused)?;
             stream.set_nodelay(true)?;
+            migration::keep_alive(&stream, VANISHED)?;
             stream.into()
         }
     })
@@ -100,6 +104,7 @@ impl Listener {
             Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
                 stream.set_nodelay(true)?;
+                migration::keep_alive(&stream, VANISHED)?;
                 stream.into()
             }
         })
@@ -135,10 +140,14 @@ mod tests {
     }
 
     #[test]
-    fn a_free_port_is_told_and_found() {
+    fn a_free_port_is_told_and_found_and_both_ends_notice_a_host_that_vanishes() {
         let listener = Listener::bind("tcp:127.0.0.1:0").unwrap();
-        connect(listener.address()).unwrap();
-        listener.accept(|| false).unwrap();
+        let near = connect(listener.address()).unwrap();
+        let far = listener.accept(|| false).unwrap();
+        for end in [near, far] {
+            assert_eq!(rustix::net::sockopt::tcp_user_timeout(&end).unwrap(), 30_000);
+            assert!(rustix::net::sockopt::socket_keepalive(&end).unwrap());
+        }
         let no_peer = listener.accept(|| true).unwrap_err().to_string();
         assert!(no_peer.contains(listener.address()), "{no_peer}");
     }

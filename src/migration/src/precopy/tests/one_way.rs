@@ -134,10 +134,10 @@ fn postcopy_is_refused_where_it_is_not_possible() {
         assert_eq!(sent, b"");
         error.error.to_string()
     };
-    let expected = "postcopy needs a return path, and the stream goes one way";
+    let expected = "postcopy-ram needs return-path, and the stream goes one way";
     assert_eq!(refused(one_way()), expected);
     let mut shared = parameters();
     shared.configuration.capabilities.push("x-ignore-shared".to_owned());
-    let expected = "postcopy and x-ignore-shared exclude each other: switch one of them off";
+    let expected = "postcopy-ram and x-ignore-shared exclude each other: switch one of them off";
     assert_eq!(refused(shared), expected);
 }
