@@ -58,14 +58,24 @@ fn command_words(command: &Command) -> (&'static str, String) {
         Command::PostcopyListen => ("POSTCOPY_LISTEN", none),
         Command::PostcopyRun => ("POSTCOPY_RUN", none),
         Command::PostcopyRamDiscard { block, ranges } => {
-            let ranges = ranges.iter().map(|(start, len)| format!(" {start:#x}+{len:#x}"));
-            ("POSTCOPY_RAM_DISCARD", format!("{block}{}", ranges.collect::<String>()))
+            ("POSTCOPY_RAM_DISCARD", format!("{block}{}", ranges_words(ranges.iter().copied())))
         }
         Command::Packaged { len } => ("PACKAGED", format!("{len} bytes")),
         Command::PostcopyResume => ("POSTCOPY_RESUME", none),
         Command::RecvBitmap { block } => ("RECV_BITMAP", block.clone()),
         Command::SwitchoverStart => ("SWITCHOVER_START", none),
+        Command::BlockState(change) => {
+            let kind = if change.populated { "populate" } else { "discard" };
+            let ranges =
+                ranges_words(change.ranges.iter().map(|range| (range.start(), range.len())));
+            ("BLOCK_STATE", format!("{} {kind} {}{ranges}", change.number, change.block))
+        }
     }
+}
+
+/// Ranges of a block, each with a space before it.
+fn ranges_words(ranges: impl Iterator<Item = (u64, u64)>) -> String {
+    ranges.map(|(start, len)| format!(" {start:#x}+{len:#x}")).collect()
 }
 
 /// The name of the way in which pages are laid out.
