@@ -42,6 +42,11 @@ impl Daemon {
         &self.program
     }
 
+    /// Where clients of the discard channel connect.
+    pub fn discard_socket(&self) -> PathBuf {
+        discard_socket(&self.dir)
+    }
+
     /// Kills the daemon without a warning.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
@@ -60,7 +65,9 @@ impl Daemon {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, Signal::TERM)?;
         wait::until("the daemon to end on SIGTERM", END, || Ok(self.child.try_wait()?))?;
-        for socket in [api_socket(&self.dir), Setup::vhost_socket(&self.dir)] {
+        let sockets =
+            [api_socket(&self.dir), discard_socket(&self.dir), Setup::vhost_socket(&self.dir)];
+        for socket in sockets {
             ensure!(!socket.exists(), "the daemon left {} behind", socket.display());
         }
         Ok(())
@@ -89,6 +96,10 @@ fn api_socket(dir: &Path) -> PathBuf {
     dir.join("api.sock")
 }
 
+fn discard_socket(dir: &Path) -> PathBuf {
+    dir.join("discard.sock")
+}
+
 fn spawn(program: &Path, setup: &Setup, dir: &Path) -> Result<Child> {
     let mut command = Command::new(program);
     command.arg("--socket-path").arg(Setup::vhost_socket(dir));
@@ -99,6 +110,7 @@ fn spawn(program: &Path, setup: &Setup, dir: &Path) -> Result<Child> {
         command.args(["--node-id", &node.to_string()]);
     }
     command.arg("--api-socket").arg(api_socket(dir));
+    command.arg("--discard-socket").arg(discard_socket(dir));
     command.arg("--state-file").arg(dir.join("state"));
     process::start(&command, &dir.join(LOG))
 }

@@ -111,6 +111,12 @@ impl Qemu {
         }
     }
 
+    /// The file behind the region.
+    pub fn region_memory(&self) -> Result<File> {
+        let file = self.backing.as_ref().context("the guest has no region of the daemon's")?;
+        Ok(file.try_clone()?)
+    }
+
     /// The shared memory of this size, while it runs.
     pub fn memory(&self, size: u64) -> Result<File> {
         for entry in fs::read_dir(format!("/proc/{}/fd", self.child.id()))? {

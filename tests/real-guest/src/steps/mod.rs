@@ -7,6 +7,7 @@ mod inspect;
 mod migration;
 mod reasons;
 mod reboot;
+mod snapshot;
 
 use std::path::Path;
 
@@ -38,9 +39,10 @@ const COMMON: Setup =
     Setup { region: 8 * GIB, block: 2 * MIB, node: None, relay: false, driver: true };
 
 /// All steps.
-pub const ALL: [Step; 11] = [
+pub const ALL: [Step; 12] = [
     Step { name: "grow-shrink", proof: Proof::Machine(COMMON, grow_shrink::run) },
     Step { name: "migration", proof: Proof::Machine(COMMON, migration::run) },
+    Step { name: "snapshot", proof: Proof::Machine(COMMON, snapshot::run) },
     Step { name: "reboot", proof: Proof::Machine(COMMON, reboot::run) },
     Step {
         name: "reasons",
