@@ -52,6 +52,10 @@ pub struct RunningGuest<'a> {
 
 /// Writes `guest` to `file`, which is empty, while the guest runs. Returns when all is written.
 ///
+/// Requests for its memory are answered BUSY while it is stopped, and served afterwards: pages that a device
+/// is about to discard are written first, on its thread, which waits for that. Where a manager can only
+/// freeze block state, it stays frozen.
+///
 /// # Errors
 ///
 /// Why it could not be written; the file is of no use then. The guest runs on in any case. What

@@ -268,17 +268,16 @@ impl Image {
             {
                 self.fail(error);
             }
-            if self.is_stopped() {
+            let failed = self.is_stopped();
+            if failed {
                 // The thread that answers vCPUs may have ended. The device may wait for one of them
                 // with its manager locked, and the next step waits for that.
-                self.end_protection();
+                let _ = self.end_protection();
             }
             drop(block_state);
-            let failed = self.is_stopped();
             self.stop();
             answering.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            self.end_protection();
-            if failed { Err(self.why_it_failed()) } else { Ok(()) }
+            if failed { Err(self.why_it_failed()) } else { self.end_protection() }
         })?;
         for saved in &self.saved {
             let state = saved.state.lock();
@@ -310,7 +309,6 @@ impl Image {
             && let Some(claim) = saved.claim(self, Writer::Discards, pages.clone())
         {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                drop(claim);
                 self.fail(too_slow(saved));
                 break;
             }
@@ -350,16 +348,15 @@ impl Image {
     }
 
     /// Ends the protection of all blocks, also for vCPUs that wait.
-    fn end_protection(&self) {
+    fn end_protection(&self) -> Result<(), MigrationError> {
+        let mut result = Ok(());
         for saved in &self.saved {
             let Some(used) = saved.block.used() else { continue };
-            if let Err(error) = self.faults.unregister(saved.mapping, used) {
-                let what = "end protection";
-                self.failure
-                    .lock()
-                    .get_or_insert_with(|| MigrationError::memory(saved.block.id(), what)(error));
-            }
+            let ended = self.faults.unregister(saved.mapping, used);
+            let ended = ended.map_err(MigrationError::memory(saved.block.id(), "end protection"));
+            result = result.and(ended);
         }
+        result
     }
 
     /// Writes all pages, one after the other, and waits until those are written that other threads
