@@ -34,7 +34,7 @@ pub struct BlockStateChange {
     pub populated: bool,
     /// Id of the RAM block.
     pub block: String,
-    /// Bytes from the start of the block, ascending and apart; at most [`BLOCK_STATE_RANGES_MAX`].
+    /// Bytes from the start of the block, ascending and apart; at most 256 of them.
     pub ranges: Vec<ByteRange>,
 }
 

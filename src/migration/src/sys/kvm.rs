@@ -123,7 +123,7 @@ impl KvmSlot {
     }
 
     /// Reads the log: one bit for each page of the slot, page 0 in the lowest bit of word 0. Without
-    /// [`enable_manual_protect`], this also clears it.
+    /// `enable_manual_protect`, this also clears it.
     ///
     /// # Errors
     ///
