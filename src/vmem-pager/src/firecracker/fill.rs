@@ -3,7 +3,7 @@
 //! Pages are placed by several threads at once, and never while messages are read: the VMM discards as soon as its
 //! removal was read, and a copy that was under way would land after that, with what the file has. It could not be
 //! undone from here. So a page is looked up, copied and marked in one shared turn, and messages are read in a turn
-//! alone ([`Filling::placing`]); files are read outside of both.
+//! alone (`Filling::placing`); files are read outside of both.
 
 use std::collections::{HashSet, VecDeque};
 use std::io;
