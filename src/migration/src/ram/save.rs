@@ -43,7 +43,7 @@ const ITERATE_PAGES: u64 = (64 << 20) / TARGET_PAGE_SIZE;
 
 /// The pages of a section behind which a PLUG waits: some of them always go before it, so that a guest which
 /// plugs all the time is still moved.
-const SHORT_PAGES: u64 = (2 << 20) / TARGET_PAGE_SIZE;
+const SHORT_PAGES: u64 = (256 << 10) / TARGET_PAGE_SIZE;
 
 /// The most bytes of a request where host pages are smaller: a request is gathered as a whole. QEMU's
 /// are one host page.
