@@ -469,3 +469,46 @@ impl Image {
 fn too_slow(saved: &Saved) -> MigrationError {
     MigrationError::DiscardedTooSoon { block: saved.block.id().to_owned() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::ram::BlockOptions;
+    use crate::sys::page_faults::FaultKind;
+    use crate::test_support::{PAGE, fill, memfd, migration_block};
+
+    #[test]
+    fn a_discard_waits_for_pages_that_another_thread_writes() {
+        let memory = memfd(64 * PAGE);
+        fill(&memory, 0..64, 7);
+        let options = BlockOptions::migratable();
+        let block = Arc::new(migration_block("ram", &memory, 64 * PAGE, options));
+        let all = block.used().unwrap();
+        let mut faults = PageFaults::open(FaultKind::WriteProtected).unwrap();
+        let mapping = faults.add(Arc::clone(block.mapping()));
+        faults.register(mapping, all).unwrap();
+        let mut todo = PageBitmap::new(64);
+        todo.set_range(0..64);
+        let (page_size, bitmap_offset, pages_offset) = (TARGET_PAGE_SIZE, 0, PAGE);
+        let header = MappedRamHeader { page_size, bitmap_offset, pages_offset };
+        let saved = vec![Saved::new(block, header, mapping, todo, PageBitmap::new(64))];
+        let file = memfd(0);
+        let own = file.try_clone().unwrap();
+        let image = Image::new(faults, saved, own, Arc::new(Progress::new())).unwrap();
+        let saved = &image.blocks()[0];
+        let claim = saved.claim(&image, Writer::Background, 0..64).unwrap();
+        std::thread::scope(|scope| {
+            let discard = scope.spawn(|| image.save_before_discard(saved, all, None));
+            std::thread::sleep(Duration::from_millis(30));
+            assert!(!discard.is_finished(), "the pages are not in the image");
+            image.save(claim, &mut GatherWrite::new()).unwrap();
+        });
+        assert!(!image.is_stopped());
+        let mut page = [0; PAGE as usize];
+        file.read_exact_at(&mut page, 64 * PAGE).unwrap();
+        assert_eq!(page, [7; PAGE as usize]);
+    }
+}
