@@ -1,29 +1,39 @@
-//! The channel between source and destination: a connected socket, or one way a pipe or a file.
+//! The channel between source and destination: how long it is waited for, and how it is cancelled, over
+//! whatever [`Transport`] carries it.
 
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use descriptor::Descriptor;
 use patience::Patience;
 
 use crate::progress::Progress;
 pub use crate::sys::GatherWrite;
+pub use transport::{Ready, Transport};
 
 use crate::sys::WritePolicy;
 
-mod patience;
+mod descriptor;
+pub(crate) mod patience;
+mod transport;
+
+#[cfg(test)]
+pub(crate) mod faulty;
 
 /// How often a wait asks whether it is cancelled.
 const POLL: Duration = Duration::from_millis(50);
 
 /// How long writes wait by default: nothing but the migration waits with them, and a destination may
 /// well be busy for minutes before it reads on, with allocating what is plugged for instance.
-const WRITE_PATIENCE: Duration = Duration::from_secs(5 * 60);
+pub(crate) const WRITE_PATIENCE: Duration = Duration::from_secs(5 * 60);
+
+/// How much of guest memory is copied at once for a transport that the kernel cannot gather to.
+const COPY: usize = 256 << 10;
 
 /// Where a stream goes.
 pub trait Sink {
@@ -41,8 +51,16 @@ pub trait Sink {
     /// When it cannot be written; `ECANCELED` when cancelled.
     fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()>;
 
-    /// Bytes written so far.
+    /// Bytes written so far, those that were counted from elsewhere among them.
     fn written(&self) -> u64;
+
+    /// Counts bytes of the same stream that went another way.
+    fn count_elsewhere(&mut self, _bytes: u64) {}
+
+    /// How long a write waits for a reader that reads nothing; `None` where nothing is waited for.
+    fn write_patience(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// A stream that is kept, to be sent as a whole.
@@ -73,16 +91,34 @@ impl Sink for BufferSink {
 /// ([`set_write_patience`](Self::set_write_patience)).
 #[derive(Debug)]
 pub struct Channel {
-    fd: Arc<OwnedFd>,
+    transport: Arc<dyn Transport>,
     /// By which it is cancelled.
     progress: Option<Arc<Progress>>,
     /// Once true, it is too late for that.
     committed: Option<Arc<AtomicBool>>,
+    /// By which its waits end when another channel of the migration fails.
+    interrupt: Option<Interrupt>,
     written: u64,
+    elsewhere: u64,
     /// No read waits longer; for the end of a migration, where the other side must answer.
     read_patience: Option<Duration>,
     /// How long writes wait for the other side to read.
     write_patience: Patience,
+}
+
+/// Ends the waits of channels that go with one that failed.
+#[derive(Clone, Debug, Default)]
+pub struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    /// Ends them, for good.
+    pub fn raise(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    fn is_raised(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 impl Channel {
@@ -93,26 +129,34 @@ impl Channel {
     ///
     /// When it cannot be made non-blocking.
     pub fn new(fd: impl Into<OwnedFd>, progress: Arc<Progress>) -> io::Result<Self> {
-        let fd = fd.into();
-        rustix::io::ioctl_fionbio(&fd, true)?;
-        Ok(Self {
-            fd: Arc::new(fd),
+        Ok(Self::over(Arc::new(Descriptor::new(fd.into())?), progress))
+    }
+
+    /// Over a transport of the caller's own. Guest memory is copied for it, unless it
+    /// [has a descriptor](Transport::descriptor).
+    pub fn over(transport: Arc<dyn Transport>, progress: Arc<Progress>) -> Self {
+        Self {
+            transport,
             progress: Some(progress),
             committed: None,
+            interrupt: None,
             written: 0,
+            elsewhere: 0,
             read_patience: None,
             write_patience: Patience::new(WRITE_PATIENCE),
-        })
+        }
     }
 
     /// Another handle of the same channel. Its reads wait without a bound; its writes are as patient as
     /// those of this handle, and begin with all of that patience.
     pub fn clone_handle(&self) -> Self {
         Self {
-            fd: Arc::clone(&self.fd),
+            transport: Arc::clone(&self.transport),
             progress: self.progress.clone(),
             committed: self.committed.clone(),
+            interrupt: self.interrupt.clone(),
             written: 0,
+            elsewhere: 0,
             read_patience: None,
             write_patience: self.write_patience.unused(),
         }
@@ -130,12 +174,50 @@ impl Channel {
         Self { committed: Some(committed), ..self.clone_handle() }
     }
 
-    /// Writes some of `bytes`, to a socket without SIGPIPE when its peer has closed it.
-    fn write_some(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        match rustix::net::send(&self.fd, bytes, rustix::net::SendFlags::NOSIGNAL) {
-            Err(Errno::NOTSOCK) => rustix::io::write(&self.fd, bytes),
-            sent => sent,
+    /// Another handle of the same channel, whose waits end as cancelled once `interrupt` is raised.
+    pub(super) fn interruptible(&self, interrupt: &Interrupt) -> Self {
+        Self { interrupt: Some(interrupt.clone()), ..self.clone_handle() }
+    }
+
+    /// The same handle, whose waits no interrupt ends.
+    pub(super) fn without_interrupt(self) -> Self {
+        Self { interrupt: None, ..self }
+    }
+
+    /// The descriptor beneath, where there is one that holds the very bytes of the stream.
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.transport.descriptor()
+    }
+
+    /// Calls `write` until it has no more to wait for.
+    fn until_written<T>(
+        &mut self,
+        mut write: impl FnMut(&dyn Transport) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            match write(&*self.transport) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable()?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => return done,
+            }
         }
+    }
+
+    fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.until_written(|transport| transport.write(bytes))? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                written => {
+                    self.wrote(written as u64);
+                    bytes = &bytes[written..];
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.until_written(|transport| transport.flush())
     }
 
     fn is_cancelled(&self) -> bool {
@@ -160,28 +242,23 @@ impl Channel {
 
     /// Ends the channel for both sides, and all handles of it.
     pub fn shutdown(&self) {
-        // Pipes cannot be shut down; they end when their last handle goes.
-        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+        self.transport.shutdown();
     }
 
     /// Ends this side's direction of a socket; what the other side still says can be read.
     pub fn shutdown_write(&self) {
-        // It fails on a channel that has ended already, which readers learn by themselves.
-        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
+        self.transport.shutdown_write();
     }
 
     /// Whether the other side has closed the channel, or ended its direction of it. What it had
     /// written before may still be to be read.
     pub fn is_hung_up(&self) -> bool {
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        loop {
-            let mut fds = [PollFd::new(&self.fd, PollFlags::RDHUP)];
-            match poll(&mut fds, Some(&now)) {
-                Err(Errno::INTR) => {}
-                // What cannot be asked is not to be relied on.
-                other => return other != Ok(0),
-            }
-        }
+        self.transport.is_hung_up()
+    }
+
+    /// Whether there is something to read within `most`: bytes, the end of the stream, or an error.
+    pub fn is_readable(&self, most: Duration) -> bool {
+        self.transport.wait(Ready::Read, most).unwrap_or(true)
     }
 
     /// Waits for something to read.
@@ -191,23 +268,20 @@ impl Channel {
             if left == Some(Duration::ZERO) {
                 return Err(Errno::TIMEDOUT.into());
             }
-            if self.wait(PollFlags::IN, left.unwrap_or(POLL))? {
+            if self.wait(Ready::Read, left.unwrap_or(POLL))? {
                 return Ok(());
             }
         }
     }
 
     /// Waits for a moment; whether it is ready.
-    fn wait(&self, flags: PollFlags, most: Duration) -> io::Result<bool> {
-        if self.is_cancelled() {
+    fn wait(&self, ready: Ready, most: Duration) -> io::Result<bool> {
+        if self.is_cancelled() || self.interrupt.as_ref().is_some_and(Interrupt::is_raised) {
             return Err(Errno::CANCELED.into());
         }
-        let wait = Timespec { tv_sec: 0, tv_nsec: most.min(POLL).subsec_nanos().into() };
-        let mut fds = [PollFd::new(&self.fd, flags)];
-        match poll(&mut fds, Some(&wait)) {
-            Ok(0) | Err(Errno::INTR) => Ok(false),
-            Ok(_) => Ok(true),
-            Err(errno) => Err(errno.into()),
+        match self.transport.wait(ready, most.min(POLL)) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            waited => waited,
         }
     }
 }
@@ -226,7 +300,7 @@ impl WritePolicy for Channel {
             return Err(self.write_patience.ended());
         }
         let begin = Instant::now();
-        let waited = self.wait(PollFlags::OUT, left).map(drop);
+        let waited = self.wait(Ready::Write, left).map(drop);
         self.write_patience.waited(begin.elapsed());
         waited
     }
@@ -236,154 +310,55 @@ impl WritePolicy for Channel {
     }
 }
 
-impl AsFd for Channel {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
 impl Read for Channel {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let deadline = self.read_patience.map(|patience| Instant::now() + patience);
         loop {
-            match rustix::io::read(&self.fd, &mut *buf) {
-                Ok(read) => return Ok(read),
-                Err(Errno::AGAIN) => self.wait_readable(deadline)?,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
+            match self.transport.read(&mut *buf) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait_readable(deadline)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => return read,
             }
         }
     }
 }
 
 impl Sink for Channel {
-    fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            match self.write_some(bytes) {
-                Ok(written) => {
-                    self.wrote(written as u64);
-                    bytes = &bytes[written..];
-                }
-                Err(Errno::AGAIN) => self.wait_writable()?,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all(bytes)?;
+        self.flush()
     }
 
     fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
-        let fd = Arc::clone(&self.fd);
-        gathered.write_to(&*fd, self)?;
+        let transport = Arc::clone(&self.transport);
+        match transport.descriptor() {
+            Some(descriptor) => gathered.write_to(descriptor, self)?,
+            None => {
+                gathered.copy_out(COPY, &mut |bytes| {
+                    self.check()?;
+                    self.write_all(bytes)
+                })?;
+                self.flush()?;
+            }
+        }
         gathered.clear();
         Ok(())
     }
 
     fn written(&self) -> u64 {
-        self.written
+        self.written + self.elsewhere
+    }
+
+    fn count_elsewhere(&mut self, bytes: u64) {
+        self.elsewhere += bytes;
+    }
+
+    fn write_patience(&self) -> Option<Duration> {
+        Some(self.write_patience.limit())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sys::gather::testing::raises_sigpipe;
-    use crate::test_support::{Slow, SlowReader};
-    use ram_discard::memory::HostMapping;
-    use std::os::unix::net::UnixStream;
-
-    const MOMENT: Duration = Duration::from_millis(20);
-    /// Longer than any thread is kept from running.
-    const LONG: Duration = Duration::from_secs(60);
-
-    /// A channel to a peer that may be so slow.
-    fn pair(patience: Duration) -> (Channel, UnixStream) {
-        let (near, far) = UnixStream::pair().unwrap();
-        rustix::net::sockopt::set_socket_send_buffer_size(&near, 4096).unwrap();
-        let mut channel = Channel::new(near, Arc::new(Progress::new())).unwrap();
-        channel.set_write_patience(patience);
-        (channel, far)
-    }
-
-    /// Writes without an end, by either way of writing.
-    fn write_on(channel: &mut Channel, gathers: bool) -> io::Error {
-        let file = crate::test_support::memfd(1 << 20);
-        let memory = Arc::new(HostMapping::map(&file, 0, 1 << 20).unwrap());
-        loop {
-            let written = if gathers {
-                let mut gathered = GatherWrite::new();
-                gathered.push_bytes(b"header");
-                gathered.push_memory(&memory, 0, 1 << 20);
-                channel.write_gathered(&mut gathered)
-            } else {
-                channel.write(b"message")
-            };
-            if let Err(error) = written {
-                return error;
-            }
-        }
-    }
-
-    #[test]
-    fn a_peer_that_reads_nothing_or_next_to_nothing_ends_any_write_of_any_handle() {
-        for (slow, gathers) in [
-            (Slow::Nothing, false),
-            (Slow::Nothing, true),
-            (Slow::Trickle, false),
-            (Slow::Trickle, true),
-        ] {
-            let (channel, far) = pair(MOMENT);
-            let _reader = SlowReader::start(far, slow);
-            let clone = channel.clone_handle();
-            let committed = Arc::new(AtomicBool::new(true));
-            for mut handle in
-                [clone.clone_handle(), clone.uncancellable(), clone.cancellable_until(committed)]
-            {
-                let error = write_on(&mut handle, gathers);
-                assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{slow:?} {gathers}: {error}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_peer_that_reads_is_waited_for_however_often() {
-        let (mut channel, mut far) = pair(LONG);
-        let reader = std::thread::spawn(move || io::copy(&mut far, &mut io::sink()).unwrap());
-        let file = crate::test_support::memfd(1 << 20);
-        let memory = Arc::new(HostMapping::map(&file, 0, 1 << 20).unwrap());
-        for _ in 0..50 {
-            let mut gathered = GatherWrite::new();
-            gathered.push_memory(&memory, 0, 1 << 20);
-            channel.write_gathered(&mut gathered).unwrap();
-            assert!(gathered.is_empty());
-            channel.write(b"message").unwrap();
-        }
-        let written = channel.written();
-        drop(channel);
-        assert_eq!((written, reader.join().unwrap()), (50 * ((1 << 20) + 7), written));
-    }
-
-    #[test]
-    fn a_wait_for_a_slow_peer_can_be_cancelled() {
-        for gathers in [false, true] {
-            let (near, _far) = UnixStream::pair().unwrap();
-            let progress = Arc::new(Progress::new());
-            let mut channel = Channel::new(near, Arc::clone(&progress)).unwrap();
-            let cancelling = std::thread::spawn(move || progress.cancel());
-            let error = write_on(&mut channel, gathers);
-            assert_eq!(error.raw_os_error(), Some(libc::ECANCELED), "{error}");
-            cancelling.join().unwrap();
-        }
-    }
-
-    #[test]
-    fn a_peer_that_has_gone_is_an_error_and_no_signal() {
-        let (near, far) = UnixStream::pair().unwrap();
-        drop(far);
-        let mut channel = Channel::new(near, Arc::new(Progress::new())).unwrap();
-        assert!(!raises_sigpipe(|| {
-            let error = channel.write(b"page").unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
-        }));
-    }
-}
+mod tests;

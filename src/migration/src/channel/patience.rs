@@ -10,40 +10,45 @@ const SLOWEST: u64 = 64 << 10;
 /// Waiting uses it up, and what the peer takes gives it back: a peer that takes a byte now and then ends
 /// it as well as one that takes nothing.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Patience {
+pub(crate) struct Patience {
     limit: Duration,
     used: Duration,
 }
 
 impl Patience {
     /// Waits for `limit`, all in all, for a peer that reads nothing.
-    pub(super) fn new(limit: Duration) -> Self {
+    pub(crate) fn new(limit: Duration) -> Self {
         Self { limit, used: Duration::ZERO }
     }
 
+    /// How long, all in all.
+    pub(crate) fn limit(self) -> Duration {
+        self.limit
+    }
+
     /// As long, of which nothing is used up.
-    pub(super) fn unused(self) -> Self {
+    pub(crate) fn unused(self) -> Self {
         Self::new(self.limit)
     }
 
     /// How long may be waited now.
-    pub(super) fn left(self) -> Duration {
+    pub(crate) fn left(self) -> Duration {
         self.limit.saturating_sub(self.used)
     }
 
     /// It was waited for so long.
-    pub(super) fn waited(&mut self, time: Duration) {
+    pub(crate) fn waited(&mut self, time: Duration) {
         self.used = self.used.saturating_add(time);
     }
 
     /// The peer has room for so much, and so has read before.
-    pub(super) fn wrote(&mut self, bytes: u64) {
+    pub(crate) fn wrote(&mut self, bytes: u64) {
         let nanos = bytes.saturating_mul(1_000_000_000) / SLOWEST;
         self.used = self.used.saturating_sub(Duration::from_nanos(nanos));
     }
 
     /// Why it is not waited any longer.
-    pub(super) fn ended(self) -> io::Error {
+    pub(crate) fn ended(self) -> io::Error {
         let (limit, slowest) = (self.limit, SLOWEST >> 10);
         let what = format!(
             "the other side has read nothing for {limit:?}, or for longer and less than {slowest} KiB a \

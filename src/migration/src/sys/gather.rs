@@ -182,6 +182,51 @@ impl GatherWrite {
         })
     }
 
+    /// Copies everything, in order and in pieces of at most `most` bytes, to `take`: for where the kernel
+    /// cannot gather it. Guest memory is read by this process then: where its file was
+    /// truncated, that raises SIGBUS.
+    ///
+    /// # Errors
+    ///
+    /// Those of `take`, which is not called again then.
+    pub fn copy_out(
+        &self,
+        most: usize,
+        take: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut buffer = Vec::with_capacity(most.min(self.len as usize));
+        for segment in &self.segments {
+            let mut done = 0;
+            while done < segment.len {
+                if buffer.len() == most {
+                    take(&buffer)?;
+                    buffer.clear();
+                }
+                let len = (segment.len - done).min(most - buffer.len());
+                self.append(*segment, done, len, &mut buffer);
+                done += len;
+            }
+        }
+        if buffer.is_empty() { Ok(()) } else { take(&buffer) }
+    }
+
+    fn append(&self, segment: Segment, from: usize, len: usize, to: &mut Vec<u8>) {
+        let end = to.len();
+        match segment.place {
+            Place::Bytes(at) => to.extend_from_slice(&self.bytes[at + from..at + from + len]),
+            Place::Memory(address) => {
+                let at = address + from;
+                let holds = |mapping: &&Arc<HostMapping>| {
+                    at.checked_sub(mapping.addr())
+                        .is_some_and(|offset| (offset + len) as u64 <= mapping.len())
+                };
+                let mapping = self.mappings.iter().find(holds).expect("memory stays mapped");
+                to.resize(end + len, 0);
+                mapping.read((at - mapping.addr()) as u64, &mut to[end..]);
+            }
+        }
+    }
+
     /// Calls `write` with what is left, at most [`MAX_PIECES`] pieces at a time, and how many bytes
     /// are done, until nothing is left. The pieces are valid for reads during the call.
     fn write_all(
@@ -440,6 +485,14 @@ mod tests {
             }
             prop_assert_eq!(gather.len_bytes(), expected.len() as u64);
             prop_assert!(written(&gather) == expected);
+            let (mut copied, most) = (Vec::new(), 700);
+            let mut take = |bytes: &[u8]| {
+                assert!(!bytes.is_empty() && bytes.len() <= most);
+                copied.extend_from_slice(bytes);
+                Ok(())
+            };
+            gather.copy_out(most, &mut take).unwrap();
+            prop_assert!(copied == expected);
         }
     }
 

@@ -334,7 +334,8 @@ impl Lazy<'_> {
             if held != holds {
                 held = holds;
                 // With another it works, too.
-                let _ = sockopt::set_socket_send_buffer_size(main.channel(), holds);
+                let socket = main.channel().descriptor();
+                let _ = socket.map(|socket| sockopt::set_socket_send_buffer_size(socket, holds));
             }
             if self.transfer.supply.is_closed() {
                 return Err(lost.closed("memory was being sent"));

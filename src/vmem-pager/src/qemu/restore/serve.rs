@@ -6,7 +6,6 @@ use migration::Channel;
 use migration::postcopy::Asked;
 use migration::stream::{ReturnMessage, TARGET_PAGE_SIZE};
 use parking_lot::Mutex;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vmstate::wire::{WireRead, WireReader};
 
@@ -114,16 +113,13 @@ impl Ear<'_> {
         looked: &mut Option<Instant>,
         lost: &Lost<'_>,
     ) -> Result<(), PagerError> {
-        let wait = Timespec { tv_sec: 0, tv_nsec: POLL.subsec_nanos().into() };
         while back.buffered().is_empty() {
             if looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
                 self.look(lost)?;
                 *looked = Some(Instant::now());
             }
-            match poll(&mut [PollFd::new(back.get_ref(), PollFlags::IN)], Some(&wait)) {
-                Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) => return Ok(()),
-                Err(errno) => return Err(lost.io("memory was being sent", errno.into())),
+            if back.get_ref().is_readable(POLL) {
+                return Ok(());
             }
         }
         Ok(())
@@ -221,11 +217,8 @@ impl Listening {
                     (false, _) => {}
                 }
                 lost.run.check(what)?;
-                let wait = Timespec { tv_sec: 0, tv_nsec: left.min(POLL).subsec_nanos().into() };
-                match poll(&mut [PollFd::new(back.get_ref(), PollFlags::IN)], Some(&wait)) {
-                    Ok(0) | Err(Errno::INTR) => continue,
-                    Ok(_) => {}
-                    Err(errno) => return Err(lost.io(what, errno.into())),
+                if !back.get_ref().is_readable(left.min(POLL)) {
+                    continue;
                 }
             }
             match ReturnMessage::read(back).map_err(|error| lost.format(what, error))? {

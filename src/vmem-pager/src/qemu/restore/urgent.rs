@@ -97,8 +97,8 @@ impl<'a> Urgent<'a> {
         let Some(Second { pages, proof }) = &mut *state else { return Ok(()) };
         let Proof::Awaited { page, sent, wanted } = *proof else { return Ok(()) };
         // In this order: what is unread of a connection that is closed is gone, and the closing is seen before that.
-        let unread = unread::bytes(pages.channel());
-        if unread.is_ok_and(|unread| unread == 0) && !pages.channel().is_hung_up() {
+        let unread = pages.channel().descriptor().map(unread::bytes);
+        if matches!(unread, Some(Ok(0))) && !pages.channel().is_hung_up() {
             *proof = Proof::Known;
             self.is_read.store(true, Ordering::Release);
             return Ok(());

@@ -1,5 +1,6 @@
 //! What is said back on the main channel.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,11 +9,10 @@ use migration::page_bitmap::PageBitmap;
 use migration::postcopy::put_received;
 use migration::stream::ReturnMessage;
 use migration::{Channel, Sink};
-use rustix::net::RecvFlags;
 
 use super::incoming::Peer;
 use super::kept;
-use super::session::{Session, is_readable};
+use super::session::Session;
 use crate::error::PagerError;
 use crate::image::pages::Pages;
 use crate::run::POLL;
@@ -96,12 +96,12 @@ impl<'a> MainChannel<'a> {
     fn drain(&self) {
         let begun = Instant::now();
         let mut bytes = [0; 64 << 10];
+        let mut channel = self.channel.uncancellable();
+        channel.set_read_patience(Some(POLL));
         while begun.elapsed() < FAREWELL {
-            if !is_readable(&self.channel, POLL) {
-                continue;
-            }
-            match rustix::net::recv(&self.channel, &mut bytes, RecvFlags::DONTWAIT) {
-                Ok((0, _)) | Err(_) => return,
+            match channel.read(&mut bytes) {
+                Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {}
+                Ok(0) | Err(_) => return,
                 Ok(_) => {}
             }
         }
@@ -173,6 +173,6 @@ impl Peer for MainChannel<'_> {
     }
 
     fn is_quiet(&mut self) -> Result<bool, PagerError> {
-        Ok(!is_readable(&self.channel, POLL))
+        Ok(!self.channel.is_readable(POLL))
     }
 }
