@@ -329,7 +329,7 @@ fn a_multifd_channel_that_breaks_the_protocol_fails_the_save() {
         (&multifd_packet(false, "rom", &[(0, 1)], &[]), "\"rom\""),
         (&multifd_packet(false, "ram", &[(4 << 20, 1)], &[]), "past its end"),
         (&multifd_packet(false, "ram", &[], &[u64::MAX]), "past its end"),
-        (&flags, "compressed"),
+        (&flags, "compression of a packet"),
         (&many, "number of pages of a packet"),
         (&payload, "payload of a packet"),
         (&page[..2000], "QEMU closed the connection"),

@@ -9,6 +9,8 @@ use super::FormatError;
 pub const CAPABILITY_MAPPED_RAM: &str = "mapped-ram";
 /// Shared memory that both sides have is not sent.
 pub const CAPABILITY_IGNORE_SHARED: &str = "x-ignore-shared";
+/// Pages go over channels of their own. QEMU does not ask for it in a stream, and does not mind it there.
+pub const CAPABILITY_MULTIFD: &str = "multifd";
 
 const TARGET_PAGE_BITS: &str = "configuration/target-page-bits";
 const CAPABILITIES: &str = "configuration/capabilities";

@@ -8,6 +8,7 @@ mod block_list;
 mod block_state;
 mod command;
 mod configuration;
+mod multifd;
 mod page;
 mod page_records;
 mod record;
@@ -21,8 +22,11 @@ pub use block_state::BlockStateChange;
 pub(crate) use block_state::{BLOCK_STATE_RANGES_MAX, PING_BLOCK_STATE, PONG_BLOCK_STATE};
 pub(crate) use command::DISCARD_RANGES_MAX;
 pub use command::{AdvisedSizes, Command};
-pub use configuration::{CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, Configuration};
-pub use page::{PageHeader, PageKind, put_end_of_section};
+pub use configuration::{
+    CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, CAPABILITY_MULTIFD, Configuration,
+};
+pub use multifd::{Encoding, Greeting, MULTIFD_MAGIC, PACKET_PAGES, PacketHead, Packets};
+pub use page::{PageHeader, PageKind, put_end_of_section, put_multifd_flush};
 pub use page_records::{PageBlocks, PageRecord, PageRecords};
 pub use record::{
     Record, SectionHeader, SectionKind, make_findable, put_command, put_continued, put_description,

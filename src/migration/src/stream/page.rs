@@ -114,3 +114,8 @@ fn refused(flags: u64, offset: u64) -> FormatError {
 pub fn put_end_of_section(out: &mut Vec<u8>) {
     out.put_be64(EOS);
 }
+
+/// Has the pages of all multifd channels waited for.
+pub fn put_multifd_flush(out: &mut Vec<u8>) {
+    out.put_be64(MULTIFD_FLUSH);
+}

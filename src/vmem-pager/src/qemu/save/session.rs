@@ -12,11 +12,12 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use migration::Channel;
+use migration::stream::{Greeting, MULTIFD_MAGIC};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmstate::wire::{WireRead, WireReader};
 
-use super::multifd::{self, Greeting, Packet, Packets};
+use super::multifd::{Packet, Packets};
 use super::records::{Mark, Records};
 use crate::error::PagerError;
 use crate::image::pages::Pages;
@@ -263,7 +264,7 @@ impl Session {
         let magic = reader
             .peek(4, "the start of a connection")
             .map(|bytes| u32::from_be_bytes(*bytes.first_chunk().expect("four bytes were peeked")));
-        if matches!(magic, Ok(multifd::MAGIC)) {
+        if matches!(magic, Ok(MULTIFD_MAGIC)) {
             reader.get_mut().bounded = true;
             let served = self.multifd(number, &mut reader);
             self.is_known(&mut self.state.lock(), number);

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use migration::Progress;
-use migration::stream::ReturnMessage;
+use migration::stream::{Greeting, ReturnMessage};
 use vmstate::wire::WireReader;
 
 use super::incoming::{self, Peer};
-use super::multifd::{Greeting, Packet, Packets};
+use super::multifd::{Packet, Packets};
 use crate::error::PagerError;
 use crate::image::pages::Pages;
 use crate::image::writer::{NewFile, WholeImage};
