@@ -158,6 +158,14 @@ pub enum MigrationError {
         /// How many are kept.
         limit: usize,
     },
+    /// One of several channels for pages failed, which ends the migration.
+    #[error("channel {number} for pages: {error}")]
+    Channel {
+        /// Its number, from 0.
+        number: usize,
+        /// Why it failed.
+        error: Box<MigrationError>,
+    },
     /// The other side closed the channel.
     #[error("the other side closed the channel while {0}")]
     ChannelClosed(&'static str),
@@ -274,6 +282,7 @@ impl MigrationError {
             Self::Io { source, .. } | Self::Memory { source, .. } => {
                 source.raw_os_error().unwrap_or(libc::EIO)
             }
+            Self::Channel { error, .. } => return error.code(),
             _ => libc::EINVAL,
         };
         errno.unsigned_abs().max(1)

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::channel::Sink;
+use super::channel::{Interrupt, Sink};
 use super::error::MigrationError;
 use super::page_bitmap::PageBitmap;
 use super::stream::{BlockStateChange, Configuration, SectionKind};
@@ -151,6 +151,20 @@ pub trait PostcopySave: Send {
     /// All page sizes of the blocks, or'ed together, bytes.
     fn page_sizes(&self) -> u64;
 
+    /// Whether pages go over channels of their own, which are to end before the guest leaves.
+    fn has_channels(&self) -> bool {
+        false
+    }
+
+    /// Writes the payload of a PART section that ends them: all that was sent on them has been written.
+    ///
+    /// # Errors
+    ///
+    /// When a channel fails, or has failed.
+    fn end_channels(&mut self, _out: &mut dyn Sink) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
     /// Makes what is left whole host pages, and tells it: for each block the ranges of pages that
     /// have not been sent, or were written since. The guest is stopped.
     ///
@@ -219,6 +233,23 @@ pub trait LoadHandler {
     ///
     /// When the handler was made for another configuration.
     fn configure(&mut self, _configuration: &Configuration) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// Has `main` raised when the handler fails beside the main channel, which then ends.
+    fn interrupt_on_failure(&mut self, _main: &Interrupt) {}
+
+    /// Why it failed so, once.
+    fn failure(&mut self) -> Option<MigrationError> {
+        None
+    }
+
+    /// Precopy has ended, and the guest is about to run before the rest of its memory comes.
+    ///
+    /// # Errors
+    ///
+    /// When something of precopy is missing.
+    fn before_postcopy(&mut self) -> Result<(), MigrationError> {
         Ok(())
     }
 

@@ -121,7 +121,7 @@ pub(crate) mod test_support;
 pub mod test_utils;
 
 pub use bandwidth::{Bandwidth, TokenBucket};
-pub use channel::{BufferSink, Channel, GatherWrite, Sink};
+pub use channel::{BufferSink, Channel, GatherWrite, Interrupt, Ready, Sink, Transport};
 pub use devices::{DevicePhase, DeviceRegistry, DeviceSection, Devices, NoDevices, RegistryError};
 pub use error::MigrationError;
 pub use events::{Event, Events};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vmstate::wire::WireRead;
 
+use super::channel::Interrupt;
 use super::devices::{DevicePhase, Devices};
 use super::error::MigrationError;
 use super::handler::LoadHandler;
@@ -179,6 +180,21 @@ impl<'a> Loader<'a> {
     /// Block state may change from now on, while `memory` arrives.
     pub(super) fn arrives(&mut self, memory: &Arc<LazyRam>) -> Result<(), MigrationError> {
         self.handlers.iter_mut().try_for_each(|handler| handler.arrives(memory))
+    }
+
+    /// Has `main` raised when a handler fails beside the main channel.
+    pub(super) fn interrupt_on_failure(&mut self, main: &Interrupt) {
+        self.handlers.iter_mut().for_each(|handler| handler.interrupt_on_failure(main));
+    }
+
+    /// What failed beside the main channel, and not because of it.
+    pub(super) fn failure(&mut self) -> Option<MigrationError> {
+        self.handlers.iter_mut().find_map(|handler| handler.failure())
+    }
+
+    /// Precopy has ended, and postcopy begins.
+    pub(super) fn before_postcopy(&mut self) -> Result<(), MigrationError> {
+        self.handlers.iter_mut().try_for_each(|handler| handler.before_postcopy())
     }
 
     /// Whether devices and handlers have taken over what came.

@@ -9,6 +9,7 @@ pub mod guest_chains;
 pub mod guest_requests;
 mod input;
 pub mod migration_stream;
+pub mod page_channels;
 pub mod pager_cloud_hypervisor;
 pub mod pager_firecracker;
 pub mod pager_restore;
@@ -22,13 +23,14 @@ pub mod vhost_user_stream;
 pub type Body = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Body); 12] = [
+pub const TARGETS: [(&str, Body); 13] = [
     ("guest_requests", guest_requests::run),
     ("guest_chains", guest_chains::run),
     ("vhost_user_stream", vhost_user_stream::run),
     ("api_bodies", api_bodies::run),
     ("state_file", state_file::run),
     ("migration_stream", migration_stream::run),
+    ("page_channels", page_channels::run),
     ("postcopy_stream", postcopy_stream::run),
     ("discard_channel", discard_channel::run),
     ("pager_firecracker", pager_firecracker::run),

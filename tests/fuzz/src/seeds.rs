@@ -9,6 +9,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "api_bodies" => api_bodies(),
         "state_file" => state_file(),
         "migration_stream" => crate::migration_stream::seeds(),
+        "page_channels" => crate::page_channels::seeds(),
         "postcopy_stream" => postcopy_stream(),
         "discard_channel" => discard_channel(),
         "pager_save" => crate::pager_save::seeds(),

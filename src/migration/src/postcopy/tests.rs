@@ -16,8 +16,8 @@ use crate::dirty::{DirtyTracker, NeverWritten};
 use crate::lazy::HandlerFailed;
 use crate::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameters};
 use crate::progress::{MigrationInfo, Progress, Status};
-use crate::ram::{ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
-use crate::stream::Configuration;
+use crate::ram::{ListOptions, MigrationBlock, PageChannels, RamBlocks, RamLoad, RamSave};
+use crate::stream::{CAPABILITY_MULTIFD, Configuration};
 use crate::test_support::{Late, PAGE, Side, at_the_verdict, fill, late, tcp_pair};
 
 mod bandwidth;
@@ -226,10 +226,23 @@ fn migrate_told(
         Channel::new(stream, Arc::clone(progress)).unwrap()
     };
 
+    let configuration = parameters.configuration.clone();
+    // As many as there are for pages, of both sides.
+    let of_pages = if configuration.has(CAPABILITY_MULTIFD) { 2 } else { 0 };
+    let pages = (0..of_pages).map(|_| UnixStream::pair().unwrap());
+    let (near_pages, far_pages): (Vec<_>, Vec<_>) = pages.unzip();
+    let page_channels = move |progress: &Arc<Progress>, streams: Vec<UnixStream>| {
+        let channels = streams.into_iter().map(|stream| channel(progress, stream.into()));
+        PageChannels::new(channels.collect()).unwrap()
+    };
+
     let (guest, blocks) = (Arc::clone(&reader), Arc::clone(&to.blocks));
     let there = thread::spawn(move || {
         let progress = Arc::new(Progress::new());
-        let ram = RamLoad::new(Arc::clone(&blocks), OPTIONS, Arc::clone(&progress));
+        let mut ram = RamLoad::new(Arc::clone(&blocks), OPTIONS, Arc::clone(&progress));
+        if of_pages != 0 {
+            ram = ram.with_channels(page_channels(&progress, far_pages));
+        }
         let postcopy = PostcopyIncoming {
             blocks,
             urgent: far_urgent.map(|urgent| channel(&progress, urgent.into())),
@@ -242,7 +255,7 @@ fn migrate_told(
             listening: None,
         };
         let incoming = Incoming {
-            configuration: Configuration::new("test"),
+            configuration,
             guest: &*guest,
             handlers: vec![Box::new(ram)],
             devices: &mut NoDevices,
@@ -252,7 +265,10 @@ fn migrate_told(
         incoming.run(channel(&progress, first.1))
     });
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(NeverWritten) };
-    let ram = RamSave::new(&from.blocks, OPTIONS, Arc::clone(progress), tracker).unwrap();
+    let mut ram = RamSave::new(&from.blocks, OPTIONS, Arc::clone(progress), tracker).unwrap();
+    if of_pages != 0 {
+        ram = ram.with_channels(page_channels(progress, near_pages));
+    }
     let breaks = Arc::<Mutex<Vec<_>>>::default();
     let source = Reader::new(from, Vec::new());
     let postcopy = PostcopyOutgoing {
@@ -351,6 +367,24 @@ fn precopy_then_postcopy_drops_what_is_stale() {
     run.outgoing.unwrap();
     run.incoming.unwrap();
     assert_eq!(run.wrong, 0);
+}
+
+#[test]
+fn channels_for_pages_end_before_the_guest_leaves_and_a_recovery_is_without_them() {
+    for when in [SwitchWhen::AtOnce, SwitchWhen::Rounds(0)] {
+        let (from, expected) = filled();
+        let to = Side::new(&[1, 4, 5, 9]);
+        let mut parameters = Parameters::new(Configuration::new("test"));
+        parameters.configuration.capabilities.push(CAPABILITY_MULTIFD.to_owned());
+        parameters.configuration.uuid = Some([3; 16]);
+        let channels = [relay(150_000), UnixStream::pair().unwrap()];
+        let channels = channels.map(|(near, far)| (near.into(), far.into())).into();
+        let run = migrate_by(parameters, &from, &to, expected, when, true, channels);
+        run.outgoing.unwrap();
+        run.incoming.unwrap();
+        assert_eq!((run.wrong, run.runs), (0, (0, 1)));
+        assert!(run.sent.normal >= 64 + 50 + 20 + 2);
+    }
 }
 
 #[test]

@@ -75,7 +75,10 @@ pub(super) fn end_before_postcopy(
 ) -> Result<usize, MigrationError> {
     let mut memory = None;
     for (index, handler) in handlers.iter_mut().enumerate() {
-        if handler.postcopy().is_some() {
+        if let Some(pages) = handler.postcopy() {
+            if pages.has_channels() {
+                framing.continued(out, index, SectionKind::Part, |out| pages.end_channels(out))?;
+            }
             if memory.replace(index).is_some() {
                 let what = "postcopy of several handlers was asked for; only RAM's is possible";
                 return Err(MigrationError::NotPossible(what.to_owned()));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use vmstate::wire::{WireRead, WireReader};
 
 use super::{Guest, PING_LOADED};
-use crate::channel::Channel;
+use crate::channel::{Channel, Interrupt};
 use crate::devices::Devices;
 use crate::error::MigrationError;
 use crate::handler::LoadHandler;
@@ -69,12 +69,15 @@ impl Incoming<'_> {
     pub fn run(self, channel: Channel) -> Result<(), MigrationError> {
         let Self { configuration, guest, handlers, devices, postcopy, progress } = self;
         progress.set_status(Status::Setup);
-        let result = Loader::new(handlers, devices, &configuration).and_then(|loader| {
+        let result = Loader::new(handlers, devices, &configuration).and_then(|mut loader| {
             let progress = Arc::clone(&progress);
             let postcopy =
                 postcopy.map(|postcopy| IncomingPages::new(postcopy, Arc::clone(&progress)));
             let committed = Arc::new(AtomicBool::new(false));
-            let channel = channel.cancellable_until(Arc::clone(&committed));
+            let interrupt = Interrupt::default();
+            loader.interrupt_on_failure(&interrupt);
+            let channel =
+                channel.cancellable_until(Arc::clone(&committed)).interruptible(&interrupt);
             let handover = Arc::new(Handover::new(committed));
             let (back, follows) = (None, false);
             let mut session =
@@ -83,6 +86,8 @@ impl Incoming<'_> {
                 Rest::Nothing => session.take_over(guest),
                 Rest::Memory(package, reader) => session.listen(guest, package, *reader),
             });
+            // What another channel failed of ended this one.
+            let result = result.map_err(|error| session.loader.failure().unwrap_or(error));
             if let Err(error) = &result {
                 if let Some(back) = &session.back {
                     let _ = back.send(&ReturnMessage::Shut(error.code()));
@@ -222,7 +227,8 @@ impl Session<'_> {
                 self.loader.continued(kind, section_id, at, reader)
             }
             Record::Command(Command::OpenReturnPath) => {
-                self.back = Some(Arc::new(ReturnChannel::new(self.channel.clone_handle())));
+                let channel = self.channel.clone_handle().without_interrupt();
+                self.back = Some(Arc::new(ReturnChannel::new(channel)));
                 Ok(())
             }
             Record::Command(Command::Ping(PING_BLOCK_STATE))
@@ -302,6 +308,7 @@ impl Session<'_> {
             return Err(out_of_place("LISTEN", package.at, "the return path was not opened"));
         };
         self.progress.set_status(Status::Device);
+        self.loader.before_postcopy()?;
         let handover = Arc::clone(&self.handover);
         let on_listen = postcopy.on_listen();
         let mut listening = postcopy.listen(back, Arc::clone(&handover), section_id)?;

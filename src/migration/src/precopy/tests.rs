@@ -2,6 +2,7 @@
 
 mod auto_converge;
 mod broken_channel;
+mod channels;
 mod elastic;
 mod freeze;
 mod handlers;
@@ -13,6 +14,7 @@ mod resizable;
 mod rounds;
 mod shared;
 mod steering;
+mod transports;
 
 use std::fs::File;
 use std::io;

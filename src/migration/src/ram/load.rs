@@ -2,6 +2,7 @@
 //! costs one copy and no fault; what is absent or zero stays a hole.
 
 mod block_state;
+mod channels;
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -11,10 +12,12 @@ use std::sync::Arc;
 use ram_discard::{ByteRange, FreezeFor};
 use vmstate::wire::WireRead;
 
+use super::channels::receivers::Receivers;
 use super::prepare::prepare;
 use super::registry::{ListOptions, RamBlocks};
 use super::zero_runs::ZeroRun;
-use super::{FrozenBlocks, InMigration, MigrationBlock};
+use super::{FrozenBlocks, InMigration, MigrationBlock, PageChannels};
+use crate::channel::Interrupt;
 use crate::error::MigrationError;
 use crate::handler::LoadHandler;
 use crate::lazy::LazyRam;
@@ -24,6 +27,7 @@ use crate::stream::{
     BlockList, BlockStateChange, Configuration, ListLimits, PageBlocks, PageKind, PageRecord,
     PageRecords, RAM_SECTION, RAM_VERSION, SectionKind, TARGET_PAGE_SIZE,
 };
+pub(super) use channels::ChannelBlocks;
 
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
 
@@ -52,6 +56,16 @@ pub struct RamLoad {
     current: usize,
     /// How many changes of block state came.
     changes: u32,
+    /// Where pages come by, where the main channel has none.
+    channels: Channels,
+}
+
+/// Channels for pages: none, or not begun, or with a thread each.
+enum Channels {
+    None,
+    Waiting(PageChannels, [u8; 16]),
+    Started(Receivers),
+    Ended,
 }
 
 /// A block that is loaded, and which of its pages came.
@@ -78,6 +92,7 @@ enum Stop {
     /// The next record is not wholly in the buffer.
     Incomplete,
     EndOfSection,
+    Flush,
     List {
         total: u64,
     },
@@ -87,7 +102,14 @@ impl RamLoad {
     /// A handler that loads into the blocks of `registry`.
     pub fn new(registry: Arc<RamBlocks>, options: ListOptions, progress: Arc<Progress>) -> Self {
         let (blocks, current, changes) = (Vec::new(), 0, 0);
-        Self { registry, frozen: None, options, progress, blocks, current, changes }
+        let channels = Channels::None;
+        Self { registry, frozen: None, options, progress, blocks, current, changes, channels }
+    }
+
+    /// Has pages come by channels of their own, as the configuration's capability `multifd` says.
+    #[must_use]
+    pub fn with_channels(self, channels: PageChannels) -> Self {
+        Self { channels: Channels::Waiting(channels, [0; 16]), ..self }
     }
 
     /// Handles the records that are wholly in `buffer`, which starts at byte `at` of the stream;
@@ -113,7 +135,7 @@ impl RamLoad {
                 PageRecord::Page { block, kind, page } => (block, kind, page),
                 PageRecord::List { total } => break Stop::List { total },
                 PageRecord::EndOfSection => break Stop::EndOfSection,
-                PageRecord::Flush => continue,
+                PageRecord::Flush => break Stop::Flush,
             };
             if block != self.current {
                 self.flush(&mut batch, &mut zeros, buffer, here)?;
@@ -194,6 +216,10 @@ impl RamLoad {
             let received = PageBitmap::new(nr_pages);
             self.blocks.push(LoadBlock { block, received, populated: None, base, _in_migration });
         }
+        if let Channels::Started(channels) = &self.channels {
+            let blocks = self.blocks.iter().map(|block| Arc::clone(&block.block));
+            channels.blocks_known(Arc::new(ChannelBlocks::new(blocks, self.options)));
+        }
         Ok(())
     }
 }
@@ -262,19 +288,28 @@ impl LoadBlock {
         Ok(())
     }
 
-    /// Makes `range` zero: only where something came before, since the rest is empty.
+    /// Makes `range` zero.
     fn zero(&mut self, range: ByteRange) -> Result<(), MigrationError> {
-        let pages = pages_touched(range);
-        let keep = self.block.options().keep_resident || !self.block.tells_holes();
-        for came in self.received.runs(pages.clone()).map(bytes_of) {
-            // What came is there: it need not be searched.
-            let zeroed = if keep { self.block.write_zeros(came) } else { self.block.discard(came) };
-            zeroed.map_err(MigrationError::memory(self.block.id(), "zero a page"))?;
-        }
-        // What is zero needs no zeroing again.
-        self.received.clear_range(pages);
-        Ok(())
+        zero_received(&self.block, &mut self.received, range)
     }
+}
+
+/// Makes `range` of a block zero: only where something came before, since the rest is empty.
+fn zero_received(
+    block: &MigrationBlock,
+    received: &mut PageBitmap,
+    range: ByteRange,
+) -> Result<(), MigrationError> {
+    let pages = pages_touched(range);
+    let keep = block.options().keep_resident || !block.tells_holes();
+    for came in received.runs(pages.clone()).map(bytes_of) {
+        // What came is there: it need not be searched.
+        let zeroed = if keep { block.write_zeros(came) } else { block.discard(came) };
+        zeroed.map_err(MigrationError::memory(block.id(), "zero a page"))?;
+    }
+    // What is zero needs no zeroing again.
+    received.clear_range(pages);
+    Ok(())
 }
 
 /// Writes pages that follow each other in the file from places in a buffer.
@@ -311,6 +346,9 @@ impl PageBlocks for RamLoad {
     type Error = MigrationError;
 
     fn find(&self, id: &str, at: u64) -> Result<usize, MigrationError> {
+        if !matches!(self.channels, Channels::None) {
+            return Err(bad_page(at, "a page on the main channel, beside channels for pages"));
+        }
         let found = self.blocks.iter().position(|block| block.block.id() == id);
         let Some(index) = found else {
             let what = format!("a page of block {id:?}, which is not in the list");
@@ -344,7 +382,12 @@ impl LoadHandler for RamLoad {
     }
 
     fn configure(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
-        self.options.check(configuration)
+        self.options.check(configuration)?;
+        let uuid = self.check_channels(configuration)?;
+        if let (Channels::Waiting(_, of), Some(uuid)) = (&mut self.channels, uuid) {
+            *of = uuid;
+        }
+        Ok(())
     }
 
     fn load_setup(&mut self) -> Result<(), MigrationError> {
@@ -352,7 +395,8 @@ impl LoadHandler for RamLoad {
         let blocks = self.registry.migratable()?;
         self.frozen = Some(FrozenBlocks::new(blocks, FreezeFor::Destination)?);
         // What never comes is zero, and costs nothing.
-        prepare(&self.registry, self.options)
+        prepare(&self.registry, self.options)?;
+        self.start_channels()
     }
 
     fn load(
@@ -366,12 +410,20 @@ impl LoadHandler for RamLoad {
         }
         // A section may continue nothing that came before it.
         let mut records = PageRecords::new();
+        let mut flushed = false;
         loop {
             let at = reader.offset();
             let (done, stop) = self.scan(&mut records, reader.buffered(), at)?;
             reader.take(done);
             match stop {
+                Stop::EndOfSection if kind == SectionKind::End => {
+                    return self.last_section_ended(flushed, at);
+                }
                 Stop::EndOfSection => return Ok(()),
+                Stop::Flush => {
+                    self.barrier()?;
+                    flushed = true;
+                }
                 Stop::List { total } => self.take_list(reader, total)?,
                 Stop::Incomplete => {
                     let more = reader.read_ahead();
@@ -385,8 +437,9 @@ impl LoadHandler for RamLoad {
         }
     }
 
+    /// Not beside channels for pages, whose order against a change on the main one is not kept.
     fn can_follow(&self) -> bool {
-        self.can_follow_source()
+        matches!(self.channels, Channels::None) && self.can_follow_source()
     }
 
     fn block_state(
@@ -405,10 +458,31 @@ impl LoadHandler for RamLoad {
         if self.blocks.is_empty() && !self.registry.migratable()?.is_empty() {
             return Err(MigrationError::NoRam);
         }
+        self.end_channels()?;
         self.frozen.as_ref().map_or(Ok(()), FrozenBlocks::check)
     }
 
+    fn interrupt_on_failure(&mut self, main: &Interrupt) {
+        if let Channels::Started(channels) = &self.channels {
+            channels.interrupt_on_failure(main);
+        }
+    }
+
+    fn failure(&mut self) -> Option<MigrationError> {
+        match &self.channels {
+            Channels::Started(channels) => channels.failure(),
+            _ => None,
+        }
+    }
+
+    fn before_postcopy(&mut self) -> Result<(), MigrationError> {
+        self.end_channels()
+    }
+
     fn cleanup(&mut self) {
+        if !matches!(self.channels, Channels::None) {
+            self.channels = Channels::Ended;
+        }
         self.blocks.clear();
         self.frozen = None;
     }

@@ -2,6 +2,7 @@
 
 mod block;
 mod changes;
+mod channels;
 mod frozen;
 mod load;
 mod prepare;
@@ -11,6 +12,7 @@ mod zero_runs;
 
 pub(crate) use block::InMigration;
 pub use block::{BlockOptions, MigrationBlock, Participation, ZeroPageDetection};
+pub use channels::PageChannels;
 pub(crate) use frozen::FrozenBlocks;
 pub use load::RamLoad;
 pub(crate) use prepare::prepare;

@@ -5,6 +5,7 @@
 //! backing file has no data for never gets into the bitmap, and the mask is applied after every
 //! sync.
 
+mod channels;
 mod elastic;
 mod postcopy;
 
@@ -15,9 +16,10 @@ use std::time::{Duration, Instant};
 use ram_discard::{ByteRange, FreezeFor, FreezeLost};
 use vmstate::wire::WireWrite;
 
+use self::channels::SaveChannels;
 use super::changes::{Changes, Piece};
 use super::registry::{BlockError, ListOptions, RamBlocks};
-use super::{FrozenBlocks, InMigration, MigrationBlock};
+use super::{FrozenBlocks, InMigration, MigrationBlock, PageChannels};
 use crate::channel::Sink;
 use crate::dirty::DirtyTracker;
 use crate::error::MigrationError;
@@ -95,6 +97,8 @@ pub struct RamSave {
     /// The block that the last page of this section was of.
     continued: Option<usize>,
     last_sync: Instant,
+    /// Where pages go, while the guest is here, other than to the main channel.
+    channels: SaveChannels,
 }
 
 impl SaveBlock {
@@ -297,7 +301,16 @@ impl RamSave {
             cursor: (0, 0),
             continued: None,
             last_sync: Instant::now(),
+            channels: SaveChannels::None,
         })
+    }
+
+    /// Sends pages over channels of their own until the guest leaves, as the configuration's capability
+    /// `multifd` says.
+    #[must_use]
+    pub fn with_channels(mut self, channels: PageChannels) -> Self {
+        self.channels = SaveChannels::Waiting(channels, [0; 16]);
+        self
     }
 
     /// Pages left to send.
@@ -312,6 +325,7 @@ impl RamSave {
         for block in &mut self.blocks {
             faults += block.sync()?;
         }
+        self.channels.round_ended();
         let counters = &self.progress.counters;
         if faults != 0 {
             Counters::add(&counters.dirty_while_discarded, faults);
@@ -443,6 +457,7 @@ impl SaveHandler for RamSave {
 
     fn configure(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
         self.options.check(configuration)?;
+        self.channels.check(configuration)?;
         for block in &mut self.blocks {
             block.in_migration = Some(InMigration::new(&block.block));
             let (stream, local) =
@@ -485,7 +500,7 @@ impl SaveHandler for RamSave {
     }
 
     fn can_follow(&self) -> bool {
-        self.frozen.as_ref().is_some_and(FrozenBlocks::can_follow)
+        self.channels.is_none() && self.frozen.as_ref().is_some_and(FrozenBlocks::can_follow)
     }
 
     fn follow(&mut self, patience: Duration) -> Result<(), MigrationError> {
@@ -517,6 +532,7 @@ impl SaveHandler for RamSave {
         Counters::add(&self.progress.counters.dirty_sync_count, 1);
         self.last_sync = Instant::now();
         self.note_remaining();
+        self.channels.start(&self.progress)?;
         out.write(&self.list).map_err(MigrationError::io("send the list of RAM blocks"))
     }
 
@@ -530,12 +546,18 @@ impl SaveHandler for RamSave {
     }
 
     fn iterate(&mut self, out: &mut dyn Sink, budget: u64) -> Result<(), MigrationError> {
-        self.send(out, budget, ITERATE_PAGES)
+        match self.channels.is_none() {
+            true => self.send(out, budget, ITERATE_PAGES),
+            false => self.send_by_channels(out, budget, ITERATE_PAGES),
+        }
     }
 
     fn complete(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
         self.sync()?;
-        self.send(out, u64::MAX, u64::MAX)?;
+        match self.channels.is_none() {
+            true => self.send(out, u64::MAX, u64::MAX)?,
+            false => self.send_last_by_channels(out)?,
+        }
         self.check_frozen()
     }
 
@@ -549,6 +571,7 @@ impl SaveHandler for RamSave {
         if let Some(changes) = &self.changes {
             changes.end();
         }
+        self.channels.end();
         for block in &mut self.blocks {
             block.in_migration = None;
             if std::mem::take(&mut block.started)

@@ -3,6 +3,7 @@
 use ram_discard::ByteRange;
 
 use super::{HostPages, REQUEST_MAX, RamSave, room_in};
+use crate::channel::Sink;
 use crate::error::MigrationError;
 use crate::handler::{PostcopySave, SaveHandler};
 use crate::page_bitmap::{PageBitmap, bytes_of, pages_touched};
@@ -11,6 +12,14 @@ use crate::stream::TARGET_PAGE_SIZE;
 use crate::sys::GatherWrite;
 
 impl PostcopySave for RamSave {
+    fn has_channels(&self) -> bool {
+        self.channels.is_started()
+    }
+
+    fn end_channels(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        self.finish_channels(out)
+    }
+
     fn page_sizes(&self) -> u64 {
         self.blocks.iter().fold(0, |all, block| all | block.block.page_size())
     }

@@ -1,0 +1,386 @@
+//! The destination's side: a thread a channel, which takes packets of pages.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use vmstate::wire::{WireRead, WireReader};
+
+use super::{PageChannels, of_channel};
+use crate::channel::patience::Patience;
+use crate::channel::{Channel, Interrupt, Sink};
+use crate::error::MigrationError;
+use crate::progress::{Counters, Progress};
+use crate::ram::load::ChannelBlocks;
+use crate::stream::{Encoding, Greeting, PACKET_PAGES, PacketHead, Packets, TARGET_PAGE_SIZE};
+
+/// What is read at once besides the pages of a packet, which are read to where they are used.
+const READ_AHEAD: usize = 64 << 10;
+/// How often a wait looks whether it is cancelled.
+const MOMENT: Duration = Duration::from_millis(20);
+
+/// The threads, and where they are.
+pub(crate) struct Receivers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// To end them by.
+    channels: Vec<Channel>,
+    patience: Duration,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Bytes that came on all of them.
+    heard: AtomicU64,
+    uuid: [u8; 16],
+    /// Ends the reads of all of them.
+    interrupt: Interrupt,
+    progress: Arc<Progress>,
+}
+
+#[derive(Default)]
+struct State {
+    blocks: Option<Arc<ChannelBlocks>>,
+    channels: Vec<At>,
+    /// Which numbers are taken.
+    numbers: u64,
+    barriers: u64,
+    finished: bool,
+    failure: Option<MigrationError>,
+    has_failed: bool,
+    /// What else is to end when one fails.
+    main: Option<Interrupt>,
+}
+
+/// Where a channel is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    Reading,
+    Barrier,
+    End,
+}
+
+impl Receivers {
+    /// Starts the threads. Pages wait for the list of blocks.
+    pub(crate) fn start(
+        channels: PageChannels,
+        uuid: [u8; 16],
+        progress: &Arc<Progress>,
+    ) -> Result<Self, MigrationError> {
+        let PageChannels { channels } = channels;
+        let patience =
+            channels.iter().filter_map(Channel::write_patience).min().unwrap_or_default();
+        let state = State { channels: vec![At::Reading; channels.len()], ..State::default() };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            heard: AtomicU64::new(0),
+            uuid,
+            interrupt: Interrupt::default(),
+            progress: Arc::clone(progress),
+        });
+        let threads = Vec::with_capacity(channels.len());
+        let mut receivers = Self { shared, threads, channels, patience };
+        for index in 0..receivers.channels.len() {
+            let channel = receivers.channels[index].interruptible(&receivers.shared.interrupt);
+            let shared = Arc::clone(&receivers.shared);
+            let thread = std::thread::Builder::new().name(format!("pages-{index}"));
+            let thread = thread.spawn(move || {
+                let guard = Failing { shared: &shared, index };
+                let heard = Heard { channel, bytes: &shared.heard };
+                let reader = WireReader::with_capacity(heard, READ_AHEAD);
+                let served = Receiver::new(&shared, index, reader).serve();
+                std::mem::forget(guard);
+                shared.ended(index, served);
+            });
+            receivers.threads.push(thread.map_err(MigrationError::io("start a thread"))?);
+        }
+        Ok(receivers)
+    }
+
+    /// Has `main` raised when a channel fails.
+    pub(crate) fn interrupt_on_failure(&self, main: &Interrupt) {
+        let mut state = self.shared.state.lock();
+        if state.has_failed {
+            main.raise();
+        }
+        state.main = Some(main.clone());
+    }
+
+    /// Why one failed, once.
+    pub(crate) fn failure(&self) -> Option<MigrationError> {
+        self.shared.state.lock().failure.take()
+    }
+
+    /// The list of blocks has come.
+    pub(crate) fn blocks_known(&self, blocks: Arc<ChannelBlocks>) {
+        self.shared.state.lock().blocks = Some(blocks);
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until all channels have come to their next barrier, and has them continue behind it.
+    pub(crate) fn barrier(&self) -> Result<(), MigrationError> {
+        let mut patience = Patience::new(self.patience);
+        let mut seen = self.shared.heard.load(Ordering::Relaxed);
+        let mut state = self.shared.state.lock();
+        loop {
+            state.check()?;
+            if state.channels.iter().all(|at| *at == At::Barrier) {
+                break;
+            }
+            if let Some(number) = state.channels.iter().position(|at| *at == At::End) {
+                let closed = MigrationError::ChannelClosed("pages were outstanding on it");
+                return Err(of_channel(number, closed));
+            }
+            if self.shared.progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            let begin = Instant::now();
+            self.shared.changed.wait_for(&mut state, MOMENT);
+            let heard = self.shared.heard.load(Ordering::Relaxed);
+            patience.waited(begin.elapsed());
+            patience.wrote(heard - std::mem::replace(&mut seen, heard));
+            let late = state.channels.iter().position(|at| *at == At::Reading);
+            if let (true, Some(number)) = (patience.left().is_zero(), late) {
+                let silent = io::Error::new(io::ErrorKind::TimedOut, "nothing comes on it");
+                let what = "wait for the pages that the main channel says were sent";
+                return Err(of_channel(number, MigrationError::io(what)(silent)));
+            }
+        }
+        state.barriers += 1;
+        state.channels.fill(At::Reading);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// No pages come any more after the last barrier: ends the threads, and waits for them.
+    pub(crate) fn finish(&mut self) -> Result<(), MigrationError> {
+        self.end();
+        self.shared.state.lock().check()
+    }
+
+    fn end(&mut self) {
+        self.shared.state.lock().finished = true;
+        self.shared.interrupt.raise();
+        self.channels.iter().for_each(Channel::shutdown);
+        self.shared.changed.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Receivers {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl State {
+    fn check(&mut self) -> Result<(), MigrationError> {
+        match self.failure.take() {
+            Some(failure) => Err(failure),
+            None if self.has_failed => Err(MigrationError::ChannelClosed("pages were being taken")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Shared {
+    fn ended(&self, index: usize, served: Result<(), MigrationError>) {
+        let mut state = self.state.lock();
+        state.channels[index] = At::End;
+        if let Err(error) = served {
+            if !state.has_failed {
+                state.failure = Some(of_channel(index, error));
+            }
+            state.has_failed = true;
+            if let Some(main) = &state.main {
+                main.raise();
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits until `ready` gives something, or the others have ended.
+    fn wait_for<T>(
+        &self,
+        mut ready: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<T, MigrationError> {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(found) = ready(&mut state) {
+                return Ok(found);
+            }
+            if state.finished || state.has_failed || self.progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            self.changed.wait_for(&mut state, MOMENT);
+        }
+    }
+}
+
+/// Fails when it is dropped: its thread has panicked.
+struct Failing<'a> {
+    shared: &'a Shared,
+    index: usize,
+}
+
+impl Drop for Failing<'_> {
+    fn drop(&mut self) {
+        let what = "its thread has panicked".to_owned();
+        self.shared.ended(self.index, Err(MigrationError::Unexpected(what)));
+    }
+}
+
+/// Counts what is read.
+struct Heard<'a> {
+    channel: Channel,
+    bytes: &'a AtomicU64,
+}
+
+impl io::Read for Heard<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = self.channel.read(buf)?;
+        self.bytes.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
+}
+
+/// What a thread has.
+struct Receiver<'a> {
+    shared: &'a Shared,
+    index: usize,
+    reader: WireReader<Heard<'a>>,
+    packets: Packets,
+    /// Number of the packet before.
+    last: Option<u64>,
+    /// Some of a packet has come, and not all.
+    in_packet: bool,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Receiver<'a> {
+    fn new(shared: &'a Shared, index: usize, reader: WireReader<Heard<'a>>) -> Self {
+        let bytes = Vec::with_capacity(PACKET_PAGES * TARGET_PAGE_SIZE as usize);
+        Self {
+            shared,
+            index,
+            reader,
+            packets: Packets::default(),
+            last: None,
+            in_packet: false,
+            bytes,
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), MigrationError> {
+        let served = self.greeting().and_then(|()| {
+            while !self.is_at_end()? {
+                self.in_packet = true;
+                self.packet()?;
+            }
+            Ok(())
+        });
+        let finished = self.shared.state.lock().finished;
+        match served {
+            Err(_) if finished && self.in_packet => refuse("pages come after the last barrier"),
+            // What ends because all has ended is not a failure.
+            Err(MigrationError::Cancelled) => Ok(()),
+            Err(_) if finished => Ok(()),
+            served => served,
+        }
+    }
+
+    /// Between packets, where the channel may end.
+    fn is_at_end(&mut self) -> Result<bool, MigrationError> {
+        match self.reader.is_at_end() {
+            Err(_) if self.shared.state.lock().finished => Ok(true),
+            ended => ended.map_err(MigrationError::io("read pages")),
+        }
+    }
+
+    fn greeting(&mut self) -> Result<(), MigrationError> {
+        let greeting = Greeting::read(&mut self.reader)?;
+        if greeting.uuid != self.shared.uuid {
+            return refuse("it is of another VM: its UUID differs");
+        }
+        let mut state = self.shared.state.lock();
+        let count = state.channels.len();
+        let (id, theirs) = (usize::from(greeting.id), usize::from(greeting.channels));
+        if theirs != 0 && theirs != count {
+            return refuse(format!(
+                "the source has {theirs} channels, and {count} are connected here"
+            ));
+        }
+        if id >= count {
+            return refuse(format!("its number is {id}, and {count} channels are connected here"));
+        }
+        if state.numbers & 1 << id != 0 {
+            return refuse(format!("its number is {id}, as that of another"));
+        }
+        state.numbers |= 1 << id;
+        Ok(())
+    }
+
+    fn packet(&mut self) -> Result<(), MigrationError> {
+        let head = self.packets.read_head(&mut self.reader)?;
+        if self.last.is_some_and(|last| head.number <= last) {
+            let last = self.last.unwrap_or_default();
+            return refuse(format!(
+                "byte {:#x}: packet {} after packet {last}: they are out of order",
+                head.at, head.number
+            ));
+        }
+        self.last = Some(head.number);
+        if head.has_pages() {
+            self.pages(&head)?;
+        }
+        self.in_packet = false;
+        if head.sync {
+            let index = self.index;
+            let mut passed = None;
+            self.shared.wait_for(|state| match passed {
+                None => {
+                    passed = Some(state.barriers);
+                    state.channels[index] = At::Barrier;
+                    self.shared.changed.notify_all();
+                    None
+                }
+                Some(passed) => (state.barriers != passed).then_some(()),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn pages(&mut self, head: &PacketHead) -> Result<(), MigrationError> {
+        let blocks = self.shared.wait_for(|state| state.blocks.clone())?;
+        let block = self.packets.block(head, &*blocks)?;
+        if head.encoding != Encoding::Plain {
+            return refuse("its pages are compressed, which was not agreed on");
+        }
+        self.bytes.resize(head.plain_len(), 0);
+        self.reader.read_exact(&mut self.bytes, "the pages of a packet")?;
+        let mut rest = &self.bytes[..];
+        for run in self.packets.normal_runs() {
+            let (bytes, after) = rest.split_at(run.len() as usize);
+            blocks.write(block, run, bytes, head.at)?;
+            rest = after;
+        }
+        for run in self.packets.zero_runs() {
+            blocks.zero(block, run, head.at)?;
+        }
+        let counters = &self.shared.progress.counters;
+        Counters::add(&counters.normal, head.normal as u64);
+        Counters::add(&counters.duplicate, head.zero as u64);
+        Ok(())
+    }
+}
+
+fn refuse<T>(what: impl Into<String>) -> Result<T, MigrationError> {
+    Err(MigrationError::Unexpected(what.into()))
+}

@@ -1,0 +1,374 @@
+//! The source's side: a thread a channel, which makes packets of the pages it is given.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::{PageChannels, of_channel};
+use crate::channel::patience::Patience;
+use crate::channel::{Channel, GatherWrite, Interrupt, Sink};
+use crate::error::MigrationError;
+use crate::progress::{Counters, Progress};
+use crate::ram::MigrationBlock;
+use crate::stream::{
+    Encoding, Greeting, PACKET_PAGES, PacketHead, TARGET_PAGE_SIZE, put_multifd_flush,
+};
+
+/// Packets that wait for a channel: one while another is written.
+const WAITING: usize = 2;
+/// How often a wait looks whether it is cancelled.
+const MOMENT: Duration = Duration::from_millis(20);
+
+/// Pages of a block, whose dirty bits are cleared already: what is written later is sent again.
+pub(crate) struct Pages {
+    pub block: Arc<MigrationBlock>,
+    /// [`PACKET_PAGES`] at most.
+    pub runs: Vec<Range<u64>>,
+}
+
+enum Job {
+    Pages(Pages),
+    Sync,
+}
+
+/// The threads, and what they are to do.
+pub(crate) struct Senders {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// To end them by.
+    channels: Vec<Channel>,
+    interrupt: Interrupt,
+    /// Whose queue is looked at first.
+    next: usize,
+    /// Pages were sent since the last barrier, and may be dirty again.
+    unsynced: bool,
+    /// The next page may be one that was sent since.
+    must_sync: bool,
+    /// Bytes that were counted already.
+    counted: u64,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// There is work, or none will come.
+    work: Condvar,
+    /// Work was taken or done, or one has failed.
+    done: Condvar,
+    written: AtomicU64,
+    packets: AtomicU64,
+    progress: Arc<Progress>,
+}
+
+struct State {
+    queues: Vec<VecDeque<Job>>,
+    /// Jobs that are waiting or in work.
+    unfinished: usize,
+    ended: bool,
+    failure: Option<MigrationError>,
+    has_failed: bool,
+}
+
+impl Senders {
+    /// Starts the threads, each of which introduces its channel.
+    pub(crate) fn start(
+        channels: PageChannels,
+        uuid: [u8; 16],
+        progress: &Arc<Progress>,
+    ) -> Result<Self, MigrationError> {
+        let PageChannels { channels } = channels;
+        let count = channels.len();
+        let interrupt = Interrupt::default();
+        let state = State {
+            queues: (0..count).map(|_| VecDeque::new()).collect(),
+            unfinished: 0,
+            ended: false,
+            failure: None,
+            has_failed: false,
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            done: Condvar::new(),
+            written: AtomicU64::new(0),
+            packets: AtomicU64::new(1),
+            progress: Arc::clone(progress),
+        });
+        let mut senders = Self {
+            shared,
+            threads: Vec::with_capacity(count),
+            channels,
+            interrupt,
+            next: 0,
+            unsynced: false,
+            must_sync: false,
+            counted: 0,
+        };
+        for number in 0..count {
+            let short = |number: usize| u8::try_from(number).unwrap_or(u8::MAX);
+            let greeting = Greeting { uuid, id: short(number), channels: short(count) };
+            let channel = senders.channels[number].interruptible(&senders.interrupt);
+            let shared = Arc::clone(&senders.shared);
+            let thread = std::thread::Builder::new().name(format!("pages-{number}"));
+            let thread = thread.spawn(move || {
+                let guard = Failing { shared: &shared, number };
+                let served = Sender::new(&shared, number, channel).serve(&greeting);
+                std::mem::forget(guard);
+                if let Err(error) = served {
+                    shared.fail(of_channel(number, error));
+                }
+            });
+            senders.threads.push(thread.map_err(MigrationError::io("start a thread"))?);
+        }
+        Ok(senders)
+    }
+
+    /// Has a channel send pages, when one has room for them. Never two of a page between two barriers.
+    pub(crate) fn send(&mut self, pages: Pages) -> Result<(), MigrationError> {
+        self.unsynced = true;
+        let mut state = self.shared.state.lock();
+        loop {
+            state.check()?;
+            let count = state.queues.len();
+            let order = (0..count).map(|step| (self.next + step) % count);
+            let shortest = order.min_by_key(|&queue| state.queues[queue].len()).unwrap_or(0);
+            if state.queues[shortest].len() < WAITING {
+                self.next = (shortest + 1) % count;
+                state.push(shortest, Job::Pages(pages));
+                self.shared.work.notify_all();
+                return Ok(());
+            }
+            if self.shared.progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            // Each write has an end, so this has one.
+            self.shared.done.wait_for(&mut state, MOMENT);
+        }
+    }
+
+    /// Dirty pages were collected: what is sent from here on may have been sent before.
+    pub(crate) fn round_ended(&mut self) {
+        self.must_sync |= self.unsynced;
+    }
+
+    /// Puts a barrier before pages that may have been sent before.
+    pub(crate) fn begin(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        if self.must_sync { self.barrier(out) } else { Ok(()) }
+    }
+
+    /// A barrier: all pages so far are in their places before anything that follows is.
+    pub(crate) fn barrier(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        (self.unsynced, self.must_sync) = (false, false);
+        let mut state = self.shared.state.lock();
+        state.check()?;
+        for queue in 0..state.queues.len() {
+            state.push(queue, Job::Sync);
+        }
+        drop(state);
+        self.shared.work.notify_all();
+        let mut flush = Vec::new();
+        put_multifd_flush(&mut flush);
+        out.write(&flush).map_err(MigrationError::io("send pages"))
+    }
+
+    /// Bytes written since this was asked.
+    pub(crate) fn newly_written(&mut self) -> u64 {
+        let written = self.shared.written.load(Ordering::Relaxed);
+        written - std::mem::replace(&mut self.counted, written)
+    }
+
+    /// Waits until all is written, for as long as `patience` has it, and ends the threads.
+    pub(crate) fn finish(&mut self, patience: Option<Duration>) -> Result<(), MigrationError> {
+        let mut patience = patience.map(Patience::new);
+        let mut seen = self.shared.written.load(Ordering::Relaxed);
+        let mut state = self.shared.state.lock();
+        while state.unfinished != 0 {
+            state.check()?;
+            if self.shared.progress.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            let begin = Instant::now();
+            self.shared.done.wait_for(&mut state, MOMENT);
+            let Some(patience) = &mut patience else { continue };
+            let written = self.shared.written.load(Ordering::Relaxed);
+            patience.waited(begin.elapsed());
+            patience.wrote(written - std::mem::replace(&mut seen, written));
+            if patience.left().is_zero() && state.unfinished != 0 {
+                let stuck = state.queues.iter().position(|queue| !queue.is_empty()).unwrap_or(0);
+                return Err(of_channel(stuck, MigrationError::io("send pages")(patience.ended())));
+            }
+        }
+        state.check()?;
+        state.ended = true;
+        drop(state);
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Senders {
+    /// Ends what has not finished, at once.
+    fn drop(&mut self) {
+        if self.threads.is_empty() {
+            return;
+        }
+        self.shared.state.lock().ended = true;
+        self.interrupt.raise();
+        self.channels.iter().for_each(Channel::shutdown);
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl State {
+    fn push(&mut self, queue: usize, job: Job) {
+        self.queues[queue].push_back(job);
+        self.unfinished += 1;
+    }
+
+    fn check(&mut self) -> Result<(), MigrationError> {
+        match self.failure.take() {
+            Some(failure) => Err(failure),
+            None if self.has_failed => Err(MigrationError::ChannelClosed("pages were being sent")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Shared {
+    /// The first failure is the reason of all.
+    fn fail(&self, error: MigrationError) {
+        let mut state = self.state.lock();
+        if !state.has_failed && !state.ended {
+            state.failure = Some(error);
+        }
+        state.has_failed = true;
+        self.done.notify_all();
+    }
+
+    /// The next job of a channel, until there is none any more.
+    fn next(&self, number: usize) -> Option<Job> {
+        let mut state = self.state.lock();
+        loop {
+            if state.has_failed {
+                return None;
+            }
+            if let Some(job) = state.queues[number].pop_front() {
+                self.done.notify_all();
+                return Some(job);
+            }
+            if state.ended {
+                return None;
+            }
+            self.work.wait(&mut state);
+        }
+    }
+}
+
+/// Fails when it is dropped: its thread has panicked.
+struct Failing<'a> {
+    shared: &'a Shared,
+    number: usize,
+}
+
+impl Drop for Failing<'_> {
+    fn drop(&mut self) {
+        let what = "its thread has panicked".to_owned();
+        self.shared.fail(of_channel(self.number, MigrationError::Unexpected(what)));
+    }
+}
+
+/// What a thread has.
+struct Sender<'a> {
+    shared: &'a Shared,
+    number: usize,
+    channel: Channel,
+    gathered: GatherWrite,
+    offsets: Vec<u64>,
+    zeros: Vec<u64>,
+    head: Vec<u8>,
+}
+
+impl<'a> Sender<'a> {
+    fn new(shared: &'a Shared, number: usize, channel: Channel) -> Self {
+        Self {
+            shared,
+            number,
+            channel,
+            gathered: GatherWrite::new(),
+            offsets: Vec::with_capacity(PACKET_PAGES),
+            zeros: Vec::with_capacity(PACKET_PAGES),
+            head: Vec::new(),
+        }
+    }
+
+    fn serve(&mut self, greeting: &Greeting) -> Result<(), MigrationError> {
+        greeting.put(&mut self.head);
+        self.gathered.push_bytes(&self.head);
+        self.write()?;
+        while let Some(job) = self.shared.next(self.number) {
+            match job {
+                Job::Pages(pages) => self.pages(&pages)?,
+                Job::Sync => self.packet("", true, 0, 0),
+            }
+            self.write()?;
+            self.shared.state.lock().unfinished -= 1;
+            self.shared.done.notify_all();
+        }
+        Ok(())
+    }
+
+    fn pages(&mut self, pages: &Pages) -> Result<(), MigrationError> {
+        self.offsets.clear();
+        self.zeros.clear();
+        for page in pages.runs.iter().cloned().flatten() {
+            let offset = page * TARGET_PAGE_SIZE;
+            let is_zero = pages.block.is_sent_as_zeros(offset);
+            if is_zero { &mut self.zeros } else { &mut self.offsets }.push(offset);
+        }
+        let (normal, zero) = (self.offsets.len(), self.zeros.len());
+        self.offsets.append(&mut self.zeros);
+        self.packet(pages.block.id(), false, normal, zero);
+        for &offset in &self.offsets[..normal] {
+            self.gathered.push_memory(pages.block.mapping(), offset, TARGET_PAGE_SIZE);
+        }
+        let counters = &self.shared.progress.counters;
+        Counters::add(&counters.normal, normal as u64);
+        Counters::add(&counters.duplicate, zero as u64);
+        Ok(())
+    }
+
+    /// Gathers the head of a packet.
+    fn packet(&mut self, block: &str, sync: bool, normal: usize, zero: usize) {
+        let head = PacketHead {
+            at: 0,
+            number: self.shared.packets.fetch_add(1, Ordering::Relaxed),
+            sync,
+            encoding: Encoding::Plain,
+            block: block.to_owned(),
+            normal,
+            zero,
+            payload: normal * TARGET_PAGE_SIZE as usize,
+        };
+        self.head.clear();
+        head.put(&self.offsets[..normal + zero], &mut self.head);
+        self.gathered.push_bytes(&self.head);
+    }
+
+    fn write(&mut self) -> Result<(), MigrationError> {
+        let before = self.channel.written();
+        let written = self.channel.write_gathered(&mut self.gathered);
+        let bytes = self.channel.written() - before;
+        self.shared.written.fetch_add(bytes, Ordering::Relaxed);
+        written.map_err(MigrationError::io("send pages"))
+    }
+}

@@ -1,0 +1,160 @@
+//! Pages that go over channels of their own.
+
+use std::sync::Arc;
+
+use super::{HostPages, RamSave};
+use crate::channel::Sink;
+use crate::error::MigrationError;
+use crate::progress::{Counters, Progress};
+use crate::ram::channels::senders::{Pages, Senders};
+use crate::ram::{PageChannels, channels};
+use crate::stream::{Configuration, PACKET_PAGES, TARGET_PAGE_SIZE, put_end_of_section};
+
+/// Channels for pages: none, or not begun, or with a thread each.
+pub(super) enum SaveChannels {
+    None,
+    Waiting(PageChannels, [u8; 16]),
+    Started(Senders),
+    /// The guest has left, or the migration has ended.
+    Ended,
+}
+
+impl SaveChannels {
+    pub(super) fn is_none(&self) -> bool {
+        matches!(self, Self::None)
+    }
+
+    pub(super) fn check(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
+        let count = match self {
+            Self::Waiting(channels, _) => Some(channels.channels.len()),
+            _ => None,
+        };
+        let uuid = channels::check(count, configuration)?;
+        if let (Self::Waiting(_, of), Some(uuid)) = (self, uuid) {
+            *of = uuid;
+        }
+        Ok(())
+    }
+
+    pub(super) fn start(&mut self, progress: &Arc<Progress>) -> Result<(), MigrationError> {
+        *self = match std::mem::replace(self, Self::Ended) {
+            Self::Waiting(channels, uuid) => {
+                Self::Started(Senders::start(channels, uuid, progress)?)
+            }
+            other => other,
+        };
+        Ok(())
+    }
+
+    /// Dirty pages were collected.
+    pub(super) fn round_ended(&mut self) {
+        if let Self::Started(senders) = self {
+            senders.round_ended();
+        }
+    }
+
+    /// Ends the threads, wherever they are.
+    pub(super) fn end(&mut self) {
+        if !self.is_none() {
+            *self = Self::Ended;
+        }
+    }
+
+    pub(super) fn is_started(&self) -> bool {
+        matches!(self, Self::Started(_))
+    }
+
+    fn started(&mut self) -> Result<&mut Senders, MigrationError> {
+        match self {
+            Self::Started(senders) => Ok(senders),
+            _ => Err(MigrationError::Unexpected("channels that were not started".to_owned())),
+        }
+    }
+}
+
+impl RamSave {
+    /// As [`send`](Self::send). What is a page of zeros, and so costs next to nothing, is found out by the
+    /// threads; all count as whole pages of the budget.
+    pub(super) fn send_by_channels(
+        &mut self,
+        out: &mut dyn Sink,
+        budget: u64,
+        most: u64,
+    ) -> Result<(), MigrationError> {
+        self.fill_channels(out, budget, most)?;
+        self.end_of_section(out)
+    }
+
+    /// Sends all that is left, and waits until it is written.
+    pub(super) fn send_last_by_channels(
+        &mut self,
+        out: &mut dyn Sink,
+    ) -> Result<(), MigrationError> {
+        self.fill_channels(out, u64::MAX, u64::MAX)?;
+        self.finish_channels(out)
+    }
+
+    /// Ends a section with a barrier, and then the channels.
+    pub(super) fn finish_channels(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        let senders = self.channels.started()?;
+        senders.barrier(out)?;
+        senders.finish(out.write_patience())?;
+        self.end_of_section(out)?;
+        self.channels.end();
+        Ok(())
+    }
+
+    fn fill_channels(
+        &mut self,
+        out: &mut dyn Sink,
+        budget: u64,
+        most: u64,
+    ) -> Result<(), MigrationError> {
+        self.channels.started()?.begin(out)?;
+        let most = most.min(budget.div_ceil(TARGET_PAGE_SIZE));
+        let mut seen = 0;
+        while seen < most {
+            let room = (PACKET_PAGES as u64).min(most - seen);
+            let Some((count, pages)) = self.next_packet(room)? else { break };
+            seen += count;
+            self.channels.started()?.send(pages)?;
+        }
+        self.note_remaining();
+        Ok(())
+    }
+
+    /// Dirty pages of one block, which are not dirty any more.
+    fn next_packet(&mut self, room: u64) -> Result<Option<(u64, Pages)>, MigrationError> {
+        let mut packet: Option<(usize, u64, Vec<_>)> = None;
+        loop {
+            let count = packet.as_ref().map_or(0, |(_, count, _)| *count);
+            if count == room {
+                break;
+            }
+            let Some((index, pages)) = self.next_run(room - count, HostPages::Split) else { break };
+            let (of, count, runs) = packet.get_or_insert((index, 0, Vec::new()));
+            if *of != index {
+                self.cursor = (index, pages.start);
+                break;
+            }
+            let block = &mut self.blocks[index];
+            block.clear_before_read(&pages)?;
+            block.dirty.clear_range(pages.clone());
+            *count += pages.end - pages.start;
+            runs.push(pages);
+        }
+        let pages = packet.map(|(index, count, runs)| {
+            (count, Pages { block: Arc::clone(&self.blocks[index].block), runs })
+        });
+        Ok(pages)
+    }
+
+    fn end_of_section(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        out.count_elsewhere(self.channels.started()?.newly_written());
+        let mut end = Vec::new();
+        put_end_of_section(&mut end);
+        out.write(&end).map_err(MigrationError::io("send pages"))?;
+        Counters::set(&self.progress.counters.transferred, out.written());
+        Ok(())
+    }
+}
