@@ -261,14 +261,18 @@ impl Channel {
         self.transport.wait(Ready::Read, most).unwrap_or(true)
     }
 
-    /// Waits for something to read.
+    fn is_interrupted(&self) -> bool {
+        self.interrupt.as_ref().is_some_and(Interrupt::is_raised)
+    }
+
+    /// Waits for something to read, or an interrupt.
     fn wait_readable(&self, deadline: Option<Instant>) -> io::Result<()> {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
                 return Err(Errno::TIMEDOUT.into());
             }
-            if self.wait(Ready::Read, left.unwrap_or(POLL))? {
+            if self.wait(Ready::Read, left.unwrap_or(POLL))? || self.is_interrupted() {
                 return Ok(());
             }
         }
@@ -276,7 +280,7 @@ impl Channel {
 
     /// Waits for a moment; whether it is ready.
     fn wait(&self, ready: Ready, most: Duration) -> io::Result<bool> {
-        if self.is_cancelled() || self.interrupt.as_ref().is_some_and(Interrupt::is_raised) {
+        if self.is_cancelled() || (ready == Ready::Write && self.is_interrupted()) {
             return Err(Errno::CANCELED.into());
         }
         match self.transport.wait(ready, most.min(POLL)) {
@@ -314,8 +318,13 @@ impl Read for Channel {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let deadline = self.read_patience.map(|patience| Instant::now() + patience);
         loop {
+            // What had come by then is read first: on the main channel, the way back by which a failure is told.
+            let interrupted = self.is_interrupted();
             match self.transport.read(&mut *buf) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if interrupted {
+                        return Err(Errno::CANCELED.into());
+                    }
                     self.wait_readable(deadline)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -10,9 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use migration::channel::Channel;
-use migration::handler::LoadHandler;
-use migration::progress::Progress;
+use migration::{Channel, LoadHandler, Progress};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, PageChannels, RamBlocks, RamLoad};
 use migration::stream::{
     CAPABILITY_MULTIFD, Configuration, Encoding, Greeting, PacketHead, RAM_VERSION, SectionKind,

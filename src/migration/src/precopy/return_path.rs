@@ -17,6 +17,9 @@ use crate::stream::ReturnMessage;
 /// Between two looks at the clock.
 const MOMENT: Duration = Duration::from_millis(20);
 
+/// How long the destination has to say why it closed a channel.
+const REASON: Duration = Duration::from_millis(500);
+
 /// The most messages that are kept until they are looked at. Before the guest runs there, a destination
 /// answers two pings, and asks for the pages that loading its devices takes.
 const KEPT_MAX: usize = 4096;
@@ -104,10 +107,31 @@ impl ReturnPath {
 
     /// Why `error` came about, if the destination said so before it broke what failed then.
     pub(super) fn reason_of(&self, error: MigrationError) -> MigrationError {
+        if is_broken(&error) {
+            return self.reason_of_break(error);
+        }
         match self.check() {
             Err(reason @ (MigrationError::Flooded { .. } | MigrationError::Refused(_))) => reason,
             _ => error,
         }
+    }
+
+    /// Why a channel broke: a destination that refuses what came says so before it closes any, and another thread
+    /// reads that.
+    fn reason_of_break(&self, error: MigrationError) -> MigrationError {
+        let deadline = Instant::now() + REASON;
+        while Instant::now() < deadline {
+            match self.wait("memory was being sent") {
+                Ok(None | Some(ReturnMessage::Pong(_))) => {}
+                Ok(Some(message)) => match unexpected(Ok(message)) {
+                    reason @ MigrationError::Refused(_) => return reason,
+                    _ => break,
+                },
+                Err(reason @ MigrationError::Flooded { .. }) => return reason,
+                Err(_) => break,
+            }
+        }
+        error
     }
 
     /// Waits for the verdict: the answer to the ping after everything. What is asked for meanwhile
@@ -219,6 +243,16 @@ pub(super) fn refuse(message: ReturnMessage) -> Result<(), MigrationError> {
 
 fn channel_of() -> (std::sync::mpsc::Sender<Heard>, Receiver<Heard>) {
     channel()
+}
+
+/// Whether the other side may have closed it on purpose.
+fn is_broken(error: &MigrationError) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset};
+    match error {
+        MigrationError::Channel { .. } => true,
+        MigrationError::Io { source, .. } => matches!(source.kind(), BrokenPipe | ConnectionReset),
+        _ => false,
+    }
 }
 
 /// Nothing follows a SHUT. What follows the acknowledgement of a switchover is for postcopy.
