@@ -199,12 +199,7 @@ impl Outgoing<'_> {
         }
         write(out, &bytes)?;
         let back = if self.parameters.one_way { None } else { Some(ReturnPath::listen(out)?) };
-        for section in self.devices.save(DevicePhase::Early)? {
-            framing.full(out, section)?;
-        }
-        for handler in &mut self.handlers {
-            framing.start(out, &mut **handler)?;
-        }
+        self.begin(out, &mut framing).map_err(|error| reason_of(back.as_ref(), error))?;
         self.progress.set_status(Status::Active);
         let next = self
             .iterate(out, back.as_ref(), &framing, &mut elastic)
@@ -249,6 +244,14 @@ impl Outgoing<'_> {
         }
         self.progress.set_status(Status::Device);
         Ok(())
+    }
+
+    /// Sends what comes before pages.
+    fn begin(&mut self, out: &mut Channel, framing: &mut Framing) -> Result<(), MigrationError> {
+        for section in self.devices.save(DevicePhase::Early)? {
+            framing.full(out, section)?;
+        }
+        self.handlers.iter_mut().try_for_each(|handler| framing.start(out, &mut **handler))
     }
 
     /// Sends the rest while the guest stands still, and hands it over.

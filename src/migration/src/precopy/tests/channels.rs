@@ -142,7 +142,8 @@ fn a_guest_goes_over_any_number_of_channels_as_over_one() {
         // Nothing for holes, zeros and what is discarded, at either side.
         assert_eq!(from.held(), (held.0 + 1, held.1));
         assert_eq!(to.held(), (64 + 10 + 1 - 1, 2));
-        let counted = (sent.normal, sent.duplicate, sent.discarded, sent.dirty_while_discarded);
+        // A thread may look at a page when it was written once more already, and find zeros or content.
+        let counted = sent.normal + sent.duplicate;
         assert_eq!(*of_one.get_or_insert(counted), counted);
         assert_eq!((sent.discarded, sent.dirty_while_discarded), (13 * 64, 1));
         // All of it is counted, with a head of 1344 bytes for every packet and barrier.
