@@ -20,6 +20,8 @@ use crate::sys::WritePolicy;
 
 mod descriptor;
 pub(crate) mod patience;
+#[cfg(feature = "tls")]
+pub(crate) mod tls;
 mod transport;
 
 #[cfg(test)]

@@ -121,6 +121,8 @@ pub(crate) mod test_support;
 pub mod test_utils;
 
 pub use bandwidth::{Bandwidth, TokenBucket};
+#[cfg(feature = "tls")]
+pub use channel::tls::{TlsClient, TlsError, TlsServer};
 pub use channel::{BufferSink, Channel, GatherWrite, Interrupt, Ready, Sink, Transport};
 pub use devices::{DevicePhase, DeviceRegistry, DeviceSection, Devices, NoDevices, RegistryError};
 pub use error::MigrationError;
