@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use small_vmm::demo::{self, DemoOptions, Parts, parse_size};
 use small_vmm::guest::{self, GuestOptions};
 use small_vmm::machine::MachineOptions;
+use small_vmm::migration::Links;
 use small_vmm::soak::{self, SoakOptions};
 
 /// A small VMM for a vhost-user memory device.
@@ -31,6 +32,15 @@ enum Command {
         /// Migrate over TCP instead of a Unix socket.
         #[arg(long)]
         tcp: bool,
+        /// Migrate pages over this many channels of their own, 1 to 64.
+        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+        channels: usize,
+        /// Migrate over TLS 1.3, with certificates that are made for this run.
+        #[arg(long)]
+        tls: bool,
+        /// Migrate over TLS 1.3, with the certificates in this folder, under QEMU's names.
+        #[arg(long, value_name = "DIR")]
+        tls_dir: Option<PathBuf>,
         /// Only show a guest that moves before its memory does.
         #[arg(long)]
         postcopy: bool,
@@ -68,6 +78,12 @@ enum Command {
         /// Wait for a guest: unix:PATH, tcp:HOST:PORT, or defer until a command says where.
         #[arg(long, value_name = "ADDRESS")]
         incoming: Option<String>,
+        /// Of that guest: how many channels its pages come over, 1 to 64.
+        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+        channels: usize,
+        /// Of that guest: the folder with certificates, under QEMU's names.
+        #[arg(long, value_name = "DIR")]
+        tls_dir: Option<PathBuf>,
         /// Do not let a guest run that came from elsewhere before it is told to.
         #[arg(long)]
         paused: bool,
@@ -79,9 +95,20 @@ enum Command {
 
 fn main() -> ExitCode {
     let right = match Args::parse().command {
-        Command::Demo { daemon, region_size, tcp, postcopy, break_channel, snapshot } => {
+        Command::Demo {
+            daemon,
+            region_size,
+            tcp,
+            channels,
+            tls,
+            tls_dir,
+            postcopy,
+            break_channel,
+            snapshot,
+        } => {
             let parts = Parts { postcopy, break_channel, snapshot };
-            demo::run(&DemoOptions { daemon, region_size, tcp, parts })
+            let tls = (tls || tls_dir.is_some()).then_some(tls_dir);
+            demo::run(&DemoOptions { daemon, region_size, tcp, channels, tls, parts })
         }
         Command::Soak { daemon, minutes, seed } => {
             soak::run(&SoakOptions { daemon, time: Duration::from_secs(60 * minutes), seed })
@@ -92,6 +119,8 @@ fn main() -> ExitCode {
             addr,
             region_size,
             incoming,
+            channels,
+            tls_dir,
             paused,
             compat_level,
         } => {
@@ -105,7 +134,8 @@ fn main() -> ExitCode {
                 compat_level,
             };
             let incoming = incoming.filter(|from| from != "defer");
-            guest::run(GuestOptions { machine, incoming }, stdin().lock(), stdout().lock())
+            let links = Links { channels, tls_dir };
+            guest::run(GuestOptions { machine, incoming, links }, stdin().lock(), stdout().lock())
                 .map(|()| true)
         }
     };

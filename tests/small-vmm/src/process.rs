@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 
 use crate::daemon::Daemon;
 use crate::guest::{Command, Report};
-use crate::migration::MigrationReport;
+use crate::migration::{Links, MigrationReport};
 
 /// What a VMM is started with.
 #[derive(Clone, Debug)]
@@ -103,7 +103,7 @@ impl Vmm {
     ///
     /// As [`tell`](Self::tell).
     pub fn wait_for_guest(&mut self, from: &str, discard_aware: bool) -> anyhow::Result<String> {
-        self.wait_at(from, discard_aware, false)
+        self.wait_over(from, discard_aware, &Links::default())
     }
 
     /// Has it wait for a guest that may come before its memory, and tells where.
@@ -112,7 +112,21 @@ impl Vmm {
     ///
     /// As [`tell`](Self::tell).
     pub fn wait_for_guest_in_postcopy(&mut self, from: &str) -> anyhow::Result<String> {
-        self.wait_at(from, true, true)
+        self.wait_at(from, true, true, Links::default())
+    }
+
+    /// As [`wait_for_guest`](Self::wait_for_guest), of one that comes over `links`.
+    ///
+    /// # Errors
+    ///
+    /// As [`tell`](Self::tell).
+    pub fn wait_over(
+        &mut self,
+        from: &str,
+        discard_aware: bool,
+        links: &Links,
+    ) -> anyhow::Result<String> {
+        self.wait_at(from, discard_aware, false, links.clone())
     }
 
     fn wait_at(
@@ -120,9 +134,10 @@ impl Vmm {
         from: &str,
         discard_aware: bool,
         postcopy: bool,
+        links: Links,
     ) -> anyhow::Result<String> {
         let from = from.to_owned();
-        let report = self.tell(Command::Incoming { from, discard_aware, postcopy })?;
+        let report = self.tell(Command::Incoming { from, discard_aware, postcopy, links })?;
         report.listening.context("it does not listen")
     }
 

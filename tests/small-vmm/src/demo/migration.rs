@@ -13,7 +13,7 @@ use crate::daemon::{Daemon, DaemonOptions};
 use crate::guest::Command;
 use crate::machine::BOOT_SIZE;
 use crate::memory::PAGE_SIZE;
-use crate::migration::{MigrateOptions, MigrationReport};
+use crate::migration::{Links, MigrateOptions, MigrationReport};
 use crate::process::{Vmm, VmmOptions};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -42,7 +42,12 @@ struct Outcome {
 }
 
 /// Runs it; everything that was wrong.
-pub(super) fn run(daemon: &Path, region: u64, tcp: bool) -> anyhow::Result<Vec<String>> {
+pub(super) fn run(
+    daemon: &Path,
+    region: u64,
+    tcp: bool,
+    links: &Links,
+) -> anyhow::Result<Vec<String>> {
     let start = Instant::now();
     let unit = region / 8;
     let touched = (unit * 3 / 10).next_multiple_of(2 * MIB);
@@ -53,11 +58,11 @@ pub(super) fn run(daemon: &Path, region: u64, tcp: bool) -> anyhow::Result<Vec<S
         human(region),
         human(sizes.plugged),
         human(touched),
-        if tcp { "TCP" } else { "a Unix socket" },
+        over(tcp, links),
     );
-    let aware = migrate(daemon, sizes, tcp, true)?;
+    let aware = migrate(daemon, sizes, tcp, links, true)?;
     let part = region / PART;
-    let unaware = migrate(daemon, Sizes { region: part, ..sizes }, tcp, false)?;
+    let unaware = migrate(daemon, Sizes { region: part, ..sizes }, tcp, links, false)?;
     print_table(&aware, &unaware);
     println!(
         "\nThe second region is only {}: without asking what is discarded, all of it is read, \
@@ -79,8 +84,26 @@ pub(super) fn run(daemon: &Path, region: u64, tcp: bool) -> anyhow::Result<Vec<S
     Ok(wrong)
 }
 
+/// What it goes over, in words.
+fn over(tcp: bool, links: &Links) -> String {
+    let mut over = if tcp { "TCP" } else { "a Unix socket" }.to_owned();
+    if links.channels != 0 {
+        over = format!("{over} and {} channels for its pages", links.channels);
+    }
+    if links.tls_dir.is_some() {
+        over.push_str(", by TLS 1.3");
+    }
+    over
+}
+
 /// One migration between two daemons and two VMMs.
-fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyhow::Result<Outcome> {
+fn migrate(
+    daemon: &Path,
+    sizes: Sizes,
+    tcp: bool,
+    links: &Links,
+    discard_aware: bool,
+) -> anyhow::Result<Outcome> {
     let Sizes { region, plugged, touched } = sizes;
     let vmm = env::current_exe()?;
     let daemon_options = DaemonOptions::new(ADDR, region).discard_socket();
@@ -107,7 +130,7 @@ fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyho
     let mut to = Vmm::start(&vmm, &to_daemon, &options(true))?;
     let unix = format!("unix:{}", to_daemon.socket().with_file_name("migrate.sock").display());
     let address = if tcp { "tcp:127.0.0.1:0" } else { &unix };
-    let address = to.wait_for_guest(address, discard_aware)?;
+    let address = to.wait_over(address, discard_aware, links)?;
     from.tell(Command::Migrate(MigrateOptions {
         to: address,
         // Slow enough to be seen.
@@ -115,6 +138,7 @@ fn migrate(daemon: &Path, sizes: Sizes, tcp: bool, discard_aware: bool) -> anyho
         downtime_limit: Some(DOWNTIME_LIMIT),
         discard_aware,
         postcopy: None,
+        links: links.clone(),
     }))?;
     let name = if discard_aware { "discard-aware" } else { "not aware" };
     let report = progress::follow(&mut from, name, |_, _| Ok(()))?;

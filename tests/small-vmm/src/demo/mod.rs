@@ -4,6 +4,7 @@
 //! The administrator is this process. Every number that it prints is checked; one that is off makes
 //! the run fail at its end.
 
+mod certificates;
 mod compare;
 mod grow_shrink;
 mod host;
@@ -18,7 +19,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
 
+use crate::migration::Links;
 use crate::process::find_daemon;
+pub use certificates::make as make_certificates;
 pub use show::parse_size;
 
 const ADDR: u64 = 4 << 30;
@@ -34,6 +37,10 @@ pub struct DemoOptions {
     pub region_size: u64,
     /// Whether the guest migrates over TCP instead of a Unix socket.
     pub tcp: bool,
+    /// Channels for the pages of the guest that migrates; 0 to have them on the main one.
+    pub channels: usize,
+    /// Whether it migrates over TLS, and where the certificates are; made for the demonstration without.
+    pub tls: Option<Option<PathBuf>>,
     /// Show only this, where it is asked for.
     pub parts: Parts,
 }
@@ -73,7 +80,17 @@ pub fn run(options: &DemoOptions) -> anyhow::Result<bool> {
 
 /// Everything that was wrong.
 fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>> {
-    let DemoOptions { region_size, tcp, parts, .. } = *options;
+    let DemoOptions { region_size, tcp, parts, channels, .. } = *options;
+    let made;
+    let tls_dir = match &options.tls {
+        None => None,
+        Some(Some(dir)) => Some(dir.clone()),
+        Some(None) => {
+            made = certificates::make()?;
+            Some(made.path().to_owned())
+        }
+    };
+    let links = Links { channels, tls_dir };
     let mut wrong = Vec::new();
     if parts.postcopy || parts.break_channel {
         wrong.extend(postcopy::run(daemon, region_size, tcp, parts.break_channel)?);
@@ -86,7 +103,7 @@ fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>
     } else if !parts.postcopy && !parts.break_channel {
         wrong.extend(grow_shrink::run(daemon, region_size)?);
         println!();
-        wrong.extend(migration::run(daemon, region_size, tcp)?);
+        wrong.extend(migration::run(daemon, region_size, tcp, &links)?);
     }
     Ok(wrong)
 }

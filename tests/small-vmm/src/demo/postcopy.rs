@@ -16,7 +16,7 @@ use super::{compare, progress};
 use crate::guest::{Command, State};
 use crate::machine::Machine;
 use crate::memory::PAGE_SIZE;
-use crate::migration::{MigrateOptions, MigrationReport, PostcopyOptions, When};
+use crate::migration::{Links, MigrateOptions, MigrationReport, PostcopyOptions, When};
 use crate::process::Vmm;
 use crate::relay::Relay;
 
@@ -56,6 +56,7 @@ pub(super) fn run(
         downtime_limit: None,
         discard_aware: true,
         postcopy: Some(PostcopyOptions { when: When::Told, recover: Some(address.clone()) }),
+        links: Links::default(),
     }))?;
     let mut story = Story { sizes, relay, to: &mut to.vmm, told: false, looked: false };
     let sent =

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::map::Cell;
-use crate::migration::{MigrateOptions, MigrationReport};
+use crate::migration::{Links, MigrateOptions, MigrationReport};
 
 /// What the VMM is told.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,6 +58,9 @@ pub enum Command {
         /// Whether the guest may come before its memory.
         #[serde(default)]
         postcopy: bool,
+        /// What it comes over.
+        #[serde(default)]
+        links: Links,
     },
     /// Have the guest go before its memory, if that was provided for.
     StartPostcopy,
@@ -161,6 +164,7 @@ mod tests {
             downtime_limit: None,
             discard_aware: true,
             postcopy: None,
+            links: Links::default(),
         };
         assert_eq!(migrate, Command::Migrate(expected));
     }

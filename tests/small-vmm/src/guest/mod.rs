@@ -17,7 +17,7 @@ use anyhow::{Context, bail, ensure};
 use crate::driver::{BlockState, ResponseType};
 use crate::machine::{Machine, MachineOptions, TIMEOUT};
 use crate::memory::PAGE_SIZE;
-use crate::migration::{Expected, Migration};
+use crate::migration::{Expected, Links, Migration};
 pub use command::{Command, Report, State};
 pub use map::Cell;
 
@@ -32,6 +32,8 @@ pub struct GuestOptions {
     pub machine: MachineOptions,
     /// Where its guest comes from, when that is known at the start.
     pub incoming: Option<String>,
+    /// What it comes over then.
+    pub links: Links,
 }
 
 /// Makes a machine, and does what it is told until it is told to quit, or its commands end.
@@ -47,7 +49,10 @@ pub fn run(
     let machine = Machine::start(options.machine)?;
     let mut session = Session { machine, migration: None };
     if let Some(from) = options.incoming {
-        session.incoming(&from, Expected { discard_aware: true, postcopy: false })?;
+        session.incoming(
+            &from,
+            Expected { discard_aware: true, postcopy: false, links: options.links },
+        )?;
     }
     for line in commands.lines() {
         let command = serde_json::from_str(&line?).context("command")?;
@@ -122,9 +127,10 @@ impl Session {
                 let migration = Migration::outgoing(self.free_for_another()?, options.clone())?;
                 self.migration = Some(migration);
             }
-            Command::Incoming { from, discard_aware, postcopy } => {
+            Command::Incoming { from, discard_aware, postcopy, links } => {
                 let (discard_aware, postcopy) = (*discard_aware, *postcopy);
-                self.incoming(from, Expected { discard_aware, postcopy })?;
+                let expected = Expected { discard_aware, postcopy, links: links.clone() };
+                self.incoming(from, expected)?;
             }
             Command::Snapshot { file, background } => {
                 let machine = self.free_for_another()?;

@@ -13,7 +13,7 @@ use migration::{Guest, Incoming, Progress};
 use super::blocks::{self, REGION};
 use super::devices::MachineDevices;
 use super::transport::Listener;
-use super::{Expected, configuration, describe, recovery};
+use super::{Expected, Links, configuration, describe, recovery};
 use crate::machine::Machine;
 
 /// Waits for a guest and takes it over. On an error it does not run here, and another may come.
@@ -23,20 +23,31 @@ pub(super) fn receive(
     expected: Expected,
     progress: &Arc<Progress>,
 ) -> anyhow::Result<()> {
-    let Expected { discard_aware, postcopy } = expected;
-    let Channels { main, urgent } = recovery::accept(listener, postcopy, progress)?;
+    let Expected { discard_aware, postcopy, links } = expected;
+    let Channels { main, urgent } = recovery::accept(listener, postcopy, &links, progress)?;
+    let pages = recovery::accept_pages(listener, &links, progress)?;
     let (blocks, mut devices) = prepare(machine, discard_aware, postcopy)?;
     let waits = share_memory(machine, postcopy)?;
     let list = ListOptions { postcopy, ..ListOptions::default() };
-    let ram = RamLoad::new(Arc::clone(&blocks), list, Arc::clone(progress));
+    let mut ram = RamLoad::new(Arc::clone(&blocks), list, Arc::clone(progress));
+    if let Some(pages) = pages {
+        ram = ram.with_channels(pages);
+    }
     let incoming = Incoming {
-        configuration: configuration(discard_aware),
+        configuration: configuration(discard_aware, &links),
         guest: &**machine,
         handlers: vec![Box::new(ram)],
         devices: &mut devices,
         postcopy: postcopy.then(|| {
             let listening = waits.then(|| on_listen(machine));
-            recovery::incoming(listener, urgent, blocks, machine, progress, listening)
+            recovery::incoming(
+                (listener, links.clone()),
+                urgent,
+                blocks,
+                machine,
+                progress,
+                listening,
+            )
         }),
         progress: Arc::clone(progress),
     };
@@ -84,7 +95,7 @@ pub(super) fn restore(
     machine.share_memory()?;
     let from = open(file)?;
     let restore = Restore {
-        configuration: configuration(true),
+        configuration: configuration(true, &Links::default()),
         blocks,
         devices: &mut devices,
         io: FileIo::default(),
@@ -103,7 +114,7 @@ pub(super) fn restore_lazily(
     let (blocks, mut devices) = prepare(machine, true, true)?;
     let waits = share_memory(machine, true)?;
     let restore = Restore {
-        configuration: configuration(true),
+        configuration: configuration(true, &Links::default()),
         blocks,
         devices: &mut devices,
         io: FileIo::default(),

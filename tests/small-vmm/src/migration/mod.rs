@@ -16,12 +16,12 @@ mod report;
 mod source;
 pub mod transport;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use migration::Progress;
-use migration::stream::Configuration;
+use migration::stream::{CAPABILITY_MULTIFD, Configuration};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
@@ -50,6 +50,21 @@ pub struct MigrateOptions {
     /// Whether memory may follow the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub postcopy: Option<PostcopyOptions>,
+    /// What it goes over.
+    #[serde(default)]
+    pub links: Links,
+}
+
+/// What a migration goes over; the same on both sides.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Links {
+    /// Channels for the pages of precopy, 1 to 64; 0 to have them on the main one.
+    #[serde(default)]
+    pub channels: usize,
+    /// Folder with the certificates of TLS, under QEMU's names. Without, all goes in the clear.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<PathBuf>,
 }
 
 /// How a guest goes before its memory.
@@ -83,13 +98,15 @@ fn yes() -> bool {
 }
 
 /// What a guest that comes is expected to do.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Expected {
     /// Whether discarded memory is left out.
     pub discard_aware: bool,
     /// Whether it may come before its memory. The source then makes a second connection, for the
     /// pages that the guest waits for.
     pub postcopy: bool,
+    /// What it comes over.
+    pub links: Links,
 }
 
 /// A migration that was begun, in either direction.
@@ -197,8 +214,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// What both sides must have alike.
-fn configuration(discard_aware: bool) -> Configuration {
+fn configuration(discard_aware: bool, links: &Links) -> Configuration {
     let mut configuration = Configuration::new("small-vmm");
+    if links.channels != 0 {
+        configuration.capabilities.push(CAPABILITY_MULTIFD.to_owned());
+        configuration.uuid = Some(*b"small-vmm, guest");
+    }
     if !discard_aware {
         configuration.capabilities.push(CAPABILITY_IGNORE_DISCARDS.to_owned());
     }

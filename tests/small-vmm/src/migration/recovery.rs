@@ -12,11 +12,11 @@ use migration::lazy::HandlerFailed;
 use migration::postcopy::{
     Channels, GiveUp, OnListen, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen,
 };
-use migration::ram::RamBlocks;
+use migration::ram::{PageChannels, RamBlocks};
 use migration::{Channel, MigrationError, Progress};
 
 use super::transport::{self, Listener};
-use super::{PostcopyOptions, When};
+use super::{Links, PostcopyOptions, When};
 use crate::machine::Machine;
 
 /// Between two attempts to connect.
@@ -25,6 +25,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Postcopy on the source, whose stream goes `to` an address.
 pub(super) fn outgoing(
     to: &str,
+    links: &Links,
     options: &PostcopyOptions,
     progress: &Arc<Progress>,
 ) -> anyhow::Result<PostcopyOutgoing<'static>> {
@@ -33,9 +34,12 @@ pub(super) fn outgoing(
         When::AtOnce => SwitchWhen::AtOnce,
         When::Rounds(rounds) => SwitchWhen::Rounds(rounds),
     };
-    let urgent = Channel::new(transport::connect(to)?, Arc::clone(progress))?;
+    let urgent = transport::channel_to(to, links, progress)?;
     let reconnect: Box<dyn Reconnect> = match &options.recover {
-        Some(to) => Box::new(Connect { to: to.clone(), progress: Arc::clone(progress) }),
+        Some(to) => {
+            let (to, links, progress) = (to.clone(), links.clone(), Arc::clone(progress));
+            Box::new(Connect { to, links, progress })
+        }
         None => Box::new(GiveUp),
     };
     Ok(PostcopyOutgoing { when, urgent: Some(urgent), reconnect })
@@ -43,7 +47,7 @@ pub(super) fn outgoing(
 
 /// Postcopy on the destination, with what is done when memory is about to arrive.
 pub(super) fn incoming<'a>(
-    listener: &'a Listener,
+    (listener, links): (&'a Listener, Links),
     urgent: Option<Channel>,
     blocks: Arc<RamBlocks>,
     machine: &Arc<Machine>,
@@ -53,7 +57,7 @@ pub(super) fn incoming<'a>(
     PostcopyIncoming {
         blocks,
         urgent,
-        reconnect: Box::new(Accept { listener, progress: Arc::clone(progress) }),
+        reconnect: Box::new(Accept { listener, links, progress: Arc::clone(progress) }),
         failed: Arc::clone(machine) as Arc<dyn HandlerFailed>,
         listening,
     }
@@ -63,12 +67,10 @@ pub(super) fn incoming<'a>(
 pub(super) fn accept(
     listener: &Listener,
     postcopy: bool,
+    links: &Links,
     progress: &Arc<Progress>,
 ) -> anyhow::Result<Channels> {
-    let next = || -> anyhow::Result<Channel> {
-        let stream = listener.accept(|| progress.is_cancelled())?;
-        Ok(Channel::new(stream, Arc::clone(progress))?)
-    };
+    let next = || listener.channel(links, progress);
     let mut main = next()?;
     let mut urgent = None;
     while postcopy && urgent.is_none() {
@@ -83,17 +85,30 @@ pub(super) fn accept(
     Ok(Channels { main, urgent })
 }
 
+/// Waits for the source's channels for pages, if there are to be any.
+pub(super) fn accept_pages(
+    listener: &Listener,
+    links: &Links,
+    progress: &Arc<Progress>,
+) -> anyhow::Result<Option<PageChannels>> {
+    if links.channels == 0 {
+        return Ok(None);
+    }
+    let channels = (0..links.channels).map(|_| listener.channel(links, progress));
+    Ok(Some(PageChannels::new(channels.collect::<anyhow::Result<_>>()?)?))
+}
+
 struct Connect {
     to: String,
+    links: Links,
     progress: Arc<Progress>,
 }
 
 impl Connect {
     fn connect(&self) -> anyhow::Result<Channels> {
         let one = || -> anyhow::Result<Channel> {
-            let stream = transport::connect(&self.to)?;
             // Once the guest has left, cancelling ends the attempts, and not what works.
-            Ok(Channel::new(stream, Arc::clone(&self.progress))?.uncancellable())
+            Ok(transport::channel_to(&self.to, &self.links, &self.progress)?.uncancellable())
         };
         Ok(Channels { main: one()?, urgent: Some(one()?) })
     }
@@ -113,12 +128,14 @@ impl Reconnect for Connect {
 
 struct Accept<'a> {
     listener: &'a Listener,
+    links: Links,
     progress: Arc<Progress>,
 }
 
 impl Reconnect for Accept<'_> {
     fn reconnect(&mut self, _error: &MigrationError) -> Option<Channels> {
-        let Channels { main, urgent } = accept(self.listener, true, &self.progress).ok()?;
+        let Channels { main, urgent } =
+            accept(self.listener, true, &self.links, &self.progress).ok()?;
         let urgent = urgent.as_ref().map(Channel::uncancellable);
         Some(Channels { main: main.uncancellable(), urgent })
     }

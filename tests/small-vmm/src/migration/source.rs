@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use migration::dirty::{DirtyTracker, NeverWritten};
-use migration::ram::{ListOptions, MigrationBlock, RamBlocks, RamSave};
+use migration::ram::{ListOptions, MigrationBlock, PageChannels, RamBlocks, RamSave};
 use migration::snapshot::{self, FileIo, RunningGuest, StoppedGuest, write_image};
-use migration::{Channel, Guest, GuestAfter, Outgoing, Parameters, Progress};
+use migration::{Guest, GuestAfter, Outgoing, Parameters, Progress};
 use ram_discard::{FreezeFor, RamDiscardManager};
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use super::blocks::{self, REGION};
 use super::devices::MachineDevices;
-use super::{MigrateOptions, configuration, recovery, transport};
+use super::{Links, MigrateOptions, configuration, recovery, transport};
 use crate::machine::Machine;
 
 /// How long the daemon may take to answer on the discard channel.
@@ -27,6 +27,7 @@ pub(super) fn send(
     options: &MigrateOptions,
     progress: Arc<Progress>,
 ) -> anyhow::Result<()> {
+    let links = &options.links;
     let manager = attach(machine)?;
     let blocks = send_blocks(machine, &manager, options.discard_aware)?;
     // Without a manager the engine freezes nothing, and the device's state would still be sent early.
@@ -39,18 +40,23 @@ pub(super) fn send(
         trackers.remove(block.id()).unwrap_or_else(|| Box::new(NeverWritten))
     };
     let list = ListOptions { postcopy: options.postcopy.is_some(), ..ListOptions::default() };
-    let ram = RamSave::new(&blocks, list, Arc::clone(&progress), tracker_of)?;
+    let mut ram = RamSave::new(&blocks, list, Arc::clone(&progress), tracker_of)?;
     let mut devices = MachineDevices::of_source(machine, &manager)?;
-    let mut parameters = Parameters::new(configuration(options.discard_aware));
+    let mut parameters = Parameters::new(configuration(options.discard_aware, links));
     parameters.max_bandwidth = options.max_bandwidth;
     if let Some(limit) = options.downtime_limit {
         parameters.downtime_limit = Duration::from_millis(limit);
     }
-    let channel = Channel::new(transport::connect(&options.to)?, Arc::clone(&progress))?;
+    let channel = transport::channel_to(&options.to, links, &progress)?;
     let postcopy = match &options.postcopy {
-        Some(postcopy) => Some(recovery::outgoing(&options.to, postcopy, &progress)?),
+        Some(postcopy) => Some(recovery::outgoing(&options.to, links, postcopy, &progress)?),
         None => None,
     };
+    if links.channels != 0 {
+        let connect = |_| transport::channel_to(&options.to, links, &progress);
+        let channels = (0..links.channels).map(connect).collect::<anyhow::Result<_>>()?;
+        ram = ram.with_channels(PageChannels::new(channels)?);
+    }
     let outgoing = Outgoing {
         parameters,
         guest: &**machine,
@@ -80,7 +86,7 @@ pub(super) fn snapshot(
     let blocks = send_blocks(machine, &manager, true)?;
     let mut devices = MachineDevices::of_source(machine, &manager)?;
     ensure!(!file.exists(), "cannot make {}: File exists", file.display());
-    let configuration = configuration(true);
+    let configuration = configuration(true, &Links::default());
     let (blocks, devices) = (&blocks, &mut devices);
     if background {
         let guest = &**machine;

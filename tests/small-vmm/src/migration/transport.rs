@@ -5,10 +5,14 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use migration::{Channel, Progress, TlsClient, TlsServer};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::Links;
 
 /// How long a host may not be heard of before the guest is said to be alone.
 const VANISHED: Duration = Duration::from_secs(30);
@@ -42,6 +46,29 @@ pub fn connect(address: &str) -> anyhow::Result<OwnedFd> {
             stream.into()
         }
     })
+}
+
+/// A channel to where a guest is waited for; over TLS, to a server that has the name of the host, or `localhost`.
+///
+/// # Errors
+///
+/// When no process listens there, or it is not the one that was meant.
+pub fn channel_to(
+    address: &str,
+    links: &Links,
+    progress: &Arc<Progress>,
+) -> anyhow::Result<Channel> {
+    let server = match parse(address)? {
+        Address::Unix(_) => "localhost",
+        Address::Tcp(host) => host.rsplit_once(':').map_or(host, |(host, _)| host),
+    };
+    let client =
+        links.tls_dir.as_deref().map(|dir| TlsClient::from_dir(dir, server)).transpose()?;
+    let socket = connect(address)?;
+    match client {
+        Some(client) => Ok(client.connect(socket, progress)?),
+        None => Ok(Channel::new(socket, Arc::clone(progress))?),
+    }
 }
 
 /// Waits for a guest to come.
@@ -108,6 +135,20 @@ impl Listener {
                 stream.into()
             }
         })
+    }
+
+    /// Waits for a channel of the other side, until the migration is cancelled.
+    ///
+    /// # Errors
+    ///
+    /// When no source came, or one that may not.
+    pub fn channel(&self, links: &Links, progress: &Arc<Progress>) -> anyhow::Result<Channel> {
+        let server = links.tls_dir.as_deref().map(TlsServer::from_dir).transpose()?;
+        let socket = self.accept(|| progress.is_cancelled())?;
+        match server {
+            Some(server) => Ok(server.accept(socket, progress)?),
+            None => Ok(Channel::new(socket, Arc::clone(progress))?),
+        }
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

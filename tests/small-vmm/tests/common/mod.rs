@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use small_vmm::daemon::{Daemon, DaemonOptions};
 use small_vmm::guest::Command;
-use small_vmm::migration::{MigrateOptions, MigrationReport};
+use small_vmm::migration::{Links, MigrateOptions, MigrationReport};
 use small_vmm::process::{Vmm, VmmOptions, find_daemon};
 
 pub const MIB: u64 = 1 << 20;
@@ -49,6 +49,7 @@ pub fn to_address(to: &str) -> MigrateOptions {
         downtime_limit: None,
         discard_aware: true,
         postcopy: None,
+        links: Links::default(),
     }
 }
 

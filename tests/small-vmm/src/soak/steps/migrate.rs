@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use super::{clean_up, is_kept_out, wait_for_clients};
 use crate::machine::Machine;
-use crate::migration::{Expected, MigrateOptions, Migration, PostcopyOptions, When};
+use crate::migration::{Expected, Links, MigrateOptions, Migration, PostcopyOptions, When};
 use crate::relay::Relay;
 use crate::soak::random::Random;
 use crate::soak::world::World;
@@ -70,7 +70,9 @@ pub(super) fn step(world: &World, random: &mut Random) -> anyhow::Result<()> {
         true => "tcp:127.0.0.1:0".to_owned(),
         false => format!("unix:{}", world.path(name).display()),
     };
-    let expected = Expected { discard_aware: true, postcopy };
+    // Sometimes over channels of their own.
+    let links = Links { channels: random.pick(&[0, 0, 1, 3]), tls_dir: None };
+    let expected = Expected { discard_aware: true, postcopy, links: links.clone() };
     let incoming = Migration::incoming(&destination, &listen("migrate"), expected)?;
     let address = incoming.listening().context("it does not listen")?.to_owned();
     let relay = match fault {
@@ -93,6 +95,7 @@ pub(super) fn step(world: &World, random: &mut Random) -> anyhow::Result<()> {
         downtime_limit: random.pick(&[None, Some(50), Some(1000)]),
         discard_aware: true,
         postcopy: postcopy.then_some(PostcopyOptions { when, recover }),
+        links,
     };
     let kind = if postcopy { "migrations in postcopy" } else { "migrations in precopy" };
     let names = (world.hosts[from].name, world.hosts[to].name);
