@@ -292,6 +292,16 @@ mod tests {
     }
 
     #[test]
+    fn the_readme_has_every_option() {
+        let readme = include_str!("../../README.md");
+        let command = <Args as clap::CommandFactory>::command();
+        let options = command.get_arguments().filter_map(|option| option.get_long());
+        let missing: Vec<_> =
+            options.filter(|name| !readme.contains(&format!("`--{name}"))).collect();
+        assert!(missing.is_empty(), "not in vhost-user/README.md: {missing:?}");
+    }
+
+    #[test]
     fn good_options_make_a_configuration() {
         let config = config("--block-size 2M --requested-size 1G --node-id 0x3").unwrap();
         assert_eq!(config.geometry.addr(), 0x1_4000_0000);
