@@ -152,6 +152,34 @@ fn a_guest_goes_over_any_number_of_channels_as_over_one() {
 }
 
 #[test]
+fn a_section_counts_all_that_its_channels_write_as_a_limit_of_the_bandwidth_has_it() {
+    let side = Side::new(&[1, 4, 5]);
+    fill(&side.region, 64..128, 7);
+    let progress = Arc::new(Progress::new());
+    let options = ListOptions::default();
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let ram = RamSave::new(&side.blocks, options, Arc::clone(&progress), tracker).unwrap();
+    let (near, far) = pairs(4);
+    let mut ram = ram.with_channels(channels(near, &progress));
+    let (main, main_far) = UnixStream::pair().unwrap();
+    let mut out = Channel::new(main, Arc::clone(&progress)).unwrap();
+    thread::scope(|scope| {
+        for stream in far.into_iter().chain([main_far]) {
+            scope.spawn(move || io::copy(&mut &stream, &mut io::sink()));
+        }
+        ram.configure(&multifd()).unwrap();
+        ram.setup(&mut out).unwrap();
+        for _ in 0..4 {
+            let before = out.written();
+            ram.iterate(&mut out, 16 * PAGE).unwrap();
+            assert!(out.written() - before >= 16 * PAGE, "{}", out.written() - before);
+        }
+        drop(ram);
+        drop(out);
+    });
+}
+
+#[test]
 fn pages_that_are_written_again_arrive_as_they_were_last_whatever_channel_they_come_by() {
     for round in 0..20u8 {
         let (from, to) = (Side::new(&[0, 1]), Side::new(&[0, 1]));

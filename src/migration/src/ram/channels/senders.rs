@@ -181,8 +181,8 @@ impl Senders {
         written - std::mem::replace(&mut self.counted, written)
     }
 
-    /// Waits until all is written, for as long as `patience` has it, and ends the threads.
-    pub(crate) fn finish(&mut self, patience: Option<Duration>) -> Result<(), MigrationError> {
+    /// Waits until all is written, for as long as `patience` has it.
+    pub(crate) fn drain(&self, patience: Option<Duration>) -> Result<(), MigrationError> {
         let mut patience = patience.map(Patience::new);
         let mut seen = self.shared.written.load(Ordering::Relaxed);
         let mut state = self.shared.state.lock();
@@ -202,6 +202,13 @@ impl Senders {
                 return Err(of_channel(stuck, MigrationError::io("send pages")(patience.ended())));
             }
         }
+        state.check()
+    }
+
+    /// As [`drain`](Self::drain), and ends the threads.
+    pub(crate) fn finish(&mut self, patience: Option<Duration>) -> Result<(), MigrationError> {
+        self.drain(patience)?;
+        let mut state = self.shared.state.lock();
         state.check()?;
         state.ended = true;
         drop(state);

@@ -74,7 +74,8 @@ impl SaveChannels {
 
 impl RamSave {
     /// As [`send`](Self::send). What is a page of zeros, and so costs next to nothing, is found out by the
-    /// threads; all count as whole pages of the budget.
+    /// threads; all count as whole pages of the budget. What was put into the queues is written when this
+    /// returns: what is under way would be beyond a limit of the bandwidth, in each window anew.
     pub(super) fn send_by_channels(
         &mut self,
         out: &mut dyn Sink,
@@ -82,6 +83,7 @@ impl RamSave {
         most: u64,
     ) -> Result<(), MigrationError> {
         self.fill_channels(out, budget, most)?;
+        self.channels.started()?.drain(out.write_patience())?;
         self.end_of_section(out)
     }
 
