@@ -12,12 +12,14 @@ mod handlers;
 mod incoming;
 mod outcome;
 mod outgoing;
+mod parameters;
 mod return_path;
 
 pub use convergence::{AtMaxRounds, ThrottleParameters};
 pub use incoming::Incoming;
 pub use outcome::{GuestAfter, OutgoingError};
-pub use outgoing::{Outgoing, Parameters};
+pub use outgoing::Outgoing;
+pub use parameters::Parameters;
 
 /// The ping whose answer is the destination's verdict: everything before it was loaded.
 const PING_LOADED: u32 = 5;
