@@ -131,7 +131,7 @@ fn a_daemon_that_cannot_wait_for_pages_gets_no_memory_before_all_has_arrived() {
     to.daemon.options_mut().more.retain(|arg| arg != "--postcopy");
     to.daemon.restart().unwrap();
     let error = to.vmm.tell(Command::Reconnect).unwrap_err().to_string();
-    assert!(error.starts_with("memory still arrives"), "{error}");
+    assert!(error.starts_with("memory is outstanding"), "{error}");
     relay.hold_after(u64::from(u32::MAX));
     assert_completed(&mut from);
     assert_completed(&mut to);
