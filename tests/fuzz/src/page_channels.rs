@@ -10,12 +10,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use migration::{Channel, LoadHandler, Progress};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, PageChannels, RamBlocks, RamLoad};
 use migration::stream::{
     CAPABILITY_MULTIFD, Configuration, Encoding, Greeting, PacketHead, RAM_VERSION, SectionKind,
     put_end_of_section, put_list, put_multifd_flush,
 };
+use migration::{Channel, LoadHandler, Progress};
 use ram_discard::memory::RamBlock;
 use ram_discard::{LocalRamDiscardManager, RamDiscardManager};
 use vmstate::wire::WireReader;
@@ -41,8 +41,7 @@ fn drive(data: &[u8]) -> bool {
     let size = BLOCKS as u64 * BLOCK;
     file.set_len(size).unwrap();
     let ram = RamBlock::new("vmem0".to_owned(), 1 << 32, size, file.try_clone().unwrap(), 0);
-    let block =
-        MigrationBlock::map(Arc::new(ram.unwrap()), BlockOptions::migratable()).unwrap();
+    let block = MigrationBlock::map(Arc::new(ram.unwrap()), BlockOptions::migratable()).unwrap();
     let manager = LocalRamDiscardManager::new(size);
     manager.add_source(Arc::new(plugged())).unwrap();
     block.set_discard_manager(0, Arc::new(manager) as Arc<dyn RamDiscardManager>).unwrap();
@@ -57,8 +56,7 @@ fn drive(data: &[u8]) -> bool {
         channel.set_write_patience(PATIENCE);
         channel
     };
-    let (near, far): (Vec<_>, Vec<_>) =
-        (0..count).map(|_| UnixStream::pair().unwrap()).unzip();
+    let (near, far): (Vec<_>, Vec<_>) = (0..count).map(|_| UnixStream::pair().unwrap()).unzip();
     let far = PageChannels::new(far.into_iter().map(channel).collect()).unwrap();
     let options = ListOptions::default();
     let mut ram =

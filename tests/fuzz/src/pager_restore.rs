@@ -17,9 +17,15 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
-use migration::stream::{BlockEntry, BlockList, CAPABILITY_MAPPED_RAM, Command, Configuration, ListLimits, MAPPED_RAM_ALIGNMENT, MappedRamHeader, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, Record, ReturnMessage, SectionHeader, SectionKind, entry_len, put_continued, put_end_of_section, put_entry, put_eof, put_footer, put_header, put_list, put_list_start, put_section, read_footer, read_header, read_record};
-use vmem_pager::cli::args::{Args, Command as Words};
+use migration::stream::{
+    BlockEntry, BlockList, CAPABILITY_MAPPED_RAM, Command, Configuration, ListLimits,
+    MAPPED_RAM_ALIGNMENT, MappedRamHeader, PageHeader, PageKind, RAM_SECTION, RAM_VERSION, Record,
+    ReturnMessage, SectionHeader, SectionKind, entry_len, put_continued, put_end_of_section,
+    put_entry, put_eof, put_footer, put_header, put_list, put_list_start, put_section, read_footer,
+    read_header, read_record,
+};
 use vmem_pager::PagerError;
+use vmem_pager::cli::args::{Args, Command as Words};
 use vmem_pager::cli::report::Report;
 use vmem_pager::image::{GuestImage, PageReader};
 use vmem_pager::qemu::restore::{self, RestoreMetrics};
@@ -74,7 +80,13 @@ fn image(mapped: bool) -> Vec<u8> {
     out.put(&early());
     put_footer(&mut out, 2);
     section(&mut out, SectionKind::Start, RAM_ID, RAM_SECTION, RAM_VERSION);
-    let entry = |(id, pages): (&str, u64)| BlockEntry { id: id.to_owned(), used_length: pages * PAGE, page_size: None, gpa: None, mapped: None };
+    let entry = |(id, pages): (&str, u64)| BlockEntry {
+        id: id.to_owned(),
+        used_length: pages * PAGE,
+        page_size: None,
+        gpa: None,
+        mapped: None,
+    };
     let mut list = BlockList { entries: [("vm0/vmem", VMEM), ("ram", RAM)].map(entry).into() };
     let contents = contents();
     if mapped {
@@ -86,7 +98,8 @@ fn image(mapped: bool) -> Vec<u8> {
             put_entry(&mut out, entry);
             let mut bits = 0u64;
             let mut pages = vec![0; entry.used_length as usize];
-            for ((_, page), fill) in contents.iter().filter(|((block, _), _)| **block == *entry.id) {
+            for ((_, page), fill) in contents.iter().filter(|((block, _), _)| **block == *entry.id)
+            {
                 bits |= 1 << page;
                 pages[(page * PAGE) as usize..][..PAGE as usize].fill(*fill);
             }
@@ -149,12 +162,18 @@ fn read_edited(input: &mut Input<'_>, mapped: bool) {
         let kind = input.u8();
         let at = usize::from(input.u16());
         // Headers at the start, or sections at the end.
-        let at = if kind & 0x80 == 0 { at % bytes.len().max(1) } else { bytes.len().saturating_sub(at % 600) };
+        let at = if kind & 0x80 == 0 {
+            at % bytes.len().max(1)
+        } else {
+            bytes.len().saturating_sub(at % 600)
+        };
         match kind & 3 {
             0 => bytes.truncate(at),
             1 => drop(bytes.splice(at..at, input.bytes(usize::from(kind >> 2 & 7)).to_vec())),
             _ => {
-                for (byte, change) in bytes[at..].iter_mut().zip(input.bytes(usize::from(kind >> 2 & 7) + 1)) {
+                for (byte, change) in
+                    bytes[at..].iter_mut().zip(input.bytes(usize::from(kind >> 2 & 7) + 1))
+                {
                     *byte = *change;
                 }
             }
@@ -168,7 +187,9 @@ fn read_edited(input: &mut Input<'_>, mapped: bool) {
     let mut reader = PageReader::new(&image);
     for block in image.blocks() {
         if let Some(discards) = block.discards() {
-            discards.discarded(|run| assert_eq!(block.present().runs(run).next(), None, "a page in discarded memory"));
+            discards.discarded(|run| {
+                assert_eq!(block.present().runs(run).next(), None, "a page in discarded memory")
+            });
         }
         for run in block.present().runs(0..block.nr_pages()).take(256) {
             let mut expected = run.clone().take(256);
@@ -217,7 +238,9 @@ fn serve(input: &mut Input<'_>, how: u8) -> (Result<(), PagerError>, bool) {
     let mut urgent = None;
     let mut said = Vec::new();
     match recover {
-        true => [("vm0/vmem", VMEM), ("ram", RAM)].iter().for_each(|(id, pages)| received(&mut said, id, *pages, input)),
+        true => [("vm0/vmem", VMEM), ("ram", RAM)]
+            .iter()
+            .for_each(|(id, pages)| received(&mut said, id, *pages, input)),
         false => ReturnMessage::Pong(1).put(&mut said),
     }
     if recover {
@@ -250,11 +273,13 @@ fn serve(input: &mut Input<'_>, how: u8) -> (Result<(), PagerError>, bool) {
         let step = input.u8();
         match step % 8 {
             0..=3 => {
-                let block = [None, Some("ram"), Some("vm0/vmem"), Some("other")][usize::from(step >> 3 & 3)];
+                let block = [None, Some("ram"), Some("vm0/vmem"), Some("other")]
+                    [usize::from(step >> 3 & 3)];
                 let place = input.u8();
                 let start = if place == 0xff { input.u64() } else { u64::from(place) * PAGE };
                 let len = if step & 0x80 == 0 { PAGE as u32 } else { input.u32() };
-                ReturnMessage::RequestPages { block: block.map(str::to_owned), start, len }.put(&mut said);
+                ReturnMessage::RequestPages { block: block.map(str::to_owned), start, len }
+                    .put(&mut said);
             }
             4 => ReturnMessage::Pong(u32::from(step >> 3)).put(&mut said),
             5 => ReturnMessage::Shut(u32::from(step >> 3)).put(&mut said),
@@ -298,7 +323,9 @@ fn serve(input: &mut Input<'_>, how: u8) -> (Result<(), PagerError>, bool) {
         // A page that was not whole when the channel broke is not here.
         assert_eq!(*bytes, [fill.copied().unwrap_or(0); PAGE as usize], "page {page} of {block}");
     }
-    let all = contents.keys().all(|(block, page)| arrived.pages.contains_key(&((*block).to_owned(), *page)));
+    let all = contents
+        .keys()
+        .all(|(block, page)| arrived.pages.contains_key(&((*block).to_owned(), *page)));
     (done, all)
 }
 
@@ -327,15 +354,23 @@ fn read_main(stream: UnixStream, recover: bool, arrived: &Mutex<Arrived>) {
             }
             Record::Section(SectionHeader { kind: SectionKind::Start, section_id, .. }) => {
                 let Ok(word) = reader.be64("a list") else { return };
-                let Ok(PageHeader::List { total }) = PageHeader::parse(word, 0) else { panic!("no list") };
-                let list = BlockList::read(&mut reader, total, ListLimits::default(), &mut |_, _| Ok(()));
-                if list.is_err() || reader.be64("the end").is_err() || read_footer(&mut reader, section_id).is_err() {
+                let Ok(PageHeader::List { total }) = PageHeader::parse(word, 0) else {
+                    panic!("no list")
+                };
+                let list =
+                    BlockList::read(&mut reader, total, ListLimits::default(), &mut |_, _| Ok(()));
+                if list.is_err()
+                    || reader.be64("the end").is_err()
+                    || read_footer(&mut reader, section_id).is_err()
+                {
                     return;
                 }
             }
             Record::Section(SectionHeader { section_id, idstr, .. }) => {
                 let len = if idstr == "dev" { 32 } else { early().len() as u64 };
-                if reader.skip(len, "a device").is_err() || read_footer(&mut reader, section_id).is_err() {
+                if reader.skip(len, "a device").is_err()
+                    || read_footer(&mut reader, section_id).is_err()
+                {
                     return;
                 }
             }
@@ -392,7 +427,14 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         serve(3 | 4),
         serve(1 | 4 | 32),
         // Recoveries: the bitmaps, then requests.
-        [&[1 | 8 | 4][..], &[0, 3, 0, 0, 0, 0, 0, 0, 0], &[0, 7, 0, 0, 0, 0, 0, 0, 0], &requests, &[0]].concat(),
+        [
+            &[1 | 8 | 4][..],
+            &[0, 3, 0, 0, 0, 0, 0, 0, 0],
+            &[0, 7, 0, 0, 0, 0, 0, 0, 0],
+            &requests,
+            &[0],
+        ]
+        .concat(),
         [&[3 | 8][..], &[0xff, 0, 0, 0, 0, 0, 0, 0, 1], &requests].concat(),
         // Everything before the guest runs.
         serve(1 | 16),

@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use migration::inspect::{Warning, inspect};
 use migration::Progress;
+use migration::inspect::{Warning, inspect};
 use migration::stream::{Command, SectionKind};
 use vmem_pager::image::writer::WholeImage;
 use vmem_pager::qemu::save::{receive_stream, recover_stream};

@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use migration::{Channel, Guest, Incoming, MigrationError, NoDevices, Progress};
 use migration::lazy::{HandlerFailed, LazyRam};
 use migration::postcopy::{Channels, PostcopyIncoming, Reconnect};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad};
@@ -21,6 +20,7 @@ use migration::stream::{
     ReturnMessage, SectionHeader, SectionKind, TARGET_PAGE_SIZE, put_command, put_continued,
     put_end_of_section, put_eof, put_footer, put_header, put_list, put_section,
 };
+use migration::{Channel, Guest, Incoming, MigrationError, NoDevices, Progress};
 use ram_discard::memory::RamBlock;
 use ram_discard::{ByteRange, LocalRamDiscardManager};
 use vmstate::wire::WireWrite;

@@ -31,7 +31,7 @@ pub struct Parameters {
     /// unless it is just doing so: until it says which, or the channel breaks, the guest stays
     /// stopped. A socket whose other host may vanish should have SO_KEEPALIVE and TCP_USER_TIMEOUT
     /// set. While the guest runs, here or there, writes wait for as long as the channel's handle says
-    /// ([`Channel::set_write_patience`]).
+    /// ([`Channel::set_write_patience`](crate::Channel::set_write_patience)).
     pub switchover_timeout: Duration,
     /// For how long a PLUG of the guest waits for the destination, whose device follows, before it is answered with
     /// BUSY; 1 s by default. `None` keeps block state frozen from the beginning to the end, as a destination does that
@@ -44,7 +44,7 @@ pub struct Parameters {
     /// for the VMM to say whether it continues here or where the stream is loaded, and never both.
     /// Postcopy is not possible.
     pub one_way: bool,
-    /// Whether the guest, once it is stopped, waits for [`Progress::continue_switchover`] before anything else
+    /// Whether the guest, once it is stopped, waits for [`Progress::continue_switchover`](crate::Progress::continue_switchover) before anything else
     /// of it is sent, or for a cancel: the VMM flushes its disks meanwhile.
     pub pause_before_switchover: bool,
 }

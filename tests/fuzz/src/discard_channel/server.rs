@@ -16,7 +16,8 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use virtio_mem::device::Geometry;
 use virtio_mem::discard_channel::bitmap::{BitmapWriter, LAYOUT_VERSION, MAGIC, file_size};
 use virtio_mem::discard_channel::wire::{
-    ClientMessage, Farewell, Lengths, Message, Sections, ServerMessage, VERSION, Welcome, MessageError,
+    ClientMessage, Farewell, Lengths, Message, MessageError, Sections, ServerMessage, VERSION,
+    Welcome,
 };
 use virtio_mem::discard_channel::{
     FrameReader, ReceiveError, RemoteRamDiscardManager, send, send_with_fd,
