@@ -2,6 +2,13 @@
 //! write them, sockets to listen on and who may connect, signals, the service manager, the log, metrics of
 //! a process.
 //!
+//! ```text
+//!   command line ──> size, duration ────┐
+//!   systemd ───────> service_manager ───┤
+//!   clients ───────> listener, access ──┼──> vhost-user-mem, vmemctl, vmem-pager ──> log, metrics
+//!   signals ───────> signals ────────────┘
+//! ```
+//!
 //! ```
 //! use program::duration::parse_duration;
 //! use program::size::{format_size, parse_size};

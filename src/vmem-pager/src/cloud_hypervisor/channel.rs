@@ -30,6 +30,8 @@ pub enum Lost {
     Cut,
     /// It neither sent nor read what it had to within the bound.
     Silent(Duration),
+    /// It sent what is not of the protocol, which this says.
+    Invalid(String),
     /// The run has ended.
     Ended(PagerError),
     /// The system failed.
@@ -47,6 +49,7 @@ impl Lost {
                 what: format!("{who} is silent; {what} was waited for"),
                 after,
             },
+            Self::Invalid(what) => PagerError::Protocol(format!("{who}: {what}")),
             Self::Ended(error) => error,
             Self::System(errno) => {
                 PagerError::Peer(format!("the connection to {who} failed: {errno}"))
@@ -175,15 +178,15 @@ impl Peer {
         Ok(())
     }
 
-    /// The next request, without its payload. `None` within: it is not one of the protocol, and what it is.
+    /// The next request, without its payload.
     ///
     /// # Errors
     ///
     /// See [`Lost`].
-    pub fn request(&self, run: &Run, wait: Wait) -> Result<Result<Request, String>, Lost> {
+    pub fn request(&self, run: &Run, wait: Wait) -> Result<Request, Lost> {
         let mut bytes = [0; FRAME_LEN];
         self.read_exact(&mut bytes, run, wait)?;
-        Ok(Request::decode(&bytes))
+        Request::decode(&bytes).map_err(Lost::Invalid)
     }
 
     /// The next request for a page, with its range; other requests without what follows them, after which nothing
@@ -197,7 +200,7 @@ impl Peer {
         run: &Run,
         first: Wait,
         bound: Duration,
-    ) -> Result<Result<(Request, [u8; RANGE_LEN]), String>, Lost> {
+    ) -> Result<(Request, [u8; RANGE_LEN]), Lost> {
         // It comes in one piece, once the one before was answered: waited for first, it is read by one call.
         self.wait(PollFlags::IN, run, first)?;
         let rest = Wait::within(bound, "the rest of a request for a page");
@@ -214,14 +217,11 @@ impl Peer {
             }
         }
         let (frame, range) = bytes.split_first_chunk_mut().expect("it begins with a frame");
-        let request = match Request::decode(frame) {
-            Ok(request) => request,
-            Err(what) => return Ok(Err(what)),
-        };
+        let request = Request::decode(frame).map_err(Lost::Invalid)?;
         if request.command == Command::PageFault {
             self.read_exact(&mut range[at - FRAME_LEN..], run, rest)?;
         }
-        Ok(Ok((request, *range.first_chunk().expect("and has a range"))))
+        Ok((request, *range.first_chunk().expect("and has a range")))
     }
 
     /// A payload of `len` bytes, which the caller has limited.
@@ -358,10 +358,10 @@ impl Peer {
     /// # Errors
     ///
     /// See [`Lost`].
-    pub fn read_answer(&self, run: &Run, wait: Wait) -> Result<Result<Answer, String>, Lost> {
+    pub fn read_answer(&self, run: &Run, wait: Wait) -> Result<Answer, Lost> {
         let mut bytes = [0; FRAME_LEN];
         self.read_exact(&mut bytes, run, wait)?;
-        Ok(Answer::decode(&bytes))
+        Answer::decode(&bytes).map_err(Lost::Invalid)
     }
 }
 

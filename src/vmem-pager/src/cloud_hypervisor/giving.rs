@@ -134,11 +134,8 @@ impl<'a> Giving<'a> {
         let what = format!("its answer to {command:?}");
         let wait = Wait::within(self.run.silence(), &what);
         match self.peer.read_answer(&patient, wait) {
-            Ok(Ok(Answer::Ok)) => self.check_last(&patient),
-            Ok(Ok(Answer::Error)) => Err(NotTaken::Dropped(refused(command))),
-            Ok(Err(what)) => {
-                Err(NotTaken::Unknown(PagerError::Protocol(format!("{WHO} sent {what}"))))
-            }
+            Ok(Answer::Ok) => self.check_last(&patient),
+            Ok(Answer::Error) => Err(NotTaken::Dropped(refused(command))),
             Err(lost) => Err(NotTaken::Unknown(lost.explain(WHO, &what))),
         }
     }
@@ -147,7 +144,7 @@ impl<'a> Giving<'a> {
     /// answer to something before it.
     fn check_last(&self, run: &Run) -> Result<(), NotTaken> {
         match self.peer.read_answer(run, Wait::within(CLOSES, "the end of the connection")) {
-            Ok(_) => Err(NotTaken::Unknown(PagerError::Protocol(format!(
+            Ok(_) | Err(Lost::Invalid(_)) => Err(NotTaken::Unknown(PagerError::Protocol(format!(
                 "{WHO} sent more answers than it was asked for"
             )))),
             Err(_) => Ok(()),
@@ -183,13 +180,12 @@ impl<'a> Giving<'a> {
     fn answer(&mut self, command: Command) -> Result<(), PagerError> {
         let what = format!("its answer to {command:?}");
         match self.peer.read_answer(self.run, Wait::within(self.run.silence(), &what)) {
-            Ok(Ok(Answer::Ok)) => Ok(()),
-            Ok(Ok(Answer::Error)) => {
+            Ok(Answer::Ok) => Ok(()),
+            Ok(Answer::Error) => {
                 // It has closed.
                 self.open = false;
                 Err(refused(command))
             }
-            Ok(Err(what)) => Err(PagerError::Protocol(format!("{WHO} sent {what}"))),
             Err(lost) => Err(lost.explain(WHO, &what)),
         }
     }
@@ -207,7 +203,7 @@ impl Giving<'_> {
         // An answer to what was asked before may come first, or two. After the last one it closes.
         for answers in 0..4 {
             match self.peer.read_answer(&run, wait) {
-                Ok(_) => {}
+                Ok(_) | Err(Lost::Invalid(_)) => {}
                 Err(Lost::Closed) => return answers != 0,
                 Err(_) => return false,
             }

@@ -92,9 +92,9 @@ impl<'a> Faults<'a> {
             // What the guest waits for is not bounded by silence: it may touch nothing for long.
             let wait = Wait::for_the_run("pages were being asked for");
             let (request, range) = match peer.page_request(run, wait, run.silence()) {
-                Ok(Ok(request)) => request,
-                Ok(Err(what)) => {
-                    return self.fail(peer, PagerError::Protocol(format!("{WHO}: {what}")));
+                Ok(request) => request,
+                Err(lost @ Lost::Invalid(_)) => {
+                    return self.fail(peer, lost.explain(WHO, "a request for a page"));
                 }
                 Err(Lost::Closed) => return self.whole(),
                 Err(_) if ended.load(Ordering::Relaxed) => return Served::All,

@@ -165,7 +165,7 @@ impl Taking<'_> {
             Stage::Stated | Stage::Completed => "Complete",
         };
         let request = self.peer.request(self.run, self.wait(what));
-        request.map_err(|lost| explain(lost, what))?.map_err(protocol)
+        request.map_err(|lost| explain(lost, what))
     }
 
     fn payload(&self, request: Request, what: &'static str) -> Result<Vec<u8>, PagerError> {
