@@ -6,7 +6,7 @@
 //!   command line ──> size, duration ────┐
 //!   systemd ───────> service_manager ───┤
 //!   clients ───────> listener, access ──┼──> vhost-user-mem, vmemctl, vmem-pager ──> log, metrics
-//!   signals ───────> signals ────────────┘
+//!   signals ───────> signals ───────────┘
 //! ```
 //!
 //! ```
