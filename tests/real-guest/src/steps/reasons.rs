@@ -74,12 +74,16 @@ fn in_steps(machine: &mut Machine, report: &mut Report) -> Result<()> {
     let paced = [&words[..], &["--max-rate", "256M"]].concat();
     let mut client = Client::start(machine, &paced)?;
     let mut asked = vec![1536 * MIB];
-    while client.child.try_wait()?.is_none() {
+    loop {
+        let ended = client.child.try_wait()?.is_some();
         let size = machine.daemon.api.device()?.requested_size;
         if asked.last() != Some(&size) {
             asked.push(size);
         }
-        // Each step takes half a second at least.
+        if ended {
+            break;
+        }
+        // Each step but the last, after which the client may end, takes half a second at least.
         thread::sleep(Duration::from_millis(20));
     }
     client.ends(0)?;
