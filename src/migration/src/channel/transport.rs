@@ -51,7 +51,7 @@ pub trait Transport: fmt::Debug + Send + Sync {
     /// When it cannot be waited for.
     fn wait(&self, ready: Ready, most: Duration) -> io::Result<bool>;
 
-    /// Ends it in both directions, whoever reads or writes it just now: their calls return.
+    /// Ends it in both directions. A read or write of another thread returns.
     fn shutdown(&self);
 
     /// Ends this side's direction. What the other side still says can be read.

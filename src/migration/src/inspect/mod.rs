@@ -97,7 +97,7 @@ pub fn inspect_pages<P: PageIndex>(file: impl Read + Seek) -> (Inspection, Vec<P
     inspect_with(file, None)
 }
 
-/// As [`inspect_pages`]; of bitmaps of RAM blocks only what is no hole of the file is read, so that the size of absent
+/// As [`inspect_pages`]; of bitmaps of RAM blocks only what the file has data for is read, so that the size of absent
 /// memory does not matter. The position in the file moves.
 pub fn inspect_file<P: PageIndex>(file: &File) -> (Inspection, Vec<P>) {
     inspect_with(file, Some(file))

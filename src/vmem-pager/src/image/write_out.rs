@@ -1,6 +1,6 @@
 //! Bringing an image to the disk while it is written, so that little is left to be waited for at its end.
 //!
-//! A thread does it: it may wait for the disk, and whoever sends pages must not.
+//! A thread does it: it may wait for the disk, and the threads that take pages must not.
 
 use std::fmt;
 use std::fs::File;

@@ -203,7 +203,7 @@ fn whose_certificate_is_wrong_and_why_is_said_on_the_side_that_sees_it_and_on_th
     );
 
     // A client of another name than the server wants.
-    let wants = TlsServer::from_dir_for(&dir.path(), "somebody.example").unwrap();
+    let wants = TlsServer::from_dir_for(&dir.path(), "another.example").unwrap();
     let (here, there) = connect(client(&dir, "there.example"), wants);
     let (here, there) = (here.unwrap_err(), there.unwrap_err());
     assert!(there.contains("the client's certificate is refused: "), "{there}");

@@ -7,6 +7,7 @@
 
 pub(super) mod receivers;
 pub(super) mod senders;
+mod threads;
 
 use crate::channel::Channel;
 use crate::error::MigrationError;

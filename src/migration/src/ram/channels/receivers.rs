@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use vmstate::wire::{WireRead, WireReader};
 
+use super::threads::{self, FirstFailure, MOMENT, Watch};
 use super::{PageChannels, of_channel};
-use crate::channel::patience::Patience;
 use crate::channel::{Channel, Interrupt, Sink};
 use crate::error::MigrationError;
 use crate::progress::{Counters, Progress};
@@ -19,8 +19,6 @@ use crate::stream::{Encoding, Greeting, PACKET_PAGES, PacketHead, Packets, TARGE
 
 /// What is read at once besides the pages of a packet, which are read to where they are used.
 const READ_AHEAD: usize = 64 << 10;
-/// How often a wait looks whether it is cancelled.
-const MOMENT: Duration = Duration::from_millis(20);
 
 /// The threads, and where they are.
 pub(crate) struct Receivers {
@@ -50,8 +48,7 @@ struct State {
     numbers: u64,
     barriers: u64,
     finished: bool,
-    failure: Option<MigrationError>,
-    has_failed: bool,
+    failure: FirstFailure,
     /// What else is to end when one fails.
     main: Option<Interrupt>,
 }
@@ -88,16 +85,14 @@ impl Receivers {
         for index in 0..receivers.channels.len() {
             let channel = receivers.channels[index].interruptible(&receivers.shared.interrupt);
             let shared = Arc::clone(&receivers.shared);
-            let thread = std::thread::Builder::new().name(format!("pages-{index}"));
-            let thread = thread.spawn(move || {
-                let guard = Failing { shared: &shared, index };
+            let ending = Arc::clone(&shared);
+            let serve = move || {
                 let heard = Heard { channel, bytes: &shared.heard };
                 let reader = WireReader::with_capacity(heard, READ_AHEAD);
-                let served = Receiver::new(&shared, index, reader).serve();
-                std::mem::forget(guard);
-                shared.ended(index, served);
-            });
-            receivers.threads.push(thread.map_err(MigrationError::io("start a thread"))?);
+                Receiver::new(&shared, index, reader).serve()
+            };
+            let ended = move |served| ending.ended(index, served);
+            receivers.threads.push(threads::start(index, serve, ended)?);
         }
         Ok(receivers)
     }
@@ -105,7 +100,7 @@ impl Receivers {
     /// Has `main` raised when a channel fails.
     pub(crate) fn interrupt_on_failure(&self, main: &Interrupt) {
         let mut state = self.shared.state.lock();
-        if state.has_failed {
+        if state.failure.has_failed() {
             main.raise();
         }
         state.main = Some(main.clone());
@@ -124,8 +119,7 @@ impl Receivers {
 
     /// Waits until all channels have come to their next barrier, and has them continue behind it.
     pub(crate) fn barrier(&self) -> Result<(), MigrationError> {
-        let mut patience = Patience::new(self.patience);
-        let mut seen = self.shared.heard.load(Ordering::Relaxed);
+        let mut watch = Watch::new(self.patience, &self.shared.heard);
         let mut state = self.shared.state.lock();
         loop {
             state.check()?;
@@ -141,11 +135,9 @@ impl Receivers {
             }
             let begin = Instant::now();
             self.shared.changed.wait_for(&mut state, MOMENT);
-            let heard = self.shared.heard.load(Ordering::Relaxed);
-            patience.waited(begin.elapsed());
-            patience.wrote(heard - std::mem::replace(&mut seen, heard));
+            watch.waited(begin);
             let late = state.channels.iter().position(|at| *at == At::Reading);
-            if let (true, Some(number)) = (patience.left().is_zero(), late) {
+            if let (true, Some(number)) = (watch.patience().left().is_zero(), late) {
                 let silent = io::Error::new(io::ErrorKind::TimedOut, "nothing comes on it");
                 let what = "wait for the pages that the main channel says were sent";
                 return Err(of_channel(number, MigrationError::io(what)(silent)));
@@ -182,11 +174,7 @@ impl Drop for Receivers {
 
 impl State {
     fn check(&mut self) -> Result<(), MigrationError> {
-        match self.failure.take() {
-            Some(failure) => Err(failure),
-            None if self.has_failed => Err(MigrationError::ChannelClosed("pages were being taken")),
-            None => Ok(()),
-        }
+        self.failure.check("pages were being taken")
     }
 }
 
@@ -195,10 +183,7 @@ impl Shared {
         let mut state = self.state.lock();
         state.channels[index] = At::End;
         if let Err(error) = served {
-            if !state.has_failed {
-                state.failure = Some(of_channel(index, error));
-            }
-            state.has_failed = true;
+            state.failure.set(index, error);
             if let Some(main) = &state.main {
                 main.raise();
             }
@@ -216,24 +201,11 @@ impl Shared {
             if let Some(found) = ready(&mut state) {
                 return Ok(found);
             }
-            if state.finished || state.has_failed || self.progress.is_cancelled() {
+            if state.finished || state.failure.has_failed() || self.progress.is_cancelled() {
                 return Err(MigrationError::Cancelled);
             }
             self.changed.wait_for(&mut state, MOMENT);
         }
-    }
-}
-
-/// Fails when it is dropped: its thread has panicked.
-struct Failing<'a> {
-    shared: &'a Shared,
-    index: usize,
-}
-
-impl Drop for Failing<'_> {
-    fn drop(&mut self) {
-        let what = "its thread has panicked".to_owned();
-        self.shared.ended(self.index, Err(MigrationError::Unexpected(what)));
     }
 }
 

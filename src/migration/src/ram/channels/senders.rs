@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::threads::{self, FirstFailure, MOMENT, Watch};
 use super::{PageChannels, of_channel};
-use crate::channel::patience::Patience;
 use crate::channel::{Channel, GatherWrite, Interrupt, Sink};
 use crate::error::MigrationError;
 use crate::progress::{Counters, Progress};
@@ -21,8 +21,6 @@ use crate::stream::{
 
 /// Packets that wait for a channel: one while another is written.
 const WAITING: usize = 2;
-/// How often a wait looks whether it is cancelled.
-const MOMENT: Duration = Duration::from_millis(20);
 
 /// Pages of a block, whose dirty bits are cleared already: what is written later is sent again.
 pub(crate) struct Pages {
@@ -69,8 +67,7 @@ struct State {
     /// Jobs that are waiting or in work.
     unfinished: usize,
     ended: bool,
-    failure: Option<MigrationError>,
-    has_failed: bool,
+    failure: FirstFailure,
 }
 
 impl Senders {
@@ -87,8 +84,7 @@ impl Senders {
             queues: (0..count).map(|_| VecDeque::new()).collect(),
             unfinished: 0,
             ended: false,
-            failure: None,
-            has_failed: false,
+            failure: FirstFailure::default(),
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -113,16 +109,14 @@ impl Senders {
             let greeting = Greeting { uuid, id: short(number), channels: short(count) };
             let channel = senders.channels[number].interruptible(&senders.interrupt);
             let shared = Arc::clone(&senders.shared);
-            let thread = std::thread::Builder::new().name(format!("pages-{number}"));
-            let thread = thread.spawn(move || {
-                let guard = Failing { shared: &shared, number };
-                let served = Sender::new(&shared, number, channel).serve(&greeting);
-                std::mem::forget(guard);
+            let failing = Arc::clone(&shared);
+            let serve = move || Sender::new(&shared, number, channel).serve(&greeting);
+            let ended = move |served: Result<(), MigrationError>| {
                 if let Err(error) = served {
-                    shared.fail(of_channel(number, error));
+                    failing.fail(number, error);
                 }
-            });
-            senders.threads.push(thread.map_err(MigrationError::io("start a thread"))?);
+            };
+            senders.threads.push(threads::start(number, serve, ended)?);
         }
         Ok(senders)
     }
@@ -183,8 +177,7 @@ impl Senders {
 
     /// Waits until all is written, for as long as `patience` has it.
     pub(crate) fn drain(&self, patience: Option<Duration>) -> Result<(), MigrationError> {
-        let mut patience = patience.map(Patience::new);
-        let mut seen = self.shared.written.load(Ordering::Relaxed);
+        let mut watch = patience.map(|limit| Watch::new(limit, &self.shared.written));
         let mut state = self.shared.state.lock();
         while state.unfinished != 0 {
             state.check()?;
@@ -193,13 +186,12 @@ impl Senders {
             }
             let begin = Instant::now();
             self.shared.done.wait_for(&mut state, MOMENT);
-            let Some(patience) = &mut patience else { continue };
-            let written = self.shared.written.load(Ordering::Relaxed);
-            patience.waited(begin.elapsed());
-            patience.wrote(written - std::mem::replace(&mut seen, written));
-            if patience.left().is_zero() && state.unfinished != 0 {
+            let Some(watch) = &mut watch else { continue };
+            watch.waited(begin);
+            if watch.patience().left().is_zero() && state.unfinished != 0 {
                 let stuck = state.queues.iter().position(|queue| !queue.is_empty()).unwrap_or(0);
-                return Err(of_channel(stuck, MigrationError::io("send pages")(patience.ended())));
+                let ended = watch.patience().ended();
+                return Err(of_channel(stuck, MigrationError::io("send pages")(ended)));
             }
         }
         state.check()
@@ -243,22 +235,13 @@ impl State {
     }
 
     fn check(&mut self) -> Result<(), MigrationError> {
-        match self.failure.take() {
-            Some(failure) => Err(failure),
-            None if self.has_failed => Err(MigrationError::ChannelClosed("pages were being sent")),
-            None => Ok(()),
-        }
+        self.failure.check("pages were being sent")
     }
 }
 
 impl Shared {
-    /// The first failure is the reason of all.
-    fn fail(&self, error: MigrationError) {
-        let mut state = self.state.lock();
-        if !state.has_failed && !state.ended {
-            state.failure = Some(error);
-        }
-        state.has_failed = true;
+    fn fail(&self, number: usize, error: MigrationError) {
+        self.state.lock().failure.set(number, error);
         self.done.notify_all();
     }
 
@@ -266,7 +249,7 @@ impl Shared {
     fn next(&self, number: usize) -> Option<Job> {
         let mut state = self.state.lock();
         loop {
-            if state.has_failed {
+            if state.failure.has_failed() {
                 return None;
             }
             if let Some(job) = state.queues[number].pop_front() {
@@ -278,19 +261,6 @@ impl Shared {
             }
             self.work.wait(&mut state);
         }
-    }
-}
-
-/// Fails when it is dropped: its thread has panicked.
-struct Failing<'a> {
-    shared: &'a Shared,
-    number: usize,
-}
-
-impl Drop for Failing<'_> {
-    fn drop(&mut self) {
-        let what = "its thread has panicked".to_owned();
-        self.shared.fail(of_channel(self.number, MigrationError::Unexpected(what)));
     }
 }
 
