@@ -16,15 +16,13 @@ use migration::dirty::DirtyTracker;
 use migration::page_bitmap::PageBitmap;
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::stream::Configuration;
-use migration::{
-    Channel, Guest, Incoming, MigrationInfo, NoDevices, Outgoing, Parameters, Progress,
-};
+use migration::{Channel, Incoming, MigrationInfo, NoDevices, Outgoing, Parameters, Progress};
 use ram_discard::memory::RamBlock;
 use ram_discard::{ByteRange, RamDiscardManager};
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 
-use common::{head, memfd, report};
+use common::{Idle, head, memfd, report};
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u64 = 2 * MIB;
@@ -34,18 +32,6 @@ const TOUCHED: u64 = 256 * MIB;
 const RUNS: usize = 7;
 /// Requests of a run, each of them a block that is plugged and then unplugged.
 const REQUESTS: u32 = 200;
-
-struct Idle;
-
-impl Guest for Idle {
-    fn stop(&self) -> Result<(), String> {
-        Ok(())
-    }
-
-    fn run(&self) -> Result<(), String> {
-        Ok(())
-    }
-}
 
 struct Side {
     device: MemController,

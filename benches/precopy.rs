@@ -17,15 +17,13 @@ use std::time::{Duration, Instant};
 use migration::dirty::{DirtyTracker, NeverWritten, WriteProtect};
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks, RamLoad, RamSave};
 use migration::stream::Configuration;
-use migration::{
-    Channel, Guest, Incoming, MigrationInfo, NoDevices, Outgoing, Parameters, Progress,
-};
+use migration::{Channel, Incoming, MigrationInfo, NoDevices, Outgoing, Parameters, Progress};
 use ram_discard::memory::RamBlock;
 use ram_discard::{ByteRange, RamDiscardManager};
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 
-use common::{compare, head, memfd, report};
+use common::{Idle, compare, head, memfd, report};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -34,18 +32,6 @@ const ADDR: u64 = 1 << 40;
 const PLUGGED: u64 = GIB;
 const TOUCHED: u64 = 512 * MIB;
 const RUNS: usize = 7;
-
-struct Idle;
-
-impl Guest for Idle {
-    fn stop(&self) -> Result<(), String> {
-        Ok(())
-    }
-
-    fn run(&self) -> Result<(), String> {
-        Ok(())
-    }
-}
 
 struct Side {
     file: File,

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
+use migration::Guest;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -92,5 +93,18 @@ fn human(seconds: f64) -> String {
         s if s < 1e-3 => format!("{:.2} us", s * 1e6),
         s if s < 1.0 => format!("{:.2} ms", s * 1e3),
         s => format!("{s:.2} s"),
+    }
+}
+
+/// A guest that does nothing.
+pub struct Idle;
+
+impl Guest for Idle {
+    fn stop(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), String> {
+        Ok(())
     }
 }

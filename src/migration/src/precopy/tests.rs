@@ -44,6 +44,41 @@ use crate::stream::Configuration;
 use crate::test_support::{BLOCK, Log, PAGE, Side, TestManager, fill, memfd, migration_block};
 use crate::test_utils::CountedStream;
 
+/// Reports 64 pages that are written anew whenever it is asked, of which `at_sync` is told: how often by now.
+struct Restless<F> {
+    file: File,
+    syncs: u32,
+    at_sync: F,
+}
+
+impl<F: FnMut(u32)> Restless<F> {
+    fn new(side: &Side, at_sync: F) -> Self {
+        Self { file: side.region.try_clone().unwrap(), syncs: 0, at_sync }
+    }
+}
+
+impl<F: FnMut(u32) + Send> DirtyTracker for Restless<F> {
+    fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        self.syncs += 1;
+        (self.at_sync)(self.syncs);
+        fill(&self.file, 0..64, 3);
+        dirty.set_range(0..64);
+        Ok(())
+    }
+
+    fn clear(&mut self, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A guest that notes what is asked of it.
 #[derive(Default)]
 struct Witness {

@@ -90,6 +90,19 @@ fn migrate_over_channels(
     Both { sent, taken, source: source.log(), destination: destination.log() }
 }
 
+/// Migrates over so many pairs of sockets.
+fn migrate_over(count: usize, sides: (&Side, &Side), script: &Script, source: Witness) -> Both {
+    let (near, far) = pairs(count);
+    migrate_over_channels(
+        sides,
+        script,
+        source,
+        multifd(),
+        |progress| channels(near, progress),
+        |progress| channels(far, progress),
+    )
+}
+
 /// A guest of three blocks, which writes to some pages immediately before it stops.
 fn guest() -> (Side, Script, Witness) {
     let from = Side::new(&[1, 4, 5]);
@@ -123,15 +136,7 @@ fn a_guest_goes_over_any_number_of_channels_as_over_one() {
         let to = Side::new(&[1, 4, 5]);
         fill(&to.region, 64..200, 0xee);
         let held = from.held();
-        let (near, far) = pairs(count);
-        let both = migrate_over_channels(
-            (&from, &to),
-            &script,
-            source,
-            multifd(),
-            |progress| channels(near, progress),
-            |progress| channels(far, progress),
-        );
+        let both = migrate_over(count, (&from, &to), &script, source);
         both.taken.unwrap();
         let sent = both.sent.unwrap();
         assert_eq!((both.source.last(), both.destination), (Some(&"stop"), vec!["run"]));
@@ -194,15 +199,7 @@ fn pages_that_are_written_again_arrive_as_they_were_last_whatever_channel_they_c
         });
         (0..128).step_by(2).for_each(|page| script.dirty.lock().unwrap().push(page));
         let source = Witness { last_words: Mutex::new(Some(last_words)), ..Witness::default() };
-        let (near, far) = pairs(3);
-        let both = migrate_over_channels(
-            (&from, &to),
-            &script,
-            source,
-            multifd(),
-            |progress| channels(near, progress),
-            |progress| channels(far, progress),
-        );
+        let both = migrate_over(3, (&from, &to), &script, source);
         both.sent.unwrap();
         both.taken.unwrap();
         for page in 0..128 {

@@ -9,12 +9,12 @@ const PAGES: u64 = BLOCK / PAGE;
 
 /// Has a page dirty for as long as the guest has something to do, so that precopy does not end before.
 #[derive(Clone, Default)]
-struct Restless {
+struct OnePage {
     rests: Arc<AtomicBool>,
     syncs: Arc<AtomicU64>,
 }
 
-impl DirtyTracker for Restless {
+impl DirtyTracker for OnePage {
     fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
         Ok(())
     }
@@ -42,7 +42,7 @@ struct Acting {
     region: File,
     script: Script,
     log: Log,
-    restless: Restless,
+    one_page: OnePage,
 }
 
 impl Acting {
@@ -53,8 +53,8 @@ impl Acting {
     }
 
     fn wait_syncs(&self) {
-        let before = self.restless.syncs.load(Ordering::SeqCst);
-        while self.restless.syncs.load(Ordering::SeqCst) < before + 3 {
+        let before = self.one_page.syncs.load(Ordering::SeqCst);
+        while self.one_page.syncs.load(Ordering::SeqCst) < before + 3 {
             thread::yield_now();
         }
     }
@@ -80,21 +80,21 @@ fn migrate_while(
 ) -> Run {
     let (source, destination) = (Arc::<Witness>::default(), Arc::<Witness>::default());
     from.device().watch(&source.log);
-    let (script, restless) = (Script::default(), Restless::default());
+    let (script, one_page) = (Script::default(), OnePage::default());
     let acting = Acting {
         device: Arc::clone(from.device()),
         region: from.region.try_clone().unwrap(),
         script: script.clone(),
         log: Arc::clone(&source.log),
-        restless: restless.clone(),
+        one_page: one_page.clone(),
     };
     let guest = thread::spawn(move || {
         act(&acting);
-        acting.restless.rests.store(true, Ordering::SeqCst);
+        acting.one_page.rests.store(true, Ordering::SeqCst);
     });
     let there = receive(to, &destination, channels.1);
     let tracker = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
-        if block.id() == "vmem0" { Box::new(script.clone()) } else { Box::new(restless.clone()) }
+        if block.id() == "vmem0" { Box::new(script.clone()) } else { Box::new(one_page.clone()) }
     };
     let progress = Arc::new(Progress::new());
     let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
@@ -114,7 +114,7 @@ fn migrate_while(
     Run { outgoing, guest: failed, incoming, source, destination, sent: progress.snapshot() }
 }
 
-fn restless() -> Parameters {
+fn one_page() -> Parameters {
     let mut parameters = parameters();
     // Nothing dirty fits, and rounds are not counted.
     (parameters.downtime_limit, parameters.max_rounds) = (Duration::ZERO, u64::MAX);
@@ -142,7 +142,7 @@ fn assert_same(from: &Side, to: &Side) {
 fn a_guest_plugs_and_unplugs_while_it_migrates_and_only_the_switchover_is_frozen() {
     let (from, to) = (Side::elastic(&[0, 1, 2]), Side::elastic(&[0, 1, 2]));
     fill(&from.region, 0..3 * PAGES, 1);
-    let run = migrate_while(&from, &to, restless(), pair(), |guest| {
+    let run = migrate_while(&from, &to, one_page(), pair(), |guest| {
         guest.wait_for("follow");
         guest.device.plug(7).unwrap();
         guest.fill(7, 7);
@@ -179,7 +179,7 @@ fn with_an_end_that_cannot_follow_block_state_is_frozen_from_the_beginning_to_th
         let side = |follows| if follows { Side::elastic(&[0, 1]) } else { Side::new(&[0, 1]) };
         let (from, to) = (side(from_follows), side(to_follows));
         fill(&from.region, 0..PAGES, 1);
-        let mut parameters = restless();
+        let mut parameters = one_page();
         parameters.block_state_timeout = timeout;
         let run = migrate_while(&from, &to, parameters, pair(), |guest| {
             guest.wait_for("freeze");
@@ -200,12 +200,12 @@ fn a_guest_that_plugs_and_unplugs_as_fast_as_it_can_migrates_with_what_it_has_th
     fill(&from.region, 0..PAGES, 1);
     let refused = Arc::new(AtomicBool::new(false));
     let ends = Arc::clone(&refused);
-    let run = migrate_while(&from, &to, restless(), pair(), move |guest| {
+    let run = migrate_while(&from, &to, one_page(), pair(), move |guest| {
         guest.wait_for("follow");
         for turn in 0.. {
             if turn == 200 {
                 // From here on it is moved as soon as that can be.
-                guest.restless.rests.store(true, Ordering::SeqCst);
+                guest.one_page.rests.store(true, Ordering::SeqCst);
             }
             if guest.device.plug(5).is_err() {
                 break;
@@ -227,7 +227,7 @@ fn a_guest_that_plugs_and_unplugs_as_fast_as_it_can_migrates_with_what_it_has_th
 fn a_request_is_answered_while_the_bandwidth_is_used_up() {
     let (from, to) = (Side::elastic(&[0, 1]), Side::elastic(&[0, 1]));
     fill(&from.region, 0..2 * PAGES, 1);
-    let mut parameters = restless();
+    let mut parameters = one_page();
     parameters.max_bandwidth = Some(2 << 20);
     let run = migrate_while(&from, &to, parameters, pair(), |guest| {
         guest.wait_for("follow");
@@ -244,7 +244,7 @@ fn a_request_is_answered_while_the_bandwidth_is_used_up() {
 #[test]
 fn a_destination_that_answers_too_late_makes_that_one_request_busy() {
     let (from, to) = (Side::elastic(&[0, 1]), Side::elastic(&[0, 1]));
-    let mut parameters = restless();
+    let mut parameters = one_page();
     parameters.block_state_timeout = Some(Duration::from_millis(20));
     let there = Arc::clone(to.device());
     let run = migrate_while(&from, &to, parameters, pair(), move |guest| {
@@ -271,7 +271,7 @@ fn a_guest_that_waits_for_a_destination_that_leaves_is_served_here() {
     let (near, far) = UnixStream::pair().unwrap();
     let breaks = far.try_clone().unwrap();
     let there = Arc::clone(to.device());
-    let run = migrate_while(&from, &to, restless(), (near.into(), far.into()), move |guest| {
+    let run = migrate_while(&from, &to, one_page(), (near.into(), far.into()), move |guest| {
         guest.wait_for("follow");
         let stands_still = there.busy.lock().unwrap();
         let device = Arc::clone(&guest.device);
@@ -292,7 +292,7 @@ fn a_guest_that_waits_for_a_destination_that_leaves_is_served_here() {
 #[test]
 fn a_device_that_is_lost_while_it_is_followed_keeps_the_guest_here() {
     let (from, to) = (Side::elastic(&[0, 1]), Side::elastic(&[0, 1]));
-    let run = migrate_while(&from, &to, restless(), pair(), |guest| {
+    let run = migrate_while(&from, &to, one_page(), pair(), |guest| {
         guest.wait_for("follow");
         guest.device.lose_freezes();
     });

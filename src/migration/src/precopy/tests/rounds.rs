@@ -34,44 +34,6 @@ fn the_tracker_is_started_synced_and_then_cleared_of_discarded_ranges() {
     assert_eq!(calls, golden);
 }
 
-/// Reports pages that are written anew whenever it is asked. To find out takes long the first time that it
-/// is asked while memory is sent.
-struct Restless {
-    file: File,
-    syncs: u32,
-    slow: Duration,
-}
-
-impl Restless {
-    fn new(side: &Side, slow: Duration) -> Self {
-        Self { file: side.region.try_clone().unwrap(), syncs: 0, slow }
-    }
-}
-
-impl DirtyTracker for Restless {
-    fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
-        self.syncs += 1;
-        if self.syncs == 2 {
-            thread::sleep(self.slow);
-        }
-        fill(&self.file, 0..64, 3);
-        dirty.set_range(0..64);
-        Ok(())
-    }
-
-    fn clear(&mut self, _range: ByteRange) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn stop(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[test]
 fn a_slow_look_at_dirty_pages_makes_the_channel_no_slower() {
     let (from, to) = (Side::new(&[0]), Side::new(&[0]));
@@ -80,8 +42,14 @@ fn a_slow_look_at_dirty_pages_makes_the_channel_no_slower() {
     let progress = Arc::new(Progress::new());
     // Too long to be stopped for; what is dirty is sent in a moment, and later looks take none.
     let slow = Duration::from_millis(600);
-    let tracker =
-        |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::new(Restless::new(&from, slow)) };
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> {
+        // The second is the first while memory is sent.
+        Box::new(Restless::new(&from, move |sync| {
+            if sync == 2 {
+                thread::sleep(slow);
+            }
+        }))
+    };
     let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
     let source = Witness::default();
     let outgoing = Outgoing {
@@ -109,7 +77,7 @@ fn rounds_are_bounded_and_what_follows_is_as_asked_for() {
         let there = receive(&to, &Arc::default(), far);
         let progress = Arc::new(Progress::new());
         let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> {
-            Box::new(Restless::new(&from, Duration::ZERO))
+            Box::new(Restless::new(&from, |_| ()))
         };
         let ram =
             RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker)

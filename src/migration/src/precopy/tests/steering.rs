@@ -120,38 +120,6 @@ fn a_migration_that_would_take_years_ends_once_it_may_send_faster() {
     assert_eq!(run.sent.normal, pages);
 }
 
-/// Reports pages that are written anew whenever it is asked, and steers the migration the third time.
-struct Restless<F> {
-    file: File,
-    syncs: u32,
-    progress: Arc<Progress>,
-    steer: Arc<F>,
-}
-
-impl<F: Fn(&Progress) + Send + Sync> DirtyTracker for Restless<F> {
-    fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
-        self.syncs += 1;
-        if self.syncs == 3 {
-            (self.steer)(&self.progress);
-        }
-        fill(&self.file, 0..64, 3);
-        dirty.set_range(0..64);
-        Ok(())
-    }
-
-    fn clear(&mut self, _range: ByteRange) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn stop(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// A guest that switches its throttling off when it is told so many percent.
 #[derive(Default)]
 struct Throttled {
@@ -179,7 +147,8 @@ impl Guest for Throttled {
     }
 }
 
-/// Sends a guest that writes all the time, and may be stopped for no time at all, in 12 rounds at most.
+/// Sends a guest that writes all the time, and may be stopped for no time at all, in 12 rounds at most. The
+/// third look at what it wrote steers the migration.
 fn send_restless(
     guest: &Throttled,
     progress: &Arc<Progress>,
@@ -190,9 +159,12 @@ fn send_restless(
     let there = receive(&to, &Arc::default(), far);
     let steer = Arc::new(steer);
     let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> {
-        let (file, progress) = (from.region.try_clone().unwrap(), Arc::clone(progress));
-        let steer = Arc::clone(&steer);
-        Box::new(Restless { file, syncs: 0, progress, steer })
+        let (progress, steer) = (Arc::clone(progress), Arc::clone(&steer));
+        Box::new(Restless::new(&from, move |sync| {
+            if sync == 3 {
+                steer(&progress);
+            }
+        }))
     };
     let ram = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(progress), tracker);
     let outgoing = Outgoing {

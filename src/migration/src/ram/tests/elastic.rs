@@ -157,6 +157,12 @@ impl Pair {
         }
     }
 
+    /// Why the guest's request was refused, once it is.
+    fn refused(&mut self) -> String {
+        let (_, thread) = self.plugs.take().unwrap();
+        thread.join().unwrap().unwrap_err()
+    }
+
     /// What became of a guest's request, once it is answered.
     fn answered(&mut self, wait: bool) {
         let ended = |(_, thread): &mut (usize, JoinHandle<_>)| wait || thread.is_finished();
@@ -344,8 +350,7 @@ fn a_refusal_of_the_destination_is_one_of_the_request_and_says_why() {
     pair.send_changes();
     pair.deliver().unwrap();
     pair.hear();
-    let (_, thread) = pair.plugs.take().unwrap();
-    let refused = thread.join().unwrap().unwrap_err();
+    let refused = pair.refused();
     assert!(refused.contains("migration") && refused.contains("no huge page is left"), "{refused}");
     pair.step(Op::Request { block: 5, plug: true });
     assert!(pair.to.device().is_plugged(5));
@@ -357,8 +362,7 @@ fn what_is_accepted_too_late_is_discarded_again_and_refused_until_then() {
     let mut pair = Pair::new(&[1], Duration::from_millis(1));
     pair.plug(4);
     pair.send_changes();
-    let (_, thread) = pair.plugs.take().unwrap();
-    let late = thread.join().unwrap().unwrap_err();
+    let late = pair.refused();
     assert!(late.contains("did not answer within 1ms"), "{late}");
     pair.deliver().unwrap();
     assert!(pair.to.device().is_plugged(4));
@@ -377,8 +381,7 @@ fn a_request_that_waits_when_the_guest_is_to_be_stopped_is_refused_at_once() {
     pair.plug(4);
     pair.send_changes();
     pair.freeze();
-    let (_, thread) = pair.plugs.take().unwrap();
-    let refused = thread.join().unwrap().unwrap_err();
+    let refused = pair.refused();
     assert!(refused.contains("about to be stopped"), "{refused}");
     pair.switch().unwrap();
 }
@@ -433,8 +436,7 @@ fn what_cannot_be_tracked_is_refused_and_taken_back() {
     pair.send_changes();
     pair.deliver().unwrap();
     pair.hear();
-    let (_, thread) = pair.plugs.take().unwrap();
-    let refused = thread.join().unwrap().unwrap_err();
+    let refused = pair.refused();
     assert!(refused.contains("no page tables"), "{refused}");
     pair.switch().unwrap();
 }
