@@ -14,10 +14,9 @@ use crate::socket::{self, Address};
 
 /// What only the pager does of it.
 const PROCESS: &[&str] = &[
-    // Guest memory, of VMMs and of its own. Pages go to a socket without a copy.
+    // Guest memory, of VMMs and of its own.
     "ioctl:pagemap",
     "mincore",
-    "vmsplice",
     // Images and working sets.
     "chmod",
     "fadvise64",

@@ -14,7 +14,8 @@ pub fn begin(file: impl AsFd, offset: u64, len: u64) -> io::Result<()> {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let fd = file.as_fd().as_raw_fd();
-    // SAFETY: the call takes no pointer, and changes no byte of the file.
+    // SAFETY: the descriptor is that of `file`, open while it is borrowed; the call takes no pointer, and changes no
+    // byte of the file.
     let result = unsafe { libc::sync_file_range(fd, offset, len, libc::SYNC_FILE_RANGE_WRITE) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
