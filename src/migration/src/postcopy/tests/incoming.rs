@@ -111,6 +111,15 @@ fn receive(to: &Side, vmm: Vmm, main: UnixStream, urgent: Option<UnixStream>) ->
     receive_with(to, vmm, main, urgent, Box::new(GiveUp))
 }
 
+/// A destination, and a source of which the test says each message.
+fn raw_source(vmm: Vmm) -> (Side, Destination, RawSource) {
+    let to = Side::new(&[1, 4, 5, 9]);
+    let (near, far) = UnixStream::pair().unwrap();
+    let there = receive(&to, vmm, far, None);
+    let source = RawSource::begin(near, &to);
+    (to, there, source)
+}
+
 fn receive_with(
     to: &Side,
     vmm: Vmm,
@@ -354,10 +363,7 @@ fn a_destination_that_is_cancelled_while_a_device_waits_for_a_page_leaves_the_gu
 
 #[test]
 fn devices_are_taken_over_though_the_source_does_not_ask_for_a_verdict() {
-    let to = Side::new(&[1, 4, 5, 9]);
-    let (near, far) = UnixStream::pair().unwrap();
-    let there = receive(&to, Vmm::default(), far, None);
-    let mut source = RawSource::begin(near, &to);
+    let (to, there, mut source) = raw_source(Vmm::default());
     // As QEMU before 10.2 has it.
     source.package("dev", &[Command::PostcopyRun]);
     source.hear(&ReturnMessage::SwitchoverAck);
@@ -371,10 +377,7 @@ fn devices_are_taken_over_though_the_source_does_not_ask_for_a_verdict() {
 
 #[test]
 fn a_page_at_no_possible_offset_is_refused_and_what_is_outstanding_stays_so() {
-    let to = Side::new(&[1, 4, 5, 9]);
-    let (near, far) = UnixStream::pair().unwrap();
-    let there = receive(&to, Vmm::default(), far, None);
-    let mut source = RawSource::begin(near, &to);
+    let (to, there, mut source) = raw_source(Vmm::default());
     source.hand_over();
     source.hear(&ReturnMessage::SwitchoverAck);
     let waits = thread::spawn(page_of(&to, ANNOUNCED.start));
@@ -396,10 +399,7 @@ fn outstanding_pages_that_cannot_be_are_refused_with_the_byte_of_their_command()
         ("vmem0", (0, u64::MAX), "0xffffffffffffffff outstanding bytes at 0x0"),
         ("vmem0", (700 * PAGE, PAGE), "RAM block \"vmem0\": a page at 0x2bc000"),
     ] {
-        let to = Side::new(&[1, 4, 5, 9]);
-        let (near, far) = UnixStream::pair().unwrap();
-        let there = receive(&to, Vmm::default(), far, None);
-        let mut source = RawSource::begin(near, &to);
+        let (_to, there, mut source) = raw_source(Vmm::default());
         let (block, ranges) = (block.to_owned(), vec![range]);
         let at = source.command(&Command::PostcopyRamDiscard { block, ranges });
         wait_until(|| there.thread.is_finished());
@@ -412,10 +412,7 @@ fn outstanding_pages_that_cannot_be_are_refused_with_the_byte_of_their_command()
 
 #[test]
 fn received_pages_of_an_unknown_block_are_refused_with_the_byte_of_their_command() {
-    let to = Side::new(&[1, 4, 5, 9]);
-    let (near, far) = UnixStream::pair().unwrap();
-    let there = receive(&to, Vmm::default(), far, None);
-    let mut source = RawSource::begin(near, &to);
+    let (_to, there, mut source) = raw_source(Vmm::default());
     source.hand_over();
     source.hear(&ReturnMessage::SwitchoverAck);
     let at = source.command(&Command::RecvBitmap { block: "other".to_owned() });

@@ -5,10 +5,7 @@ use ram_discard::Section;
 
 #[test]
 fn a_panic_while_the_guest_starts_stops_it_and_makes_no_zeros() {
-    let to = Side::new(&[1, 4, 5, 9]);
-    let (near, far) = UnixStream::pair().unwrap();
-    let there = receive(&to, Vmm::running(|| panic!("in the VMM")), far, None);
-    let mut source = RawSource::begin(near, &to);
+    let (to, there, mut source) = raw_source(Vmm::running(|| panic!("in the VMM")));
     source.hand_over();
     wait_until(|| there.thread.is_finished());
     assert_eq!(there.seen(), (1, 1, 1));
