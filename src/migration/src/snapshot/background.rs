@@ -11,6 +11,7 @@
 //! - [`image`]: the pages, and the threads that write them.
 //! - [`discards`]: the listener at a manager.
 
+mod claims;
 mod discards;
 mod image;
 
@@ -33,8 +34,9 @@ use crate::ram::{FrozenBlocks, ListOptions, RamBlocks};
 use crate::stream::{Configuration, TARGET_PAGE_SIZE};
 use crate::sys::GatherWrite;
 use crate::sys::page_faults::{FaultKind, PageFaults};
+use claims::Saved;
 use discards::Discards;
-use image::{Image, Saved};
+use image::Image;
 
 /// A running guest that is to be saved as it is now.
 pub struct RunningGuest<'a> {

@@ -1,4 +1,4 @@
-//! The image while the guest runs: three write pages to it, each page is written once.
+//! The image while the guest runs: its pages are written in the background, and sooner where a vCPU or a discard waits.
 
 use std::fs::File;
 use std::ops::Range;
@@ -7,194 +7,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use ram_discard::ByteRange;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
+use super::claims::{Claim, Saved, Wanted, Writer};
 use crate::error::MigrationError;
-use crate::page_bitmap::{PageBitmap, bytes_of, pages_touched};
+use crate::page_bitmap::{bytes_of, pages_touched};
 use crate::precopy::Guest;
 use crate::progress::{Counters, Progress, Status};
-use crate::ram::{FrozenBlocks, MigrationBlock};
+use crate::ram::FrozenBlocks;
 use crate::snapshot::file_io::PagesFile;
 use crate::snapshot::save::{write_bitmap, write_run};
-use crate::stream::{MappedRamHeader, TARGET_PAGE_SIZE};
+use crate::stream::TARGET_PAGE_SIZE;
 use crate::sys::GatherWrite;
 use crate::sys::page_faults::{Fault, PageFaults};
-
-/// What is written between two looks at which vCPUs wait, bytes.
-const STEP: u64 = 256 << 10;
-
-/// Who writes pages to the image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Writer {
-    /// The thread that writes all pages, one after the other.
-    Background,
-    /// The thread that answers the vCPUs that wait for a page.
-    Faults,
-    /// The thread of the device, which discards memory next.
-    Discards,
-}
-
-const WRITERS: usize = 3;
-
-/// A block while it is saved.
-pub(super) struct Saved {
-    block: Arc<MigrationBlock>,
-    header: MappedRamHeader,
-    /// Its number among the mappings.
-    mapping: usize,
-    state: Mutex<State>,
-    /// A writer has finished with what it had claimed.
-    settled: Condvar,
-}
-
-struct State {
-    /// Pages that are not in the file yet, and that no writer has claimed.
-    todo: PageBitmap,
-    /// Pages that are in it, and not zero.
-    written: PageBitmap,
-    /// What each writer writes now: whole host pages.
-    claimed: [Option<Range<u64>>; WRITERS],
-}
-
-impl State {
-    /// Whether a writer, unless it is `except`, has claimed one of `pages`.
-    fn is_claimed(&self, pages: &Range<u64>, except: Option<Writer>) -> bool {
-        let overlaps =
-            |claimed: &Range<u64>| claimed.start < pages.end && pages.start < claimed.end;
-        let except = except.map(|writer| writer as usize);
-        let others = self.claimed.iter().enumerate().filter(|(writer, _)| Some(*writer) != except);
-        others.flat_map(|(_, claimed)| claimed).any(overlaps)
-    }
-}
-
-/// What a vCPU waits for.
-enum Wanted<'a> {
-    /// It is in the file, or is not part of the image.
-    Nothing,
-    /// Another thread writes it now, and lets the vCPU continue.
-    ClaimedBefore,
-    /// It is to be written.
-    Pages(Claim<'a>),
-}
-
-impl Saved {
-    /// A block of which the pages `todo` are to be saved while the guest runs, and `written` have been.
-    pub(super) fn new(
-        block: Arc<MigrationBlock>,
-        header: MappedRamHeader,
-        mapping: usize,
-        todo: PageBitmap,
-        written: PageBitmap,
-    ) -> Self {
-        let state = Mutex::new(State { todo, written, claimed: [const { None }; WRITERS] });
-        Self { block, header, mapping, state, settled: Condvar::new() }
-    }
-
-    /// The block.
-    pub(super) fn block(&self) -> &Arc<MigrationBlock> {
-        &self.block
-    }
-
-    /// Target pages in a host page.
-    fn per_page(&self) -> u64 {
-        (self.block.page_size() / TARGET_PAGE_SIZE).max(1)
-    }
-
-    /// The host pages that `pages` touch.
-    fn host_pages(&self, pages: Range<u64>) -> Range<u64> {
-        let (per_page, nr_pages) = (self.per_page(), self.block.used_length() / TARGET_PAGE_SIZE);
-        let end = pages.end.next_multiple_of(per_page).min(nr_pages);
-        pages.start / per_page * per_page..end
-    }
-
-    /// What is written at once, pages.
-    fn step(&self) -> u64 {
-        (STEP / TARGET_PAGE_SIZE).max(self.per_page())
-    }
-
-    /// Claims the first outstanding pages of `within`, no more than a step, for a writer that has
-    /// claimed none. Host pages are claimed as a whole: the protection of all of it is lifted at once.
-    fn claim<'a>(
-        &'a self,
-        image: &'a Image,
-        writer: Writer,
-        within: Range<u64>,
-    ) -> Option<Claim<'a>> {
-        let mut state = self.state.lock();
-        let run = state.todo.next_run(within.start, within.end, self.step())?;
-        Some(self.take(image, &mut state, writer, run))
-    }
-
-    /// As [`claim`](Self::claim), of one host page that a vCPU waits for.
-    fn claim_wanted<'a>(&'a self, image: &'a Image, page: Range<u64>) -> Wanted<'a> {
-        let mut state = self.state.lock();
-        if state.is_claimed(&page, None) {
-            return Wanted::ClaimedBefore;
-        }
-        match state.todo.next_set(page.start, page.end) {
-            Some(first) => {
-                Wanted::Pages(self.take(image, &mut state, Writer::Faults, first..first + 1))
-            }
-            None => Wanted::Nothing,
-        }
-    }
-
-    fn take<'a>(
-        &'a self,
-        image: &'a Image,
-        state: &mut State,
-        writer: Writer,
-        pages: Range<u64>,
-    ) -> Claim<'a> {
-        let pages = self.host_pages(pages);
-        let runs = state.todo.runs(pages.clone()).collect();
-        state.todo.clear_range(pages.clone());
-        state.claimed[writer as usize] = Some(pages.clone());
-        Claim { image, saved: self, writer, pages, runs, is_written: false }
-    }
-
-    /// Waits until no other writer than the one that discards has claimed any of `pages`; false when
-    /// that is not so at the `deadline`.
-    fn wait_unclaimed(&self, pages: &Range<u64>, deadline: Option<Instant>) -> bool {
-        let mut state = self.state.lock();
-        while state.is_claimed(pages, Some(Writer::Discards)) {
-            match deadline {
-                None => self.settled.wait(&mut state),
-                Some(deadline) => {
-                    if self.settled.wait_until(&mut state, deadline).timed_out() {
-                        return !state.is_claimed(pages, Some(Writer::Discards));
-                    }
-                }
-            }
-        }
-        true
-    }
-}
-
-/// Pages that one writer writes, and no other: whole host pages. Dropped before they are written,
-/// it ends the image.
-struct Claim<'a> {
-    image: &'a Image,
-    saved: &'a Saved,
-    writer: Writer,
-    pages: Range<u64>,
-    /// What of them is not in the file.
-    runs: Vec<Range<u64>>,
-    is_written: bool,
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        if !self.is_written {
-            self.image.stop();
-        }
-        self.saved.state.lock().claimed[self.writer as usize] = None;
-        self.saved.settled.notify_all();
-    }
-}
 
 /// Stops the image when it is dropped.
 struct StopsAtLast<'a>(&'a Image);
@@ -334,7 +162,7 @@ impl Image {
         self.stopped.load(Ordering::Acquire)
     }
 
-    fn stop(&self) {
+    pub(super) fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
         // Any number but 0 wakes.
         let _ = rustix::io::write(&self.wake, &1u64.to_le_bytes());
@@ -476,7 +304,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::page_bitmap::PageBitmap;
     use crate::ram::BlockOptions;
+    use crate::stream::MappedRamHeader;
     use crate::sys::page_faults::FaultKind;
     use crate::test_support::{PAGE, fill, memfd, migration_block};
 
