@@ -139,8 +139,9 @@ impl Freeze for TestFreeze {
         if !self.elastic {
             return Err(FollowError::NotPossible);
         }
-        self.log.lock().unwrap().push("follow");
         let inner = self.inner.take().unwrap().follow(listener).map_err(|not| not.reason)?;
+        // Told once it is so: tests wait for it to plug.
+        self.log.lock().unwrap().push("follow");
         let (log, losses) = (Arc::clone(&self.log), Arc::clone(&self.losses));
         let (inner, region, lost_before) = (Some(inner), self.region, self.lost_before);
         Ok(Box::new(TestFollow { inner, region, log, losses, lost_before }))

@@ -43,20 +43,35 @@ struct Acting {
     script: Script,
     log: Log,
     one_page: OnePage,
+    /// Set when the source's migration has ended.
+    ended: Arc<AtomicBool>,
+}
+
+impl Drop for Acting {
+    /// Also where an assertion of the guest's has failed: a migration without end would not tell it.
+    fn drop(&mut self) {
+        self.one_page.rests.store(true, Ordering::SeqCst);
+    }
 }
 
 impl Acting {
     fn wait_for(&self, what: &str) {
         while !self.log.lock().unwrap().contains(&what) {
-            thread::yield_now();
+            self.migrates();
         }
     }
 
     fn wait_syncs(&self) {
         let before = self.one_page.syncs.load(Ordering::SeqCst);
         while self.one_page.syncs.load(Ordering::SeqCst) < before + 3 {
-            thread::yield_now();
+            self.migrates();
         }
+    }
+
+    /// Lets others run. What is waited for never comes once the migration has ended.
+    fn migrates(&self) {
+        assert!(!self.ended.load(Ordering::SeqCst), "the migration has ended");
+        thread::yield_now();
     }
 
     fn fill(&self, block: usize, byte: u8) {
@@ -87,11 +102,10 @@ fn migrate_while(
         script: script.clone(),
         log: Arc::clone(&source.log),
         one_page: one_page.clone(),
+        ended: Arc::default(),
     };
-    let guest = thread::spawn(move || {
-        act(&acting);
-        acting.one_page.rests.store(true, Ordering::SeqCst);
-    });
+    let ended = Arc::clone(&acting.ended);
+    let guest = thread::spawn(move || act(&acting));
     let there = receive(to, &destination, channels.1);
     let tracker = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
         if block.id() == "vmem0" { Box::new(script.clone()) } else { Box::new(one_page.clone()) }
@@ -107,9 +121,10 @@ fn migrate_while(
         progress: Arc::clone(&progress),
     };
     let sent = outgoing.run(Channel::new(channels.0, Arc::clone(&progress)).unwrap());
+    ended.store(true, Ordering::SeqCst);
     let failed = sent.as_ref().err().map(|failed| failed.guest);
-    let incoming = there.join().unwrap();
     guest.join().unwrap();
+    let incoming = there.join().unwrap();
     let outgoing = sent.map_err(|failed| failed.error);
     Run { outgoing, guest: failed, incoming, source, destination, sent: progress.snapshot() }
 }
@@ -255,7 +270,7 @@ fn a_destination_that_answers_too_late_makes_that_one_request_busy() {
         drop(stands_still);
         // Once that was taken back; a machine may be slow.
         while guest.device.plug(4).is_err() {
-            thread::yield_now();
+            guest.migrates();
         }
     });
     run.outgoing.unwrap();
