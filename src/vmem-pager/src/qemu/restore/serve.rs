@@ -164,7 +164,12 @@ impl Ear<'_> {
             return Ok(());
         }
         let page = Page { block, page, content: answer == Answer::Content };
-        match self.urgent.answer(page, reader, lost) {
+        let sent = self.urgent.answer(page, reader, lost);
+        if page.content {
+            // What follows it is read ahead now: the vCPU waits for no other thread before it has its page.
+            self.supply.nudge();
+        }
+        match sent {
             Ok(sent) => {
                 self.figures.sent(Source::Request, 1, sent);
                 self.figures.served(since.elapsed());

@@ -201,13 +201,10 @@ impl<'a> Supply<'a> {
         state.left -= before - left.count();
     }
 
-    /// Takes the page that is asked for, to be answered by the caller; what follows it is read ahead.
+    /// Takes the page that is asked for, to be answered by the caller; what follows it is read ahead, once
+    /// that is [nudged](Self::nudge).
     pub fn take(&self, block: usize, page: u64) -> Answer {
-        let answer = self.state.lock().take(block, page);
-        if answer == Answer::Content {
-            self.changed.notify_all();
-        }
-        answer
+        self.state.lock().take(block, page)
     }
 
     /// Takes the page that is asked for, to be answered by [`next`](Self::next).
