@@ -22,7 +22,7 @@ use crate::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
 use crate::guest_driver::{GuestDriver, Turn};
 use crate::memory::{GuestRam, Layout, PAGE_SIZE};
 use crate::protocol::{feature, protocol_feature};
-use crate::split_ring::SplitRing;
+use crate::split_ring::{DeviceWrites, SplitRing};
 use crate::vcpu::Vcpus;
 use daemon_postcopy::DaemonPostcopy;
 
@@ -193,6 +193,11 @@ impl Machine {
     /// The vCPUs.
     pub fn vcpus(&self) -> &Vcpus {
         &self.vcpus
+    }
+
+    /// Which memory the daemon writes, as the guest's driver knows it.
+    pub fn device_writes(&self) -> DeviceWrites {
+        self.ring.device_writes().clone()
     }
 
     /// Whether the guest runs here.

@@ -174,12 +174,13 @@ fn nobody_to_connect_to_is_told_at_once() {
 }
 
 #[test]
-fn what_is_asked_of_the_guest_meanwhile_waits_and_is_done_by_whoever_has_it_then() {
+fn what_is_asked_of_the_guest_while_block_state_is_frozen_waits_and_is_done_by_whoever_has_it_then()
+{
     let (mut from, mut to) = (Host::with_guest(), Host::waiting());
     let more = PLUGGED + 4 * BLOCK;
     // Cancelled: here.
     let address = to.listen();
-    from.migrate_at(&address, SLOW);
+    from.begin(frozen_and_slow(&address));
     from.wait_active();
     assert!(from.daemon.api().resize(more).unwrap().is_success());
     wait_busy(&mut from, 1);
@@ -191,7 +192,7 @@ fn what_is_asked_of_the_guest_meanwhile_waits_and_is_done_by_whoever_has_it_then
     // Completed: there, where the driver goes on by itself.
     let busy = from.vmm.report().unwrap().busy;
     let address = to.listen();
-    from.migrate_at(&address, SLOW);
+    from.begin(frozen_and_slow(&address));
     from.wait_active();
     assert!(from.daemon.api().resize(PLUGGED).unwrap().is_success());
     wait_busy(&mut from, busy + 1);
@@ -199,6 +200,12 @@ fn what_is_asked_of_the_guest_meanwhile_waits_and_is_done_by_whoever_has_it_then
     assert_eq!(from.outcome().status, "completed");
     to.vmm.tell(Command::Settle { requested: PLUGGED }).unwrap();
     to.assert_guest_works();
+}
+
+/// A migration with block state frozen from its beginning.
+fn frozen_and_slow(to: &str) -> MigrateOptions {
+    let downtime_limit = Some(60_000);
+    MigrateOptions { max_bandwidth: SLOW, downtime_limit, elastic: false, ..to_address(to) }
 }
 
 /// Waits until the device has said so often that it is busy.

@@ -137,6 +137,7 @@ fn migrate(
         max_bandwidth: Some(touched * 2 / 3),
         downtime_limit: Some(DOWNTIME_LIMIT),
         discard_aware,
+        elastic: true,
         postcopy: None,
         links: links.clone(),
     }))?;

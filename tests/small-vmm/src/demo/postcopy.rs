@@ -55,6 +55,7 @@ pub(super) fn run(
         max_bandwidth: Some(sizes.touched * 2 / 3),
         downtime_limit: None,
         discard_aware: true,
+        elastic: true,
         postcopy: Some(PostcopyOptions { when: When::Told, recover: Some(address.clone()) }),
         links: Links::default(),
     }))?;

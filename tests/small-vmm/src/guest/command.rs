@@ -132,6 +132,9 @@ pub struct Report {
     pub healthy: bool,
     /// What the device answered, for [`Command::AskState`].
     pub state: Option<State>,
+    /// How often the device did what the driver asked for.
+    #[serde(default)]
+    pub served: u64,
     /// How often the device said that it is busy.
     pub busy: u64,
     /// Why the device is of no use any more.
@@ -163,6 +166,7 @@ mod tests {
             max_bandwidth: Some(1),
             downtime_limit: None,
             discard_aware: true,
+            elastic: true,
             postcopy: None,
             links: Links::default(),
         };

@@ -180,6 +180,7 @@ impl Session {
             }
         };
         let work = machine.vcpus().work();
+        let answers = machine.with_driver(|driver| driver.answers());
         let fd = |gpa| machine.ram().region(gpa).map(|region| region.file.as_raw_fd());
         Ok(Report {
             plugged: machine.frontend().config().map_or(0, |config| config.plugged_size),
@@ -190,7 +191,8 @@ impl Session {
             running: machine.is_running(),
             healthy: machine.vcpus().is_healthy() && !machine.vcpus().is_halted(),
             state: None,
-            busy: machine.with_driver(|driver| driver.answers().busy),
+            served: answers.ack,
+            busy: answers.busy,
             lost: machine.lost(),
             memory: Some([fd(0)?, fd(region.start)?]),
             listening: self.migration.as_ref().and_then(Migration::listening).map(str::to_owned),

@@ -3,12 +3,16 @@
 //! | block | written by | tracker |
 //! | --- | --- | --- |
 //! | `ram` | vCPUs and driver, through this process's mapping | write-protection of that mapping |
-//! | `ram` | the daemon (used ring, responses), through its own | the log that it keeps |
-//! | `vmem0` | vCPUs only: the daemon punches holes, and not while block state is frozen | write-protection |
+//! | `ram` | the daemon (used ring, responses), through its own | what the driver lets it write; or the log that it keeps |
+//! | `vmem0` | vCPUs only: the daemon punches holes, and tells of it | write-protection |
+//!
+//! A daemon that keeps a log (VHOST_F_LOG_ALL) freezes block state meanwhile. The driver of this VMM's guest is in
+//! this process, so that it is known which pages the daemon writes, and block state can follow.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -21,6 +25,7 @@ use rustix::fs::MemfdFlags;
 
 use crate::machine::Machine;
 use crate::memory::{PAGE_SIZE, Region, memfd};
+use crate::split_ring::DeviceWrites;
 
 const BOOT: &str = "ram";
 /// Id of the block that is the device's region.
@@ -53,10 +58,11 @@ fn ram_block(id: &str, region: &Region) -> anyhow::Result<Arc<RamBlock>> {
     Ok(Arc::new(block))
 }
 
-/// The trackers of all blocks, by id.
+/// The trackers of all blocks, by id. With `elastic` block state may change while they are started.
 pub(super) fn trackers(
     machine: &Arc<Machine>,
     blocks: &RamBlocks,
+    elastic: bool,
 ) -> anyhow::Result<HashMap<String, Box<dyn DirtyTracker>>> {
     let mut trackers = HashMap::new();
     for block in blocks.iter() {
@@ -65,12 +71,58 @@ pub(super) fn trackers(
         let protection = WriteProtect::new(Arc::clone(block.mapping()), file)?;
         let mut tracker: Box<dyn DirtyTracker> = Box::new(protection);
         if block.id() == BOOT {
-            let log = DaemonLog::new(machine, block).context("make a log for the daemon")?;
-            tracker = Box::new(Merged::new(vec![tracker, Box::new(log)]));
+            let daemon: Box<dyn DirtyTracker> = match elastic {
+                true => Box::new(RingWrites::new(machine, block)),
+                false => {
+                    let log = DaemonLog::new(machine, block);
+                    Box::new(log.context("make a log for the daemon")?)
+                }
+            };
+            tracker = Box::new(Merged::new(vec![tracker, daemon]));
         }
         trackers.insert(block.id().to_owned(), tracker);
     }
     Ok(trackers)
+}
+
+/// What the daemon may have written by what the driver told it. A write is never missed: a page is reported at each
+/// sync as long as the daemon may write it, and once after that.
+struct RingWrites {
+    writes: DeviceWrites,
+    /// Guest-physical addresses of the block.
+    block: Range<u64>,
+}
+
+impl RingWrites {
+    fn new(machine: &Machine, block: &MigrationBlock) -> Self {
+        let range = block.ram().range();
+        Self { writes: machine.device_writes(), block: range.start()..range.end() }
+    }
+}
+
+impl DirtyTracker for RingWrites {
+    fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
+        for (start, end) in self.writes.take() {
+            let (start, end) = (start.max(self.block.start), end.min(self.block.end));
+            if start < end {
+                let pages = |gpa: u64| (gpa - self.block.start) / PAGE_SIZE;
+                dirty.set_range(pages(start)..pages(end).min(dirty.nr_pages()));
+            }
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, _range: ByteRange) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The log that the daemon keeps while this tracker is started.

@@ -47,6 +47,10 @@ pub struct MigrateOptions {
     /// sent, as by a VMM that has no RamDiscardManager.
     #[serde(default = "yes")]
     pub discard_aware: bool,
+    /// Whether block state may change until the guest is stopped, where the destination follows. Without, it is frozen
+    /// from the beginning, and the daemon logs what it writes. It takes `discard_aware`.
+    #[serde(default = "yes")]
+    pub elastic: bool,
     /// Whether memory may follow the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub postcopy: Option<PostcopyOptions>,

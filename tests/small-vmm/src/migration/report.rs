@@ -20,6 +20,9 @@ pub struct MigrationReport {
     pub setup_time: f64,
     /// From the guest's stop until it could run on the destination.
     pub downtime: Option<f64>,
+    /// For how long block state was frozen, the last time.
+    #[serde(default)]
+    pub busy_time: Option<f64>,
     /// Memory.
     pub ram: RamReport,
     /// Percentage of time that vCPUs are kept from running.
@@ -100,6 +103,7 @@ impl MigrationReport {
             total_time: milliseconds(known.total_time),
             setup_time: milliseconds(known.setup_time),
             downtime: known.downtime.map(milliseconds),
+            busy_time: known.busy_time.map(milliseconds),
             ram: RamReport {
                 transferred: known.transferred,
                 remaining: known.remaining,

@@ -1,4 +1,4 @@
-//! The source: freezes block state, sends, and has the guest back when that fails.
+//! The source: follows block state, or freezes it, sends, and has the guest back when that fails.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -35,7 +35,8 @@ pub(super) fn send(
         true => None,
         false => Some(manager.freeze(FreezeFor::Source)?),
     };
-    let mut trackers = blocks::trackers(machine, &blocks)?;
+    let elastic = options.elastic && options.discard_aware;
+    let mut trackers = blocks::trackers(machine, &blocks, elastic)?;
     let tracker_of = |block: &MigrationBlock| -> Box<dyn DirtyTracker> {
         trackers.remove(block.id()).unwrap_or_else(|| Box::new(NeverWritten))
     };
@@ -44,6 +45,9 @@ pub(super) fn send(
     let mut devices = MachineDevices::of_source(machine, &manager)?;
     let mut parameters = Parameters::new(configuration(options.discard_aware, links));
     parameters.max_bandwidth = options.max_bandwidth;
+    if !elastic {
+        parameters.block_state_timeout = None;
+    }
     if let Some(limit) = options.downtime_limit {
         parameters.downtime_limit = Duration::from_millis(limit);
     }

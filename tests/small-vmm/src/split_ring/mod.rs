@@ -4,6 +4,7 @@
 //! back-end must also survive a driver that is not correct, every link of a chain and every ring
 //! entry can be set to anything.
 
+mod device_writes;
 mod event;
 mod resume;
 mod segment;
@@ -18,6 +19,7 @@ use rustix::io::Errno;
 use crate::memory::{self, GuestRam, PAGE_SIZE};
 use event::{event, signal, take, wait_readable};
 
+pub use device_writes::DeviceWrites;
 pub use segment::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Next, Segment};
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -78,6 +80,7 @@ pub struct SplitRing {
     last_kick: u16,
     free: VecDeque<u16>,
     chains: HashMap<u16, Vec<u16>>,
+    device_writes: DeviceWrites,
     kick: OwnedFd,
     call: OwnedFd,
     err: OwnedFd,
@@ -87,6 +90,9 @@ impl SplitRing {
     /// Lays out an empty ring at `base`. `event_idx` says whether `RING_EVENT_IDX` was agreed on.
     pub fn new(ram: Arc<GuestRam>, base: u64, size: u16, event_idx: bool) -> Result<Self> {
         let (kick, call, err) = (event()?, event()?, event()?);
+        let used = base + used_offset(size);
+        let used_len = Self::footprint(size) - used_offset(size);
+        let device_writes = DeviceWrites::of_used_ring(used, used_len);
         let mut ring = Self {
             ram,
             base,
@@ -97,6 +103,7 @@ impl SplitRing {
             last_kick: 0,
             free: VecDeque::new(),
             chains: HashMap::new(),
+            device_writes,
             kick,
             call,
             err,
@@ -117,6 +124,7 @@ impl SplitRing {
         (self.next_avail, self.next_used, self.last_kick) = (0, 0, 0);
         self.free = (0..self.size).collect();
         self.chains.clear();
+        self.device_writes.forgotten();
         (self.kick, self.call, self.err) = (event()?, event()?, event()?);
         Ok(())
     }
@@ -143,6 +151,11 @@ impl SplitRing {
     /// The memory that the ring lives in.
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
+    }
+
+    /// Which memory the device writes.
+    pub fn device_writes(&self) -> &DeviceWrites {
+        &self.device_writes
     }
 
     /// Guest address of the descriptor table.
@@ -187,6 +200,7 @@ impl SplitRing {
             self.ram.write(addr, &segment.to_bytes(at, &entries))?;
         }
         let head = entries[0];
+        self.device_writes.add(&self.ram, head, chain);
         self.chains.insert(head, entries);
         self.push_avail(head)?;
         Ok(head)
@@ -278,7 +292,10 @@ impl SplitRing {
         let (id, len) =
             (u32::from_le(self.ram.load(addr)?), u32::from_le(self.ram.load(addr + 4)?));
         self.next_used = self.next_used.wrapping_add(1);
-        if let Some(entries) = u16::try_from(id).ok().and_then(|head| self.chains.remove(&head)) {
+        if let Some((head, entries)) =
+            u16::try_from(id).ok().and_then(|head| self.chains.remove_entry(&head))
+        {
+            self.device_writes.used(head);
             self.free.extend(entries);
         }
         Ok(Some(Used { id, len }))

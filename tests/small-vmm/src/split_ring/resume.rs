@@ -18,6 +18,7 @@ impl SplitRing {
         (self.next_avail, self.next_used, self.last_kick) = (index, index, index);
         self.free = (0..self.size).collect();
         self.chains.clear();
+        self.device_writes.forgotten();
     }
 
     /// The same ring in memory with the same eventfds, to tell another back-end of it while its
@@ -32,6 +33,7 @@ impl SplitRing {
             err: duplicate(&self.err)?,
             free: VecDeque::new(),
             chains: HashMap::new(),
+            device_writes: self.device_writes.clone(),
             ..*self
         })
     }

@@ -48,6 +48,7 @@ pub fn to_address(to: &str) -> MigrateOptions {
         max_bandwidth: None,
         downtime_limit: None,
         discard_aware: true,
+        elastic: true,
         postcopy: None,
         links: Links::default(),
     }

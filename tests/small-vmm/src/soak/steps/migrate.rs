@@ -94,6 +94,7 @@ pub(super) fn step(world: &World, random: &mut Random) -> anyhow::Result<()> {
         max_bandwidth: random.pick(&[None, Some(48 << 20), Some(128 << 20)]),
         downtime_limit: random.pick(&[None, Some(50), Some(1000)]),
         discard_aware: true,
+        elastic: true,
         postcopy: postcopy.then_some(PostcopyOptions { when, recover }),
         links,
     };
