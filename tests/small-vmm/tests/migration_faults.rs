@@ -128,7 +128,7 @@ fn a_daemon_that_is_killed_at_the_destination_leaves_the_guest_here() {
     from.assert_failed_and_works("failed");
     let report = to.outcome();
     let error = report.error_desc.unwrap();
-    assert!(error.contains("vhost-user-back-end") && error.contains("closed"), "{error}");
+    assert!(error.contains("the daemon is lost") && error.contains("closed"), "{error}");
     to.assert_no_guest();
     migrate(&mut from, &mut Host::waiting());
 }

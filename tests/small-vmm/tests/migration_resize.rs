@@ -6,7 +6,11 @@ mod common;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use std::os::unix::net::UnixStream;
+
+use ram_discard::{RamDiscardListener, RamDiscardManager, Section};
 use small_vmm::guest::Command;
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED};
 
@@ -38,6 +42,15 @@ impl Host {
         self.vmm.tell(Command::Settle { requested }).unwrap();
     }
 
+    /// A client of its daemon that refuses what is populated at `offset`.
+    fn refuse_at(&self, offset: u64) -> RemoteRamDiscardManager {
+        let stream = UnixStream::connect(self.daemon.discard_socket()).unwrap();
+        let client = RemoteRamDiscardManager::attach(stream, PATIENCE).unwrap();
+        let section = Section::new(offset, BLOCK).unwrap();
+        client.register(section, Box::new(Refuser)).unwrap();
+        client
+    }
+
     fn blocks(&self) -> serde_json::Value {
         self.daemon.api().get("/v1/device/blocks").unwrap().json()
     }
@@ -52,6 +65,7 @@ fn a_guest_grows_and_shrinks_while_it_migrates() {
     from.wait_followed();
     from.resize(PLUGGED + 8 * BLOCK);
     from.vmm.tell(Command::Touch { offset: PLUGGED, size: 2 * BLOCK }).unwrap();
+    assert_eq!(to.blocks(), from.blocks(), "the daemon over there follows");
     // Also what was written before, and what was plugged meanwhile.
     from.resize(PLUGGED - 2 * BLOCK);
     from.resize(PLUGGED + 4 * BLOCK);
@@ -68,4 +82,139 @@ fn a_guest_grows_and_shrinks_while_it_migrates() {
     assert_eq!(to.vmm.report().unwrap().plugged, PLUGGED + 4 * BLOCK);
     from.assert_no_guest();
     to.assert_guest_works();
+}
+
+struct Refuser;
+
+impl RamDiscardListener for Refuser {
+    fn name(&self) -> &str {
+        "refuser"
+    }
+
+    fn notify_populate(&mut self, _: Section) -> Result<(), String> {
+        Err("pinned elsewhere".to_owned())
+    }
+
+    fn notify_discard(&mut self, _: Section) {}
+}
+
+#[test]
+fn what_the_daemon_over_there_refuses_is_busy_here_and_the_rest_is_done() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    let address = to.listen();
+    from.migrate_at(&address, SLOW);
+    from.wait_followed();
+    let before = from.vmm.report().unwrap();
+    let client = to.refuse_at(PLUGGED + 4 * BLOCK);
+    assert!(from.daemon.api().resize(PLUGGED + 8 * BLOCK).unwrap().is_success());
+    let start = Instant::now();
+    while from.vmm.report().unwrap().busy == before.busy {
+        assert!(start.elapsed() < PATIENCE, "nothing is refused");
+        thread::sleep(Duration::from_millis(2));
+    }
+    let report = from.vmm.report().unwrap();
+    assert_eq!((report.plugged, report.served), (PLUGGED, before.served));
+    assert_eq!(to.blocks(), from.blocks());
+    from.resize(PLUGGED + 4 * BLOCK);
+    assert_eq!(from.vmm.migration().unwrap().status, "active", "too late");
+    assert_eq!(to.blocks(), from.blocks());
+    assert_eq!(from.outcome().status, "completed");
+    assert_eq!(to.outcome().status, "completed");
+    assert_eq!(to.blocks(), from.blocks());
+    assert_eq!(client.lost(), None);
+    drop(client);
+    to.assert_guest_works();
+}
+
+#[test]
+fn a_daemon_that_is_killed_over_there_leaves_the_guest_here_with_what_it_has_by_then() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    let address = to.listen();
+    from.migrate_at(&address, SLOW);
+    from.wait_followed();
+    from.resize(PLUGGED + 2 * BLOCK);
+    to.daemon.kill().unwrap();
+    // What it would have to populate is refused from here on; what is discarded is found out at the end.
+    from.resize(PLUGGED - 2 * BLOCK);
+    let outcome = from.outcome();
+    assert_eq!(outcome.status, "failed", "{outcome:?}");
+    assert_eq!(to.outcome().status, "failed");
+    to.assert_no_guest();
+    from.assert_guest_works();
+    assert!(!from.is_frozen());
+    let mut third = Host::waiting();
+    let address = third.listen();
+    from.migrate(&address);
+    assert_eq!(from.outcome().status, "completed");
+    assert_eq!(third.outcome().status, "completed");
+    assert_eq!(third.blocks(), from.blocks());
+    third.assert_guest_works();
+}
+
+#[test]
+fn a_vmm_that_is_killed_over_there_leaves_a_daemon_for_another() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    let address = to.listen();
+    from.migrate_at(&address, SLOW);
+    from.wait_followed();
+    from.resize(PLUGGED + 2 * BLOCK);
+    to.vmm.kill();
+    assert_eq!(from.outcome().status, "failed");
+    from.assert_guest_works();
+    from.resize(PLUGGED - 2 * BLOCK);
+    // Its daemon has blocks of a guest that never came.
+    to.restart_vmm();
+    assert_ne!(to.blocks(), from.blocks());
+    let address = to.listen();
+    from.migrate(&address);
+    assert_eq!(from.outcome().status, "completed");
+    assert_eq!(to.outcome().status, "completed");
+    assert_eq!(to.blocks(), from.blocks());
+    to.assert_guest_works();
+}
+
+#[test]
+fn a_channel_that_breaks_leaves_a_daemon_over_there_without_blocks() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    let nothing = to.blocks();
+    let address = to.listen();
+    from.migrate_at(&address, SLOW);
+    from.wait_followed();
+    from.resize(PLUGGED + 2 * BLOCK);
+    from.vmm.tell(Command::Cancel).unwrap();
+    assert_eq!(from.outcome().status, "cancelled");
+    assert_eq!(to.outcome().status, "failed");
+    assert_eq!(to.blocks(), nothing);
+    from.assert_guest_works();
+}
+
+#[test]
+fn a_daemon_that_is_killed_here_fails_the_migration_and_takes_the_device_and_not_the_guest() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    let address = to.listen();
+    from.migrate_at(&address, SLOW);
+    from.wait_followed();
+    from.resize(PLUGGED + 2 * BLOCK);
+    from.daemon.kill().unwrap();
+    let outcome = from.outcome();
+    assert_eq!(outcome.status, "failed", "{outcome:?}");
+    from.assert_guest_runs();
+    assert_eq!(to.outcome().status, "failed");
+    to.assert_no_guest();
+}
+
+#[test]
+fn a_daemon_that_is_reset_over_there_keeps_the_guest_here() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    let address = to.listen();
+    from.migrate_at(&address, SLOW);
+    from.wait_followed();
+    from.resize(PLUGGED + 2 * BLOCK);
+    let reset = to.daemon.api().system_reset().unwrap();
+    assert!(reset.is_success(), "{}", reset.text);
+    assert_eq!(from.outcome().status, "failed");
+    let error = to.outcome().error_desc.unwrap();
+    assert!(error.contains("blocks were changed while memory came"), "{error}");
+    to.assert_no_guest();
+    from.assert_guest_works();
 }

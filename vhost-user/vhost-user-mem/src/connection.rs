@@ -284,6 +284,12 @@ struct Events {
     watchdog: Option<Arc<Watchdog>>,
 }
 
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.service.controller().set_guest_runs(false);
+    }
+}
+
 impl Events {
     /// Says whether the worker may wait for memory that arrives.
     fn excuse_worker(&self) {
@@ -311,6 +317,7 @@ impl ConnectionEvents for Events {
     }
 
     fn driver(&self, features: u64, runs: bool) {
+        self.service.controller().set_guest_runs(runs);
         self.service.resize().driver(features, runs);
     }
 

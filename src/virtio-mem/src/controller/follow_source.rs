@@ -1,12 +1,13 @@
 //! Block state that follows the device from which the guest comes, while its memory does.
 
+use std::io;
 use std::ops::Range;
 
-use ram_discard::{Section, SourceFollower, SourceNotFollowed};
+use ram_discard::{Section, SourceFollower, SourceNotFollowed, try_all};
 
-use super::MemController;
 use super::freeze::Parts;
-use crate::device::{DeviceState, VirtioMem};
+use super::{BlockUpdate, JournalUpdate, MemController, StateRecord};
+use crate::device::{Change, DeviceState, VirtioMem};
 use crate::region_memory::NotReady;
 
 impl SourceFollower for Parts {
@@ -30,30 +31,55 @@ impl MemController {
         section: Section,
         populated: bool,
     ) -> Result<(), SourceNotFollowed> {
+        self.follow_source_all(&[section], populated)
+    }
+
+    /// As [`follow_source`](Self::follow_source) of several sections, apart from each other: all of them, or none.
+    ///
+    /// # Errors
+    ///
+    /// As [`follow_source`](Self::follow_source).
+    pub fn follow_source_all(
+        &self,
+        sections: &[Section],
+        populated: bool,
+    ) -> Result<(), SourceNotFollowed> {
         let refused = |reason: &dyn std::fmt::Display| SourceNotFollowed(reason.to_string());
-        let blocks = self.whole_blocks(section)?;
+        let blocks = sections.iter().map(|&section| self.whole_blocks(section));
+        let blocks = blocks.collect::<Result<Vec<_>, _>>()?;
         let mut transaction = self.manager.begin();
         if transaction.is_frozen_for_source() {
             return Err(refused(&"block state is frozen: a migration from here is active"));
         }
-        let device = self.with_blocks(&blocks, section, populated)?;
-        match self.memory.ready(section) {
-            Ok(()) | Err(NotReady::NotMapped(_)) => {}
-            Err(error) => return Err(refused(&error)),
+        if self.state().guest_runs {
+            return Err(refused(&"the guest runs here"));
         }
+        self.check_blocks(&blocks, sections, populated)?;
+        for &section in sections {
+            match self.memory.ready(section) {
+                Ok(()) | Err(NotReady::NotMapped(_)) => {}
+                Err(error) => return Err(refused(&error)),
+            }
+        }
+        let cannot_save = |error| refused(&format_args!("cannot save the device state: {error}"));
         if populated {
-            let told = transaction.notify_populate(self.source, section);
+            let told = transaction.notify_populate_all(self.source, sections);
             told.map_err(|error| refused(&error))?;
-            let saved = self.commit_state(device, true);
-            let saved = saved.inspect_err(|_| transaction.notify_discard(self.source, section));
-            saved.map_err(|error| refused(&format_args!("cannot save the device state: {error}")))
-        } else {
-            let saved = self.commit_state(device, true);
+            let saved = self.commit_followed(&blocks, sections, populated);
             saved
-                .map_err(|error| refused(&format_args!("cannot save the device state: {error}")))?;
-            transaction.notify_discard(self.source, section);
+                .inspect_err(|_| transaction.notify_discard_all(self.source, sections))
+                .map_err(cannot_save)
+        } else {
+            self.commit_followed(&blocks, sections, populated).map_err(cannot_save)?;
+            transaction.notify_discard_all(self.source, sections);
             Ok(())
         }
+    }
+
+    /// Says whether the guest's queue runs, for a device that is told by another process what to follow
+    /// ([`follow_source`](Self::follow_source)): it does not follow while it does. By default it is not known to.
+    pub fn set_guest_runs(&self, runs: bool) {
+        self.state().guest_runs = runs;
     }
 
     /// The blocks that `section` is made of.
@@ -70,28 +96,75 @@ impl MemController {
         Ok(index(section.start())..index(section.end()))
     }
 
-    /// The device with these blocks changed, which are now in the other state.
-    fn with_blocks(
+    /// Checks that the blocks of all sections, which are apart from each other, are in the other state.
+    fn check_blocks(
         &self,
-        blocks: &Range<usize>,
-        section: Section,
+        blocks: &[Range<usize>],
+        sections: &[Section],
         populated: bool,
-    ) -> Result<VirtioMem, SourceNotFollowed> {
-        let state = self.state();
-        let mut changed = state.device.blocks().clone();
-        if !changed.all(blocks.clone(), !populated) {
-            let what = if populated { "plugged" } else { "unplugged" };
-            return Err(SourceNotFollowed(format!("a part of {section} is {what} already")));
+    ) -> Result<(), SourceNotFollowed> {
+        let mut changed = self.state().device.blocks().clone();
+        for (blocks, section) in blocks.iter().zip(sections) {
+            if !changed.all(blocks.clone(), !populated) {
+                let what = if populated { "plugged" } else { "unplugged" };
+                return Err(SourceNotFollowed(format!("a part of {section} is {what} already")));
+            }
+            changed.set(blocks.clone(), populated);
         }
-        changed.set(blocks.clone(), populated);
-        // The source's own comes last; until then it is at least what is plugged.
-        let usable_region_size = state.device.usable_region_size().max(section.end());
-        let state = DeviceState {
-            requested_size: state.device.requested_size(),
-            usable_region_size,
-            plugged: changed.words().to_vec(),
+        Ok(())
+    }
+
+    /// Saves the change of each section and then makes it: of all, or of none.
+    fn commit_followed(
+        &self,
+        blocks: &[Range<usize>],
+        sections: &[Section],
+        populated: bool,
+    ) -> io::Result<()> {
+        let before = self.state().device.usable_region_size();
+        if populated {
+            // The source's own comes last; until then it is at least what is plugged.
+            let end = sections.iter().map(|section| section.end()).max().unwrap_or(0);
+            self.set_usable(before.max(end))?;
+        }
+        let change = |blocks: &Range<usize>, populated| match populated {
+            true => Change::Plug(blocks.clone()),
+            false => Change::Unplug(blocks.clone()),
         };
-        VirtioMem::restore(self.geometry, state)
-            .map_err(|error| SourceNotFollowed(error.to_string()))
+        let committed = try_all(
+            &mut (),
+            blocks,
+            |(), blocks| self.commit_or(&change(blocks, populated), JournalUpdate::Forget),
+            |(), blocks| {
+                let undone = self.commit_or(&change(blocks, !populated), JournalUpdate::Forget);
+                report(undone);
+            },
+        );
+        committed.inspect_err(|_| report(self.set_usable(before)))
+    }
+
+    /// Has the usable region be of this size.
+    fn set_usable(&self, usable_region_size: u64) -> io::Result<()> {
+        let mut state = self.state();
+        if state.device.usable_region_size() == usable_region_size {
+            return Ok(());
+        }
+        let changed = DeviceState { usable_region_size, ..state.device.state() };
+        let device = VirtioMem::restore(self.geometry, changed).map_err(io::Error::other)?;
+        let record = StateRecord {
+            usable_region_size,
+            ..state.record(BlockUpdate::Keep, JournalUpdate::Keep)
+        };
+        state.save(&record)?;
+        state.device = device;
+        state.tell(|_| {});
+        Ok(())
+    }
+}
+
+/// What the store has is more than there is then: the next state that is saved mends it.
+fn report(undone: io::Result<()>) {
+    if let Err(error) = undone {
+        tracing::error!(%error, "cannot save that a change of block state was taken back");
     }
 }

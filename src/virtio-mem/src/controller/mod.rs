@@ -156,6 +156,7 @@ impl MemController {
             thaw_unsaved: false,
             reset_pending: reset_pending && api_migration,
             sweep: if sweep { Sweep::WhenRunning } else { Sweep::Done },
+            guest_runs: false,
             observers: Vec::new(),
             shown: Arc::clone(&shown),
         };

@@ -34,6 +34,8 @@ pub(super) struct State {
     pub(super) thaw_unsaved: bool,
     pub(super) reset_pending: bool,
     pub(super) sweep: Sweep,
+    /// The guest's queue runs, so that block state follows no other device.
+    pub(super) guest_runs: bool,
     pub(super) observers: Vec<Arc<dyn DeviceObserver>>,
     pub(super) shown: Arc<Mutex<ConfigSpace>>,
 }

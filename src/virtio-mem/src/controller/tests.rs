@@ -19,12 +19,25 @@ const ADDR: u64 = 1 << 32;
 const NR: u64 = 64;
 
 /// A store that fails on demand and remembers what it was told.
-#[derive(Default)]
 struct Store {
     fails: AtomicBool,
+    /// So many commits are made, and the next one fails; those after it, which take back, do not.
+    fails_after: AtomicUsize,
     commits: AtomicUsize,
     answered: AtomicUsize,
     reset_pending: AtomicBool,
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self {
+            fails: AtomicBool::default(),
+            fails_after: AtomicUsize::new(usize::MAX),
+            commits: AtomicUsize::default(),
+            answered: AtomicUsize::default(),
+            reset_pending: AtomicBool::default(),
+        }
+    }
 }
 
 struct SharedStore(Arc<Store>);
@@ -34,7 +47,10 @@ impl StateStore for SharedStore {
         if self.0.fails.load(Ordering::Relaxed) {
             return Err(io::Error::other("the disk is gone"));
         }
-        self.0.commits.fetch_add(1, Ordering::Relaxed);
+        let last = self.0.fails_after.load(Ordering::Relaxed);
+        if self.0.commits.fetch_add(1, Ordering::Relaxed) == last {
+            return Err(io::Error::other("the disk was full"));
+        }
         self.0.reset_pending.store(record.reset_pending, Ordering::Relaxed);
         Ok(())
     }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, MutexGuard};
 use ram_discard::{
     FreezeError, FreezeFor, FrozenBlockState, ListenerId, RamDiscardListener, RamDiscardManager,
-    RegisterError, Registered, Section, Unavailable, Visit,
+    RegisterError, Registered, Section, SourceNotFollowed, Unavailable, Visit, try_all,
 };
 use thiserror::Error;
 use vmstate::printable;
@@ -27,7 +27,10 @@ use freeze::{Freezes, RemoteFreeze};
 use requests::{Answer, Requests};
 
 use super::bitmap::{BitmapCopy, BitmapError, BitmapReader};
-use super::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
+use super::wire::{
+    ClientMessage, Farewell, MIN_VERSION, SECTIONS_MAX, Sections, ServerMessage, VERSION,
+    VERSION_FOLLOW,
+};
 use super::{FrameReader, ReceiveError, send};
 use crate::device::{BlockBitmap, Geometry};
 
@@ -96,6 +99,8 @@ pub struct RemoteRamDiscardManager {
 struct Shared {
     stream: UnixStream,
     geometry: Geometry,
+    /// The one that both speak.
+    version: u16,
     bitmap: BitmapReader,
     patience: Duration,
     /// For answers of the server.
@@ -118,7 +123,7 @@ impl RemoteRamDiscardManager {
     /// When the server refuses, is silent, or is none.
     pub fn attach(stream: UnixStream, timeout: Duration) -> Result<Self, AttachError> {
         stream.set_nonblocking(false)?;
-        let hello = ClientMessage::Hello { min_version: VERSION, max_version: VERSION };
+        let hello = ClientMessage::Hello { min_version: MIN_VERSION, max_version: VERSION };
         // A server that turned this client away may not be there any more, but has said why.
         let sent = send(&stream, &hello);
         let mut frames = FrameReader::default();
@@ -135,7 +140,7 @@ impl RemoteRamDiscardManager {
             }
             _ => return Err(AttachError::Protocol("its first message is no welcome")),
         };
-        if welcome.version != VERSION {
+        if !(MIN_VERSION..=VERSION).contains(&welcome.version) {
             return Err(AttachError::Protocol("it took a version that was not offered"));
         }
         let file = file.ok_or(AttachError::Protocol("the welcome has no descriptor"))?;
@@ -143,6 +148,7 @@ impl RemoteRamDiscardManager {
         let shared = Arc::new(Shared {
             stream,
             geometry: welcome.geometry,
+            version: welcome.version,
             bitmap,
             patience: Duration::from_millis(welcome.patience_ms.into()),
             timeout,
@@ -197,6 +203,31 @@ impl RemoteRamDiscardManager {
         let view = self.shared.view.lock();
         let nr_blocks = self.shared.geometry.nr_blocks();
         Ok(self.shared.blocks(&view, 0..nr_blocks)?.blocks.words().to_vec())
+    }
+
+    /// As [`follow_source`](RamDiscardManager::follow_source) of several sections, apart from each other: all of them,
+    /// or in the end none. The daemon refuses while the guest's queue runs there. Other listeners of this manager are
+    /// told as of any change.
+    ///
+    /// # Errors
+    ///
+    /// As [`follow_source`](RamDiscardManager::follow_source), and when the connection is lost: nothing is known
+    /// then of what was done.
+    pub fn follow_source_all(
+        &self,
+        sections: &[Section],
+        populated: bool,
+    ) -> Result<(), SourceNotFollowed> {
+        try_all(
+            &mut (),
+            sections.chunks(SECTIONS_MAX),
+            |(), sections| self.shared.follow_source(sections, populated),
+            |(), sections| {
+                if let Err(error) = self.shared.follow_source(sections, !populated) {
+                    tracing::warn!(%error, "cannot take back a change of block state");
+                }
+            },
+        )
     }
 
     /// Why the connection is lost; `None` while it is not known to be.
@@ -310,6 +341,15 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         frozen.set_discarded(shared.discarded(&map?));
         Ok(frozen)
     }
+
+    fn follows_source(&self) -> bool {
+        self.shared.version >= VERSION_FOLLOW
+    }
+
+    /// Must not be called by a listener of this manager, either.
+    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+        self.follow_source_all(&[section], populated)
+    }
 }
 
 /// Blocks as the listeners were told of them.
@@ -419,6 +459,24 @@ impl Shared {
             Some(answer) => Ok(answer),
             // Whether it was done is not known; without a connection it is.
             None => Err(self.lose("the server does not answer")),
+        }
+    }
+
+    fn follow_source(
+        &self,
+        sections: &[Section],
+        populated: bool,
+    ) -> Result<(), SourceNotFollowed> {
+        if self.version < VERSION_FOLLOW {
+            let what = "the daemon is of a release whose block state cannot follow that of another";
+            return Err(SourceNotFollowed(what.to_owned()));
+        }
+        let sections = Sections::from_slice(sections);
+        let answer = self.ask(|id| ClientMessage::Follow { id, populated, sections });
+        match answer.map_err(|lost| SourceNotFollowed(lost.to_string()))? {
+            Answer::Done => Ok(()),
+            Answer::Failed(reason) => Err(SourceNotFollowed(reason)),
+            _ => Err(SourceNotFollowed(self.wrong_answer().to_string())),
         }
     }
 

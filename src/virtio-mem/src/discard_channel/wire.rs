@@ -23,9 +23,15 @@ use crate::device::GeometryError;
 /// The first bytes of [`ClientMessage::Hello`] and [`ServerMessage::Welcome`].
 pub const MAGIC: [u8; 8] = *b"VMEMDISC";
 
-/// The version that is spoken. Version 1 told of one section at a time, and its freezes lasted as long
+/// The newest version that is spoken. Version 1 told of one section at a time, and its freezes lasted as long
 /// as their connection, without having to be renewed.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
+
+/// The oldest version that is spoken: version 3 without [`ClientMessage::Follow`].
+pub const MIN_VERSION: u16 = 2;
+
+/// The first version with [`ClientMessage::Follow`].
+pub const VERSION_FOLLOW: u16 = 3;
 
 /// Length of a frame's header, bytes.
 pub const HEADER_LEN: usize = 8;
@@ -33,7 +39,7 @@ pub const HEADER_LEN: usize = 8;
 /// The most text that a message carries, bytes of UTF-8.
 pub const TEXT_MAX: usize = 256;
 
-/// The most sections that an event carries.
+/// The most sections that an event or [`ClientMessage::Follow`] carries.
 pub const SECTIONS_MAX: usize = 255;
 
 /// The longest frame, bytes.
@@ -172,6 +178,8 @@ mod kind {
     pub(super) const THAW: u32 = 0x05;
     pub(super) const GET_SIZES: u32 = 0x06;
     pub(super) const RENEW: u32 = 0x07;
+    pub(super) const FOLLOW_POPULATE: u32 = 0x08;
+    pub(super) const FOLLOW_DISCARD: u32 = 0x09;
     pub(super) const WELCOME: u32 = 0x81;
     pub(super) const GOODBYE: u32 = 0x82;
     pub(super) const POPULATE: u32 = 0x83;

@@ -18,7 +18,9 @@ use vhost_user_mem::discard_channel::{DiscardChannel, Limits};
 use vhost_user_mem::metrics::Metrics;
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Request, Response, VirtioMem};
-use virtio_mem::discard_channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
+use virtio_mem::discard_channel::wire::{
+    ClientMessage, Farewell, Sections, ServerMessage, VERSION,
+};
 use virtio_mem::discard_channel::{
     AttachError, FrameReader, ReceiveError, RemoteRamDiscardManager,
 };
@@ -40,6 +42,8 @@ static DAEMON: LazyLock<Daemon> = LazyLock::new(|| {
     let ram = memfd("ram", geometry().region_size(), MemfdFlags::empty()).unwrap();
     let ram = RamBlock::new("mem".to_owned(), ADDR, geometry().region_size(), ram, 0).unwrap();
     controller.set_memory(vec![Arc::new(ram)]).unwrap();
+    // What the guest has is its own: no client changes it.
+    controller.set_guest_runs(true);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("discard");
     let metrics = Arc::new(Metrics::new());
@@ -156,6 +160,12 @@ fn attack(mut stream: UnixStream, requests: &Sender<Request>, input: &mut Input<
                 ClientMessage::Renew { id: u64::from(more), freeze: u64::from(more >> 2) }
             }
             6 => ClientMessage::Thaw { id: u64::from(more), freeze: u64::from(more >> 2) },
+            _ if more & 1 == 1 => {
+                let (start, len) = (u64::from(input.u8()), 1 + u64::from(input.u8()) % 64);
+                let sections =
+                    Sections::from_elem(Section::new(start * BLOCK, len * BLOCK).unwrap(), 1);
+                ClientMessage::Follow { id: u64::from(more), populated: more & 2 == 2, sections }
+            }
             _ => ClientMessage::GetSizes { id: u64::from(more) },
         };
         if stream.write_all(&frame(&message, input)).is_err() {

@@ -8,11 +8,12 @@
 //! | `vmem0/driver` | what the guest's driver knows, and where its ring stands |
 //!
 //! The device is in another process, so the machine keeps a [`Shadow`] of it: what the discard
-//! channel tells on the source, what came before RAM on the destination. There the daemon's own
-//! state, which comes last, must agree with it.
+//! channel tells on the source, what came before RAM on the destination. There the daemon is made to follow it, and
+//! the daemon's own state, which comes last, must agree with it.
 
 mod back_end;
 mod cpus;
+mod daemon_follower;
 mod driver;
 mod shadow;
 
@@ -30,10 +31,11 @@ use vmstate::Described;
 use vmstate::wire::WireRead;
 
 use super::blocks::REGION;
-use super::describe;
+use super::{describe, source};
 use crate::machine::Machine;
 use back_end::BackEnd;
 use cpus::Cpus;
+use daemon_follower::DaemonFollower;
 use driver::Driver;
 use shadow::Shadow;
 
@@ -47,6 +49,8 @@ pub(super) struct MachineDevices {
     shadow: Shadow,
     /// On the source: who knows how the device is now.
     manager: Option<Arc<RemoteRamDiscardManager>>,
+    /// On the destination: has the daemon follow the shadow.
+    follower: Option<DaemonFollower>,
     /// On the destination: whether devices are loaded before all memory is there.
     arriving: bool,
     /// On the destination: the region, where what is discarded of it is known only after its pages.
@@ -72,7 +76,12 @@ impl MachineDevices {
         let config = machine.frontend().config()?;
         config.check().map_err(anyhow::Error::msg).context("the daemon's configuration")?;
         let shadow = Shadow::of_config(&config, machine.frontend().features())?;
-        Ok(Self { arriving, ..Self::new(machine, shadow, None)? })
+        let follower = match &machine.options().discard_socket {
+            Some(_) => DaemonFollower::begin(source::attach(machine)?, shadow.controller())
+                .context("have the daemon follow")?,
+            None => None,
+        };
+        Ok(Self { arriving, follower, ..Self::new(machine, shadow, None)? })
     }
 
     fn new(
@@ -97,7 +106,15 @@ impl MachineDevices {
         let driver = Described { vmstate: &driver::VMSTATE, device: Driver(machine.clone()) };
         registry.register(&format!("{REGION}/driver"), 0, Box::new(driver))?;
         let machine = machine.clone();
-        Ok(Self { machine, registry, shadow, manager, arriving: false, late_region: None })
+        Ok(Self {
+            machine,
+            registry,
+            shadow,
+            manager,
+            follower: None,
+            arriving: false,
+            late_region: None,
+        })
     }
 
     /// Has `region` be held to what is discarded: while its pages come, or when all have come, for
@@ -175,9 +192,15 @@ impl Devices for MachineDevices {
 
     fn abandon(&mut self) {
         self.registry.abandon();
+        if let Some(follower) = self.follower.take() {
+            follower.undo(self.shadow.controller());
+        }
     }
 
     fn loaded(&mut self) -> Result<(), MigrationError> {
+        if let Some(follower) = &self.follower {
+            follower.check(self.shadow.controller())?;
+        }
         self.registry.loaded()?;
         self.sweep_late()?;
         self.agree().map_err(|error| device_error(&describe(&error)))

@@ -141,6 +141,20 @@ impl Host {
         Self { vmm, daemon }
     }
 
+    /// Starts its VMM, which has ended, to wait for a guest.
+    pub fn restart_vmm(&mut self) {
+        let options = VmmOptions {
+            addr: ADDR,
+            region_size: REGION,
+            incoming: true,
+            paused: false,
+            compat_level: None,
+        };
+        // One that was killed has left it.
+        let _ = std::fs::remove_file(self.daemon.socket().with_file_name("migrate.sock"));
+        self.vmm = Vmm::start(small_vmm(), &self.daemon, &options).unwrap();
+    }
+
     /// Has it wait for a guest, on a socket beside those of its daemon.
     pub fn listen(&mut self) -> String {
         let path = self.daemon.socket().with_file_name("migrate.sock");

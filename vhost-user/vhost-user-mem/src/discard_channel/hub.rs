@@ -24,9 +24,7 @@ use ram_discard::{RamDiscardListener, Section};
 use virtio_mem::controller::{DeviceObserver, MemController};
 use virtio_mem::device::Geometry;
 use virtio_mem::discard_channel::bitmap::BitmapWriter;
-use virtio_mem::discard_channel::wire::{
-    Farewell, SECTIONS_MAX, Sections, ServerMessage, VERSION, Welcome,
-};
+use virtio_mem::discard_channel::wire::{Farewell, SECTIONS_MAX, Sections, ServerMessage, Welcome};
 
 use super::budget::Budget;
 use super::peer::{Peer, Reply};
@@ -88,13 +86,18 @@ impl Hub {
         &self.metrics
     }
 
-    /// Welcomes a client between two changes: it gets all events after what the bitmap shows.
-    pub(super) fn attach(&self, controller: &MemController, peer: &Arc<Peer>) -> bool {
+    /// Welcomes a client, with which `version` is spoken, between two changes: it gets all events after what the bitmap shows.
+    pub(super) fn attach(
+        &self,
+        controller: &MemController,
+        peer: &Arc<Peer>,
+        version: u16,
+    ) -> bool {
         let _no_change_under_way = controller.manager().begin();
         let mut inner = self.inner.lock();
         inner.settle();
         let welcome = Welcome {
-            version: VERSION,
+            version,
             generation: RandomState::new().build_hasher().finish(),
             geometry: self.geometry,
             bitmap_size: inner.bitmap.file_size(),

@@ -32,7 +32,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use virtio_mem::controller::MemController;
 use virtio_mem::discard_channel::send;
-use virtio_mem::discard_channel::wire::{Farewell, ServerMessage, VERSION};
+use virtio_mem::discard_channel::wire::{Farewell, MIN_VERSION, ServerMessage, VERSION};
 
 use crate::confinement;
 use crate::metrics::Metrics;
@@ -274,7 +274,7 @@ impl Shared {
 
 /// The last message of a connection.
 fn goodbye(cause: Farewell, reason: String) -> ServerMessage {
-    ServerMessage::Goodbye { cause, min_version: VERSION, max_version: VERSION, reason }
+    ServerMessage::Goodbye { cause, min_version: MIN_VERSION, max_version: VERSION, reason }
 }
 
 #[cfg(test)]

@@ -6,7 +6,9 @@ use std::thread;
 use std::time::Instant;
 
 use virtio_mem::controller::{FreezeHolder, MemController};
-use virtio_mem::discard_channel::wire::{ClientMessage, Farewell, ServerMessage, VERSION};
+use virtio_mem::discard_channel::wire::{
+    ClientMessage, Farewell, MIN_VERSION, Sections, ServerMessage, VERSION, VERSION_FOLLOW,
+};
 use virtio_mem::discard_channel::{FrameReader, ReceiveError};
 
 use super::Limits;
@@ -30,6 +32,7 @@ enum Request {
     Freeze(u64),
     Thaw { id: u64, freeze: u64 },
     GetSizes(u64),
+    Follow { id: u64, populated: bool, sections: Sections },
 }
 
 impl<'a> Session<'a> {
@@ -47,13 +50,13 @@ impl<'a> Session<'a> {
     pub(super) fn run(&self) {
         let peer = &self.peer;
         let mut frames = FrameReader::default();
-        match self.greet(&mut frames) {
-            Ok(()) => {}
+        let version = match self.greet(&mut frames) {
+            Ok(version) => version,
             Err(Some((cause, reason))) => return peer.drop_for(cause, reason),
             // It only looked whether the socket is served.
             Err(None) => return,
-        }
-        if !self.hub.attach(self.controller, peer) {
+        };
+        if !self.hub.attach(self.controller, peer, version) {
             return;
         }
         tracing::info!(client = peer.id(), "discard-channel client attached");
@@ -65,7 +68,7 @@ impl<'a> Session<'a> {
                 .name(format!("discard-{}-req", peer.id()))
                 .spawn_scoped(scope, || self.execute(waiting));
             match worker {
-                Ok(_) => self.read(&mut frames, requests),
+                Ok(_) => self.read(&mut frames, requests, version),
                 Err(error) => peer.drop_for(Farewell::Ending, format!("no thread: {error}")),
             }
         });
@@ -76,16 +79,17 @@ impl<'a> Session<'a> {
     }
 
     /// Waits for the first message and finds a version; `None` when the client left without one.
-    fn greet(&self, frames: &mut FrameReader) -> Result<(), Option<(Farewell, String)>> {
+    fn greet(&self, frames: &mut FrameReader) -> Result<u16, Option<(Farewell, String)>> {
         let deadline = Instant::now() + self.limits.handshake;
         match frames.next_with_fd(self.peer.stream(), deadline) {
             Ok((ClientMessage::Hello { min_version, max_version }, _)) => {
-                if (min_version..=max_version).contains(&VERSION) {
-                    return Ok(());
+                let newest = max_version.min(VERSION);
+                if newest >= min_version.max(MIN_VERSION) {
+                    return Ok(newest);
                 }
                 let reason = format!(
                     "no common version: the client speaks {min_version} to {max_version}, this \
-                     server {VERSION}; use a client and a daemon of the same release"
+                     server {MIN_VERSION} to {VERSION}; use a client and a daemon of the same release"
                 );
                 Err(Some((Farewell::Version, reason)))
             }
@@ -102,7 +106,7 @@ impl<'a> Session<'a> {
     }
 
     /// Reads until the connection ends or the client breaks the protocol.
-    fn read(&self, frames: &mut FrameReader, requests: SyncSender<Request>) {
+    fn read(&self, frames: &mut FrameReader, requests: SyncSender<Request>, version: u16) {
         let peer = &self.peer;
         let enqueue = |request| match requests.try_send(request) {
             Ok(()) => Ok(()),
@@ -131,6 +135,12 @@ impl<'a> Session<'a> {
                         false => ended(id, freeze),
                     });
                     Ok(())
+                }
+                ClientMessage::Follow { .. } if version < VERSION_FOLLOW => {
+                    Err(format!("a request of version {VERSION_FOLLOW}, in version {version}"))
+                }
+                ClientMessage::Follow { id, populated, sections } => {
+                    enqueue(Request::Follow { id, populated, sections })
                 }
                 ClientMessage::Hello { .. } => Err("a second hello".to_owned()),
             };
@@ -194,6 +204,13 @@ impl<'a> Session<'a> {
                     usable_region_size: config.usable_region_size,
                     plugged_size: config.plugged_size,
                     requested_size: config.requested_size,
+                }
+            }
+            // The clients are told as of any change, this one, too.
+            Request::Follow { id, populated, sections } => {
+                match self.controller.follow_source_all(&sections, populated) {
+                    Ok(()) => ServerMessage::Done { id },
+                    Err(error) => ServerMessage::Failed { id, reason: error.to_string() },
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! The server against raw sockets: what a client may do wrong.
 
+mod follow;
 mod freezes;
 mod patience;
 
@@ -155,8 +156,14 @@ impl Raw {
 #[test]
 fn versions_are_negotiated_and_others_refused() {
     let rig = rig();
-    Raw::attached(&rig);
-    for (min_version, max_version) in [(0, 0), (1, 1), (3, 9), (3, 2)] {
+    for (min_version, max_version, taken) in [(0, 7, 3), (2, 2, 2), (3, 3, 3), (1, 2, 2)] {
+        let mut raw = Raw::new(&rig);
+        raw.say(&ClientMessage::Hello { min_version, max_version });
+        let (welcome, _) = raw.hear_with_fd();
+        let ServerMessage::Welcome(welcome) = welcome else { panic!("{welcome:?}") };
+        assert_eq!(welcome.version, taken);
+    }
+    for (min_version, max_version) in [(0, 0), (1, 1), (4, 9), (3, 2)] {
         let raw = Raw::new(&rig);
         raw.say(&ClientMessage::Hello { min_version, max_version });
         raw.assert_left(Farewell::Version);

@@ -52,6 +52,14 @@ fn a_listener_or_a_store_that_refuses_leaves_blocks_as_they_were() {
     rig.controller.listen(Box::new(Refuser(section(8, 9)))).unwrap();
     let before = rig.controller.config();
     assert!(follow(&rig, section(7, 9), true).unwrap_err().contains("pinned elsewhere"));
+    // The first of three can be saved.
+    let first = rig.store.commits.load(Ordering::Relaxed) + 1;
+    rig.store.fails_after.store(first, Ordering::Relaxed);
+    let sections = [section(5, 6), section(7, 8), section(10, 11)];
+    let error = rig.controller.follow_source_all(&sections, true).unwrap_err().to_string();
+    assert!(error.contains("cannot save"), "{error}");
+    assert_eq!(rig.controller.config(), before);
+    rig.store.fails_after.store(usize::MAX, Ordering::Relaxed);
     rig.store.fails.store(true, Ordering::Relaxed);
     for (section, populated) in [(section(5, 6), true), (section(0, 1), false)] {
         assert!(follow(&rig, section, populated).unwrap_err().contains("cannot save"));

@@ -1,4 +1,5 @@
 mod follow;
+mod follow_source;
 mod freezes;
 mod lost;
 
@@ -38,11 +39,15 @@ struct Server {
 
 /// A server that welcomes with `file` as its bitmap.
 fn welcome(stream: &UnixStream, file: BorrowedFd<'_>) -> FrameReader {
+    welcome_in(VERSION, stream, file)
+}
+
+fn welcome_in(version: u16, stream: &UnixStream, file: BorrowedFd<'_>) -> FrameReader {
     let mut frames = FrameReader::default();
     let hello: ClientMessage = frames.next(stream).unwrap();
-    assert_eq!(hello, ClientMessage::Hello { min_version: VERSION, max_version: VERSION });
+    assert_eq!(hello, ClientMessage::Hello { min_version: MIN_VERSION, max_version: VERSION });
     let welcome = Welcome {
-        version: VERSION,
+        version,
         generation: 7,
         geometry: geometry(),
         bitmap_size: file_size(NR as usize),
@@ -58,10 +63,14 @@ fn pair() -> (Server, RemoteRamDiscardManager) {
 }
 
 fn pair_with(timeout: Duration) -> (Server, RemoteRamDiscardManager) {
+    pair_in(VERSION, timeout)
+}
+
+fn pair_in(version: u16, timeout: Duration) -> (Server, RemoteRamDiscardManager) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = thread::spawn(move || {
         let bitmap = BitmapWriter::new(&geometry()).unwrap();
-        let frames = welcome(&ours, bitmap.file());
+        let frames = welcome_in(version, &ours, bitmap.file());
         Server { stream: ours, frames, bitmap, event: 0 }
     });
     let manager = RemoteRamDiscardManager::attach(theirs, timeout).unwrap();

@@ -1,7 +1,9 @@
 //! The messages of a client.
 
 use super::fields::{Builder, Fields};
-use super::{FREEZE_LEN, HELLO_LEN, Lengths, MAGIC, Message, MessageError, NUMBER_LEN, kind};
+use super::{
+    FREEZE_LEN, HELLO_LEN, Lengths, MAGIC, Message, MessageError, NUMBER_LEN, Sections, kind,
+};
 
 /// What a client says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +51,16 @@ pub enum ClientMessage {
         /// Comes back in the answer.
         id: u64,
     },
+    /// The device is to populate or discard the sections, all of them or none, because the device did from which
+    /// the guest comes. From version 3 on.
+    Follow {
+        /// Comes back in the answer.
+        id: u64,
+        /// Whether they are populated, or discarded.
+        populated: bool,
+        /// Where.
+        sections: Sections,
+    },
 }
 
 impl Message for ClientMessage {
@@ -58,6 +70,9 @@ impl Message for ClientMessage {
             kind::ACK | kind::FREEZE | kind::GET_SIZES => Some(Lengths::one(NUMBER_LEN)),
             kind::THAW | kind::RENEW => Some(Lengths::one(FREEZE_LEN)),
             kind::REFUSE => Some(Lengths::with_text(NUMBER_LEN)),
+            kind::FOLLOW_POPULATE | kind::FOLLOW_DISCARD => {
+                Some(Lengths::with_sections(NUMBER_LEN))
+            }
             _ => None,
         }
     }
@@ -77,6 +92,10 @@ impl Message for ClientMessage {
             Self::Thaw { id, freeze } => Builder::new(frame, kind::THAW).u64(*id).u64(*freeze),
             Self::Renew { id, freeze } => Builder::new(frame, kind::RENEW).u64(*id).u64(*freeze),
             Self::GetSizes { id } => Builder::new(frame, kind::GET_SIZES).u64(*id),
+            Self::Follow { id, populated, sections } => {
+                let kind = if *populated { kind::FOLLOW_POPULATE } else { kind::FOLLOW_DISCARD };
+                Builder::new(frame, kind).u64(*id).sections(sections)
+            }
         };
     }
 
@@ -95,6 +114,10 @@ impl Message for ClientMessage {
             kind::THAW => Self::Thaw { id: fields.u64(), freeze: fields.u64() },
             kind::RENEW => Self::Renew { id: fields.u64(), freeze: fields.u64() },
             kind::GET_SIZES => Self::GetSizes { id: fields.u64() },
+            kind::FOLLOW_POPULATE | kind::FOLLOW_DISCARD => {
+                let populated = kind == kind::FOLLOW_POPULATE;
+                Self::Follow { id: fields.u64(), populated, sections: fields.sections(kind)? }
+            }
             _ => return Err(MessageError::UnknownKind(kind)),
         })
     }

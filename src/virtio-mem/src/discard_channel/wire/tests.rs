@@ -46,6 +46,13 @@ fn golden_frames_of_a_client() {
         "07000000 10000000 0400000000000000 0900000000000000",
     );
     golden(&ClientMessage::GetSizes { id: 3 }, "06000000 08000000 0300000000000000");
+    for (populated, kind) in [(true, "08"), (false, "09")] {
+        let sections = "0500000000000000 0000200000000000 0000400000000000";
+        golden(
+            &ClientMessage::Follow { id: 5, populated, sections: self::sections() },
+            &format!("{kind}000000 18000000 {sections}"),
+        );
+    }
 }
 
 #[test]
@@ -193,6 +200,11 @@ fn client_messages() -> impl Strategy<Value = ClientMessage> {
         (any::<u64>(), ".{0,60}")
             .prop_map(|(event, reason)| ClientMessage::Refuse { event, reason }),
         any::<u64>().prop_map(|id| ClientMessage::Freeze { id }),
+        any::<(u64, bool)>().prop_map(|(id, populated)| ClientMessage::Follow {
+            id,
+            populated,
+            sections: most_sections(),
+        }),
     ]
 }
 

@@ -1,0 +1,96 @@
+//! Has the daemon at the destination follow what is known of the device from which the guest comes.
+//!
+//! It is a listener of the [`Shadow`](super::Shadow): what the shadow becomes, by the state that comes first or by
+//! changes while memory comes, the daemon is told over the discard channel before it counts. So a listener of the
+//! daemon that refuses, in whatever process, refuses the change, and the source answers BUSY to its guest.
+
+use std::sync::Arc;
+
+use anyhow::ensure;
+use migration::MigrationError;
+use ram_discard::{ListenerId, RamDiscardListener, RamDiscardManager, Section};
+use virtio_mem::controller::MemController;
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
+
+use super::device_error;
+
+/// What follows the shadow until the daemon has its own state.
+pub(super) struct DaemonFollower {
+    daemon: Arc<RemoteRamDiscardManager>,
+    listener: ListenerId,
+}
+
+impl DaemonFollower {
+    /// Has `daemon`, whatever an earlier guest has left there, follow `shadow` from now on. `None` of a daemon that
+    /// cannot.
+    pub(super) fn begin(
+        daemon: Arc<RemoteRamDiscardManager>,
+        shadow: &MemController,
+    ) -> anyhow::Result<Option<Self>> {
+        let Some(region) = shadow.geometry().section() else { return Ok(None) };
+        if !daemon.follows_source() {
+            return Ok(None);
+        }
+        let (here, there) = (shadow.geometry(), daemon.geometry());
+        ensure!(here == there, "the daemon's discard channel is of another device: {there:?}");
+        let mut left = Vec::new();
+        let _ = daemon.replay_populated(region, &mut |section| {
+            left.push(section);
+            std::ops::ControlFlow::Continue(())
+        })?;
+        daemon.follow_source_all(&left, false)?;
+        let listener = Box::new(Follower { daemon: Arc::clone(&daemon) });
+        let listener = shadow.listen(listener)?;
+        Ok(Some(Self { daemon, listener }))
+    }
+
+    /// Whether the daemon has the blocks of `shadow`, with all that came of them.
+    pub(super) fn check(&self, shadow: &MemController) -> Result<(), MigrationError> {
+        let words = self.daemon.words();
+        let words = words.map_err(|lost| device_error(&format!("the daemon is lost: {lost}")))?;
+        if words == shadow.blocks().words() {
+            return Ok(());
+        }
+        Err(device_error(
+            "the daemon's blocks were changed while memory came, as by a system reset: what came of them is lost",
+        ))
+    }
+
+    /// No guest has come: the daemon has nothing plugged again.
+    pub(super) fn undo(self, shadow: &MemController) {
+        if let Err(error) = shadow.manager().unregister(self.listener) {
+            eprintln!("small-vmm: {error}");
+        }
+    }
+}
+
+struct Follower {
+    daemon: Arc<RemoteRamDiscardManager>,
+}
+
+impl RamDiscardListener for Follower {
+    fn name(&self) -> &str {
+        "daemon"
+    }
+
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
+        self.notify_populate_all(&[section]).map_err(|(_, reason)| reason)
+    }
+
+    fn notify_discard(&mut self, section: Section) {
+        self.notify_discard_all(&[section]);
+    }
+
+    fn notify_populate_all(&mut self, sections: &[Section]) -> Result<(), (Section, String)> {
+        let Some(&first) = sections.first() else { return Ok(()) };
+        let followed = self.daemon.follow_source_all(sections, true);
+        followed.map_err(|refused| (first, refused.to_string()))
+    }
+
+    fn notify_discard_all(&mut self, sections: &[Section]) {
+        // Found out by `check` at the latest.
+        if let Err(error) = self.daemon.follow_source_all(sections, false) {
+            eprintln!("small-vmm: the daemon does not follow: {error}");
+        }
+    }
+}
