@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::link::Link;
 use crate::units::PAGE;
 
 /// How a guest is moved.
@@ -94,6 +95,8 @@ pub struct Case {
     pub way: Way,
     /// By whom.
     pub mode: Mode,
+    /// Over what.
+    pub link: Link,
 }
 
 impl Case {
@@ -139,7 +142,7 @@ impl Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let size = crate::units::size;
-        let Self { region, plugged, touched_percent, dirty_rate, way, mode } = self;
+        let Self { region, plugged, touched_percent, dirty_rate, way, mode, link } = self;
         write!(
             f,
             "{}, {}: region {}, plugged {}, touched {touched_percent} %, dirtied {}/s",
@@ -148,7 +151,8 @@ impl fmt::Display for Case {
             size(*region),
             size(*plugged),
             size(*dirty_rate)
-        )
+        )?;
+        if *link == Link::default() { Ok(()) } else { write!(f, ", over {}", link.name()) }
     }
 }
 
@@ -165,6 +169,7 @@ mod tests {
             dirty_rate: 0,
             way: Way::Precopy,
             mode,
+            link: Link::default(),
         };
         let costs = Mode::ALL.map(|mode| (case(mode).read() >> 20, case(mode).moved() >> 20));
         assert_eq!(costs, [(1024, 1024), (1024, 128), (256, 128), (128, 128)]);

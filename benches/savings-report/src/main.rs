@@ -5,6 +5,7 @@ mod case;
 mod guest;
 mod host;
 mod journal;
+mod link;
 mod measure;
 mod qemu;
 mod record;

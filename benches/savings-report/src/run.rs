@@ -1,6 +1,5 @@
 //! Runs one case: source and destination are threads of this process.
 
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -14,7 +13,6 @@ use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{
     FileIo, Restore, RunningGuest, StoppedGuest, restore_lazily, save, save_in_background,
 };
-use migration::stream::Configuration;
 use migration::{
     Channel, Guest, Incoming, MigrationInfo as Seen, NoDevices, Outgoing, Parameters, Progress,
 };
@@ -22,6 +20,7 @@ use migration::{
 use crate::case::{Case, Way};
 use crate::guest::Writer;
 use crate::host;
+use crate::link::{Channels, Ends};
 use crate::record::Figures;
 use crate::side::Side;
 use crate::units::{GIB, MIB, PAGE, millis};
@@ -49,10 +48,6 @@ const WARM: u64 = 2 * GIB;
 /// Memory for what a run will take: the rest of the source, the destination, a file.
 fn warm(case: &Case) -> Result<()> {
     Ok(host::warm(case.memory().saturating_sub(case.touched()).min(WARM))?)
-}
-
-fn configuration() -> Configuration {
-    Configuration::new("savings-report")
 }
 
 /// What is taken before a run.
@@ -101,11 +96,11 @@ fn tracker(block: &MigrationBlock) -> Result<Box<dyn DirtyTracker>> {
     Ok(Box::new(tracker.context("cannot track writes")?))
 }
 
-/// Moves the guest over Unix sockets: a main channel, and with postcopy one for urgent pages.
+/// Moves the guest over Unix sockets: a main channel, with postcopy one for urgent pages, and those that the case
+/// has for pages.
 fn migrate(case: &Case, from: &Side, when: Option<SwitchWhen>) -> Result<Figures> {
     let to = Side::new(case)?;
-    let (near, far) = UnixStream::pair()?;
-    let (near_urgent, far_urgent) = UnixStream::pair()?;
+    let (near, far) = Ends::pair(case.link)?;
     let mut track = Some(tracker(&from.block)?);
     warm(case)?;
     let here = Writer::new(from.block.mapping(), case);
@@ -115,8 +110,8 @@ fn migrate(case: &Case, from: &Side, when: Option<SwitchWhen>) -> Result<Figures
     let before = Before::now();
     let progress = Arc::new(Progress::new());
     let sent = thread::scope(|scope| {
-        let receiving = scope.spawn(|| receive(case, &to, far, when.map(|_| far_urgent)));
-        let sent = send(from, &here, &mut track, when, (near, near_urgent), &progress);
+        let receiving = scope.spawn(|| receive(case, &to, when, far));
+        let sent = send(case, from, &here, &mut track, when, near, &progress);
         let received = receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         received.context("on the destination").and(sent.context("on the source"))
     });
@@ -138,36 +133,42 @@ fn options(when: Option<SwitchWhen>) -> ListOptions {
 }
 
 fn send(
+    case: &Case,
     from: &Side,
     guest: &Arc<Writer>,
     track: &mut Option<Box<dyn DirtyTracker>>,
     when: Option<SwitchWhen>,
-    (main, urgent): (UnixStream, UnixStream),
+    ends: Ends,
     progress: &Arc<Progress>,
 ) -> Result<()> {
+    let Channels { main, urgent, pages } = ends.channels(progress)?;
     // There is one block, which takes the tracker.
     let take = |_: &MigrationBlock| track.take().unwrap_or_else(|| Box::<Merged>::default());
     let ram = RamSave::new(&from.blocks, options(when), Arc::clone(progress), take)?;
+    let ram = match pages {
+        Some(pages) => ram.with_channels(pages),
+        None => ram,
+    };
     let urgent = when.map(|_| Channel::new(urgent, Arc::clone(progress))).transpose()?;
     let postcopy = when.map(|when| PostcopyOutgoing { when, urgent, reconnect: Box::new(GiveUp) });
     let outgoing = Outgoing {
-        parameters: Parameters::new(configuration()),
+        parameters: Parameters::new(case.link.configuration()),
         guest: &**guest,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
         postcopy,
         progress: Arc::clone(progress),
     };
-    Ok(outgoing.run(Channel::new(main, Arc::clone(progress))?)?)
+    Ok(outgoing.run(main)?)
 }
 
 /// Takes the guest, which runs on here until all of its memory is there.
-fn receive(case: &Case, to: &Side, main: UnixStream, urgent: Option<UnixStream>) -> Result<()> {
+fn receive(case: &Case, to: &Side, when: Option<SwitchWhen>, ends: Ends) -> Result<()> {
     let guest = Writer::new(to.block.mapping(), case);
     let progress = Arc::new(Progress::new());
-    let options = ListOptions { postcopy: urgent.is_some(), ..ListOptions::default() };
-    let postcopy = match urgent {
-        Some(urgent) => Some(PostcopyIncoming {
+    let Channels { main, urgent, pages } = ends.channels(&progress)?;
+    let postcopy = match when {
+        Some(_) => Some(PostcopyIncoming {
             blocks: Arc::clone(&to.blocks),
             urgent: Some(Channel::new(urgent, Arc::clone(&progress))?),
             reconnect: Box::new(GiveUp),
@@ -176,16 +177,20 @@ fn receive(case: &Case, to: &Side, main: UnixStream, urgent: Option<UnixStream>)
         }),
         None => None,
     };
-    let ram = RamLoad::new(Arc::clone(&to.blocks), options, Arc::clone(&progress));
+    let ram = RamLoad::new(Arc::clone(&to.blocks), options(when), Arc::clone(&progress));
+    let ram = match pages {
+        Some(pages) => ram.with_channels(pages),
+        None => ram,
+    };
     let incoming = Incoming {
-        configuration: configuration(),
+        configuration: case.link.configuration(),
         guest: &*guest,
         handlers: vec![Box::new(ram)],
         devices: &mut NoDevices,
         postcopy,
         progress: Arc::clone(&progress),
     };
-    Ok(incoming.run(Channel::new(main, progress)?)?)
+    Ok(incoming.run(main)?)
 }
 
 /// Saves the running guest to a file in `dir`.
@@ -199,7 +204,7 @@ fn snapshot(case: &Case, from: &Side, dir: &Path) -> Result<Figures> {
     let before = Before::now();
     let progress = Arc::new(Progress::new());
     let running = RunningGuest {
-        configuration: configuration(),
+        configuration: case.link.configuration(),
         blocks: &from.blocks,
         devices: &mut NoDevices,
         guest: &*guest,
@@ -218,7 +223,7 @@ fn snapshot(case: &Case, from: &Side, dir: &Path) -> Result<Figures> {
 fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
     let file = Arc::new(tempfile::tempfile_in(dir)?);
     let stopped = StoppedGuest {
-        configuration: configuration(),
+        configuration: case.link.configuration(),
         blocks: &from.blocks,
         devices: &mut NoDevices,
         io: FileIo { threads: 1, direct: false },
@@ -236,7 +241,7 @@ fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
     let begin = Instant::now();
     let progress = Arc::new(Progress::new());
     let what = Restore {
-        configuration: configuration(),
+        configuration: case.link.configuration(),
         blocks: Arc::clone(&to.blocks),
         devices: &mut NoDevices,
         io: FileIo { threads: 1, direct: false },
@@ -262,4 +267,31 @@ fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
     // The stream around the pages is read through a buffer of 1 MiB.
     figures.check_beside(read, MIB);
     Ok(figures)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::Mode;
+    use crate::link::Link;
+
+    #[test]
+    fn a_guest_arrives_whole_over_every_link() {
+        let dir = std::env::temp_dir();
+        for link in Link::ALL {
+            let case = Case {
+                region: 64 * MIB,
+                plugged: 32 * MIB,
+                touched_percent: 50,
+                dirty_rate: 0,
+                way: Way::Precopy,
+                mode: Mode::HoleAware,
+                link,
+            };
+            let figures = run(&case, &dir).unwrap();
+            assert_eq!(figures.normal * PAGE, case.touched(), "{link:?}");
+            assert_eq!(figures.destination, case.touched(), "{link:?}");
+            assert!(figures.wire > case.touched(), "{link:?}: {} bytes", figures.wire);
+        }
+    }
 }

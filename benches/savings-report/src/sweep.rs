@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::case::{Case, Mode, Way};
+use crate::link::Link;
 use crate::units::{GIB, MIB};
 
 /// Percentages of the region that are plugged.
@@ -39,7 +40,13 @@ impl Profile {
             dirty_rate: 0,
             way: Way::Precopy,
             mode: Mode::HoleAware,
+            link: Link::default(),
         }
+    }
+
+    /// What is moved over each link: more than at the centre, so that what a link costs shows.
+    pub fn linked(self, link: Link) -> Case {
+        Case { touched_percent: 100, link, ..self.centre() }
     }
 
     /// Bytes that one case may move, or read: more takes too long, however large the machine is.
@@ -60,6 +67,7 @@ impl Profile {
             Self::Quick => self.add_quick(&mut cases),
             Self::Full => self.add_full(&mut cases),
         }
+        cases.extend(Link::ALL.map(|link| self.linked(link)));
         let mut once: Vec<Case> = Vec::with_capacity(cases.len());
         for case in cases {
             if !once.contains(&case) && makes_sense(&case) {
@@ -190,6 +198,24 @@ mod tests {
             let larger = REGIONS.into_iter().filter(|region| *region > centre.region);
             for region in larger {
                 assert!(profile.limit(&Case { region, ..centre }) < region);
+            }
+        }
+    }
+
+    #[test]
+    fn every_link_has_the_same_guest_in_each_profile() {
+        for profile in [Profile::Quick, Profile::Full] {
+            let (cases, centre) = (profile.cases(), profile.centre());
+            for link in Link::ALL {
+                let linked: Vec<_> = cases.iter().filter(|case| case.link == link).collect();
+                let guest = |case: &&&Case| {
+                    case.way == Way::Precopy
+                        && case.mode == Mode::HoleAware
+                        && (case.region, case.plugged) == (centre.region, centre.plugged)
+                        && (case.touched_percent, case.dirty_rate) == (100, 0)
+                };
+                assert_eq!(linked.iter().filter(guest).count(), 1, "{profile:?} {link:?}");
+                assert!(link == Link::default() || linked.len() == 1, "{profile:?} {link:?}");
             }
         }
     }

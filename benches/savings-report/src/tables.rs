@@ -1,8 +1,9 @@
 //! The tables of the report, as text.
 
 use crate::case::{Case, Mode, Way};
+use crate::link::Link;
 use crate::record::{Figures, Outcome, Record};
-use crate::units::{size, time};
+use crate::units::{GIB, size, time};
 use crate::view::{Dimension, View};
 
 /// A table with a heading.
@@ -146,12 +147,39 @@ pub fn small(view: &View<'_>) -> Table {
     table
 }
 
+/// The same guest over each link. Processor time of a GiB tells what a link costs also on a machine with other
+/// work.
+pub fn links(view: &View<'_>) -> Table {
+    let guest = guest(&view.profile.linked(Link::default()));
+    let title = format!("Precopy of an idle guest over different channels: {guest}");
+    let head = ["pages go over", "sends", "in", "downtime", "using CPU", "CPU a GiB"];
+    let mut table = Table::new(title, head);
+    for link in Link::ALL {
+        if let Some(record) = view.linked(link) {
+            let mut row = vec![link.name()];
+            match &record.outcome {
+                Outcome::Measured(figures) => row.extend([
+                    size(figures.wire),
+                    time(figures.total),
+                    figures.downtime.map_or_else(|| "-".to_owned(), time),
+                    time(figures.cpu),
+                    time(figures.cpu * GIB as f64 / figures.wire as f64),
+                ]),
+                Outcome::NotRun(reason) | Outcome::Failed(reason) => row.push(reason.clone()),
+            }
+            row.resize(table.head.len(), String::new());
+            table.rows.push(row);
+        }
+    }
+    table
+}
+
 /// Title of the last table.
 pub const ALL: &str = "All cases";
 
 /// Everything, one row a case.
 pub fn all(view: &View<'_>) -> Table {
-    let names = ["way", "mode", "region", "plugged", "touched", "dirtied"];
+    let names = ["way", "mode", "pages go over", "region", "plugged", "touched", "dirtied"];
     let head = names.into_iter().chain(FIGURES);
     let mut table = Table::new(ALL.to_owned(), head);
     for record in view.records {
@@ -159,6 +187,7 @@ pub fn all(view: &View<'_>) -> Table {
         let names = [
             case.way.name().to_owned(),
             case.mode.name().to_owned(),
+            link(case),
             size(case.region),
             size(case.plugged),
             format!("{} %", case.touched_percent),
@@ -169,9 +198,17 @@ pub fn all(view: &View<'_>) -> Table {
     table
 }
 
+/// By what a case moves pages: a file has no channels.
+fn link(case: &Case) -> String {
+    match case.way {
+        Way::Precopy | Way::Hybrid | Way::Postcopy => case.link.name(),
+        Way::BackgroundSnapshot | Way::Restore => "-".to_owned(),
+    }
+}
+
 /// All tables of the report, in order.
 pub fn report(view: &View<'_>) -> Vec<Table> {
-    let mut tables = vec![ways(view, false), ways(view, true)];
+    let mut tables = vec![ways(view, false), ways(view, true), links(view)];
     for dimension in Dimension::ALL {
         tables.push(sweep(view, dimension, Way::Precopy));
     }

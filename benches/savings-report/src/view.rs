@@ -1,6 +1,7 @@
 //! The records as sweeps: lines through the centre along which one thing changes.
 
 use crate::case::{Case, Mode, Way};
+use crate::link::Link;
 use crate::record::Record;
 use crate::sweep::{Profile, RATES};
 use crate::units::{GIB, size};
@@ -97,6 +98,12 @@ impl<'a> View<'a> {
     pub fn centre(&self, way: Way, mode: Mode, writing: bool) -> Option<&'a Record> {
         let dirty_rate = if writing { RATES[2] } else { 0 };
         let case = Case { way, mode, dirty_rate, ..self.profile.centre() };
+        self.records.iter().find(|record| record.case == case)
+    }
+
+    /// The record of what is moved over `link`.
+    pub fn linked(&self, link: Link) -> Option<&'a Record> {
+        let case = self.profile.linked(link);
         self.records.iter().find(|record| record.case == case)
     }
 }

@@ -81,7 +81,8 @@ impl Report {
              nothing for is not even read: what this project does."
                 .to_owned(),
             "Source and destination are two threads of one process, connected by a Unix socket pair \
-             (postcopy: two); snapshots go to a file in the page cache. Memory is fresh memfds with \
+             (postcopy: two; channels for pages: one more each); with TLS, all of them are over it; handshakes \
+             are part of the processor time, not of the total. Snapshots go to a file in the page cache. Memory is fresh memfds with \
              4 KiB pages; plugged are the first blocks of the region, touched the first pages of \
              every block, with data that does not compress. Before each run as much memory as it \
              takes, up to 2 GiB, is touched and freed: where the first touch of memory is slow, cases that \

@@ -31,7 +31,8 @@ pub fn update(report: &Report, root: &Path) -> Result<()> {
     fs::write(root.join(CHART), &chart.svg).with_context(|| format!("cannot write {CHART}"))?;
     let path = root.join("README.md");
     let readme = fs::read_to_string(&path).context("cannot read the README")?;
-    let text = format!("{}\n![{}]({CHART})\n", titled(&tables::small(&view)), chart.title);
+    let (small, links) = (titled(&tables::small(&view)), titled(&tables::links(&view)));
+    let text = format!("{small}\n![{}]({CHART})\n\n{links}", chart.title);
     let mut readme = replaced(&readme, SAVINGS, &text)?;
     if let Some(measured) = report.qemu.measured() {
         readme = replaced(&readme, QEMU, &titled(&qemu::summary(measured)))?;
