@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{compare, head, report};
+use common::{compare, head, memfd, report};
 use migration::lazy::HandlerFailed;
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use migration::snapshot::{
@@ -21,7 +21,7 @@ use migration::snapshot::{
 use migration::stream::Configuration;
 use migration::{Guest, MigrationError, NoDevices, Progress};
 use ram_discard::memory::{HostMapping, RamBlock};
-use rustix::fs::{MemfdFlags, OFlags};
+use rustix::fs::OFlags;
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -44,8 +44,7 @@ struct Side {
 }
 
 fn side() -> Side {
-    let file = File::from(rustix::fs::memfd_create("bench", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(SIZE).unwrap();
+    let file = memfd(SIZE);
     let ram = RamBlock::new("ram".into(), 0, SIZE, file, 0).unwrap();
     let block = MigrationBlock::map(Arc::new(ram), BlockOptions::migratable()).unwrap();
     let block = Arc::new(block);
@@ -77,15 +76,28 @@ fn save_stopped(side: &Side, file: &File, io: FileIo) -> Duration {
     start.elapsed()
 }
 
+/// What a bare loop does with the pieces of a file.
+#[derive(Clone, Copy, PartialEq)]
+enum Bare {
+    /// Writes each. They are on the disk at the end.
+    Write,
+    /// Reads each to the same buffer of a thread: the disk alone.
+    Read,
+    /// Reads each, and writes it to fresh memory, as a restore has to.
+    Load,
+}
+
 /// What the disk takes or gives of such pieces, by as many threads, with nothing to do but that: as fio would
-/// measure it. Written data is on the disk at the end.
-fn bare(file: &File, io: FileIo, writes: bool) -> Duration {
+/// measure it.
+fn bare(file: &File, io: FileIo, what: Bare) -> Duration {
+    let writes = what == Bare::Write;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = if io.direct { OFlags::DIRECT.bits().cast_signed() } else { 0 };
     let opened = File::options().read(true).write(writes).custom_flags(flags).open(path).unwrap();
     if writes {
         file.set_len(TOUCHED).unwrap();
     }
+    let memory = memfd(TOUCHED);
     let next = AtomicU64::new(0);
     let start = Instant::now();
     thread::scope(|scope| {
@@ -96,10 +108,16 @@ fn bare(file: &File, io: FileIo, writes: bool) -> Duration {
                 let piece = &mut bytes[start..start + MIB as usize];
                 loop {
                     let at = next.fetch_add(MIB, Ordering::Relaxed);
-                    match (at < TOUCHED, writes) {
-                        (false, _) => break,
-                        (true, true) => opened.write_all_at(piece, at).unwrap(),
-                        (true, false) => opened.read_exact_at(piece, at).unwrap(),
+                    if at >= TOUCHED {
+                        break;
+                    }
+                    if writes {
+                        opened.write_all_at(piece, at).unwrap();
+                        continue;
+                    }
+                    opened.read_exact_at(piece, at).unwrap();
+                    if what == Bare::Load {
+                        memory.write_all_at(piece, at).unwrap();
                     }
                 }
             });
@@ -142,22 +160,28 @@ fn disk() {
     fill(guest.block.mapping());
     head("Saving 512 MiB of 8 GiB to the disk", "bare write");
     for (what, io) in ways() {
-        let bare = || bare(&temporary(), io, true);
+        let bare = || bare(&temporary(), io, Bare::Write);
         compare(&what, RUNS, || save_stopped(&guest, &temporary(), io), bare);
     }
     let file = temporary();
     save_stopped(&guest, &file, FileIo::default());
     let plain = temporary();
-    bare(&plain, FileIo::default(), true);
+    bare(&plain, FileIo::default(), Bare::Write);
     drop(guest);
-    head("Loading it, from a cold cache", "bare read");
-    for (what, io) in ways() {
-        let ours = || restore_cold(&side(), &file, io);
-        let bare = || {
-            cool(&plain);
-            bare(&plain, io, false)
-        };
-        compare(&what, RUNS, ours, bare);
+    for (peer, does) in [("disk alone", Bare::Read), ("bare load", Bare::Load)] {
+        head("Loading it, from a cold cache", peer);
+        for (what, io) in ways() {
+            let ours = || {
+                warm();
+                restore_cold(&side(), &file, io)
+            };
+            let bare = || {
+                warm();
+                cool(&plain);
+                bare(&plain, io, does)
+            };
+            compare(&what, RUNS, ours, bare);
+        }
     }
 }
 
@@ -329,8 +353,14 @@ fn restoring() {
     report("lazy: all", &all[1..]);
 }
 
+/// All, or what is named: `cargo bench --bench snapshot -- disk`.
 fn main() {
-    disk();
-    saving();
-    restoring();
+    let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let sections: [(&str, fn()); 3] =
+        [("disk", disk), ("saving", saving), ("restoring", restoring)];
+    for (name, section) in sections {
+        if named.is_empty() || named.iter().any(|named| named == name) {
+            section();
+        }
+    }
 }

@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::fs::OFlags;
 
 use super::PIECE;
@@ -27,8 +27,9 @@ const ALIGNMENT: usize = TARGET_PAGE_SIZE as usize;
 /// How pages are written to a file, or read from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileIo {
-    /// How many threads move pages, 1 to [`THREADS_MAX`](Self::THREADS_MAX); what is less or more counts
-    /// as the nearest of these.
+    /// How many threads write to the file, or read from it, at once: 1 to [`THREADS_MAX`](Self::THREADS_MAX);
+    /// what is less or more counts as the nearest of these. A restore has as many more, which put what was
+    /// read into memory meanwhile.
     pub threads: usize,
     /// Whether pages go past the page cache (O_DIRECT; QEMU's direct-io) where kernel and file system
     /// take that; where they do not, pages go through it. Small pieces, headers and bitmaps always do.
@@ -40,8 +41,9 @@ impl FileIo {
     /// The most threads that move pages.
     pub const THREADS_MAX: usize = 64;
 
-    /// The most threads by default: a disk has as many requests outstanding then.
-    const THREADS_DEFAULT: usize = 8;
+    /// Threads by default, by the cores of the host: a disk has as many requests outstanding, and is idle
+    /// between two of too few. They wait more than they run.
+    const THREADS_DEFAULT: RangeInclusive<usize> = 4..=8;
 
     fn threads(self) -> usize {
         self.threads.clamp(1, Self::THREADS_MAX)
@@ -56,23 +58,73 @@ impl FileIo {
         self,
         work: impl Fn() -> Result<(), MigrationError> + Sync,
     ) -> Result<(), MigrationError> {
-        thread::scope(|scope| {
-            let others: Vec<_> = (1..self.threads()).map(|_| scope.spawn(&work)).collect();
-            let mut result = work();
-            for other in others {
-                let joined = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                result = result.and(joined);
-            }
-            result
-        })
+        run_on(self.threads(), &work)
+    }
+
+    /// As [`run`](Self::run) on twice as many threads, of which no more than there are threads are in their
+    /// [turn](Turns::take) at once: what is done outside of it does not keep the file waiting.
+    ///
+    /// # Errors
+    ///
+    /// What `work` fails with.
+    pub(super) fn run_in_turns(
+        self,
+        work: impl Fn(&Turns) -> Result<(), MigrationError> + Sync,
+    ) -> Result<(), MigrationError> {
+        let turns = Turns { free: Mutex::new(self.threads()), freed: Condvar::new() };
+        run_on(2 * self.threads(), &|| work(&turns))
+    }
+}
+
+fn run_on(
+    threads: usize,
+    work: &(impl Fn() -> Result<(), MigrationError> + Sync),
+) -> Result<(), MigrationError> {
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut result = work();
+        for other in others {
+            let joined = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            result = result.and(joined);
+        }
+        result
+    })
+}
+
+/// Turns at a file, of which so many are taken at once.
+pub(super) struct Turns {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Turns {
+    /// Does `work` in a turn. The turn ends also when `work` panics.
+    pub(super) fn take<T>(&self, work: impl FnOnce() -> T) -> T {
+        let mut free = self.free.lock();
+        self.freed.wait_while(&mut free, |free| *free == 0);
+        *free -= 1;
+        drop(free);
+        let _turn = Turn(self);
+        work()
+    }
+}
+
+/// A turn that ends when it is dropped.
+struct Turn<'a>(&'a Turns);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock() += 1;
+        self.0.freed.notify_one();
     }
 }
 
 impl Default for FileIo {
-    /// As many threads as there are cores, up to 8, and past the page cache where that is possible.
+    /// As many threads as there are cores, but 4 to 8, and past the page cache where that is possible.
     fn default() -> Self {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        Self { threads: cores.min(Self::THREADS_DEFAULT), direct: true }
+        let (least, most) = Self::THREADS_DEFAULT.into_inner();
+        Self { threads: cores.clamp(least, most), direct: true }
     }
 }
 
@@ -307,6 +359,50 @@ mod tests {
         pages.refused = AtomicBool::new(true);
         pages.write(&gathered(&memory(), 0, MIB), 0).unwrap();
         assert_eq!(file.metadata().unwrap().len(), MIB);
+    }
+
+    #[test]
+    fn no_more_turns_are_taken_at_once_than_there_are_threads_and_none_is_lost() {
+        let taken = Mutex::new((0, 0));
+        let io = FileIo { threads: 3, direct: false };
+        let work = |turns: &Turns| {
+            for _ in 0..50 {
+                turns.take(|| {
+                    let mut now = taken.lock();
+                    now.0 += 1;
+                    now.1 = now.0.max(now.1);
+                    drop(now);
+                    thread::yield_now();
+                    taken.lock().0 -= 1;
+                });
+            }
+            Ok(())
+        };
+        io.run_in_turns(work).unwrap();
+        let (now, most) = *taken.lock();
+        assert_eq!(now, 0);
+        assert!((1..=3).contains(&most), "{most}");
+
+        // Each thread waits for as many others as there are threads, outside of a turn and in one.
+        let all = std::sync::Barrier::new(6);
+        let three = std::sync::Barrier::new(3);
+        let work = |turns: &Turns| {
+            all.wait();
+            turns.take(|| three.wait());
+            Ok(())
+        };
+        io.run_in_turns(work).unwrap();
+
+        // A turn that panics is over.
+        let panics = AtomicBool::new(true);
+        let one = FileIo { threads: 1, direct: false };
+        let work = |turns: &Turns| {
+            turns.take(|| assert!(!panics.swap(false, Ordering::Relaxed), "as the test has it"));
+            Ok(())
+        };
+        let caught =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| one.run_in_turns(work)));
+        assert!(caught.is_err());
     }
 
     #[test]

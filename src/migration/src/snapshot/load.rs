@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ram_discard::{ByteRange, FreezeFor};
 
 use super::PIECE;
-use super::file_io::{AlignedBuffer, FileIo, PagesFile, Pieces};
+use super::file_io::{AlignedBuffer, FileIo, PagesFile, Pieces, Turns};
 use super::huge_pages;
 use super::stream::{Placed, load};
 use crate::devices::Devices;
@@ -70,13 +70,13 @@ fn load_pages(
     placed.iter().try_for_each(Placed::reserve)?;
     let pieces = Pieces::new(placed.iter().map(|block| &block.pages).collect());
     let file = PagesFile::to_read(file, io);
-    io.run(|| {
+    io.run_in_turns(|turns| {
         let mut buffer = AlignedBuffer::new(PIECE as usize);
         while let Some((index, pages)) = pieces.next() {
             let nr_pages = pages.end - pages.start;
             let loaded = match progress.is_cancelled() {
                 true => Err(MigrationError::Cancelled),
-                false => placed[index].load(pages, &file, &mut buffer),
+                false => placed[index].load(pages, &file, turns, &mut buffer),
             };
             // The others have nothing more to do.
             loaded.inspect_err(|_| pieces.end())?;
@@ -114,11 +114,13 @@ impl Placed {
         &self,
         pages: Range<u64>,
         file: &PagesFile<'_>,
+        turns: &Turns,
         buffer: &mut AlignedBuffer,
     ) -> Result<(), MigrationError> {
         let range = bytes_of(pages);
         let bytes = buffer.first(range.len() as usize);
-        file.read(bytes, self.pages_offset + range.start())
+        turns
+            .take(|| file.read(bytes, self.pages_offset + range.start()))
             .map_err(MigrationError::io("read pages"))?;
         if self.block.tells_holes() {
             let at = self.block.file_base() + range.start();
