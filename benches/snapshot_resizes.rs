@@ -141,4 +141,9 @@ fn main() {
         "all of it is outstanding",
         &rounds(&|| (Vm::new().unplug_while_saved(true), bare_write())),
     );
+    head("The same, against what has to be written and discarded", "both");
+    report(
+        "all of it is outstanding",
+        &rounds(&|| (Vm::new().unplug_while_saved(true), bare_write() + Vm::new().unplug())),
+    );
 }

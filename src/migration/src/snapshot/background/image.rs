@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use ram_discard::ByteRange;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -45,6 +45,21 @@ pub(super) struct Image {
     stopped: AtomicBool,
     /// Why it has failed first.
     failure: Mutex<Option<MigrationError>>,
+    /// How many discards are saving pages: the rest is not written meanwhile.
+    discarding: Mutex<usize>,
+    /// One of them has ended.
+    discarded: Condvar,
+}
+
+/// Keeps the background from writing until it is dropped. A file is written by one thread at a time, so that
+/// a guest that unplugs would otherwise wait for as much again that it does not need.
+struct BackgroundHeld<'a>(&'a Image);
+
+impl Drop for BackgroundHeld<'_> {
+    fn drop(&mut self) {
+        *self.0.discarding.lock() -= 1;
+        self.0.discarded.notify_all();
+    }
 }
 
 impl Image {
@@ -58,7 +73,8 @@ impl Image {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| MigrationError::io("make an eventfd")(errno.into()))?;
         let (stopped, failure) = (AtomicBool::new(false), Mutex::default());
-        Ok(Self { faults, saved, file, progress, wake, stopped, failure })
+        let (discarding, discarded) = (Mutex::default(), Condvar::new());
+        Ok(Self { faults, saved, file, progress, wake, stopped, failure, discarding, discarded })
     }
 
     /// The blocks, as numbers for [`save_before_discard`](Self::save_before_discard).
@@ -133,9 +149,12 @@ impl Image {
     ) {
         let pages = saved.host_pages(pages_touched(range));
         let mut gathered = GatherWrite::new();
+        let mut held = None;
         while !self.is_stopped()
             && let Some(claim) = saved.claim(self, Writer::Discards, pages.clone())
         {
+            // For nothing outstanding the background is not held: it would not get on.
+            held.get_or_insert_with(|| self.hold_background());
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 self.fail(too_slow(saved));
                 break;
@@ -156,6 +175,17 @@ impl Image {
         {
             self.fail(error);
         }
+    }
+
+    fn hold_background(&self) -> BackgroundHeld<'_> {
+        *self.discarding.lock() += 1;
+        BackgroundHeld(self)
+    }
+
+    /// Waits until no discard saves pages.
+    fn wait_for_discards(&self) {
+        let mut discarding = self.discarding.lock();
+        self.discarded.wait_while(&mut discarding, |discarding| *discarding != 0);
     }
 
     fn is_stopped(&self) -> bool {
@@ -195,6 +225,7 @@ impl Image {
             let nr_pages = saved.block.used_length() / TARGET_PAGE_SIZE;
             let mut from = 0;
             loop {
+                self.wait_for_discards();
                 if self.progress.is_cancelled() {
                     self.fail(MigrationError::Cancelled);
                 }
@@ -310,8 +341,8 @@ mod tests {
     use crate::sys::page_faults::FaultKind;
     use crate::test_support::{PAGE, fill, memfd, migration_block};
 
-    #[test]
-    fn a_discard_waits_for_pages_that_another_thread_writes() {
+    /// An image of one block of 64 pages, all of them outstanding, and its file.
+    fn image() -> (Image, File, ByteRange) {
         let memory = memfd(64 * PAGE);
         fill(&memory, 0..64, 7);
         let options = BlockOptions::migratable();
@@ -328,6 +359,37 @@ mod tests {
         let file = memfd(0);
         let own = file.try_clone().unwrap();
         let image = Image::new(faults, saved, own, Arc::new(Progress::new())).unwrap();
+        (image, file, all)
+    }
+
+    fn page_of(file: &File, page: u64) -> [u8; PAGE as usize] {
+        let mut bytes = [0; PAGE as usize];
+        file.read_exact_at(&mut bytes, (1 + page) * PAGE).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn the_rest_waits_while_a_discard_saves_pages() {
+        let (image, file, all) = image();
+        let half = ByteRange::new(0, all.len() / 2).unwrap();
+        let held = image.hold_background();
+        std::thread::scope(|scope| {
+            let background = scope.spawn(|| image.write_all());
+            std::thread::sleep(Duration::from_millis(30));
+            image.save_before_discard(&image.blocks()[0], half, None);
+            assert!(!background.is_finished());
+            let written = image.blocks()[0].state.lock().written.count();
+            assert_eq!(written, 32, "what is discarded, and nothing else");
+            drop(held);
+        });
+        assert!(!image.is_stopped());
+        assert_eq!(image.blocks()[0].state.lock().written.count(), 64);
+        assert_eq!([0, 31, 32, 63].map(|page| page_of(&file, page)), [[7; PAGE as usize]; 4]);
+    }
+
+    #[test]
+    fn a_discard_waits_for_pages_that_another_thread_writes() {
+        let (image, file, all) = image();
         let saved = &image.blocks()[0];
         let claim = saved.claim(&image, Writer::Background, 0..64).unwrap();
         std::thread::scope(|scope| {
@@ -337,8 +399,6 @@ mod tests {
             image.save(claim, &mut GatherWrite::new()).unwrap();
         });
         assert!(!image.is_stopped());
-        let mut page = [0; PAGE as usize];
-        file.read_exact_at(&mut page, 64 * PAGE).unwrap();
-        assert_eq!(page, [7; PAGE as usize]);
+        assert_eq!(page_of(&file, 63), [7; PAGE as usize]);
     }
 }
