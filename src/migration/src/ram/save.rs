@@ -39,9 +39,9 @@ const GATHER_PIECES: usize = 1024;
 /// a cancelled migration would not be noticed.
 const ITERATE_PAGES: u64 = (64 << 20) / TARGET_PAGE_SIZE;
 
-/// The pages of a section behind which a PLUG waits: some of them always go before it, so that a guest which
-/// plugs all the time is still moved.
-const SHORT_PAGES: u64 = (256 << 10) / TARGET_PAGE_SIZE;
+/// The pages of a section behind which a PLUG waits, and that are written at once while one may come: some of
+/// them always go before it, so that a guest which plugs all the time is still moved.
+pub(super) const SHORT_PAGES: u64 = (256 << 10) / TARGET_PAGE_SIZE;
 
 /// The most bytes of a request where host pages are smaller: a request is gathered as a whole. QEMU's
 /// are one host page.
@@ -178,7 +178,11 @@ impl RamSave {
         let (mut spent, mut seen, mut look) = (0, 0, SHORT_PAGES);
         while spent < budget && seen < most {
             let affordable = (budget - spent).div_ceil(TARGET_PAGE_SIZE);
-            let room = room_in(&self.gathered).min(affordable).min(most - seen);
+            let mut room = room_in(&self.gathered).min(affordable).min(most - seen);
+            if self.changes.is_some() {
+                // What is gathered goes before a change.
+                room = room.min(look - seen);
+            }
             let Some((pages, bytes)) = self.gather_next(room)? else { break };
             seen += pages;
             spent += bytes;
@@ -187,6 +191,9 @@ impl RamSave {
             }
             if seen >= look {
                 look = seen + SHORT_PAGES;
+                if self.changes.is_some() {
+                    self.flush(out)?;
+                }
                 if self.changes.as_ref().is_some_and(|changes| changes.is_waited_for()) {
                     break;
                 }
