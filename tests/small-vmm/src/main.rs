@@ -50,6 +50,10 @@ enum Command {
         /// Only show a guest that is saved while it runs, and goes on from the file at once.
         #[arg(long)]
         snapshot: bool,
+        /// Only show a guest that grows and shrinks while it moves; with --postcopy, that then moves before its
+        /// memory does.
+        #[arg(long)]
+        resize: bool,
     },
     /// Do everything at random for some minutes, with faults, and look whether what is promised
     /// holds. Ends with status 1 when it does not.
@@ -105,8 +109,9 @@ fn main() -> ExitCode {
             postcopy,
             break_channel,
             snapshot,
+            resize,
         } => {
-            let parts = Parts { postcopy, break_channel, snapshot };
+            let parts = Parts { postcopy, break_channel, snapshot, resize };
             let tls = (tls || tls_dir.is_some()).then_some(tls_dir);
             demo::run(&DemoOptions { daemon, region_size, tcp, channels, tls, parts })
         }

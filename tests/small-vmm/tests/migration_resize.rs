@@ -3,16 +3,16 @@
 
 mod common;
 
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use std::os::unix::net::UnixStream;
-
 use ram_discard::{RamDiscardListener, RamDiscardManager, Section};
-use small_vmm::guest::Command;
+use small_vmm::guest::Command as Tell;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
-use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED};
+use common::{BLOCK, Host, PATIENCE, PLUGGED, TOUCHED, daemon_binary, small_vmm};
 
 /// Slow enough that something can happen in the middle: several seconds for what there is.
 const SLOW: Option<u64> = Some(TOUCHED / 8);
@@ -39,7 +39,7 @@ impl Host {
     /// Resizes the guest, which does it.
     fn resize(&mut self, requested: u64) {
         assert!(self.daemon.api().resize(requested).unwrap().is_success());
-        self.vmm.tell(Command::Settle { requested }).unwrap();
+        self.vmm.tell(Tell::Settle { requested }).unwrap();
     }
 
     /// A client of its daemon that refuses what is populated at `offset`.
@@ -64,7 +64,7 @@ fn a_guest_grows_and_shrinks_while_it_migrates() {
     from.migrate_at(&address, SLOW);
     from.wait_followed();
     from.resize(PLUGGED + 8 * BLOCK);
-    from.vmm.tell(Command::Touch { offset: PLUGGED, size: 2 * BLOCK }).unwrap();
+    from.vmm.tell(Tell::Touch { offset: PLUGGED, size: 2 * BLOCK }).unwrap();
     assert_eq!(to.blocks(), from.blocks(), "the daemon over there follows");
     // Also what was written before, and what was plugged meanwhile.
     from.resize(PLUGGED - 2 * BLOCK);
@@ -181,7 +181,7 @@ fn a_channel_that_breaks_leaves_a_daemon_over_there_without_blocks() {
     from.migrate_at(&address, SLOW);
     from.wait_followed();
     from.resize(PLUGGED + 2 * BLOCK);
-    from.vmm.tell(Command::Cancel).unwrap();
+    from.vmm.tell(Tell::Cancel).unwrap();
     assert_eq!(from.outcome().status, "cancelled");
     assert_eq!(to.outcome().status, "failed");
     assert_eq!(to.blocks(), nothing);
@@ -216,5 +216,76 @@ fn a_daemon_that_is_reset_over_there_keeps_the_guest_here() {
     let error = to.outcome().error_desc.unwrap();
     assert!(error.contains("blocks were changed while memory came"), "{error}");
     to.assert_no_guest();
+    from.assert_guest_works();
+}
+
+fn demo(arguments: &[&str]) -> Output {
+    let mut demo = Command::new(small_vmm());
+    demo.args(["demo", "--resize", "--region-size", "128M", "--daemon"]).arg(daemon_binary());
+    demo.args(arguments).output().unwrap()
+}
+
+/// The number in a row of the demonstration's table.
+fn number(output: &Output, row: &str) -> u64 {
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find(|line| line.starts_with(row));
+    line.and_then(|line| line.split_whitespace().last()?.parse().ok())
+        .unwrap_or_else(|| panic!("no {row:?} in {text}"))
+}
+
+#[test]
+fn the_demonstration_resizes_a_guest_that_moves_and_finds_every_number_right() {
+    for arguments in [&[] as &[&str], &["--tls"], &["--tcp", "--postcopy"]] {
+        let shown = demo(arguments);
+        let wrong = String::from_utf8_lossy(&shown.stderr);
+        assert!(shown.status.success(), "{arguments:?}: {wrong}");
+        assert_eq!(number(&shown, "resizes while it moved"), 8);
+        assert!(number(&shown, "guest requests served") >= 8);
+        assert_eq!(number(&shown, "answered with BUSY"), 0);
+    }
+}
+
+#[test]
+fn the_demonstration_refuses_what_does_not_go_with_resizes() {
+    for arguments in [&["--channels", "2"] as &[&str], &["--snapshot"], &["--break-channel"]] {
+        let refused = demo(arguments);
+        assert!(!refused.status.success());
+        let why = String::from_utf8_lossy(&refused.stderr);
+        assert!(why.contains("--resize goes with --tcp, --tls and --postcopy only"), "{why}");
+    }
+}
+
+#[test]
+fn a_guest_is_resized_while_it_is_saved_in_the_background_and_goes_on_from_the_file() {
+    let mut from = Host::with_guest();
+    let (less, more) = (PLUGGED, PLUGGED + 4 * BLOCK);
+    // An image may be whole before the guest has heard of the resize.
+    for attempt in 0.. {
+        assert!(attempt < 50, "no image took as long as a resize");
+        let file = from.daemon.socket().with_file_name(format!("image-{attempt}"));
+        from.vmm.tell(Tell::Snapshot { file: file.clone(), background: true }).unwrap();
+        assert!(from.daemon.api().resize(more).unwrap().is_success());
+        let meanwhile = loop {
+            let report = from.vmm.report().unwrap();
+            let over = report.migration.unwrap().over;
+            if over || report.plugged == more {
+                break !over;
+            }
+        };
+        let saved = from.outcome();
+        assert_eq!(saved.status, "completed", "{saved:?}");
+        from.vmm.tell(Tell::Settle { requested: more }).unwrap();
+        if meanwhile {
+            let mut to = Host::waiting();
+            to.vmm.tell(Tell::Restore { file, lazy: false }).unwrap();
+            assert_eq!(to.outcome().status, "completed");
+            let plugged = to.vmm.report().unwrap().plugged;
+            assert!(plugged == less || plugged == more, "{plugged:#x}");
+            to.assert_guest_works();
+            break;
+        }
+        std::fs::remove_file(file).unwrap();
+        from.resize(less);
+    }
     from.assert_guest_works();
 }

@@ -11,6 +11,7 @@ mod host;
 mod migration;
 mod postcopy;
 mod progress;
+mod resize;
 mod show;
 mod snapshot;
 
@@ -54,6 +55,8 @@ pub struct Parts {
     pub break_channel: bool,
     /// A guest that is saved while it runs, and goes on from the file at once.
     pub snapshot: bool,
+    /// A guest that grows and shrinks while it moves; with `postcopy`, before it goes before its memory does.
+    pub resize: bool,
 }
 
 /// Runs the demonstration; true when every number was right.
@@ -91,6 +94,13 @@ fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>
         }
     };
     let links = Links { channels, tls_dir };
+    if parts.resize {
+        ensure!(
+            !parts.break_channel && !parts.snapshot && channels == 0,
+            "--resize goes with --tcp, --tls and --postcopy only: over several channels block state is frozen"
+        );
+        return resize::run(daemon, region_size, tcp, &links, parts.postcopy);
+    }
     let mut wrong = Vec::new();
     if parts.postcopy || parts.break_channel {
         wrong.extend(postcopy::run(daemon, region_size, tcp, parts.break_channel)?);

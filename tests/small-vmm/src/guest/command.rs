@@ -64,6 +64,11 @@ pub enum Command {
     },
     /// Have the guest go before its memory, if that was provided for.
     StartPostcopy,
+    /// Have the migration send no more than so many bytes a second from now on.
+    Bandwidth {
+        /// Bytes a second; 0 for no limit.
+        max: u64,
+    },
     /// Tell how the migration stands.
     Status,
     /// End the migration as soon as it can be; in postcopy, stop waiting for a new channel.

@@ -141,6 +141,7 @@ impl Session {
                 self.migration = Some(Migration::restore(machine, file, *lazy)?);
             }
             Command::StartPostcopy => self.begun()?.start_postcopy(),
+            Command::Bandwidth { max } => self.begun()?.set_bandwidth(*max)?,
             Command::Status => {
                 ensure!(self.migration.is_some(), "no migration was begun");
             }

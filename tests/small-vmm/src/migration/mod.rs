@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use migration::Progress;
 use migration::stream::{CAPABILITY_MULTIFD, Configuration};
+use migration::{ParameterChange, Progress};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
@@ -161,6 +161,12 @@ impl Migration {
     /// Has the guest go before its memory, if that was provided for.
     pub fn start_postcopy(&self) {
         self.progress.start_postcopy();
+    }
+
+    /// Has it send no more than so many bytes a second from now on; 0 for no limit.
+    pub fn set_bandwidth(&self, max: u64) -> anyhow::Result<()> {
+        let change = ParameterChange { max_bandwidth: Some(max), ..ParameterChange::default() };
+        Ok(self.progress.set_parameters(change)?)
     }
 
     fn begin(
