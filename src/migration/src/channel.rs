@@ -263,6 +263,11 @@ impl Channel {
         self.transport.wait(Ready::Read, most).unwrap_or(true)
     }
 
+    /// Whether a short message can be written at once, or fails at once.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.transport.wait(Ready::Write, Duration::ZERO).unwrap_or(true)
+    }
+
     fn is_interrupted(&self) -> bool {
         self.interrupt.as_ref().is_some_and(Interrupt::is_raised)
     }

@@ -194,6 +194,13 @@ pub trait PostcopySave: Send {
         out: &mut GatherWrite,
     ) -> Result<bool, MigrationError>;
 
+    /// The destination's guest has discarded `range`: nothing of it is sent any more.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such block or range.
+    fn discarded(&mut self, block: &str, range: ByteRange) -> Result<(), MigrationError>;
+
     /// How many bytes of pages are left to send.
     fn left(&self) -> u64;
 

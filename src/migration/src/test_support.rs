@@ -399,8 +399,19 @@ pub(super) fn tcp_pair() -> (TcpStream, TcpStream) {
     (near, far)
 }
 
-/// Bytes of what a destination says up to its verdict: PONG 1, and the PONG of the verdict.
-const VERDICT: usize = 16;
+/// What a destination says up to its verdict: the PONG of one of the two pings that ask for it.
+fn read_verdict(from: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut said = Vec::new();
+    loop {
+        // All are of the same length until then.
+        let mut pong = [0; 8];
+        from.read_exact(&mut pong)?;
+        said.extend(pong);
+        if matches!(&pong, b"\0\x02\0\x04\0\0\0\x05" | b"\0\x02\0\x04\0\0\0\x42") {
+            return Ok(said);
+        }
+    }
+}
 
 /// Source and destination of a connection on which `then` is done when the destination has said its
 /// verdict, and before the source hears it.
@@ -409,8 +420,7 @@ pub(super) fn at_the_verdict(then: impl FnOnce() + Send + 'static) -> (UnixStrea
     let (mut far, destination) = UnixStream::pair().unwrap();
     let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
     thread::spawn(move || {
-        let mut verdict = [0; VERDICT];
-        if back_from.read_exact(&mut verdict).is_ok() {
+        if let Ok(verdict) = read_verdict(&mut back_from) {
             then();
             let _ = back_to.write_all(&verdict);
         }
@@ -468,8 +478,7 @@ pub(super) fn late(late: Late) -> (OwnedFd, OwnedFd) {
     let (tell_ended, ended) = mpsc::channel();
     let deciding = Arc::clone(&decided);
     thread::spawn(move || {
-        let mut verdict = Vec::new();
-        let _ = (&mut back_from).take(VERDICT as u64).read_to_end(&mut verdict);
+        let verdict = read_verdict(&mut back_from).unwrap_or_default();
         deciding.store(true, Ordering::SeqCst);
         let _ = back_to.write_all(&verdict);
         if late == Late::Back {

@@ -70,8 +70,7 @@ impl RamDiscardListener for ArrivalFollower {
 
     fn notify_discard(&mut self, section: Section) {
         self.each(section, |memory, block, range| {
-            // As pages of zeros that arrive: those who wait for them find zeros.
-            if let Err(error) = memory.place_zeros(block, range) {
+            if let Err(error) = memory.discard(block, range) {
                 let block = memory.block(block).id();
                 tracing::warn!(block, %range, %error, "cannot wake who waits for what is discarded");
             }

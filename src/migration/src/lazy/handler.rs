@@ -173,4 +173,12 @@ impl LazyRam {
         }
         Ok(true)
     }
+
+    /// Answers a fault of a thread at `offset` of a block, as one that the kernel tells.
+    #[cfg(test)]
+    pub(crate) fn answer_fault(&self, block: usize, offset: u64) -> Result<bool, MigrationError> {
+        let mapping = self.blocks[block].mapping;
+        let fault = Fault { mapping, offset, write_protected: false, thread: 0 };
+        self.answer(&fault, Instant::now())
+    }
 }

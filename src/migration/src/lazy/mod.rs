@@ -46,6 +46,10 @@ pub trait PageSource: Send + Sync {
     /// requested anew by [`LazyRam::request_again`].
     fn request(&self, lazy: &LazyRam, block: usize, range: ByteRange) -> io::Result<()>;
 
+    /// What was outstanding of `range` has been discarded: it need not be brought any more, and is dropped when it
+    /// is. Must not wait for long.
+    fn discarded(&self, _lazy: &LazyRam, _block: usize, _range: ByteRange) {}
+
     /// Whether a request that failed is made again by itself, several times a second, because what
     /// it failed for may pass: there is no memory, or a file cannot be read. Without,
     /// [`LazyRam::request_again`] makes it.
@@ -307,6 +311,18 @@ impl LazyRam {
                 failed.insert((block, range.start()), FailedRequest { range, tries: 0 });
             }
         }
+    }
+
+    /// The guest discards `range` of a block: nothing of it is outstanding when this returns.
+    fn discard(&self, block: usize, range: ByteRange) -> Result<(), MigrationError> {
+        let was_outstanding = self.blocks[block].is_outstanding(range);
+        // As pages of zeros that arrive: those who wait for them find zeros.
+        self.place_zeros(block, range)?;
+        let source = self.source.read().clone();
+        if let (true, Some(source)) = (was_outstanding, source) {
+            source.discarded(self, block, range);
+        }
+        Ok(())
     }
 
     fn has_failed_requests(&self) -> bool {

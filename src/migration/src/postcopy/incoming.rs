@@ -140,13 +140,8 @@ impl<'a> IncomingPages<'a> {
         Ok(())
     }
 
-    /// From here on accesses to what has not arrived wait, and are asked for on `back`.
-    pub(crate) fn listen(
-        mut self,
-        back: Arc<ReturnChannel>,
-        handover: Arc<Handover>,
-        section_id: u32,
-    ) -> Result<Listening<'a>, MigrationError> {
+    /// Memory, whose outstanding pages are discarded, and waited for from here on.
+    pub(crate) fn memory(&mut self) -> Result<LazyRam, MigrationError> {
         // Also those of which nothing is to come: after a break the source asks for all of them.
         let mut blocks = Vec::new();
         for block in self.incoming.blocks.migratable()? {
@@ -158,7 +153,17 @@ impl<'a> IncomingPages<'a> {
             discard_stale(&block, &outstanding)?;
             blocks.push((block, outstanding));
         }
-        let lazy = Arc::new(LazyRam::new(blocks)?);
+        LazyRam::new(blocks)
+    }
+
+    /// From here on accesses to what has not arrived wait, and are asked for on `back`.
+    pub(crate) fn listen(
+        mut self,
+        back: Arc<ReturnChannel>,
+        handover: Arc<Handover>,
+        section_id: u32,
+    ) -> Result<Listening<'a>, MigrationError> {
+        let lazy = Arc::new(self.memory()?);
         self.progress.watch_faults(lazy.shared_statistics());
         lazy.set_source(Some(Arc::clone(&back) as Arc<dyn PageSource>));
         let Self { incoming, progress, .. } = self;

@@ -107,7 +107,8 @@ impl Listening<'_> {
                     return Err(error);
                 }
             }
-            back = Arc::new(ReturnChannel::new(channels.main.clone_handle()));
+            let new = ReturnChannel::new(channels.main.clone_handle());
+            back = Arc::new(new.continuing(&back));
             progress.set_status(Status::PostcopyRecover);
         }
         lazy.set_source(None);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use ram_discard::ByteRange;
 use vmstate::wire::WireReader;
 
 use super::requests::{Asked, Requests, Told};
@@ -340,6 +341,13 @@ impl Stream<'_, '_> {
                             written.map_err(MigrationError::io("send a page asked for"))?;
                         }
                     }
+                }
+                ReturnMessage::Discarded { block, start, len } => {
+                    let Some(range) = ByteRange::new(start, len) else {
+                        let what = format!("{len:#x} discarded bytes at {start:#x} of {block:?}");
+                        return Err(MigrationError::Unexpected(what));
+                    };
+                    self.memory.lock().discarded(&block, range)?;
                 }
                 ReturnMessage::Shut(0) => {
                     requests.done();

@@ -17,14 +17,27 @@ use crate::stream::ReturnMessage;
 /// are asked for meanwhile would be waited for as well, by the guest.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
+/// How long what is discarded waits for another message to be written.
+const DISCARD_PATIENCE: Duration = Duration::from_millis(20);
+
 /// Where the source listens. Several threads send: each message goes out whole, or the channel is
 /// shut down, which its readers take for broken.
 pub(crate) struct ReturnChannel(Mutex<State>);
 
 struct State {
     channel: Channel,
+    discards: Discards,
     /// The block that pages were asked for last, which the next request need not name.
     last_block: Option<usize>,
+}
+
+/// Whether the source is told what is discarded of the pages that are outstanding.
+#[derive(Clone, Copy, Debug, Default)]
+struct Discards {
+    /// It said that it knows of that.
+    known: bool,
+    /// It was told that the guest is here; it expects none before.
+    taken: bool,
 }
 
 impl ReturnChannel {
@@ -34,7 +47,21 @@ impl ReturnChannel {
 
     fn with_patience(mut channel: Channel, patience: Duration) -> Self {
         channel.set_write_patience(patience);
-        Self(Mutex::new(State { channel, last_block: None }))
+        let discards = Discards::default();
+        Self(Mutex::new(State { channel, discards, last_block: None }))
+    }
+
+    /// The same source hears what is sent here, after its other channel broke.
+    #[must_use]
+    pub(super) fn continuing(self, other: &Self) -> Self {
+        let discards = other.0.lock().discards;
+        self.0.lock().discards = discards;
+        self
+    }
+
+    /// The source is to be told what is discarded of the pages that are outstanding.
+    pub(crate) fn tell_discards(&self) {
+        self.0.lock().discards.known = true;
     }
 
     pub(crate) fn send(&self, message: &ReturnMessage) -> Result<(), MigrationError> {
@@ -55,7 +82,9 @@ impl ReturnChannel {
         }
         // Cancelled within the message, it leaves a source that has heard part of it, and the guest.
         let written = state.write(&bytes);
-        written.map_err(MigrationError::io("answer the source"))
+        written.map_err(MigrationError::io("answer the source"))?;
+        state.discards.taken = true;
+        Ok(())
     }
 
     /// Tells which pages of a block have been received: all but the outstanding ones. The command at byte
@@ -105,6 +134,21 @@ impl PageSource for ReturnChannel {
         state.write(&bytes)?;
         state.last_block = Some(block);
         Ok(())
+    }
+
+    /// The guest waits meanwhile, so a source that does not read is not waited for: what it sends of the range is
+    /// dropped.
+    fn discarded(&self, lazy: &LazyRam, block: usize, range: ByteRange) {
+        let Some(mut state) = self.0.try_lock_for(DISCARD_PATIENCE) else { return };
+        if !state.discards.known || !state.discards.taken || !state.channel.is_writable() {
+            return;
+        }
+        let (block, start, len) = (lazy.block(block).id().to_owned(), range.start(), range.len());
+        let mut bytes = Vec::new();
+        ReturnMessage::Discarded { block, start, len }.put(&mut bytes);
+        if let Err(error) = state.write(&bytes) {
+            tracing::debug!(%error, %range, "cannot tell the source what is discarded");
+        }
     }
 }
 

@@ -20,8 +20,8 @@ use crate::postcopy::{
 };
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{
-    BlockStateChange, Command, Configuration, PING_BLOCK_STATE, PONG_BLOCK_STATE, RAM_SECTION,
-    Record, ReturnMessage, read_header, read_record,
+    BlockStateChange, Command, Configuration, PING_BLOCK_STATE, PING_DISCARDED, PONG_BLOCK_STATE,
+    RAM_SECTION, Record, ReturnMessage, read_header, read_record,
 };
 
 /// How much is read ahead of what is handled, bytes.
@@ -242,6 +242,9 @@ impl Session<'_> {
                     // The answer is the verdict.
                     self.loader.all_loaded()?;
                 }
+                if let (PING_DISCARDED, Some(back)) = (value, &self.back) {
+                    back.tell_discards();
+                }
                 self.pong(value)
             }
             Record::Command(Command::BlockState(change)) => self.block_state(&change, at),
@@ -378,8 +381,8 @@ impl Session<'_> {
         if self.progress.is_cancelled() {
             return Err(MigrationError::Cancelled);
         }
-        // What is plugged and unplugged by a guest that runs here is of no concern to the source: it sends what it
-        // has, and what of it is not outstanding any more is dropped.
+        // What is plugged by a guest that runs here is of no concern to the source. One that knows of it is told what
+        // is unplugged; what it sends of that all the same is dropped.
         self.loader.arrives(memory)?;
         match &self.back {
             Some(back) => handover.claim(back, &self.progress),

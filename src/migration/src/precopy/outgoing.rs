@@ -21,8 +21,8 @@ use crate::postcopy::{
 };
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{
-    AdvisedSizes, Command, DISCARD_RANGES_MAX, PING_BLOCK_STATE, SectionKind, TARGET_PAGE_SIZE,
-    put_command, put_description, put_eof,
+    AdvisedSizes, Command, DISCARD_RANGES_MAX, PING_BLOCK_STATE, PING_DISCARDED, SectionKind,
+    TARGET_PAGE_SIZE, put_command, put_description, put_eof,
 };
 
 /// A migration to another host. Each is used once; after a failure another may be tried.
@@ -134,6 +134,7 @@ impl Outgoing<'_> {
         }
         if self.postcopy.is_some() {
             put_command(&mut bytes, &Command::PostcopyAdvise(Some(self.page_sizes())));
+            put_command(&mut bytes, &Command::Ping(PING_DISCARDED));
         }
         write(out, &bytes)?;
         let back = if self.parameters.one_way { None } else { Some(ReturnPath::listen(out)?) };

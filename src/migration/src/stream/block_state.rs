@@ -13,6 +13,10 @@ pub const PING_BLOCK_STATE: u32 = 0x564d_0001;
 /// The value of the PONG that says so. A destination that does not know of it answers with the value of the PING.
 pub const PONG_BLOCK_STATE: u32 = 0x564d_0002;
 
+/// The value of a PING by which a source of postcopy says that it is to be told what the guest unplugs of the pages
+/// that are outstanding. Any destination answers it as any other.
+pub const PING_DISCARDED: u32 = 0x564d_0003;
+
 /// The most ranges of a change, so that it stays short.
 pub const BLOCK_STATE_RANGES_MAX: usize = 256;
 

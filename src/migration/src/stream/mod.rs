@@ -19,7 +19,9 @@ pub use block_list::{
     RAM_VERSION, entry_len, put_entry, put_list, put_list_start,
 };
 pub use block_state::BlockStateChange;
-pub(crate) use block_state::{BLOCK_STATE_RANGES_MAX, PING_BLOCK_STATE, PONG_BLOCK_STATE};
+pub(crate) use block_state::{
+    BLOCK_STATE_RANGES_MAX, PING_BLOCK_STATE, PING_DISCARDED, PONG_BLOCK_STATE,
+};
 pub(crate) use command::DISCARD_RANGES_MAX;
 pub use command::{AdvisedSizes, Command};
 pub use configuration::{

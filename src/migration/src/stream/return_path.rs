@@ -13,6 +13,7 @@ const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
 /// Ours, far from those that QEMU may still add.
 const BLOCK_STATE: u16 = 0x564d;
+const DISCARDED: u16 = 0x564e;
 
 /// The only value a resume may be acknowledged with.
 const RESUMED: u32 = 1;
@@ -49,6 +50,16 @@ pub enum ReturnMessage {
         number: u32,
         /// Why it is refused, if it is: nothing was populated then. At most 255 bytes are sent.
         refused: Option<String>,
+    },
+    /// In postcopy: the guest has unplugged pages that are outstanding, which need not be sent any more. Only to a
+    /// source that said with a PING that it knows of this.
+    Discarded {
+        /// Id of the RAM block.
+        block: String,
+        /// Bytes from the start of the block.
+        start: u64,
+        /// Bytes.
+        len: u64,
     },
 }
 
@@ -88,6 +99,12 @@ impl ReturnMessage {
             Self::BlockState { number, refused } => {
                 put_answer(&mut data, *number, refused.as_deref());
                 BLOCK_STATE
+            }
+            Self::Discarded { block, start, len } => {
+                data.put_be64(*start);
+                data.put_be64(*len);
+                data.put_name(block);
+                DISCARDED
             }
         };
         out.put_be16(code);
@@ -129,7 +146,14 @@ impl ReturnMessage {
                 let (number, refused) = read_answer(reader)?;
                 Self::BlockState { number, refused }
             }
-            (1..=7, _) => return Err(FormatError::value(offset, "length of a message", len)),
+            (DISCARDED, 18..) => {
+                let (start, len) =
+                    (reader.be64("the start of a range")?, reader.be64("its length")?);
+                Self::Discarded { block: reader.name("the id of a block")?, start, len }
+            }
+            (1..=7 | BLOCK_STATE | DISCARDED, _) => {
+                return Err(FormatError::value(offset, "length of a message", len));
+            }
             _ => return Err(FormatError::value(offset, "message of the return path", code)),
         };
         if reader.offset() - start != len {

@@ -261,6 +261,19 @@ fn golden_changes_of_block_state() {
 }
 
 #[test]
+fn golden_discarded_pages() {
+    let told = ReturnMessage::Discarded { block: "vm0".into(), start: 0x20_0000, len: 0x40_0000 };
+    let golden = b"VN\0\x14\0\0\0\0\0\x20\0\0\0\0\0\0\0\x40\0\0\x03vm0";
+    let mut out = Vec::new();
+    told.put(&mut out);
+    assert_eq!(out, golden);
+    assert_eq!(ReturnMessage::read(&mut reader(golden)).unwrap(), told);
+    let cut = ReturnMessage::read(&mut reader(b"VN\0\x08\0\0\0\0\0\x20\0\0")).unwrap_err();
+    assert!(cut.to_string().contains("length of a message"), "{cut}");
+    assert_eq!(PING_DISCARDED, 0x564d_0003);
+}
+
+#[test]
 fn changes_of_block_state_that_do_not_add_up_are_refused() {
     let words =
         |words: &[u64]| words.iter().flat_map(|word| word.to_be_bytes()).collect::<Vec<_>>();
@@ -344,6 +357,8 @@ fn messages() -> impl Strategy<Value = ReturnMessage> {
         Just(ReturnMessage::SwitchoverAck),
         (any::<u32>(), prop::option::of("[a-z ]{0,200}"))
             .prop_map(|(number, refused)| ReturnMessage::BlockState { number, refused }),
+        (name, any::<u64>(), any::<u64>())
+            .prop_map(|(block, start, len)| ReturnMessage::Discarded { block, start, len }),
     ]
 }
 

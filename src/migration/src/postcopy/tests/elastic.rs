@@ -7,6 +7,18 @@ const PAGES: u64 = BLOCK / PAGE;
 
 /// Migrates a guest that unplugs blocks 1, 4 and 5 before anything of them has come, plugs 4 again, and 2 for the first time.
 fn migrate(from: &Side, to: &Side, urgent: bool, channels: Vec<(UnixStream, UnixStream)>) -> Run {
+    // Little comes that is not asked for, so that the guest is before it.
+    migrate_at(1 << 20, from, to, urgent, channels)
+}
+
+/// As [`migrate`], with so many bytes a second that are not asked for.
+fn migrate_at(
+    bandwidth: u64,
+    from: &Side,
+    to: &Side,
+    urgent: bool,
+    channels: Vec<(UnixStream, UnixStream)>,
+) -> Run {
     let mut expected = vec![UNREAD; 1024];
     for block in [2, 4, 9] {
         expected[block * PAGES as usize..(block + 1) * PAGES as usize].fill(0);
@@ -28,8 +40,7 @@ fn migrate(from: &Side, to: &Side, urgent: bool, channels: Vec<(UnixStream, Unix
         mapping.write(4 * BLOCK + 5 * PAGE, &[0x44; PAGE as usize]);
     });
     let mut parameters = Parameters::new(Configuration::new("test"));
-    // Little comes that is not asked for, so that the guest is before it.
-    parameters.max_postcopy_bandwidth = Some(1 << 20);
+    parameters.max_postcopy_bandwidth = Some(bandwidth);
     let channels = channels.into_iter().map(|(near, far)| (near.into(), far.into())).collect();
     let when = SwitchWhen::AtOnce;
     migrate_acting(parameters, from, to, expected, when, urgent, channels, Some(acts))
@@ -61,6 +72,17 @@ fn what_is_plugged_is_zeros_at_once_and_what_is_unplugged_never_arrives() {
         let run = migrate(&from, &to, urgent, vec![UnixStream::pair().unwrap()]);
         assert_as_the_guest_has_it(&to, run);
     }
+}
+
+#[test]
+fn what_is_unplugged_costs_no_bytes_where_the_source_knows_of_that() {
+    let (from, to) = sides(true);
+    // The guest has unplugged the blocks long before any page of them is due that it does not ask for.
+    let run = migrate_at(4 * PAGE, &from, &to, true, vec![UnixStream::pair().unwrap()]);
+    // Else it were all of them: 64 pages of block 1 and 54 of block 4.
+    assert!(run.sent.normal + run.sent.duplicate < 64, "{:?}", run.sent);
+    assert_eq!(run.sent.remaining, 0);
+    assert_as_the_guest_has_it(&to, run);
 }
 
 #[test]

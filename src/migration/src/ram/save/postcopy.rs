@@ -11,6 +11,17 @@ use crate::progress::Counters;
 use crate::stream::TARGET_PAGE_SIZE;
 use crate::sys::GatherWrite;
 
+impl RamSave {
+    /// Index of the block in which `range` is whole host pages.
+    fn find_pages(&self, block: &str, range: ByteRange) -> Option<usize> {
+        let index = self.blocks.iter().position(|other| other.block.id() == block)?;
+        let block = &self.blocks[index].block;
+        let whole = |bytes: u64| bytes.is_multiple_of(block.page_size());
+        let fits = range.end() <= block.used_length() && whole(range.start()) && whole(range.len());
+        fits.then_some(index)
+    }
+}
+
 impl PostcopySave for RamSave {
     fn has_channels(&self) -> bool {
         self.channels.is_started()
@@ -58,15 +69,9 @@ impl PostcopySave for RamSave {
         range: ByteRange,
         out: &mut GatherWrite,
     ) -> Result<bool, MigrationError> {
-        let found = self.blocks.iter().position(|other| other.block.id() == block);
-        let fits = |index: &usize| {
-            let block = &self.blocks[*index].block;
-            let page_size = block.page_size();
-            range.end() <= block.used_length()
-                && range.len() <= page_size.max(REQUEST_MAX)
-                && range.start().is_multiple_of(page_size)
-                && range.len().is_multiple_of(page_size)
-        };
+        let found = self.find_pages(block, range);
+        let fits =
+            |index: &usize| range.len() <= self.blocks[*index].block.page_size().max(REQUEST_MAX);
         let Some(index) = found.filter(fits) else {
             let what = format!("a request for {range} of block {block:?}");
             return Err(MigrationError::Unexpected(what));
@@ -81,6 +86,16 @@ impl PostcopySave for RamSave {
         }
         self.continued = None;
         Ok(!runs.is_empty())
+    }
+
+    fn discarded(&mut self, block: &str, range: ByteRange) -> Result<(), MigrationError> {
+        let Some(index) = self.find_pages(block, range) else {
+            let what = format!("{range} of block {block:?}, which was discarded");
+            return Err(MigrationError::Unexpected(what));
+        };
+        self.blocks[index].dirty.clear_range(pages_touched(range));
+        self.note_remaining();
+        Ok(())
     }
 
     fn left(&self) -> u64 {
