@@ -151,6 +151,14 @@ struct Times {
     error: Option<String>,
 }
 
+impl Times {
+    fn end_busy(&mut self) {
+        if let Some(since) = self.busy_since.take() {
+            self.busy = Some(since.elapsed());
+        }
+    }
+}
+
 impl Progress {
     /// Of a migration that has not begun.
     pub fn new() -> Self {
@@ -317,6 +325,8 @@ impl Progress {
     pub(crate) fn guest_runs_elsewhere(&self) {
         let mut times = self.times.lock();
         times.downtime = times.stopped.map(|stopped| stopped.elapsed());
+        // What stays frozen here while memory follows keeps no guest waiting.
+        times.end_busy();
         self.events.tell(Event::Switchover(times.downtime.unwrap_or_default()));
     }
 
@@ -341,8 +351,8 @@ impl Progress {
         let mut times = self.times.lock();
         if frozen {
             times.busy_since.get_or_insert_with(Instant::now);
-        } else if let Some(since) = times.busy_since.take() {
-            times.busy = Some(since.elapsed());
+        } else {
+            times.end_busy();
         }
     }
 
@@ -395,7 +405,7 @@ pub struct MigrationInfo {
     /// What the downtime would be if the guest were stopped now.
     pub expected_downtime: Option<Duration>,
     /// For how long block state was frozen, or is, the last time: the guest's requests are answered with BUSY
-    /// meanwhile. Where both ends know that it may change, that is the switchover.
+    /// meanwhile. Where both ends know that it may change, that is the switchover. It ends when the guest leaves.
     pub busy_time: Option<Duration>,
     /// How long it takes until the guest can run at the destination, if it goes on to write as it did when
     /// dirty pages were collected last. In the first pass, before it is known how it writes, as if it wrote
@@ -408,6 +418,21 @@ pub struct MigrationInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn block_state_that_stays_frozen_where_the_guest_has_left_counts_no_longer() {
+        let progress = Progress::new();
+        assert_eq!(progress.snapshot().busy_time, None);
+        progress.busy(true);
+        progress.guest_stopped();
+        progress.guest_runs_elsewhere();
+        let known = progress.snapshot();
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(progress.snapshot().busy_time, known.busy_time);
+        progress.busy(false);
+        assert_eq!(progress.snapshot().busy_time, known.busy_time);
+        assert!(known.busy_time >= known.downtime && known.downtime.is_some());
+    }
 
     #[test]
     fn a_guest_that_was_lost_after_it_left_was_not_cancelled() {

@@ -20,7 +20,7 @@ pub struct MigrationReport {
     pub setup_time: f64,
     /// From the guest's stop until it could run on the destination.
     pub downtime: Option<f64>,
-    /// For how long block state was frozen, the last time.
+    /// For how long block state was frozen, the last time, while the guest was here.
     #[serde(default)]
     pub busy_time: Option<f64>,
     /// Memory.
