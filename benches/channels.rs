@@ -408,7 +408,7 @@ fn main() {
             row("bare loops, 4 sockets against 1", &|| bare(from, kind, 4), &one);
             let tls = |channels| {
                 let tls = Some(certificates);
-                move || Link { kind, channels, tls }.migrate(&from)
+                move || Link { kind, channels, tls }.migrate(from)
             };
             let bare = || bare_tls(from, kind, certificates);
             head(&format!("TLS 1.3 over a {name}, {cores} cores"), "a bare rustls loop");
