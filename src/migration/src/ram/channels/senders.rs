@@ -53,8 +53,8 @@ pub(crate) struct Senders {
 
 struct Shared {
     state: Mutex<State>,
-    /// There is work, or none will come.
-    work: Condvar,
+    /// There is work, or none will come: one a channel, so that a packet wakes the thread that sends it alone.
+    work: Vec<Condvar>,
     /// Work was taken or done, or one has failed.
     done: Condvar,
     written: AtomicU64,
@@ -88,7 +88,7 @@ impl Senders {
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
-            work: Condvar::new(),
+            work: (0..count).map(|_| Condvar::new()).collect(),
             done: Condvar::new(),
             written: AtomicU64::new(0),
             packets: AtomicU64::new(1),
@@ -133,7 +133,7 @@ impl Senders {
             if state.queues[shortest].len() < WAITING {
                 self.next = (shortest + 1) % count;
                 state.push(shortest, Job::Pages(pages));
-                self.shared.work.notify_all();
+                self.shared.work[shortest].notify_one();
                 return Ok(());
             }
             if self.shared.progress.is_cancelled() {
@@ -163,7 +163,7 @@ impl Senders {
             state.push(queue, Job::Sync);
         }
         drop(state);
-        self.shared.work.notify_all();
+        self.shared.wake_all();
         let mut flush = Vec::new();
         put_multifd_flush(&mut flush);
         out.write(&flush).map_err(MigrationError::io("send pages"))
@@ -204,7 +204,7 @@ impl Senders {
         state.check()?;
         state.ended = true;
         drop(state);
-        self.shared.work.notify_all();
+        self.shared.wake_all();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -221,7 +221,7 @@ impl Drop for Senders {
         self.shared.state.lock().ended = true;
         self.interrupt.raise();
         self.channels.iter().for_each(Channel::shutdown);
-        self.shared.work.notify_all();
+        self.shared.wake_all();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -240,6 +240,12 @@ impl State {
 }
 
 impl Shared {
+    fn wake_all(&self) {
+        self.work.iter().for_each(|work| {
+            work.notify_one();
+        });
+    }
+
     fn fail(&self, number: usize, error: MigrationError) {
         self.state.lock().failure.set(number, error);
         self.done.notify_all();
@@ -259,7 +265,7 @@ impl Shared {
             if state.ended {
                 return None;
             }
-            self.work.wait(&mut state);
+            self.work[number].wait(&mut state);
         }
     }
 }
