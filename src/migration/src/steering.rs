@@ -1,6 +1,7 @@
 //! What can be changed of a migration while it runs.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -13,6 +14,9 @@ use crate::progress::Status;
 /// The longest downtime that may be allowed (QEMU's MAX_MIGRATE_DOWNTIME).
 const DOWNTIME_MAX: Duration = Duration::from_secs(2000);
 
+/// QEMU's levels of zstd, without its 0, which it says is no compression and zstd takes for its default.
+const ZSTD_LEVELS: RangeInclusive<u8> = 1..=20;
+
 /// New values of parameters, under QEMU's names (migrate-set-parameters); what is `None` stays as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ParameterChange {
@@ -24,6 +28,8 @@ pub struct ParameterChange {
     pub downtime_limit: Option<Duration>,
     /// How vCPUs are slowed down. Switched off, they run at full speed again.
     pub throttle: Option<ThrottleParameters>,
+    /// As [`Parameters::multifd_zstd_level`]. Each channel sends one more packet as it was before.
+    pub multifd_zstd_level: Option<u8>,
 }
 
 /// Why a migration is not steered so; nothing has changed.
@@ -58,6 +64,7 @@ impl ParameterChange {
             max_postcopy_bandwidth: Some(parameters.max_postcopy_bandwidth.unwrap_or(0)),
             downtime_limit: Some(parameters.downtime_limit),
             throttle: Some(parameters.throttle),
+            multifd_zstd_level: Some(parameters.multifd_zstd_level),
         }
     }
 
@@ -68,6 +75,7 @@ impl ParameterChange {
             max_postcopy_bandwidth: self.max_postcopy_bandwidth.or(before.max_postcopy_bandwidth),
             downtime_limit: self.downtime_limit.or(before.downtime_limit),
             throttle: self.throttle.or(before.throttle),
+            multifd_zstd_level: self.multifd_zstd_level.or(before.multifd_zstd_level),
         }
     }
 
@@ -77,6 +85,13 @@ impl ParameterChange {
         };
         if let Some(limit) = self.downtime_limit.filter(|limit| *limit > DOWNTIME_MAX) {
             return wrong("downtime-limit", &limit.as_millis(), "0 to 2000000 ms");
+        }
+        if let Some(level) = self.multifd_zstd_level.filter(|level| !ZSTD_LEVELS.contains(level)) {
+            return wrong(
+                "multifd-zstd-level",
+                &level,
+                "1 to 20; compression is switched off by its capability",
+            );
         }
         let Some(throttle) = self.throttle else { return Ok(()) };
         let ThrottleParameters { trigger_threshold, initial, increment, max, .. } = throttle;
@@ -115,6 +130,8 @@ pub(crate) struct Steering {
     /// Counts changes of parameters.
     changes: AtomicU64,
     told: Condvar,
+    /// What the migration began with.
+    multifd_zstd_level: AtomicU8,
 }
 
 #[derive(Debug, Default)]
@@ -154,6 +171,17 @@ impl Steering {
             downtime_limit: change.downtime_limit.unwrap_or(parameters.downtime_limit),
             throttle: change.throttle.unwrap_or(parameters.throttle),
         }
+    }
+
+    /// A migration begins with `parameters`.
+    pub(crate) fn begin(&self, parameters: &Parameters) {
+        self.multifd_zstd_level.store(parameters.multifd_zstd_level, Ordering::Relaxed);
+    }
+
+    /// The level of compression now.
+    pub(crate) fn multifd_zstd_level(&self) -> u8 {
+        let changed = self.wanted.lock().change.multifd_zstd_level;
+        changed.unwrap_or_else(|| self.multifd_zstd_level.load(Ordering::Relaxed))
     }
 
     /// What postcopy may send a second now, if that was changed.

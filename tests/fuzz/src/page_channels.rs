@@ -1,5 +1,5 @@
 //! Channels for pages beside a main one: greetings, packets, barriers and ends in any order, right, edited,
-//! or of any bytes.
+//! or of any bytes; plain, or compressed where that was agreed on and where it was not.
 //!
 //! What is promised: no panic and no end without an end; nothing gets where memory is discarded; and a load
 //! that succeeds had a greeting and the same barriers on every channel.
@@ -12,13 +12,15 @@ use std::time::Duration;
 
 use migration::ram::{BlockOptions, ListOptions, MigrationBlock, PageChannels, RamBlocks, RamLoad};
 use migration::stream::{
-    CAPABILITY_MULTIFD, Configuration, Encoding, Greeting, PacketHead, RAM_VERSION, SectionKind,
-    put_end_of_section, put_list, put_multifd_flush,
+    CAPABILITY_MULTIFD, CAPABILITY_MULTIFD_ZSTD, Configuration, Encoding, Greeting, PacketHead,
+    RAM_VERSION, SectionKind, put_end_of_section, put_list, put_multifd_flush,
 };
 use migration::{Channel, LoadHandler, Progress};
 use ram_discard::memory::RamBlock;
 use ram_discard::{LocalRamDiscardManager, RamDiscardManager};
 use vmstate::wire::WireReader;
+use zstd_safe::zstd_sys::ZSTD_EndDirective;
+use zstd_safe::{CCtx, InBuffer, OutBuffer, ResetDirective};
 
 use crate::input::Input;
 use crate::migration_stream::{BLOCK, BLOCKS, PAGE, memfd, plugged};
@@ -49,7 +51,8 @@ fn drive(data: &[u8]) -> bool {
     blocks.register(Arc::new(block)).unwrap();
     let blocks = Arc::new(blocks);
 
-    let count = usize::from(input.u8() % 3) + 1;
+    let how = input.u8();
+    let (count, zstd) = (usize::from(how % 3) + 1, how & 0x80 != 0);
     let progress = Arc::new(Progress::new());
     let channel = |stream: UnixStream| {
         let mut channel = Channel::new(stream, Arc::clone(&progress)).unwrap();
@@ -61,11 +64,14 @@ fn drive(data: &[u8]) -> bool {
     let options = ListOptions::default();
     let mut ram =
         RamLoad::new(Arc::clone(&blocks), options, Arc::clone(&progress)).with_channels(far);
-    let configuration = Configuration {
+    let mut configuration = Configuration {
         capabilities: vec![CAPABILITY_MULTIFD.to_owned()],
         uuid: Some(UUID),
         ..Configuration::new("fuzz")
     };
+    if zstd {
+        configuration.capabilities.push(CAPABILITY_MULTIFD_ZSTD.to_owned());
+    }
     ram.configure(&configuration).unwrap();
     ram.load_setup().unwrap();
 
@@ -73,6 +79,7 @@ fn drive(data: &[u8]) -> bool {
     let mut sections = Vec::new();
     let mut section = Vec::new();
     let mut number = 1;
+    let mut streams: Vec<_> = (0..count).map(|_| CCtx::create()).collect();
     while !input.is_empty() && sections.len() < 8 {
         let what = input.u8();
         let channel = usize::from(what >> 4) % count;
@@ -86,7 +93,7 @@ fn drive(data: &[u8]) -> bool {
                 said[channel].extend(bytes);
             }
             1..=3 => {
-                let mut bytes = packet(&mut number, &mut input);
+                let mut bytes = packet(&mut number, &mut input, &mut streams[channel]);
                 if what & 8 != 0 {
                     edit(&mut bytes, &mut input);
                 }
@@ -95,7 +102,7 @@ fn drive(data: &[u8]) -> bool {
             4 => {
                 // A barrier on all of them.
                 for said in &mut said {
-                    said.extend(head(number, true, 0, 0, &[]));
+                    said.extend(head(number, true, Encoding::Plain, (0, 0), 0, &[]));
                     number += 1;
                 }
                 put_multifd_flush(&mut section);
@@ -141,28 +148,59 @@ fn drive(data: &[u8]) -> bool {
 }
 
 /// A packet of a few pages, anywhere in the block and behind it.
-fn packet(number: &mut u64, input: &mut Input<'_>) -> Vec<u8> {
+fn packet(number: &mut u64, input: &mut Input<'_>, stream: &mut CCtx<'_>) -> Vec<u8> {
     let how = input.u8();
     let (normal, zero) = (usize::from(how % 4), usize::from(how >> 2 & 3));
     let pages = BLOCKS as u64 * BLOCK / PAGE + 1;
     let offsets: Vec<u64> =
         (0..normal + zero).map(|_| u64::from(input.u8()) % pages * PAGE).collect();
-    let mut bytes = head(*number, how & 0x10 != 0, normal, zero, &offsets);
+    let mut payload = vec![how | 1; normal * PAGE as usize];
+    let encoding = if how & 0x20 == 0 { Encoding::Plain } else { Encoding::Zstd };
+    if normal != 0 {
+        match encoding {
+            Encoding::Plain => drop(stream.reset(ResetDirective::SessionOnly)),
+            Encoding::Zstd => {
+                // Far more than it says, sometimes.
+                let more = if how & 0x40 != 0 { 1 << 20 } else { 0 };
+                payload.resize(payload.len() + more, 0);
+                payload = compressed(stream, &payload);
+            }
+        }
+    }
+    let sync = how & 0x10 != 0;
+    let mut bytes = head(*number, sync, encoding, (normal, zero), payload.len(), &offsets);
     *number += 1;
-    bytes.resize(bytes.len() + normal * PAGE as usize, how | 1);
+    bytes.extend(payload);
     bytes
 }
 
-fn head(number: u64, sync: bool, normal: usize, zero: usize, offsets: &[u64]) -> Vec<u8> {
+/// The next part of a channel's stream.
+fn compressed(stream: &mut CCtx<'_>, pages: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(zstd_safe::compress_bound(pages.len()));
+    let mut output = OutBuffer::around(&mut out);
+    let flush = ZSTD_EndDirective::ZSTD_e_flush;
+    let left = stream.compress_stream2(&mut output, &mut InBuffer::around(pages), flush);
+    assert_eq!(left, Ok(0));
+    out
+}
+
+fn head(
+    number: u64,
+    sync: bool,
+    encoding: Encoding,
+    (normal, zero): (usize, usize),
+    payload: usize,
+    offsets: &[u64],
+) -> Vec<u8> {
     let head = PacketHead {
         at: 0,
         number,
         sync,
-        encoding: Encoding::Plain,
+        encoding,
         block: "vmem0".to_owned(),
         normal,
         zero,
-        payload: normal * PAGE as usize,
+        payload,
     };
     let mut bytes = Vec::new();
     head.put(offsets, &mut bytes);
@@ -194,6 +232,18 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         [&[1][..], &greetings, &pages].concat(),
         [&[2][..], &greetings, &pages, &barrier].concat(),
         [&[1][..], &greetings, &[0x09, 0x06, 1, 32, 33, 0, 9, 0, 4], &barrier].concat(),
+        // Compressed, plain, and compressed again, on two channels; without agreement; a bomb; edited.
+        [
+            &[0x81][..],
+            &greetings,
+            &[0x01, 0x22, 1, 32, 0x11, 0x26, 2, 34, 35],
+            &[0x01, 0x22, 1, 32, 0x01, 0x01, 3, 0x01, 0x21, 4],
+            &barrier,
+        ]
+        .concat(),
+        [&[1][..], &greetings, &[0x01, 0x22, 1, 32], &barrier].concat(),
+        [&[0x81][..], &greetings, &[0x01, 0x62, 1, 32], &barrier].concat(),
+        [&[0x81][..], &greetings, &[0x09, 0x22, 1, 32, 0, 0x05, 0x48, 7], &barrier].concat(),
     ]
 }
 
@@ -204,6 +254,6 @@ mod tests {
     #[test]
     fn the_seeds_reach_both_outcomes() {
         let driven: Vec<_> = seeds().iter().map(|seed| drive(seed)).collect();
-        assert_eq!(driven, [true, false, false, false, false, false]);
+        assert_eq!(driven, [true, false, false, false, false, false, true, false, false, false]);
     }
 }

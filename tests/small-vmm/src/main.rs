@@ -35,6 +35,9 @@ enum Command {
         /// Migrate pages over this many channels of their own, 1 to 64.
         #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
         channels: usize,
+        /// Compress pages on their channels, at a level of 1 (the fastest, unless given) to 20.
+        #[arg(long, value_name = "zstd[:LEVEL]", requires = "channels", value_parser = parse_compress)]
+        compress: Option<u8>,
         /// Migrate over TLS 1.3, with certificates that are made for this run.
         #[arg(long)]
         tls: bool,
@@ -85,6 +88,9 @@ enum Command {
         /// Of that guest: how many channels its pages come over, 1 to 64.
         #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
         channels: usize,
+        /// Of that guest: its pages come compressed; the level is the source's.
+        #[arg(long, value_name = "zstd[:LEVEL]", requires = "channels", value_parser = parse_compress)]
+        compress: Option<u8>,
         /// Of that guest: the folder with certificates, under QEMU's names.
         #[arg(long, value_name = "DIR")]
         tls_dir: Option<PathBuf>,
@@ -104,6 +110,7 @@ fn main() -> ExitCode {
             region_size,
             tcp,
             channels,
+            compress,
             tls,
             tls_dir,
             postcopy,
@@ -113,7 +120,7 @@ fn main() -> ExitCode {
         } => {
             let parts = Parts { postcopy, break_channel, snapshot, resize };
             let tls = (tls || tls_dir.is_some()).then_some(tls_dir);
-            demo::run(&DemoOptions { daemon, region_size, tcp, channels, tls, parts })
+            demo::run(&DemoOptions { daemon, region_size, tcp, channels, compress, tls, parts })
         }
         Command::Soak { daemon, minutes, seed } => {
             soak::run(&SoakOptions { daemon, time: Duration::from_secs(60 * minutes), seed })
@@ -125,6 +132,7 @@ fn main() -> ExitCode {
             region_size,
             incoming,
             channels,
+            compress,
             tls_dir,
             paused,
             compat_level,
@@ -139,7 +147,7 @@ fn main() -> ExitCode {
                 compat_level,
             };
             let incoming = incoming.filter(|from| from != "defer");
-            let links = Links { channels, tls_dir };
+            let links = Links { channels, tls_dir, zstd: compress };
             guest::run(GuestOptions { machine, incoming, links }, stdin().lock(), stdout().lock())
                 .map(|()| true)
         }
@@ -152,4 +160,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The level of `zstd`, or of `zstd:LEVEL`.
+fn parse_compress(text: &str) -> Result<u8, String> {
+    let level = match text.split_once(':') {
+        None if text == "zstd" => Some(1),
+        Some(("zstd", level)) => level.parse().ok().filter(|level| (1..=20).contains(level)),
+        _ => None,
+    };
+    level.ok_or_else(|| "not zstd, or zstd:LEVEL with a level of 1 to 20".to_owned())
 }

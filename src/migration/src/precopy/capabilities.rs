@@ -3,27 +3,36 @@
 use super::Parameters;
 use crate::error::MigrationError;
 use crate::steering;
-use crate::stream::{CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM};
+use crate::stream::{
+    CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, CAPABILITY_MULTIFD, CAPABILITY_MULTIFD_ZSTD,
+};
 
-/// A capability (QEMU's MigrationCapability).
+/// A capability (QEMU's MigrationCapability), and compression, which in QEMU is a parameter of both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Capability {
     IgnoreShared,
     MappedRam,
+    Multifd,
+    MultifdZstd,
     PostcopyPreempt,
     PostcopyRam,
     ReturnPath,
 }
 
-use Capability::{IgnoreShared, MappedRam, PostcopyPreempt, PostcopyRam, ReturnPath};
+use Capability::{
+    IgnoreShared, MappedRam, Multifd, MultifdZstd, PostcopyPreempt, PostcopyRam, ReturnPath,
+};
 
 impl Capability {
-    const ALL: [Self; 5] = [IgnoreShared, MappedRam, PostcopyPreempt, PostcopyRam, ReturnPath];
+    const ALL: [Self; 7] =
+        [IgnoreShared, MappedRam, Multifd, MultifdZstd, PostcopyPreempt, PostcopyRam, ReturnPath];
 
     fn name(self) -> &'static str {
         match self {
             Self::IgnoreShared => CAPABILITY_IGNORE_SHARED,
             Self::MappedRam => CAPABILITY_MAPPED_RAM,
+            Self::Multifd => CAPABILITY_MULTIFD,
+            Self::MultifdZstd => CAPABILITY_MULTIFD_ZSTD,
             Self::PostcopyPreempt => "postcopy-preempt",
             Self::PostcopyRam => "postcopy-ram",
             Self::ReturnPath => "return-path",
@@ -34,15 +43,19 @@ impl Capability {
 /// What is in use.
 pub(super) struct Capabilities([bool; Capability::ALL.len()]);
 
+/// What a migration has not got, and a snapshot has.
+const OF_FILES: &[(Capability, &str)] = &[(
+    MappedRam,
+    "is the layout of a file, and pages go out as they are found: save a snapshot, or switch it off",
+)];
+
 /// Pairs of which both may not be in use.
-const EXCLUDE: &[(Capability, Capability, &str)] = &[
-    (PostcopyRam, IgnoreShared, "switch one of them off"),
-    (MappedRam, ReturnPath, "it is the layout of a file: save a snapshot, or send one way"),
-    (MappedRam, PostcopyRam, "switch one of them off"),
-];
+const EXCLUDE: &[(Capability, Capability, &str)] =
+    &[(PostcopyRam, IgnoreShared, "switch one of them off")];
 
 /// The first needs the second.
 const REQUIRE: &[(Capability, Capability, &str)] = &[
+    (MultifdZstd, Multifd, "and pages go over the main channel, where none are compressed"),
     (PostcopyRam, ReturnPath, "and the stream goes one way"),
     (PostcopyPreempt, PostcopyRam, "and postcopy was not provided for"),
 ];
@@ -51,7 +64,9 @@ impl Capabilities {
     /// Of a migration with these parameters, with postcopy and its own channel for pages that are asked for.
     pub(super) fn of(parameters: &Parameters, postcopy: bool, preempt: bool) -> Self {
         Self(Capability::ALL.map(|capability| match capability {
-            IgnoreShared | MappedRam => parameters.configuration.has(capability.name()),
+            IgnoreShared | MappedRam | Multifd | MultifdZstd => {
+                parameters.configuration.has(capability.name())
+            }
             PostcopyPreempt => preempt,
             PostcopyRam => postcopy,
             ReturnPath => !parameters.one_way,
@@ -63,8 +78,13 @@ impl Capabilities {
         all.any(|(known, used)| known == capability && used)
     }
 
-    /// Refuses what excludes each other, and what lacks something that it needs.
+    /// Refuses what is for files, what excludes each other, and what lacks something that it needs.
     fn check(&self) -> Result<(), MigrationError> {
+        for &(one, why) in OF_FILES {
+            if self.has(one) {
+                return Err(MigrationError::NotPossible(format!("{} {why}", one.name())));
+            }
+        }
         for &(one, other, remedy) in EXCLUDE {
             if self.has(one) && self.has(other) {
                 let (one, other) = (one.name(), other.name());
@@ -120,7 +140,8 @@ mod tests {
             let capabilities = Capabilities(used);
             let has = |capability| capabilities.has(capability);
             let fits = !(has(PostcopyRam) && (has(IgnoreShared) || !has(ReturnPath)))
-                && !(has(MappedRam) && (has(ReturnPath) || has(PostcopyRam)))
+                && !has(MappedRam)
+                && (has(Multifd) || !has(MultifdZstd))
                 && (has(PostcopyRam) || !has(PostcopyPreempt));
             let checked = capabilities.check();
             assert_eq!(checked.is_ok(), fits, "{used:?}");
@@ -129,12 +150,13 @@ mod tests {
         said.sort();
         said.dedup();
         let expected = [
-            "mapped-ram and postcopy-ram exclude each other: switch one of them off",
-            "mapped-ram and return-path exclude each other: it is the layout of a file: save a \
-             snapshot, or send one way",
+            "mapped-ram is the layout of a file, and pages go out as they are found: save a \
+             snapshot, or switch it off",
             "postcopy-preempt needs postcopy-ram, and postcopy was not provided for",
             "postcopy-ram and x-ignore-shared exclude each other: switch one of them off",
             "postcopy-ram needs return-path, and the stream goes one way",
+            "x-multifd-zstd needs multifd, and pages go over the main channel, where none are \
+             compressed",
         ];
         assert_eq!(said, expected);
     }
@@ -146,6 +168,17 @@ mod tests {
         parameters.one_way = true;
         assert!(check(&parameters, true, false).is_err());
         check(&parameters, false, false).unwrap();
+        for (capability, fits) in
+            [("x-multifd-zstd", false), ("multifd", true), ("mapped-ram", false)]
+        {
+            parameters.configuration.capabilities.push(capability.to_owned());
+            assert_eq!(check(&parameters, false, false).is_ok(), fits, "{capability}");
+        }
+        parameters.configuration.capabilities.clear();
+        parameters.multifd_zstd_level = 21;
+        let error = check(&parameters, false, false).unwrap_err().to_string();
+        assert!(error.contains("multifd-zstd-level: 21 is not 1 to 20"), "{error}");
+        parameters.multifd_zstd_level = 20;
         parameters.throttle.max = 100;
         let error = check(&parameters, false, false).unwrap_err().to_string();
         assert!(error.contains("max-cpu-throttle: 100"), "{error}");

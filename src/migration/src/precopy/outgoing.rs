@@ -117,6 +117,7 @@ impl Outgoing<'_> {
         handlers::check(&self.handlers)?;
         let preempt = self.postcopy.as_ref().is_some_and(|postcopy| postcopy.urgent.is_some());
         capabilities::check(&self.parameters, self.postcopy.is_some(), preempt)?;
+        self.progress.steering.begin(&self.parameters);
         for handler in &mut self.handlers {
             handler.freeze()?;
         }

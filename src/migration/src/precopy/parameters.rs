@@ -37,6 +37,10 @@ pub struct Parameters {
     /// BUSY; 1 s by default. `None` keeps block state frozen from the beginning to the end, as a destination does that
     /// cannot follow, and a manager of discarded memory that can only freeze.
     pub block_state_timeout: Option<Duration>,
+    /// How hard pages are compressed, 1 to 20, where the configuration has the capability
+    /// [`CAPABILITY_MULTIFD_ZSTD`](crate::stream::CAPABILITY_MULTIFD_ZSTD); 1, the fastest, by default. The source
+    /// alone has a level. Both sides keep some MiB a channel for it, the source up to 50 MiB at the highest levels.
+    pub multifd_zstd_level: u8,
     /// What both sides must agree on: machine type and capabilities.
     pub configuration: Configuration,
     /// Whether nothing is heard of a destination: the stream goes to a file, or down a pipe. All of
@@ -61,6 +65,7 @@ impl Parameters {
             throttle: ThrottleParameters::default(),
             switchover_timeout: Duration::from_secs(30),
             block_state_timeout: Some(Duration::from_secs(1)),
+            multifd_zstd_level: 1,
             configuration,
             one_way: false,
             pause_before_switchover: false,

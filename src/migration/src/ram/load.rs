@@ -12,6 +12,7 @@ use std::sync::Arc;
 use ram_discard::{ByteRange, FreezeFor};
 use vmstate::wire::WireRead;
 
+use super::channels::Agreed;
 use super::channels::receivers::Receivers;
 use super::prepare::prepare;
 use super::registry::{ListOptions, RamBlocks};
@@ -63,7 +64,7 @@ pub struct RamLoad {
 /// Channels for pages: none, or not begun, or with a thread each.
 enum Channels {
     None,
-    Waiting(PageChannels, [u8; 16]),
+    Waiting(PageChannels, Agreed),
     Started(Receivers),
     Ended,
 }
@@ -109,7 +110,7 @@ impl RamLoad {
     /// Has pages come by channels of their own, as the configuration's capability `multifd` says.
     #[must_use]
     pub fn with_channels(self, channels: PageChannels) -> Self {
-        Self { channels: Channels::Waiting(channels, [0; 16]), ..self }
+        Self { channels: Channels::Waiting(channels, Agreed::default()), ..self }
     }
 
     /// Handles the records that are wholly in `buffer`, which starts at byte `at` of the stream;
@@ -383,9 +384,9 @@ impl LoadHandler for RamLoad {
 
     fn configure(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
         self.options.check(configuration)?;
-        let uuid = self.check_channels(configuration)?;
-        if let (Channels::Waiting(_, of), Some(uuid)) = (&mut self.channels, uuid) {
-            *of = uuid;
+        let agreed = self.check_channels(configuration)?;
+        if let (Channels::Waiting(_, on), Some(agreed)) = (&mut self.channels, agreed) {
+            *on = agreed;
         }
         Ok(())
     }

@@ -134,7 +134,7 @@ impl RamSave {
     /// `multifd` says.
     #[must_use]
     pub fn with_channels(mut self, channels: PageChannels) -> Self {
-        self.channels = SaveChannels::Waiting(channels, [0; 16]);
+        self.channels = SaveChannels::Waiting(channels, super::channels::Agreed::default());
         self
     }
 

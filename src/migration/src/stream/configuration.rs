@@ -11,6 +11,9 @@ pub const CAPABILITY_MAPPED_RAM: &str = "mapped-ram";
 pub const CAPABILITY_IGNORE_SHARED: &str = "x-ignore-shared";
 /// Pages go over channels of their own. QEMU does not ask for it in a stream, and does not mind it there.
 pub const CAPABILITY_MULTIFD: &str = "multifd";
+/// Pages on channels of their own are compressed with zstd. In QEMU that is a parameter of each side's own, of
+/// which the other side is not told; it refuses a stream with this name.
+pub const CAPABILITY_MULTIFD_ZSTD: &str = "x-multifd-zstd";
 
 const TARGET_PAGE_BITS: &str = "configuration/target-page-bits";
 const CAPABILITIES: &str = "configuration/capabilities";

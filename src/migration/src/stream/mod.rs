@@ -25,7 +25,8 @@ pub(crate) use block_state::{
 pub(crate) use command::DISCARD_RANGES_MAX;
 pub use command::{AdvisedSizes, Command};
 pub use configuration::{
-    CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, CAPABILITY_MULTIFD, Configuration,
+    CAPABILITY_IGNORE_SHARED, CAPABILITY_MAPPED_RAM, CAPABILITY_MULTIFD, CAPABILITY_MULTIFD_ZSTD,
+    Configuration,
 };
 pub use multifd::{Encoding, Greeting, MULTIFD_MAGIC, PACKET_PAGES, PacketHead, Packets};
 pub use page::{PageHeader, PageKind, put_end_of_section, put_multifd_flush};

@@ -90,6 +90,9 @@ fn over(tcp: bool, links: &Links) -> String {
     if links.channels != 0 {
         over = format!("{over} and {} channels for its pages", links.channels);
     }
+    if let Some(level) = links.zstd {
+        over = format!("{over}, compressed with zstd at level {level}");
+    }
     if links.tls_dir.is_some() {
         over.push_str(", by TLS 1.3");
     }

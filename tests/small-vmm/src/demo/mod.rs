@@ -40,6 +40,8 @@ pub struct DemoOptions {
     pub tcp: bool,
     /// Channels for the pages of the guest that migrates; 0 to have them on the main one.
     pub channels: usize,
+    /// Level of zstd, 1 to 20, with which they are compressed there; not without.
+    pub compress: Option<u8>,
     /// Whether it migrates over TLS, and where the certificates are; made for the demonstration without.
     pub tls: Option<Option<PathBuf>>,
     /// Show only this, where it is asked for.
@@ -83,7 +85,7 @@ pub fn run(options: &DemoOptions) -> anyhow::Result<bool> {
 
 /// Everything that was wrong.
 fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>> {
-    let DemoOptions { region_size, tcp, parts, channels, .. } = *options;
+    let DemoOptions { region_size, tcp, parts, channels, compress, .. } = *options;
     let made;
     let tls_dir = match &options.tls {
         None => None,
@@ -93,7 +95,7 @@ fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>
             Some(made.path().to_owned())
         }
     };
-    let links = Links { channels, tls_dir };
+    let links = Links { channels, tls_dir, zstd: compress };
     if parts.resize {
         ensure!(
             !parts.break_channel && !parts.snapshot && channels == 0,

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use migration::stream::{CAPABILITY_MULTIFD, Configuration};
+use migration::stream::{CAPABILITY_MULTIFD, CAPABILITY_MULTIFD_ZSTD, Configuration};
 use migration::{ParameterChange, Progress};
 use serde::{Deserialize, Serialize};
 
@@ -69,6 +69,10 @@ pub struct Links {
     /// Folder with the certificates of TLS, under QEMU's names. Without, all goes in the clear.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<PathBuf>,
+    /// Level of zstd, 1 to 20, with which pages are compressed on their channels; to a destination it says only
+    /// that they are. Without, they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zstd: Option<u8>,
 }
 
 /// How a guest goes before its memory.
@@ -229,6 +233,9 @@ fn configuration(discard_aware: bool, links: &Links) -> Configuration {
     if links.channels != 0 {
         configuration.capabilities.push(CAPABILITY_MULTIFD.to_owned());
         configuration.uuid = Some(*b"small-vmm, guest");
+    }
+    if links.zstd.is_some() {
+        configuration.capabilities.push(CAPABILITY_MULTIFD_ZSTD.to_owned());
     }
     if !discard_aware {
         configuration.capabilities.push(CAPABILITY_IGNORE_DISCARDS.to_owned());

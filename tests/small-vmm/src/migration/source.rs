@@ -51,6 +51,9 @@ pub(super) fn send(
     if let Some(limit) = options.downtime_limit {
         parameters.downtime_limit = Duration::from_millis(limit);
     }
+    if let Some(level) = links.zstd {
+        parameters.multifd_zstd_level = level;
+    }
     let channel = transport::channel_to(&options.to, links, &progress)?;
     let postcopy = match &options.postcopy {
         Some(postcopy) => Some(recovery::outgoing(&options.to, links, postcopy, &progress)?),

@@ -1,5 +1,7 @@
 //! Pages over channels of their own, beside the main one.
 
+#[cfg(feature = "zstd")]
+mod compressed;
 mod incoming;
 
 use super::*;
@@ -52,9 +54,21 @@ fn migrate_over_channels(
     near: impl FnOnce(&Arc<Progress>) -> PageChannels,
     far: impl FnOnce(&Arc<Progress>) -> PageChannels + Send,
 ) -> Both {
+    let both = (configuration.clone(), configuration);
+    migrate_configured((from, to), script, source, both, near, far)
+}
+
+/// The same, where the two sides may differ.
+fn migrate_configured(
+    (from, to): (&Side, &Side),
+    script: &Script,
+    source: Witness,
+    (configuration, theirs): (Configuration, Configuration),
+    near: impl FnOnce(&Arc<Progress>) -> PageChannels,
+    far: impl FnOnce(&Arc<Progress>) -> PageChannels + Send,
+) -> Both {
     let (main_near, main_far) = UnixStream::pair().unwrap();
     let destination = Witness::default();
-    let theirs = configuration.clone();
     let (sent, taken) = thread::scope(|scope| {
         let taking = scope.spawn(|| {
             let progress = Arc::new(Progress::new());

@@ -222,7 +222,9 @@ fn parameters_that_exclude_each_other_are_refused_before_anything_is_sent() {
     off.throttle.max = 100;
     let mut mapped = parameters();
     mapped.configuration.capabilities.push("mapped-ram".to_owned());
-    for (parameters, why) in [(off, "max-cpu-throttle"), (mapped, "mapped-ram and return-path")] {
+    for (parameters, why) in
+        [(off, "max-cpu-throttle"), (mapped, "mapped-ram is the layout of a file")]
+    {
         let (from, to) = (Side::new(&[0]), Side::new(&[0]));
         let (near, far) = UnixStream::pair().unwrap();
         let watched = far.try_clone().unwrap();

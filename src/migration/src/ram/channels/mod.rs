@@ -8,10 +8,12 @@
 pub(super) mod receivers;
 pub(super) mod senders;
 mod threads;
+#[cfg_attr(not(feature = "zstd"), path = "no_zstd.rs")]
+mod zstd;
 
 use crate::channel::Channel;
 use crate::error::MigrationError;
-use crate::stream::{CAPABILITY_MULTIFD, Configuration};
+use crate::stream::{CAPABILITY_MULTIFD, CAPABILITY_MULTIFD_ZSTD, Configuration};
 
 /// The most channels.
 const CHANNELS_MAX: usize = 64;
@@ -41,12 +43,31 @@ impl PageChannels {
     }
 }
 
-/// Whether both sides will know of the channels, and the UUID by which they know one of another VM.
+/// What both sides have agreed on of their channels.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Agreed {
+    /// The VM's, by which one of another VM is told.
+    uuid: [u8; 16],
+    /// Whether pages may be compressed.
+    zstd: bool,
+}
+
+/// Whether both sides will know of the channels, and of what they carry.
 pub(super) fn check(
     channels: Option<usize>,
     configuration: &Configuration,
-) -> Result<Option<[u8; 16]>, MigrationError> {
+) -> Result<Option<Agreed>, MigrationError> {
     let not_possible = |what: String| Err(MigrationError::NotPossible(what));
+    let zstd = configuration.has(CAPABILITY_MULTIFD_ZSTD);
+    if zstd {
+        if channels.is_none() {
+            return not_possible(format!(
+                "the configuration has the capability {CAPABILITY_MULTIFD_ZSTD}, and RAM has no \
+                 channels, which alone are compressed: connect them, or switch it off"
+            ));
+        }
+        zstd::available()?;
+    }
     match (channels, configuration.has(CAPABILITY_MULTIFD), configuration.uuid) {
         (None, false, _) => Ok(None),
         (None, true, _) => not_possible(format!(
@@ -60,7 +81,7 @@ pub(super) fn check(
             "RAM has {count} channels, and the configuration has no UUID, by which those of another VM \
              are told"
         )),
-        (Some(_), true, uuid) => Ok(uuid),
+        (Some(_), true, Some(uuid)) => Ok(Some(Agreed { uuid, zstd })),
     }
 }
 

@@ -10,7 +10,8 @@ use parking_lot::{Condvar, Mutex};
 use vmstate::wire::{WireRead, WireReader};
 
 use super::threads::{self, FirstFailure, MOMENT, Watch};
-use super::{PageChannels, of_channel};
+use super::zstd::Decompressor;
+use super::{Agreed, PageChannels, of_channel};
 use crate::channel::{Channel, Interrupt, Sink};
 use crate::error::MigrationError;
 use crate::progress::{Counters, Progress};
@@ -34,7 +35,7 @@ struct Shared {
     changed: Condvar,
     /// Bytes that came on all of them.
     heard: AtomicU64,
-    uuid: [u8; 16],
+    agreed: Agreed,
     /// Ends the reads of all of them.
     interrupt: Interrupt,
     progress: Arc<Progress>,
@@ -65,7 +66,7 @@ impl Receivers {
     /// Starts the threads. Pages wait for the list of blocks.
     pub(crate) fn start(
         channels: PageChannels,
-        uuid: [u8; 16],
+        agreed: Agreed,
         progress: &Arc<Progress>,
     ) -> Result<Self, MigrationError> {
         let PageChannels { channels } = channels;
@@ -76,7 +77,7 @@ impl Receivers {
             state: Mutex::new(state),
             changed: Condvar::new(),
             heard: AtomicU64::new(0),
-            uuid,
+            agreed,
             interrupt: Interrupt::default(),
             progress: Arc::clone(progress),
         });
@@ -89,7 +90,7 @@ impl Receivers {
             let serve = move || {
                 let heard = Heard { channel, bytes: &shared.heard };
                 let reader = WireReader::with_capacity(heard, READ_AHEAD);
-                Receiver::new(&shared, index, reader).serve()
+                Receiver::new(&shared, index, reader)?.serve()
             };
             let ended = move |served| ending.ended(index, served);
             receivers.threads.push(threads::start(index, serve, ended)?);
@@ -233,13 +234,21 @@ struct Receiver<'a> {
     last: Option<u64>,
     /// Some of a packet has come, and not all.
     in_packet: bool,
+    /// The pages of a packet, and room for one more byte, which none has.
     bytes: Vec<u8>,
+    /// Where it was agreed that pages may be compressed.
+    decompressor: Option<Decompressor>,
 }
 
 impl<'a> Receiver<'a> {
-    fn new(shared: &'a Shared, index: usize, reader: WireReader<Heard<'a>>) -> Self {
-        let bytes = Vec::with_capacity(PACKET_PAGES * TARGET_PAGE_SIZE as usize);
-        Self {
+    fn new(
+        shared: &'a Shared,
+        index: usize,
+        reader: WireReader<Heard<'a>>,
+    ) -> Result<Self, MigrationError> {
+        let bytes = Vec::with_capacity(PACKET_PAGES * TARGET_PAGE_SIZE as usize + 1);
+        let decompressor = shared.agreed.zstd.then(Decompressor::new).transpose()?;
+        Ok(Self {
             shared,
             index,
             reader,
@@ -247,7 +256,8 @@ impl<'a> Receiver<'a> {
             last: None,
             in_packet: false,
             bytes,
-        }
+            decompressor,
+        })
     }
 
     fn serve(&mut self) -> Result<(), MigrationError> {
@@ -278,7 +288,7 @@ impl<'a> Receiver<'a> {
 
     fn greeting(&mut self) -> Result<(), MigrationError> {
         let greeting = Greeting::read(&mut self.reader)?;
-        if greeting.uuid != self.shared.uuid {
+        if greeting.uuid != self.shared.agreed.uuid {
             return refuse("it is of another VM: its UUID differs");
         }
         let mut state = self.shared.state.lock();
@@ -332,11 +342,7 @@ impl<'a> Receiver<'a> {
     fn pages(&mut self, head: &PacketHead) -> Result<(), MigrationError> {
         let blocks = self.shared.wait_for(|state| state.blocks.clone())?;
         let block = self.packets.block(head, &*blocks)?;
-        if head.encoding != Encoding::Plain {
-            return refuse("its pages are compressed, which was not agreed on");
-        }
-        self.bytes.resize(head.plain_len(), 0);
-        self.reader.read_exact(&mut self.bytes, "the pages of a packet")?;
+        self.bytes(head)?;
         let mut rest = &self.bytes[..];
         for run in self.packets.normal_runs() {
             let (bytes, after) = rest.split_at(run.len() as usize);
@@ -350,6 +356,34 @@ impl<'a> Receiver<'a> {
         Counters::add(&counters.normal, head.normal as u64);
         Counters::add(&counters.duplicate, head.zero as u64);
         Ok(())
+    }
+}
+
+impl Receiver<'_> {
+    /// Reads the bytes of a packet's normal pages, of which its head says how many there are.
+    fn bytes(&mut self, head: &PacketHead) -> Result<(), MigrationError> {
+        let (len, what) = (head.plain_len(), "the pages of a packet");
+        match (head.encoding, &mut self.decompressor) {
+            (Encoding::Zstd, None) => refuse("its pages are compressed, which was not agreed on"),
+            (Encoding::Zstd, Some(_)) if len == 0 => {
+                self.bytes.clear();
+                Ok(())
+            }
+            (Encoding::Zstd, Some(decompressor)) => {
+                self.reader.read_exact(decompressor.payload(head.payload), what)?;
+                decompressor.decompress(&mut self.bytes, len).map_err(|wrong| {
+                    let what = format!("the pages of packet {}: {wrong}", head.number);
+                    MigrationError::Page { at: head.at, what }
+                })
+            }
+            (Encoding::Plain, decompressor) => {
+                if let Some(decompressor) = decompressor.as_mut().filter(|_| len != 0) {
+                    decompressor.restart();
+                }
+                self.bytes.resize(len, 0);
+                Ok(self.reader.read_exact(&mut self.bytes, what)?)
+            }
+        }
     }
 }
 

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use super::threads::{self, FirstFailure, MOMENT, Watch};
-use super::{PageChannels, of_channel};
+use super::zstd::Compressor;
+use super::{Agreed, PageChannels, of_channel};
 use crate::channel::{Channel, GatherWrite, Interrupt, Sink};
 use crate::error::MigrationError;
 use crate::progress::{Counters, Progress};
@@ -74,7 +75,7 @@ impl Senders {
     /// Starts the threads, each of which introduces its channel.
     pub(crate) fn start(
         channels: PageChannels,
-        uuid: [u8; 16],
+        agreed: Agreed,
         progress: &Arc<Progress>,
     ) -> Result<Self, MigrationError> {
         let PageChannels { channels } = channels;
@@ -106,11 +107,12 @@ impl Senders {
         };
         for number in 0..count {
             let short = |number: usize| u8::try_from(number).unwrap_or(u8::MAX);
+            let Agreed { uuid, zstd } = agreed;
             let greeting = Greeting { uuid, id: short(number), channels: short(count) };
             let channel = senders.channels[number].interruptible(&senders.interrupt);
             let shared = Arc::clone(&senders.shared);
             let failing = Arc::clone(&shared);
-            let serve = move || Sender::new(&shared, number, channel).serve(&greeting);
+            let serve = move || Sender::new(&shared, number, channel, zstd)?.serve(&greeting);
             let ended = move |served: Result<(), MigrationError>| {
                 if let Err(error) = served {
                     failing.fail(number, error);
@@ -279,11 +281,18 @@ struct Sender<'a> {
     offsets: Vec<u64>,
     zeros: Vec<u64>,
     head: Vec<u8>,
+    /// Where it was agreed that pages may be compressed.
+    compressor: Option<Compressor>,
 }
 
 impl<'a> Sender<'a> {
-    fn new(shared: &'a Shared, number: usize, channel: Channel) -> Self {
-        Self {
+    fn new(
+        shared: &'a Shared,
+        number: usize,
+        channel: Channel,
+        zstd: bool,
+    ) -> Result<Self, MigrationError> {
+        Ok(Self {
             shared,
             number,
             channel,
@@ -291,7 +300,8 @@ impl<'a> Sender<'a> {
             offsets: Vec::with_capacity(PACKET_PAGES),
             zeros: Vec::with_capacity(PACKET_PAGES),
             head: Vec::new(),
-        }
+            compressor: zstd.then(Compressor::new).transpose()?,
+        })
     }
 
     fn serve(&mut self, greeting: &Greeting) -> Result<(), MigrationError> {
@@ -301,7 +311,7 @@ impl<'a> Sender<'a> {
         while let Some(job) = self.shared.next(self.number) {
             match job {
                 Job::Pages(pages) => self.pages(&pages)?,
-                Job::Sync => self.packet("", true, 0, 0),
+                Job::Sync => self.packet("", true, 0, 0, None),
             }
             self.write()?;
             self.shared.state.lock().unfinished -= 1;
@@ -320,9 +330,30 @@ impl<'a> Sender<'a> {
         }
         let (normal, zero) = (self.offsets.len(), self.zeros.len());
         self.offsets.append(&mut self.zeros);
-        self.packet(pages.block.id(), false, normal, zero);
-        for &offset in &self.offsets[..normal] {
-            self.gathered.push_memory(pages.block.mapping(), offset, TARGET_PAGE_SIZE);
+        let compressed = match &mut self.compressor {
+            Some(compressor) if normal != 0 => {
+                let level = self.shared.progress.steering.multifd_zstd_level();
+                let mapping = pages.block.mapping();
+                let offsets = &self.offsets[..normal];
+                // Copied before they are looked at: vCPUs may write them meanwhile.
+                compressor.compress(level, normal * TARGET_PAGE_SIZE as usize, |bytes| {
+                    for (page, &offset) in
+                        bytes.chunks_exact_mut(TARGET_PAGE_SIZE as usize).zip(offsets)
+                    {
+                        mapping.read(offset, page);
+                    }
+                })?
+            }
+            _ => None,
+        };
+        self.packet(pages.block.id(), false, normal, zero, compressed);
+        match (&self.compressor, compressed) {
+            (Some(compressor), Some(len)) => self.gathered.push_bytes(compressor.compressed(len)),
+            _ => {
+                for &offset in &self.offsets[..normal] {
+                    self.gathered.push_memory(pages.block.mapping(), offset, TARGET_PAGE_SIZE);
+                }
+            }
         }
         let counters = &self.shared.progress.counters;
         Counters::add(&counters.normal, normal as u64);
@@ -330,17 +361,24 @@ impl<'a> Sender<'a> {
         Ok(())
     }
 
-    /// Gathers the head of a packet.
-    fn packet(&mut self, block: &str, sync: bool, normal: usize, zero: usize) {
+    /// Gathers the head of a packet, whose pages take so many bytes where they are compressed.
+    fn packet(
+        &mut self,
+        block: &str,
+        sync: bool,
+        normal: usize,
+        zero: usize,
+        compressed: Option<usize>,
+    ) {
         let head = PacketHead {
             at: 0,
             number: self.shared.packets.fetch_add(1, Ordering::Relaxed),
             sync,
-            encoding: Encoding::Plain,
+            encoding: compressed.map_or(Encoding::Plain, |_| Encoding::Zstd),
             block: block.to_owned(),
             normal,
             zero,
-            payload: normal * TARGET_PAGE_SIZE as usize,
+            payload: compressed.unwrap_or(normal * TARGET_PAGE_SIZE as usize),
         };
         self.head.clear();
         head.put(&self.offsets[..normal + zero], &mut self.head);

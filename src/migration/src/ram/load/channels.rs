@@ -17,7 +17,7 @@ impl RamLoad {
     pub(super) fn check_channels(
         &self,
         configuration: &Configuration,
-    ) -> Result<Option<[u8; 16]>, MigrationError> {
+    ) -> Result<Option<channels::Agreed>, MigrationError> {
         let count = match &self.channels {
             Channels::Waiting(channels, _) => Some(channels.channels.len()),
             _ => None,
@@ -27,8 +27,8 @@ impl RamLoad {
 
     pub(super) fn start_channels(&mut self) -> Result<(), MigrationError> {
         self.channels = match std::mem::replace(&mut self.channels, Channels::Ended) {
-            Channels::Waiting(channels, uuid) => {
-                Channels::Started(Receivers::start(channels, uuid, &self.progress)?)
+            Channels::Waiting(channels, agreed) => {
+                Channels::Started(Receivers::start(channels, agreed, &self.progress)?)
             }
             other => other,
         };

@@ -13,7 +13,7 @@ use crate::stream::{Configuration, PACKET_PAGES, TARGET_PAGE_SIZE, put_end_of_se
 /// Channels for pages: none, or not begun, or with a thread each.
 pub(super) enum SaveChannels {
     None,
-    Waiting(PageChannels, [u8; 16]),
+    Waiting(PageChannels, channels::Agreed),
     Started(Senders),
     /// The guest has left, or the migration has ended.
     Ended,
@@ -29,17 +29,17 @@ impl SaveChannels {
             Self::Waiting(channels, _) => Some(channels.channels.len()),
             _ => None,
         };
-        let uuid = channels::check(count, configuration)?;
-        if let (Self::Waiting(_, of), Some(uuid)) = (self, uuid) {
-            *of = uuid;
+        let agreed = channels::check(count, configuration)?;
+        if let (Self::Waiting(_, on), Some(agreed)) = (self, agreed) {
+            *on = agreed;
         }
         Ok(())
     }
 
     pub(super) fn start(&mut self, progress: &Arc<Progress>) -> Result<(), MigrationError> {
         *self = match std::mem::replace(self, Self::Ended) {
-            Self::Waiting(channels, uuid) => {
-                Self::Started(Senders::start(channels, uuid, progress)?)
+            Self::Waiting(channels, agreed) => {
+                Self::Started(Senders::start(channels, agreed, progress)?)
             }
             other => other,
         };

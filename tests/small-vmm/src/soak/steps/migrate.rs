@@ -71,7 +71,9 @@ pub(super) fn step(world: &World, random: &mut Random) -> anyhow::Result<()> {
         false => format!("unix:{}", world.path(name).display()),
     };
     // Sometimes over channels of their own.
-    let links = Links { channels: random.pick(&[0, 0, 1, 3]), tls_dir: None };
+    let channels = random.pick(&[0, 0, 1, 3]);
+    let zstd = if channels == 0 { None } else { random.pick(&[None, Some(1), Some(9)]) };
+    let links = Links { channels, tls_dir: None, zstd };
     let expected = Expected { discard_aware: true, postcopy, links: links.clone() };
     let incoming = Migration::incoming(&destination, &listen("migrate"), expected)?;
     let address = incoming.listening().context("it does not listen")?.to_owned();

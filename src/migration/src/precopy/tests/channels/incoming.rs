@@ -3,14 +3,18 @@
 use super::*;
 
 /// A destination that has begun to load RAM, with two channels whose other ends a test writes to.
-struct Begun {
-    to: Side,
-    ram: RamLoad,
-    far: Vec<UnixStream>,
+pub(super) struct Begun {
+    pub(super) to: Side,
+    pub(super) ram: RamLoad,
+    pub(super) far: Vec<UnixStream>,
 }
 
 impl Begun {
     fn new() -> Self {
+        Self::configured(&multifd())
+    }
+
+    pub(super) fn configured(configuration: &Configuration) -> Self {
         let to = Side::new(&[1, 4, 5]);
         let progress = Arc::new(Progress::new());
         let options = ListOptions::default();
@@ -23,7 +27,7 @@ impl Begun {
         let near = PageChannels::new(near.into_iter().map(channel).collect()).unwrap();
         let ram = RamLoad::new(Arc::clone(&to.blocks), options, Arc::clone(&progress));
         let mut ram = ram.with_channels(near);
-        ram.configure(&multifd()).unwrap();
+        ram.configure(configuration).unwrap();
         ram.load_setup().unwrap();
         let mut list = Vec::new();
         put_list(&mut list, &to.blocks.list(options).unwrap());
@@ -44,12 +48,12 @@ impl Begun {
         begun
     }
 
-    fn send(&mut self, channel: usize, bytes: &[u8]) {
+    pub(super) fn send(&mut self, channel: usize, bytes: &[u8]) {
         self.far[channel].write_all(bytes).unwrap();
     }
 
     /// The last section, with a barrier.
-    fn end(&mut self) -> Outcome {
+    pub(super) fn end(&mut self) -> Outcome {
         let mut section = Vec::new();
         put_multifd_flush(&mut section);
         put_end_of_section(&mut section);
@@ -57,13 +61,19 @@ impl Begun {
     }
 }
 
-fn greeting(uuid: [u8; 16], id: u8, channels: u8) -> Vec<u8> {
+pub(super) fn greeting(uuid: [u8; 16], id: u8, channels: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     Greeting { uuid, id, channels }.put(&mut bytes);
     bytes
 }
 
-fn packet(number: u64, sync: bool, block: &str, pages: &[(u64, u8)], zeros: &[u64]) -> Vec<u8> {
+pub(super) fn packet(
+    number: u64,
+    sync: bool,
+    block: &str,
+    pages: &[(u64, u8)],
+    zeros: &[u64],
+) -> Vec<u8> {
     let (normal, zero) = (pages.len(), zeros.len());
     let payload = normal * PAGE as usize;
     let (encoding, block) = (Encoding::Plain, block.to_owned());
@@ -76,7 +86,7 @@ fn packet(number: u64, sync: bool, block: &str, pages: &[(u64, u8)], zeros: &[u6
     bytes
 }
 
-fn sync(number: u64) -> Vec<u8> {
+pub(super) fn sync(number: u64) -> Vec<u8> {
     packet(number, true, "", &[], &[])
 }
 
