@@ -234,7 +234,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         [&[1][..], &greetings, &[0x09, 0x06, 1, 32, 33, 0, 9, 0, 4], &barrier].concat(),
         // Compressed, plain, and compressed again, on two channels; without agreement; a bomb; edited.
         [
-            &[0x81][..],
+            &[0x82][..],
             &greetings,
             &[0x01, 0x22, 1, 32, 0x11, 0x26, 2, 34, 35],
             &[0x01, 0x22, 1, 32, 0x01, 0x01, 3, 0x01, 0x21, 4],
@@ -242,8 +242,8 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         ]
         .concat(),
         [&[1][..], &greetings, &[0x01, 0x22, 1, 32], &barrier].concat(),
-        [&[0x81][..], &greetings, &[0x01, 0x62, 1, 32], &barrier].concat(),
-        [&[0x81][..], &greetings, &[0x09, 0x22, 1, 32, 0, 0x05, 0x48, 7], &barrier].concat(),
+        [&[0x82][..], &greetings, &[0x01, 0x62, 1, 32], &barrier].concat(),
+        [&[0x82][..], &greetings, &[0x09, 0x22, 1, 32, 0, 0x40, 0x05, 7], &barrier].concat(),
     ]
 }
 
