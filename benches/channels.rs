@@ -1,5 +1,5 @@
-//! Precopy over channels of its own, and over TLS: time and processor time against one channel, with one core
-//! and with two, and against bare loops over the same sockets.
+//! Precopy over channels of its own, over TLS, and compressed: time and processor time against one channel, with
+//! one core and with two, and against bare loops over the same sockets, which use the same libraries.
 
 #[expect(dead_code, reason = "each bench uses its part")]
 mod common;
@@ -18,7 +18,7 @@ use migration::dirty::{DirtyTracker, NeverWritten};
 use migration::ram::{
     BlockOptions, ListOptions, MigrationBlock, PageChannels, RamBlocks, RamLoad, RamSave,
 };
-use migration::stream::{CAPABILITY_MULTIFD, Configuration};
+use migration::stream::{CAPABILITY_MULTIFD, CAPABILITY_MULTIFD_ZSTD, Configuration};
 use migration::{
     Channel, Incoming, NoDevices, Outgoing, Parameters, Progress, TlsClient, TlsServer,
 };
@@ -31,6 +31,8 @@ use rustls::{
     ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
 };
 use tempfile::TempDir;
+use zstd_safe::zstd_sys::ZSTD_EndDirective;
+use zstd_safe::{CCtx, CParameter, DCtx, InBuffer, OutBuffer};
 
 use common::{Idle, memfd};
 
@@ -85,6 +87,18 @@ fn fill(side: &Side) {
     (0..TOUCHED).step_by(MIB as usize).for_each(|at| side.block.mapping().write(at, &bytes));
 }
 
+/// Fills with words that come again, and nothing else within what a stream of zstd refers to.
+fn fill_with_words(side: &Side) {
+    let mut state = 1u64;
+    let numbers = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        state >> 33
+    });
+    let words = numbers.flat_map(|number| format!("word {}, ", number % 1013).into_bytes());
+    let bytes: Vec<u8> = words.take(8 * MIB as usize).collect();
+    (0..TOUCHED).step_by(bytes.len()).for_each(|at| side.block.mapping().write(at, &bytes));
+}
+
 /// Touches and frees as much memory as a run takes, so that the host has it at hand.
 fn warm() {
     fill(&side());
@@ -113,6 +127,8 @@ struct Link<'a> {
     /// Channels of their own; none: the main one.
     channels: usize,
     tls: Option<&'a Certificates>,
+    /// Whether pages are compressed, which only channels of their own can have.
+    zstd: bool,
 }
 
 /// The folder with the certificates, and what was read of it.
@@ -133,15 +149,15 @@ impl Certificates {
 
 impl Link<'_> {
     fn configuration(self) -> Configuration {
-        let configuration = Configuration::new("bench");
-        match self.channels {
-            0 => configuration,
-            _ => Configuration {
-                capabilities: vec![CAPABILITY_MULTIFD.to_owned()],
-                uuid: Some([0x5a; 16]),
-                ..configuration
-            },
+        let mut configuration = Configuration::new("bench");
+        if self.channels != 0 {
+            configuration.capabilities.push(CAPABILITY_MULTIFD.to_owned());
+            configuration.uuid = Some([0x5a; 16]);
         }
+        if self.zstd {
+            configuration.capabilities.push(CAPABILITY_MULTIFD_ZSTD.to_owned());
+        }
+        configuration
     }
 
     /// The main channel of the source, and those for pages.
@@ -324,6 +340,47 @@ impl Drop for Ending {
     }
 }
 
+/// As [`bare`], over one socket, by zstd alone: as much at once as a packet has, at the engine's usual level.
+fn bare_zstd(from: &Side, kind: Kind) -> Cost {
+    warm();
+    let to = memfd(SIZE);
+    let (near, far) = pair(kind);
+    let (mut near, mut far) = (File::from(near), File::from(far));
+    Cost::of(|| {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut context = DCtx::create();
+                let (mut bytes, mut payload) = (vec![0; PIECE], vec![0; 2 * PIECE]);
+                for at in (0..TOUCHED).step_by(PIECE) {
+                    let mut len = [0; 4];
+                    far.read_exact(&mut len).unwrap();
+                    let payload = &mut payload[..u32::from_be_bytes(len) as usize];
+                    far.read_exact(payload).unwrap();
+                    let mut input = InBuffer::around(payload);
+                    let mut output = OutBuffer::around(&mut bytes[..]);
+                    while output.pos() < PIECE {
+                        context.decompress_stream(&mut output, &mut input).unwrap();
+                    }
+                    to.write_all_at(&bytes, at).unwrap();
+                }
+            });
+            let mut context = CCtx::create();
+            context.set_parameter(CParameter::CompressionLevel(1)).unwrap();
+            let (mut bytes, mut payload) = (vec![0; PIECE], vec![0; 2 * PIECE]);
+            for at in (0..TOUCHED).step_by(PIECE) {
+                from.block.mapping().read(at, &mut bytes);
+                let mut output = OutBuffer::around(&mut payload[..]);
+                let (mut input, flush) =
+                    (InBuffer::around(&bytes), ZSTD_EndDirective::ZSTD_e_flush);
+                assert_eq!(context.compress_stream2(&mut output, &mut input, flush), Ok(0));
+                let len = output.pos();
+                near.write_all(&u32::try_from(len).unwrap().to_be_bytes()).unwrap();
+                near.write_all(&payload[..len]).unwrap();
+            }
+        });
+    })
+}
+
 fn copy<W: Write + Send, R: Read + Send>(from: &Side, ends: Vec<(W, R)>) -> Cost {
     warm();
     let to = memfd(SIZE);
@@ -397,7 +454,8 @@ fn main() {
         sched_setaffinity(None, &set).unwrap();
         for (name, kind) in [("Unix socket", Kind::Unix), ("TCP loopback", Kind::Tcp)] {
             let (from, certificates) = (&from, &certificates);
-            let by = |channels| move || Link { kind, channels, tls: None }.migrate(from);
+            let by =
+                |channels| move || Link { kind, channels, tls: None, zstd: false }.migrate(from);
             head(&format!("Precopy over a {name}, {cores} cores"), "one channel for pages");
             row("no channel but the main one", &by(0), &by(1));
             row("2 channels", &by(2), &by(1));
@@ -408,7 +466,7 @@ fn main() {
             row("bare loops, 4 sockets against 1", &|| bare(from, kind, 4), &one);
             let tls = |channels| {
                 let tls = Some(certificates);
-                move || Link { kind, channels, tls }.migrate(from)
+                move || Link { kind, channels, tls, zstd: false }.migrate(from)
             };
             let bare = || bare_tls(from, kind, certificates);
             head(&format!("TLS 1.3 over a {name}, {cores} cores"), "a bare rustls loop");
@@ -416,6 +474,19 @@ fn main() {
             row("1 channel for pages", &tls(1), &bare);
             row("4 channels for pages", &tls(4), &bare);
         }
+    }
+    fill_with_words(&from);
+    for cores in [1, 2] {
+        let Some(used) = cpus.get(..cores) else { break };
+        let mut set = CpuSet::new();
+        used.iter().for_each(|&cpu| set.set(cpu));
+        sched_setaffinity(None, &set).unwrap();
+        let (kind, from) = (Kind::Unix, &from);
+        let zstd = |channels| move || Link { kind, channels, tls: None, zstd: true }.migrate(from);
+        let bare = || bare_zstd(from, kind);
+        head(&format!("zstd at level 1 over a Unix socket, {cores} cores"), "a bare loop of zstd");
+        row("1 channel for pages", &zstd(1), &bare);
+        row("2 channels for pages", &zstd(2), &bare);
     }
     sched_setaffinity(None, &all).unwrap();
 }
