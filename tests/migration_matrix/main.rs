@@ -24,7 +24,7 @@ use std::time::Duration;
 use migration::dirty::{DirtyTracker, WriteProtect};
 use migration::lazy::HandlerFailed;
 use migration::postcopy::{Channels, PostcopyIncoming, PostcopyOutgoing, Reconnect, SwitchWhen};
-use migration::ram::{ListOptions, MigrationBlock, RamLoad, RamSave};
+use migration::ram::{ListOptions, MigrationBlock, PageChannels, RamLoad, RamSave};
 use migration::snapshot::{
     FileIo, LazyRestore, Restore, RunningGuest, StoppedGuest, restore, restore_lazily, save,
     save_in_background,
@@ -50,6 +50,8 @@ enum Way {
     Recovered,
     /// The guest plugs and unplugs all the while.
     PrecopyWithResizes,
+    /// As that, with pages over channels of their own.
+    ChannelsWithResizes,
     PostcopyWithResizes,
     BackgroundSnapshot,
     BackgroundSnapshotWithResizes,
@@ -86,9 +88,10 @@ fn all(way: Way, nr_blocks: usize) {
             let what = format!("{way:?} on {kind:?}, {pattern:?} discarded");
             match way {
                 Way::BackgroundSnapshotWithResizes => background_with_resizes(kind, &from, &what),
-                Way::PrecopyWithResizes => with_resizes(kind, &from, &to, None, &what),
+                Way::PrecopyWithResizes => with_resizes(kind, &from, &to, (None, 0), &what),
+                Way::ChannelsWithResizes => with_resizes(kind, &from, &to, (None, 2), &what),
                 Way::PostcopyWithResizes => {
-                    with_resizes(kind, &from, &to, Some(SwitchWhen::AtOnce), &what);
+                    with_resizes(kind, &from, &to, (Some(SwitchWhen::AtOnce), 0), &what);
                 }
                 _ => one(way, &from, &to, &what),
             }
@@ -104,11 +107,13 @@ fn one(way: Way, from: &Side, to: &Side, what: &str) {
     here.run().unwrap();
     here.wait_rounds(3);
     match way {
-        Way::Precopy => migrate(from, to, &here, &there, None, 1),
-        Way::Hybrid => migrate(from, to, &here, &there, Some(SwitchWhen::Rounds(1)), 1),
-        Way::Postcopy => migrate(from, to, &here, &there, Some(SwitchWhen::AtOnce), 1),
-        Way::Recovered => migrate(from, to, &here, &there, Some(SwitchWhen::AtOnce), 3),
-        Way::PrecopyWithResizes | Way::PostcopyWithResizes => unreachable!("its guest is another"),
+        Way::Precopy => migrate(from, to, &here, &there, (None, 0), 1),
+        Way::Hybrid => migrate(from, to, &here, &there, (Some(SwitchWhen::Rounds(1)), 0), 1),
+        Way::Postcopy => migrate(from, to, &here, &there, (Some(SwitchWhen::AtOnce), 0), 1),
+        Way::Recovered => migrate(from, to, &here, &there, (Some(SwitchWhen::AtOnce), 0), 3),
+        Way::PrecopyWithResizes | Way::ChannelsWithResizes | Way::PostcopyWithResizes => {
+            unreachable!("its guest is another")
+        }
         Way::BackgroundSnapshotWithResizes => unreachable!("its destination is another"),
         Way::BackgroundSnapshot => {
             background(from, &here, || to);
@@ -127,14 +132,14 @@ fn migrate(
     to: &Side,
     here: &Arc<Vm>,
     there: &Arc<Vm>,
-    when: Option<SwitchWhen>,
+    (when, channels): (Option<SwitchWhen>, usize),
     attempts: usize,
 ) {
     // Enough for the guest to be handed over, and for some of its memory.
     let breaks = |attempt| breaking(from.block.used_length() as usize / 8 * attempt + 20_000);
     let mut links: Vec<_> = (1..attempts).map(breaks).collect();
     links.push(UnixStream::pair().unwrap());
-    let (sent, received) = run(from, to, here, there, when, links, || {});
+    let (sent, received) = run_by(from, to, (here, there), (when, channels), links, || {});
     sent.unwrap();
     received.unwrap();
     there.wait_rounds(3);
@@ -153,6 +158,25 @@ fn run(
     links: Vec<(UnixStream, UnixStream)>,
     between: impl FnMut() + Send + 'static,
 ) -> (Outcome, Outcome) {
+    run_by(from, to, (here, there), (when, 0), links, between)
+}
+
+/// As [`run`], with so many channels for the pages of precopy.
+fn run_by(
+    from: &Side,
+    to: &Side,
+    (here, there): (&Arc<Vm>, &Arc<Vm>),
+    (when, channels): (Option<SwitchWhen>, usize),
+    links: Vec<(UnixStream, UnixStream)>,
+    between: impl FnMut() + Send + 'static,
+) -> (Outcome, Outcome) {
+    let mut configuration = Configuration::new("matrix");
+    if channels != 0 {
+        configuration.capabilities.push("multifd".to_owned());
+        configuration.uuid = Some([9; 16]);
+    }
+    let (near, far): (Vec<_>, Vec<_>) = (0..channels).map(|_| UnixStream::pair().unwrap()).unzip();
+    let theirs = configuration.clone();
     let options = ListOptions { postcopy: when.is_some(), ..ListOptions::default() };
     let ((tell_here, here_hears), (tell_there, there_hears)) = (channel(), channel());
     let mut first = None;
@@ -172,7 +196,10 @@ fn run(
     let receiving = thread::spawn(move || {
         vm.start();
         let progress = Arc::new(Progress::new());
-        let ram = RamLoad::new(Arc::clone(&blocks), options, Arc::clone(&progress));
+        let mut ram = RamLoad::new(Arc::clone(&blocks), options, Arc::clone(&progress));
+        if !far.is_empty() {
+            ram = ram.with_channels(page_channels(far, &progress));
+        }
         let postcopy = when.map(|_| PostcopyIncoming {
             blocks,
             urgent: Some(Channel::new(urgent.1, Arc::clone(&progress)).unwrap()),
@@ -181,7 +208,7 @@ fn run(
             listening: None,
         });
         Incoming {
-            configuration: Configuration::new("matrix"),
+            configuration: theirs,
             guest: &*vm,
             handlers: vec![Box::new(ram)],
             devices: &mut Reserving(block, device),
@@ -195,13 +222,16 @@ fn run(
         let (mapping, ram) = (Arc::clone(block.mapping()), Arc::clone(block.ram()));
         Box::new(WriteProtect::new(mapping, Some(ram)).unwrap())
     };
-    let ram = RamSave::new(&from.blocks, options, Arc::clone(&progress), tracker).unwrap();
+    let mut ram = RamSave::new(&from.blocks, options, Arc::clone(&progress), tracker).unwrap();
+    if !near.is_empty() {
+        ram = ram.with_channels(page_channels(near, &progress));
+    }
     let postcopy = when.map(|when| PostcopyOutgoing {
         when,
         urgent: Some(Channel::new(urgent.0, Arc::clone(&progress)).unwrap()),
         reconnect: Box::new(Next(here_hears, Arc::clone(&progress), Box::new(|| {}))),
     });
-    let mut parameters = Parameters::new(Configuration::new("matrix"));
+    let mut parameters = Parameters::new(configuration);
     // The vCPUs never rest, so that precopy has to stop them with something left.
     // A page of 1 GiB is dirty as a whole with every byte, and mostly zeros, which makes the channel look slow.
     let gigantic = from.block.page_size() >= 1 << 30;
@@ -217,6 +247,11 @@ fn run(
     let sent = outgoing.run(Channel::new(main.0, progress).unwrap());
     let sent = sent.map_err(|failed| failed.error);
     (sent, receiving.join().unwrap())
+}
+
+fn page_channels(streams: Vec<UnixStream>, progress: &Arc<Progress>) -> PageChannels {
+    let channel = |stream| Channel::new(stream, Arc::clone(progress)).unwrap();
+    PageChannels::new(streams.into_iter().map(channel).collect()).unwrap()
 }
 
 /// Channels that were made before.
@@ -265,7 +300,13 @@ fn breaking(limit: usize) -> (UnixStream, UnixStream) {
 
 /// Migrates a guest whose driver plugs and unplugs blocks all the time: before, while it is moved, and afterwards; in
 /// postcopy also over two channels that break.
-fn with_resizes(kind: Kind, from: &Side, to: &Side, when: Option<SwitchWhen>, what: &str) {
+fn with_resizes(
+    kind: Kind,
+    from: &Side,
+    to: &Side,
+    (when, channels): (Option<SwitchWhen>, usize),
+    what: &str,
+) {
     let here = Vm::new(from, &no_work(from.block.used_length()));
     let there = here.moved(to);
     // There are pages of 1 GiB for what is plugged at first.
@@ -279,7 +320,7 @@ fn with_resizes(kind: Kind, from: &Side, to: &Side, when: Option<SwitchWhen>, wh
     here.wait_rounds(3);
     there.start_driver(nr_blocks, 0);
     let attempts = if when.is_some() { 3 } else { 1 };
-    migrate(from, to, &here, &there, when, attempts);
+    migrate(from, to, &here, &there, (when, channels), attempts);
     while there.resizes() < 2 {
         thread::sleep(Duration::from_millis(1));
     }
@@ -394,6 +435,11 @@ fn precopy_with_resizes() {
 }
 
 #[test]
+fn precopy_over_channels_with_resizes() {
+    all(Way::ChannelsWithResizes, SMALL);
+}
+
+#[test]
 fn postcopy_with_resizes() {
     all(Way::PostcopyWithResizes, SMALL);
 }
@@ -429,6 +475,7 @@ fn soak() {
             Way::Postcopy,
             Way::Recovered,
             Way::PrecopyWithResizes,
+            Way::ChannelsWithResizes,
             Way::PostcopyWithResizes,
             Way::BackgroundSnapshot,
             Way::BackgroundSnapshotWithResizes,

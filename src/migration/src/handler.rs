@@ -85,6 +85,21 @@ pub trait SaveHandler {
         Ok(Vec::new())
     }
 
+    /// Whether a section with a [`barrier`](Self::barrier) is to stand before the changes that were given last: pages of
+    /// what was discarded may be on their way on other channels.
+    fn needs_barrier(&self) -> bool {
+        false
+    }
+
+    /// Writes the payload of a PART section, behind which all pages that were sent before are in their places.
+    ///
+    /// # Errors
+    ///
+    /// When a channel fails, or has failed.
+    fn barrier(&mut self, _out: &mut dyn Sink) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
     /// The destination has answered a change that populates; false when it is none of this handler's.
     ///
     /// # Errors

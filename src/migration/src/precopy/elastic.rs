@@ -6,9 +6,9 @@ use super::handlers::Handlers;
 use super::return_path::{ReturnPath, unexpected};
 use crate::channel::Channel;
 use crate::error::MigrationError;
-use crate::framing::write;
+use crate::framing::{Framing, write};
 use crate::progress::Progress;
-use crate::stream::{PONG_BLOCK_STATE, ReturnMessage};
+use crate::stream::{PONG_BLOCK_STATE, ReturnMessage, SectionKind};
 
 /// Between two looks at what is to be sent, while nothing else is.
 const MOMENT: Duration = Duration::from_millis(1);
@@ -40,10 +40,11 @@ impl Elastic {
         &mut self,
         handlers: &mut Handlers<'_>,
         out: &mut Channel,
+        framing: &Framing,
         back: &ReturnPath,
     ) -> Result<(), MigrationError> {
         back.hear(&mut |message| self.take(handlers, message))?;
-        if *self == Self::Yes { send(handlers, out) } else { Ok(()) }
+        if *self == Self::Yes { send(handlers, out, framing) } else { Ok(()) }
     }
 
     fn take(
@@ -76,7 +77,7 @@ impl Elastic {
         &mut self,
         mut pause: Duration,
         handlers: &mut Handlers<'_>,
-        out: &mut Channel,
+        (out, framing): (&mut Channel, &Framing),
         back: Option<&ReturnPath>,
         progress: &Progress,
     ) -> Result<(), MigrationError> {
@@ -84,7 +85,7 @@ impl Elastic {
         while !pause.is_zero() && !progress.is_cancelled() {
             let begin = Instant::now();
             if let (Some(back), Self::Yes) = (back, *self) {
-                self.serve(handlers, out, back)?;
+                self.serve(handlers, out, framing, back)?;
             }
             std::thread::sleep(pause.min(moment));
             pause = pause.saturating_sub(begin.elapsed());
@@ -96,7 +97,7 @@ impl Elastic {
     pub(super) fn freeze(
         &mut self,
         handlers: &mut Handlers<'_>,
-        out: &mut Channel,
+        (out, framing): (&mut Channel, &Framing),
         back: Option<&ReturnPath>,
         progress: &Progress,
         patience: Duration,
@@ -109,7 +110,7 @@ impl Elastic {
         handlers.iter_mut().try_for_each(|handler| handler.freeze())?;
         let deadline = Instant::now() + patience;
         loop {
-            self.serve(handlers, out, back)?;
+            self.serve(handlers, out, framing, back)?;
             // What it accepts now was refused here meanwhile, and is taken back.
             if !handlers.iter().any(|handler| handler.has_unanswered()) {
                 return Ok(());
@@ -129,12 +130,20 @@ impl Elastic {
 }
 
 /// Sends what has changed.
-fn send(handlers: &mut Handlers<'_>, out: &mut Channel) -> Result<(), MigrationError> {
-    for handler in handlers {
+fn send(
+    handlers: &mut Handlers<'_>,
+    out: &mut Channel,
+    framing: &Framing,
+) -> Result<(), MigrationError> {
+    for (index, handler) in handlers.iter_mut().enumerate() {
         let changes = handler.changes()?;
-        if !changes.is_empty() {
-            write(out, &changes)?;
+        if changes.is_empty() {
+            continue;
         }
+        if handler.needs_barrier() {
+            framing.continued(out, index, SectionKind::Part, |out| handler.barrier(out))?;
+        }
+        write(out, &changes)?;
     }
     Ok(())
 }

@@ -378,7 +378,7 @@ impl Outgoing<'_> {
         let next = self.iterate_until_due(out, back, framing, elastic)?;
         // Not with the guest: what stops it waits for a request that is under way.
         let patience = self.parameters.switchover_timeout;
-        elastic.freeze(&mut self.handlers, out, back, &self.progress, patience)?;
+        elastic.freeze(&mut self.handlers, (out, framing), back, &self.progress, patience)?;
         Ok(next)
     }
 
@@ -413,7 +413,7 @@ impl Outgoing<'_> {
                 self.throttle(percent);
             }
             if let Some(back) = back {
-                elastic.serve(&mut self.handlers, out, back)?;
+                elastic.serve(&mut self.handlers, out, framing, back)?;
             }
             if self.switches(&bandwidth) {
                 return Ok(Next::Postcopy);
@@ -465,7 +465,7 @@ impl Outgoing<'_> {
             handled += done;
             Counters::set(&counters.transferred, out.written());
             let pause = bandwidth.spent(out.written());
-            elastic.pause(pause, &mut self.handlers, out, back, &self.progress)?;
+            elastic.pause(pause, &mut self.handlers, (out, framing), back, &self.progress)?;
         }
     }
 }

@@ -72,6 +72,8 @@ pub(super) struct State {
     pub(super) populates: Vec<Populate>,
     /// Pages that were gathered, and are not written yet.
     in_flight: Vec<Piece>,
+    /// How many discards wait for them.
+    waiting: usize,
     /// What was discarded while pages of it were in flight: reading them may have brought memory back.
     noted: Vec<Piece>,
 }
@@ -85,6 +87,7 @@ impl Changes {
             discards: (0..nr_blocks).map(|_| ExtentSet::default()).collect(),
             populates: Vec::new(),
             in_flight: Vec::new(),
+            waiting: 0,
             noted: Vec::new(),
         };
         Self { state: Mutex::new(state), changed: Condvar::new(), patience }
@@ -137,6 +140,11 @@ impl Changes {
     pub(super) fn is_waited_for(&self) -> bool {
         let waits = |populate: &Populate| !populate.abandoned && populate.result.is_none();
         self.state.lock().populates.iter().any(waits)
+    }
+
+    /// As [`is_waited_for`](Self::is_waited_for), or for pages that are on their way.
+    pub(super) fn holds_up(&self) -> bool {
+        self.is_waited_for() || self.state.lock().waiting != 0
     }
 
     /// Whether the destination may still accept what was sent.
@@ -205,14 +213,16 @@ impl Changes {
         }
         state.discards[piece.block].insert(piece.range);
         let deadline = Instant::now() + FLUSH_PATIENCE;
+        state.waiting += 1;
         while state.in_flight.iter().any(|page| page.overlaps(&piece)) {
             if self.changed.wait_until(&mut state, deadline).timed_out() {
                 if state.in_flight.iter().any(|page| page.overlaps(&piece)) {
                     state.noted.push(piece);
                 }
-                return;
+                break;
             }
         }
+        state.waiting -= 1;
     }
 }
 

@@ -59,6 +59,8 @@ pub struct RamLoad {
     changes: u32,
     /// Where pages come by, where the main channel has none.
     channels: Channels,
+    /// The blocks as their threads write them, once the list came.
+    by_channels: Option<Arc<ChannelBlocks>>,
 }
 
 /// Channels for pages: none, or not begun, or with a thread each.
@@ -104,7 +106,17 @@ impl RamLoad {
     pub fn new(registry: Arc<RamBlocks>, options: ListOptions, progress: Arc<Progress>) -> Self {
         let (blocks, current, changes) = (Vec::new(), 0, 0);
         let channels = Channels::None;
-        Self { registry, frozen: None, options, progress, blocks, current, changes, channels }
+        Self {
+            registry,
+            frozen: None,
+            options,
+            progress,
+            blocks,
+            current,
+            changes,
+            channels,
+            by_channels: None,
+        }
     }
 
     /// Has pages come by channels of their own, as the configuration's capability `multifd` says.
@@ -219,7 +231,9 @@ impl RamLoad {
         }
         if let Channels::Started(channels) = &self.channels {
             let blocks = self.blocks.iter().map(|block| Arc::clone(&block.block));
-            channels.blocks_known(Arc::new(ChannelBlocks::new(blocks, self.options)));
+            let blocks = Arc::new(ChannelBlocks::new(blocks, self.options));
+            channels.blocks_known(Arc::clone(&blocks));
+            self.by_channels = Some(blocks);
         }
         Ok(())
     }
@@ -438,9 +452,8 @@ impl LoadHandler for RamLoad {
         }
     }
 
-    /// Not beside channels for pages, whose order against a change on the main one is not kept.
     fn can_follow(&self) -> bool {
-        matches!(self.channels, Channels::None) && self.can_follow_source()
+        self.can_follow_source()
     }
 
     fn block_state(
@@ -485,6 +498,7 @@ impl LoadHandler for RamLoad {
             self.channels = Channels::Ended;
         }
         self.blocks.clear();
+        self.by_channels = None;
         self.frozen = None;
     }
 }

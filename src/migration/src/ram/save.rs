@@ -25,7 +25,7 @@ use crate::channel::Sink;
 use crate::dirty::DirtyTracker;
 use crate::error::MigrationError;
 use crate::handler::{PostcopySave, SaveHandler};
-use crate::page_bitmap::{DiscardMask, bytes_of};
+use crate::page_bitmap::{DiscardMask, PageBitmap, bytes_of};
 use crate::progress::{Counters, Progress};
 use crate::stream::{
     Configuration, RAM_SECTION, RAM_VERSION, TARGET_PAGE_SIZE, put_end_of_section, put_list,
@@ -68,6 +68,8 @@ pub struct RamSave {
     changes: Option<Arc<Changes>>,
     /// Changes that are sent after this section.
     records: Vec<u8>,
+    /// Whether a barrier is to stand before them.
+    barrier_due: bool,
     /// Number of the last of them.
     last_change: u32,
     list: Vec<u8>,
@@ -119,6 +121,7 @@ impl RamSave {
             frozen: None,
             changes: None,
             records: Vec::new(),
+            barrier_due: false,
             last_change: 0,
             list,
             progress,
@@ -332,7 +335,7 @@ impl SaveHandler for RamSave {
     }
 
     fn can_follow(&self) -> bool {
-        self.channels.is_none() && self.frozen.as_ref().is_some_and(FrozenBlocks::can_follow)
+        self.frozen.as_ref().is_some_and(FrozenBlocks::can_follow)
     }
 
     fn follow(&mut self, patience: Duration) -> Result<(), MigrationError> {
@@ -341,6 +344,15 @@ impl SaveHandler for RamSave {
 
     fn changes(&mut self) -> Result<Vec<u8>, MigrationError> {
         self.take_changes()
+    }
+
+    fn needs_barrier(&self) -> bool {
+        self.barrier_due
+    }
+
+    fn barrier(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        self.channels_barrier(out)?;
+        self.end_of_section(out)
     }
 
     fn answered(&mut self, number: u32, refused: Option<String>) -> Result<bool, MigrationError> {
@@ -360,6 +372,9 @@ impl SaveHandler for RamSave {
         let Some(frozen) = &self.frozen else { return Ok(()) };
         for block in &mut self.blocks {
             block.start(&frozen.discarded(&block.block), &self.progress.counters)?;
+            if !self.channels.is_none() {
+                block.unsynced = PageBitmap::new(block.dirty.nr_pages());
+            }
         }
         Counters::add(&self.progress.counters.dirty_sync_count, 1);
         self.last_sync = Instant::now();
@@ -399,11 +414,12 @@ impl SaveHandler for RamSave {
 
     fn cleanup(&mut self) {
         self.gathered.clear();
+        // Its threads read pages until then.
+        self.channels.end();
         self.flushed();
         if let Some(changes) = &self.changes {
             changes.end();
         }
-        self.channels.end();
         for block in &mut self.blocks {
             block.in_migration = None;
             if std::mem::take(&mut block.started)

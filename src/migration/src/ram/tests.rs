@@ -14,7 +14,7 @@ use crate::dirty::DirtyTracker;
 use crate::handler::{PostcopySave, SaveHandler};
 use crate::page_bitmap::PageBitmap;
 use crate::progress::Progress;
-use crate::stream::PageHeader;
+use crate::stream::{Configuration, PageHeader};
 use crate::sys::GatherWrite;
 use crate::test_support::{BLOCK, Side, TestManager, fill, memfd, migration_block};
 use crate::test_utils::CountedStream;

@@ -151,9 +151,9 @@ impl Senders {
         self.must_sync |= self.unsynced;
     }
 
-    /// Puts a barrier before pages that may have been sent before.
-    pub(crate) fn begin(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
-        if self.must_sync { self.barrier(out) } else { Ok(()) }
+    /// Whether a barrier is to stand before the next pages, which may have been sent before.
+    pub(crate) fn needs_barrier(&self) -> bool {
+        self.must_sync
     }
 
     /// A barrier: all pages so far are in their places before anything that follows is.

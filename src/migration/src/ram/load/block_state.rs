@@ -57,8 +57,10 @@ impl RamLoad {
         }
         self.changes = *number;
         let options = self.options;
-        let found = self.blocks.iter_mut().find(|block| block.block.id() == id);
-        let Some(block) = found.filter(|block| !options.leaves_out(&block.block)) else {
+        let mut found = self.blocks.iter_mut().enumerate();
+        let found = found.find(|(_, block)| block.block.id() == id);
+        let Some((index, block)) = found.filter(|(_, block)| !options.leaves_out(&block.block))
+        else {
             return Err(refused("it is not in the list of those whose pages are sent".to_owned()));
         };
         let Some((start, manager)) = block.block.discard_region() else {
@@ -75,10 +77,15 @@ impl RamLoad {
         if *populated {
             return Ok(populate(&*manager, &sections).err());
         }
+        // A page that another channel brings too late is written before, or is refused.
+        let _alone = self.by_channels.as_ref().map(|blocks| blocks.hold(index));
         for (&range, &section) in ranges.iter().zip(&sections) {
             let followed = manager.follow_source(section, false);
             followed.map_err(|error| refused(format!("{range} cannot be discarded: {error}")))?;
             block.take_back(range)?;
+            if let Some(blocks) = &self.by_channels {
+                blocks.forget(index, range);
+            }
         }
         Ok(None)
     }

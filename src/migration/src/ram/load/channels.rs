@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use ram_discard::ByteRange;
 use std::os::unix::fs::FileExt;
 
@@ -68,6 +68,14 @@ impl RamLoad {
     }
 }
 
+#[cfg(test)]
+impl RamLoad {
+    /// Has other threads write the same blocks.
+    pub(in crate::ram) fn written_by(&mut self, blocks: Arc<ChannelBlocks>) {
+        self.by_channels = Some(blocks);
+    }
+}
+
 /// The blocks as several threads write them.
 pub(in crate::ram) struct ChannelBlocks {
     blocks: Vec<ChannelBlock>,
@@ -79,6 +87,8 @@ struct ChannelBlock {
     /// Where the block starts in its file.
     base: u64,
     received: Mutex<PageBitmap>,
+    /// Held from the look at what is discarded until a page is written; by a discard alone.
+    writing: RwLock<()>,
 }
 
 impl ChannelBlocks {
@@ -88,7 +98,8 @@ impl ChannelBlocks {
     ) -> Self {
         let blocks = blocks.map(|block| {
             let received = PageBitmap::new(block.used_length() / TARGET_PAGE_SIZE);
-            ChannelBlock { base: block.file_base(), received: Mutex::new(received), block }
+            let (received, writing) = (Mutex::new(received), RwLock::default());
+            ChannelBlock { base: block.file_base(), received, writing, block }
         });
         Self { blocks: blocks.collect(), options }
     }
@@ -101,7 +112,8 @@ impl ChannelBlocks {
         bytes: &[u8],
         at: u64,
     ) -> Result<(), MigrationError> {
-        let ChannelBlock { block, base, received } = &self.blocks[index];
+        let ChannelBlock { block, base, received, writing } = &self.blocks[index];
+        let _writing = writing.read();
         refuse_discarded(block, range, at)?;
         let written = if block.tells_holes() {
             block.ram().backing().file().write_all_at(bytes, base + range.start())
@@ -114,6 +126,22 @@ impl ChannelBlocks {
         Ok(())
     }
 
+    /// All of `blocks`.
+    #[cfg(test)]
+    pub(in crate::ram) fn of(blocks: impl Iterator<Item = Arc<MigrationBlock>>) -> Self {
+        Self::new(blocks, ListOptions::default())
+    }
+
+    /// Nothing of a block is written until this is dropped, so that it can be discarded.
+    pub(super) fn hold(&self, index: usize) -> RwLockWriteGuard<'_, ()> {
+        self.blocks[index].writing.write()
+    }
+
+    /// What came of `range` was discarded.
+    pub(super) fn forget(&self, index: usize, range: ByteRange) {
+        self.blocks[index].received.lock().clear_range(pages_touched(range));
+    }
+
     /// Makes pages that follow each other zero.
     pub(in crate::ram) fn zero(
         &self,
@@ -121,7 +149,8 @@ impl ChannelBlocks {
         range: ByteRange,
         at: u64,
     ) -> Result<(), MigrationError> {
-        let ChannelBlock { block, received, .. } = &self.blocks[index];
+        let ChannelBlock { block, received, writing, .. } = &self.blocks[index];
+        let _writing = writing.read();
         refuse_discarded(block, range, at)?;
         zero_received(block, &mut received.lock(), range)
     }

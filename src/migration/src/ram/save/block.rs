@@ -29,6 +29,8 @@ pub(super) struct SaveBlock {
     pub(super) fresh: DiscardMask,
     /// Chunks of which the tracker still remembers what `dirty` has.
     pub(super) clear_bitmap: PageBitmap,
+    /// Beside channels for pages, which were sent since the last barrier; empty without.
+    pub(super) unsynced: PageBitmap,
     pub(super) started: bool,
     pub(super) in_migration: Option<InMigration>,
 }
@@ -43,6 +45,7 @@ impl SaveBlock {
             discarded: DiscardMask::default(),
             fresh: DiscardMask::default(),
             clear_bitmap: PageBitmap::new(nr_pages.div_ceil(CLEAR_CHUNK_PAGES)),
+            unsynced: PageBitmap::new(0),
             started: false,
             in_migration: None,
         }

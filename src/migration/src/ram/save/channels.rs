@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use super::{HostPages, RamSave};
+use super::{HostPages, RamSave, SHORT_PAGES};
 use crate::channel::Sink;
 use crate::error::MigrationError;
+use crate::page_bitmap::bytes_of;
 use crate::progress::{Counters, Progress};
+use crate::ram::changes::Piece;
 use crate::ram::channels::senders::{Pages, Senders};
 use crate::ram::{PageChannels, channels};
 use crate::stream::{Configuration, PACKET_PAGES, TARGET_PAGE_SIZE, put_end_of_section};
@@ -84,6 +86,7 @@ impl RamSave {
     ) -> Result<(), MigrationError> {
         self.fill_channels(out, budget, most)?;
         self.channels.started()?.drain(out.write_patience())?;
+        self.flushed();
         self.end_of_section(out)
     }
 
@@ -98,11 +101,19 @@ impl RamSave {
 
     /// Ends a section with a barrier, and then the channels.
     pub(super) fn finish_channels(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
-        let senders = self.channels.started()?;
-        senders.barrier(out)?;
-        senders.finish(out.write_patience())?;
+        self.channels_barrier(out)?;
+        self.channels.started()?.finish(out.write_patience())?;
+        self.flushed();
         self.end_of_section(out)?;
         self.channels.end();
+        Ok(())
+    }
+
+    /// All pages so far are in their places before anything that follows is.
+    pub(super) fn channels_barrier(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+        self.channels.started()?.barrier(out)?;
+        self.blocks.iter_mut().for_each(|block| block.unsynced.clear_all());
+        self.barrier_due = false;
         Ok(())
     }
 
@@ -112,21 +123,35 @@ impl RamSave {
         budget: u64,
         most: u64,
     ) -> Result<(), MigrationError> {
-        self.channels.started()?.begin(out)?;
+        if self.channels.started()?.needs_barrier() {
+            self.channels_barrier(out)?;
+        }
+        let short = most != u64::MAX;
         let most = most.min(budget.div_ceil(TARGET_PAGE_SIZE));
-        let mut seen = 0;
+        let (mut seen, mut look) = (0, SHORT_PAGES);
         while seen < most {
             let room = (PACKET_PAGES as u64).min(most - seen);
             let Some((count, pages)) = self.next_packet(room)? else { break };
             seen += count;
             self.channels.started()?.send(pages)?;
+            if short && seen >= look {
+                look = seen + SHORT_PAGES;
+                if self.changes.as_ref().is_some_and(|changes| changes.holds_up()) {
+                    break;
+                }
+            }
         }
         self.note_remaining();
         Ok(())
     }
 
-    /// Dirty pages of one block, which are not dirty any more.
+    /// Dirty pages of one block, which are not dirty any more, and of which nothing is discarded.
     fn next_packet(&mut self, room: u64) -> Result<Option<(u64, Pages)>, MigrationError> {
+        let changes = self.changes.clone();
+        let mut state = changes.as_ref().map(|changes| changes.lock());
+        if let Some(state) = &mut state {
+            self.take_discards(state)?;
+        }
         let mut packet: Option<(usize, u64, Vec<_>)> = None;
         loop {
             let count = packet.as_ref().map_or(0, |(_, count, _)| *count);
@@ -142,6 +167,10 @@ impl RamSave {
             let block = &mut self.blocks[index];
             block.clear_before_read(&pages)?;
             block.dirty.clear_range(pages.clone());
+            block.unsynced.set_range(pages.clone());
+            if let Some(state) = &mut state {
+                state.gathered(Piece { block: index, range: bytes_of(pages.clone()) });
+            }
             *count += pages.end - pages.start;
             runs.push(pages);
         }
@@ -151,7 +180,7 @@ impl RamSave {
         Ok(pages)
     }
 
-    fn end_of_section(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
+    pub(super) fn end_of_section(&mut self, out: &mut dyn Sink) -> Result<(), MigrationError> {
         out.count_elsewhere(self.channels.started()?.newly_written());
         let mut end = Vec::new();
         put_end_of_section(&mut end);

@@ -82,6 +82,9 @@ impl RamSave {
     /// Takes what was discarded since the last look out of what is sent.
     pub(super) fn take_discards(&mut self, state: &mut State) -> Result<(), MigrationError> {
         for Piece { block, range } in state.take_discards() {
+            let touched = pages_touched(range);
+            let sent = self.blocks[block].unsynced.next_set(touched.start, touched.end);
+            self.barrier_due |= sent.is_some();
             let ranges = self.blocks[block].discard(range)?;
             let pages: u64 = ranges.iter().map(|range| nr_pages(*range)).sum();
             Counters::add(&self.progress.counters.discarded, pages);

@@ -18,6 +18,7 @@ use crate::test_support::PAGE;
 use crate::test_utils::KeptStream;
 
 mod arriving;
+mod channels;
 mod model;
 mod records;
 mod requests;
@@ -52,6 +53,17 @@ enum Op {
     Refuse(Option<u64>),
 }
 
+/// A section of RAM with this payload.
+fn section(kind: SectionKind, payload: impl FnOnce(&mut KeptStream)) -> Vec<u8> {
+    let mut out = KeptStream::new().unwrap();
+    payload(&mut out);
+    let mut section = Vec::new();
+    put_continued(&mut section, kind, 0);
+    section.extend(out.bytes().unwrap());
+    put_footer(&mut section, 0);
+    section
+}
+
 /// A side has these blocks plugged, with these pages.
 fn assert_holds(side: &Side, model: &[Option<Vec<u8>>]) -> Result<(), TestCaseError> {
     let mut held = vec![0; BLOCK as usize];
@@ -82,17 +94,19 @@ struct Pair {
     plugs: Option<(usize, JoinHandle<Result<(), String>>)>,
     /// How long it waits for the destination.
     patience: Duration,
+    /// For pages, beside the main one.
+    channels: usize,
 }
 
 impl Pair {
     fn new(plugged: &[usize], patience: Duration) -> Self {
         let mut model = vec![None; BLOCKS];
         plugged.iter().for_each(|&block| model[block] = Some(vec![0; PAGES as usize]));
-        Self::from(Side::elastic(plugged), model, patience)
+        Self::from(Side::elastic(plugged), model, patience, 0)
     }
 
-    /// Begins to move the guest of `from`, which has this, to a side that is new.
-    fn from(from: Side, model: Vec<Option<Vec<u8>>>, patience: Duration) -> Self {
+    /// Begins to move the guest of `from`, which has this, to a side that is new, with so many channels for pages.
+    fn from(from: Side, model: Vec<Option<Vec<u8>>>, patience: Duration, channels: usize) -> Self {
         let plugged: Vec<_> = (0..BLOCKS).filter(|&block| model[block].is_some()).collect();
         let to = Side::elastic(&plugged);
         let (dirty, progress) = (Told::default(), Arc::new(Progress::new()));
@@ -106,6 +120,14 @@ impl Pair {
         .unwrap();
         let loading = Arc::new(Progress::new());
         let mut load = RamLoad::new(Arc::clone(&to.blocks), ListOptions::default(), loading);
+        if channels != 0 {
+            let (near, far) = channels::pairs(channels, &progress);
+            save = save.with_channels(near);
+            load = load.with_channels(far);
+            let configuration = channels::configuration();
+            save.configure(&configuration).unwrap();
+            load.configure(&configuration).unwrap();
+        }
         load.load_setup().unwrap();
         save.freeze().unwrap();
         let mut first = KeptStream::new().unwrap();
@@ -115,27 +137,44 @@ impl Pair {
         assert!(SaveHandler::can_follow(&save) && LoadHandler::can_follow(&load));
         save.follow(patience).unwrap();
         let (stream, answers, plugs) = Default::default();
-        Self { from, to, save, load, dirty, stream, answers, model, progress, plugs, patience }
+        Self {
+            from,
+            to,
+            save,
+            load,
+            dirty,
+            stream,
+            answers,
+            model,
+            progress,
+            plugs,
+            patience,
+            channels,
+        }
     }
 
     /// Sends a section, and the changes after it.
     fn send(&mut self, kind: SectionKind, bytes: u64) {
-        let mut out = KeptStream::new().unwrap();
-        if kind == SectionKind::End {
-            self.save.complete(&mut out).unwrap();
-        } else {
-            self.save.iterate(&mut out, bytes).unwrap();
+        if self.channels != 0 {
+            // Pages on other channels wait at a barrier for the main one.
+            while !self.stream.is_empty() {
+                self.deliver().unwrap();
+            }
         }
-        let mut section = Vec::new();
-        put_continued(&mut section, kind, 0);
-        section.extend(out.bytes().unwrap());
-        put_footer(&mut section, 0);
+        let section = section(kind, |out| match kind {
+            SectionKind::End => self.save.complete(out).unwrap(),
+            _ => self.save.iterate(out, bytes).unwrap(),
+        });
         self.stream.push_back(section);
     }
 
     fn send_changes(&mut self) {
         let changes = self.save.changes().unwrap();
         if !changes.is_empty() {
+            if self.save.needs_barrier() {
+                let section = section(SectionKind::Part, |out| self.save.barrier(out).unwrap());
+                self.stream.push_back(section);
+            }
             self.stream.push_back(changes);
         }
     }
@@ -288,7 +327,7 @@ impl Pair {
     /// The channel breaks, and the guest is moved to another.
     fn retry(mut self) -> Result<Self, TestCaseError> {
         self.end()?;
-        Ok(Self::from(self.from, self.model, self.patience))
+        Ok(Self::from(self.from, self.model, self.patience, self.channels))
     }
 
     /// It ends wherever it is: the device serves its guest as before.

@@ -3,7 +3,7 @@
 use super::arriving::Listening;
 use super::*;
 
-fn op() -> impl Strategy<Value = Op> {
+pub(super) fn op() -> impl Strategy<Value = Op> {
     let block = || 0..BLOCKS;
     prop_oneof![
         6 => (block(), any::<bool>()).prop_map(|(block, plug)| Op::Request { block, plug }),

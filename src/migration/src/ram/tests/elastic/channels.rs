@@ -1,0 +1,138 @@
+//! Block state that changes while pages go over channels of their own.
+
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+use crate::channel::Channel;
+use crate::ram::load::ChannelBlocks;
+use crate::stream::CAPABILITY_MULTIFD;
+
+pub(super) fn configuration() -> Configuration {
+    Configuration {
+        capabilities: vec![CAPABILITY_MULTIFD.to_owned()],
+        uuid: Some([7; 16]),
+        ..Configuration::new("test")
+    }
+}
+
+/// Both ends of so many channels.
+pub(super) fn pairs(count: usize, progress: &Arc<Progress>) -> (PageChannels, PageChannels) {
+    let channel = |stream| Channel::new(stream, Arc::clone(progress)).unwrap();
+    let pair = || UnixStream::pair().unwrap();
+    let (near, far) = (0..count).map(|_| pair()).map(|(a, b)| (channel(a), channel(b))).unzip();
+    (PageChannels::new(near).unwrap(), PageChannels::new(far).unwrap())
+}
+
+/// A pair with two channels, of which a request of the guest waits for as long as it takes.
+fn by_channels(plugged: &[usize]) -> Pair {
+    let mut model = vec![None; BLOCKS];
+    plugged.iter().for_each(|&block| model[block] = Some(vec![0; PAGES as usize]));
+    Pair::from(Side::elastic(plugged), model, Duration::from_secs(60), 2)
+}
+
+fn write_all(pair: &mut Pair, block: usize, byte: u8) {
+    (0..PAGES).for_each(|page| pair.step(Op::Write { block, page, byte }));
+    pair.step(Op::Sync);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+    #[test]
+    fn both_ends_have_the_same_blocks_and_pages_when_these_go_over_channels_of_their_own(
+        plugged in proptest::collection::btree_set(0..BLOCKS, 0..BLOCKS),
+        ops in proptest::collection::vec(model::op(), 0..60),
+        breaks in proptest::option::weighted(0.3, 0..60usize),
+        cancels in prop::bool::weighted(0.1),
+    ) {
+        let plugged: Vec<_> = plugged.into_iter().collect();
+        let mut pair = by_channels(&plugged);
+        pair.patience = Duration::from_millis(3);
+        for (index, op) in ops.into_iter().enumerate() {
+            if breaks == Some(index) {
+                pair = pair.retry()?;
+            }
+            // One that is never answered would wait for a minute.
+            if !matches!(op, Op::PlugInTime(_)) {
+                pair.step(op);
+            }
+        }
+        if cancels { pair.cancel()? } else { pair.switch()? }
+    }
+}
+
+#[test]
+fn a_discard_waits_at_a_barrier_for_pages_of_its_range_and_for_no_others() {
+    let mut pair = by_channels(&[1, 4, 5]);
+    write_all(&mut pair, 1, 7);
+    pair.step(Op::Iterate(PAGES));
+    // Nothing of it is on the way.
+    pair.step(Op::Request { block: 5, plug: false });
+    let before = pair.stream.len();
+    pair.send_changes();
+    assert_eq!(pair.stream.len() - before, 1, "the change alone");
+    pair.step(Op::Request { block: 1, plug: false });
+    pair.send_changes();
+    assert_eq!(pair.stream.len() - before, 3, "a barrier, and the change");
+    while !pair.stream.is_empty() {
+        pair.deliver().unwrap();
+    }
+    assert_eq!(pair.to.held_of(1), 0);
+    // Behind the barrier nothing of it is on the way any more.
+    pair.step(Op::Request { block: 1, plug: true });
+    pair.step(Op::Request { block: 1, plug: false });
+    pair.send_changes();
+    assert_eq!(pair.stream.len(), 1);
+    pair.switch().unwrap();
+}
+
+#[test]
+fn a_block_that_is_plugged_again_has_what_was_written_then() {
+    let mut pair = by_channels(&[1]);
+    for byte in [1, 0, 3] {
+        write_all(&mut pair, 1, byte);
+        pair.step(Op::Iterate(PAGES / 2));
+        pair.step(Op::Request { block: 1, plug: false });
+        pair.step(Op::Request { block: 1, plug: true });
+    }
+    pair.step(Op::Write { block: 1, page: 3, byte: 9 });
+    pair.switch().unwrap();
+}
+
+#[test]
+fn a_late_page_of_what_was_discarded_is_refused_and_brings_no_memory_back() {
+    for round in 0..100 {
+        let mut pair = patient(&[1]);
+        let registry = Arc::clone(&pair.to.blocks);
+        let blocks = registry.iter().map(Arc::clone);
+        let blocks = Arc::new(ChannelBlocks::of(blocks));
+        pair.load.written_by(Arc::clone(&blocks));
+        let begun = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&begun);
+        let late = thread::spawn(move || {
+            let index = registry.iter().position(|block| block.id() == "vmem0").unwrap();
+            loop {
+                for page in ByteRange::new(BLOCK, BLOCK).unwrap().chunks(PAGE) {
+                    let (kind, bytes) = (page.start() / PAGE % 2, [7; PAGE as usize]);
+                    let written = match kind {
+                        0 => blocks.write(index, page, &bytes, 0),
+                        _ => blocks.zero(index, page, 0),
+                    };
+                    if let Err(error) = written {
+                        return error;
+                    }
+                    tell.store(true, Ordering::SeqCst);
+                }
+            }
+        });
+        while !begun.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        let range = ByteRange::new(BLOCK, BLOCK).unwrap();
+        let (number, populated, block, ranges) = (1, false, "vmem0".to_owned(), vec![range]);
+        pair.load.block_state(&BlockStateChange { number, populated, block, ranges }, 0).unwrap();
+        let refused = late.join().unwrap();
+        assert!(matches!(refused, MigrationError::Discarded { .. }), "{refused}");
+        assert_eq!(pair.to.held_of(1), 0, "in round {round}");
+    }
+}
