@@ -7,6 +7,7 @@ use ram_discard::{ByteRange, RamDiscardListener, Section};
 use super::LazyRam;
 use crate::error::MigrationError;
 use crate::page_bitmap::DiscardMask;
+use crate::ram::FrozenBlocks;
 
 /// Where the region of a manager lies in a block that arrives.
 struct Part {
@@ -26,13 +27,39 @@ pub(crate) struct ArrivalFollower {
 }
 
 impl ArrivalFollower {
+    /// Has `memory` follow the block state of its blocks, which is `frozen` until now, where it can be followed.
+    ///
+    /// # Errors
+    ///
+    /// When a freeze was lost before, or the manager's process is gone.
+    pub(crate) fn follow(
+        frozen: &mut FrozenBlocks,
+        memory: &Arc<LazyRam>,
+    ) -> Result<(), MigrationError> {
+        let mut failed = None;
+        frozen.follow(|manager| {
+            let regions = (0..memory.nr_blocks()).filter_map(|index| {
+                let (start, other) = memory.block(index).discard_region()?;
+                Arc::ptr_eq(&other, manager).then_some((index, start))
+            });
+            match Self::new(memory, regions) {
+                Ok(follower) => Some(Box::new(follower) as Box<dyn RamDiscardListener>),
+                Err(error) => {
+                    failed = Some(error);
+                    None
+                }
+            }
+        })?;
+        failed.map_or(Ok(()), Err)
+    }
+
     /// Of a region that starts at these bytes of these blocks. From here on memory knows by itself what is
     /// discarded of them, so nothing may change until this is registered.
     ///
     /// # Errors
     ///
     /// When the manager's process is gone.
-    pub(crate) fn new(
+    fn new(
         memory: &Arc<LazyRam>,
         regions: impl IntoIterator<Item = (usize, u64)>,
     ) -> Result<Self, MigrationError> {

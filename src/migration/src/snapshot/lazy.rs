@@ -16,7 +16,9 @@ use super::load::freeze;
 use super::stream::{Placed, load};
 use super::{PIECE, Restore};
 use crate::error::MigrationError;
-use crate::lazy::{FaultHandler, FaultStatistics, HandlerFailed, LazyRam, PageSource};
+use crate::lazy::{
+    ArrivalFollower, FaultHandler, FaultStatistics, HandlerFailed, LazyRam, PageSource,
+};
 use crate::page_bitmap::bytes_of;
 use crate::progress::{Counters, Progress, Status};
 use crate::ram::{FrozenBlocks, InMigration, ListOptions};
@@ -43,7 +45,7 @@ pub struct LazyRestore {
 struct Prefetch {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<(), MigrationError>>>,
-    /// Until all has arrived, block state is frozen, and the blocks keep their lengths.
+    /// Until all has arrived, block state is frozen or followed, and the blocks keep their lengths.
     held: Option<(FrozenBlocks, Vec<InMigration>)>,
 }
 
@@ -55,7 +57,8 @@ const TRIES_MAX: u32 = 20;
 
 /// As [`restore`](super::restore), but returns as soon as the devices are there: pages are read when they are
 /// touched, and in the background. What the file has no page for is the kernel's to fill with
-/// zeros, without a fault that this side sees. Block state is frozen meanwhile. A virtio-mem device
+/// zeros, without a fault that this side sees. Block state is frozen until it is
+/// [followed](LazyRestore::follow), else until all has arrived. A virtio-mem device
 /// of this process on hugetlb takes no pages then, if it is told so
 /// (`FreezeHolder::Incoming` of its controller).
 ///
@@ -118,6 +121,22 @@ impl LazyRestore {
     /// [`SharedFaults`](crate::lazy::SharedFaults).
     pub fn memory(&self) -> &Arc<LazyRam> {
         &self.lazy
+    }
+
+    /// The guest is about to run: from here on its block state may change while memory arrives, where its manager
+    /// can be followed; it stays frozen where it cannot. What is plugged is zeros at once, and the file is not read for
+    /// it; what is unplugged is not waited for any more. To be called before [`wait`](Self::wait), and then a device of
+    /// this process may serve its guest (`MemController::serve_while_incoming`).
+    ///
+    /// # Errors
+    ///
+    /// When the freeze was lost before, or the manager's process is gone: the guest must not run.
+    pub fn follow(&self) -> Result<(), MigrationError> {
+        match &mut self.prefetch.lock().held {
+            Some((frozen, _)) => ArrivalFollower::follow(frozen, &self.lazy),
+            // All has arrived.
+            None => Ok(()),
+        }
     }
 
     /// Pages that have not arrived.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ram_discard::{ByteRange, RamDiscardListener, RamDiscardManager, Section};
+use ram_discard::{ByteRange, RamDiscardManager, Section};
 
 use super::{LoadBlock, RamLoad};
 use crate::error::MigrationError;
@@ -13,23 +13,7 @@ use crate::stream::BlockStateChange;
 impl RamLoad {
     /// The guest is about to run here: block state may change, and `memory` follows it.
     pub(super) fn follow_arrival(&mut self, memory: &Arc<LazyRam>) -> Result<(), MigrationError> {
-        let Self { frozen: Some(frozen), registry, .. } = self else { return Ok(()) };
-        let mut failed = None;
-        frozen.follow(|manager| {
-            let regions = registry.iter().filter_map(|block| {
-                let (start, other) = block.discard_region()?;
-                let index = memory.find(block.id())?;
-                Arc::ptr_eq(&other, manager).then_some((index, start))
-            });
-            match ArrivalFollower::new(memory, regions) {
-                Ok(follower) => Some(Box::new(follower) as Box<dyn RamDiscardListener>),
-                Err(error) => {
-                    failed = Some(error);
-                    None
-                }
-            }
-        })?;
-        failed.map_or(Ok(()), Err)
+        self.frozen.as_mut().map_or(Ok(()), |frozen| ArrivalFollower::follow(frozen, memory))
     }
 
     /// Whether block state of all blocks can follow that of the source.

@@ -185,3 +185,66 @@ impl Devices for CutsFile {
         Ok(())
     }
 }
+
+/// A guest of which nothing is read that is not touched, once its block state is followed.
+fn followed(to: &Side, file: &Arc<File>) -> LazyRestore {
+    let progress = Arc::new(Progress::new());
+    progress.cancel();
+    let what = Restore {
+        configuration: Configuration::new("test"),
+        blocks: Arc::clone(&to.blocks),
+        devices: &mut NoDevices,
+        io: FileIo::default(),
+        progress,
+    };
+    let restored = restore_lazily(what, Arc::clone(file), Arc::new(NoFailure)).unwrap();
+    assert_eq!(to.device().plug(2).unwrap_err(), "block state is frozen");
+    restored.follow().unwrap();
+    restored
+}
+
+#[test]
+fn what_is_plugged_is_not_read_from_the_file_and_what_is_unplugged_is_not_waited_for() {
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    save_to(&filled(), &file).0.unwrap();
+    let to = Side::elastic(&[1, 4, 5]);
+    let restored = followed(&to, &file);
+    let device = to.device();
+    device.unplug(1, &to.region).unwrap();
+    assert_eq!(restored.outstanding(), 44 - 32);
+    device.unplug(5, &to.region).unwrap();
+    device.plug(1).unwrap();
+    device.plug(2).unwrap();
+    let region = to.blocks.get("vmem0").unwrap().mapping();
+    assert_eq!([64, 95, 130].map(|page| region_byte(region, page)), [0; 3]);
+    region.write(70 * PAGE, &[0x77; PAGE as usize]);
+    assert_eq!([300, 309].map(|page| region_byte(region, page)), [8; 2]);
+    device.unplug(4, &to.region).unwrap();
+    // A guest that touches what it has unplugged.
+    region.write(320 * PAGE, &[1]);
+    let boot = to.blocks.get("ram").unwrap().mapping();
+    assert_eq!([3, 4].map(|page| region_byte(boot, page)), [5; 2]);
+    restored.wait().unwrap();
+    assert_eq!((restored.outstanding(), to.leaked()), (0, vec![]));
+    assert_eq!((to.page(70)[0], to.page(64)[0]), (0x77, 0));
+    drop(restored);
+    device.plug(4).unwrap();
+}
+
+#[test]
+fn a_guest_whose_device_cannot_be_followed_is_frozen_until_all_was_read() {
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    save_to(&filled(), &file).0.unwrap();
+    let to = Side::new(&[1, 4, 5]);
+    let restored = followed(&to, &file);
+    assert_eq!(to.device().plug(2).unwrap_err(), "block state is frozen");
+    let mapping = |id| to.blocks.get(id).unwrap().mapping();
+    for page in (64..96).chain(300..310) {
+        region_byte(mapping("vmem0"), page);
+    }
+    for page in [3, 4] {
+        region_byte(mapping("ram"), page);
+    }
+    restored.wait().unwrap();
+    to.device().plug(2).unwrap();
+}
