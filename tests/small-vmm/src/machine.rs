@@ -340,6 +340,7 @@ impl Guest for Machine {
     }
 
     fn run(&self) -> Result<(), String> {
+        self.serve_while_memory_arrives();
         let mut guest = self.guest();
         guest.place = Place::Here;
         if !guest.hold {

@@ -16,16 +16,23 @@ use common::{BLOCK, Host, MIB, PATIENCE, PLUGGED, REGION, TOUCHED};
 /// What a daemon logs that waits for pages.
 const ADVISED: &str = "gets the page faults of this process (postcopy)";
 
-/// Has the guest ask for more than it gets now, and waits until the daemon has said so.
-fn wait_answered(to: &mut Host) {
+/// The guest grows by a block while its memory arrives.
+fn grow(to: &mut Host) {
     assert!(to.daemon.api().resize(PLUGGED + BLOCK).unwrap().is_success());
+    let report = to.vmm.tell(Command::Settle { requested: PLUGGED + BLOCK }).unwrap();
+    assert_eq!(report.lost, None);
+    assert_eq!(to.vmm.migration().unwrap().status, "postcopy-active");
+}
+
+/// Has the guest ask for another block, and waits until the daemon is busy.
+fn wait_busy(to: &mut Host) {
+    let before = to.vmm.report().unwrap();
+    assert!(to.daemon.api().resize(PLUGGED + 2 * BLOCK).unwrap().is_success());
     let start = Instant::now();
     loop {
         let report = to.vmm.report().unwrap();
-        assert_eq!(report.lost, None);
-        // While memory arrives, no block changes.
-        assert_eq!(report.plugged, PLUGGED);
-        if report.busy > 0 {
+        assert_eq!((&report.lost, report.plugged), (&None, PLUGGED + BLOCK));
+        if report.busy > before.busy {
             return;
         }
         assert!(start.elapsed() < PATIENCE, "no request is answered: {report:?}");
@@ -34,7 +41,8 @@ fn wait_answered(to: &mut Host) {
 }
 
 fn assert_plugs(to: &mut Host) {
-    to.vmm.tell(Command::Settle { requested: PLUGGED + BLOCK }).unwrap();
+    assert!(to.daemon.api().resize(PLUGGED + 2 * BLOCK).unwrap().is_success());
+    to.vmm.tell(Command::Settle { requested: PLUGGED + 2 * BLOCK }).unwrap();
     to.assert_guest_works();
 }
 
@@ -51,18 +59,21 @@ fn on_the_way(recovers: bool) -> (Host, Host, Relay) {
 }
 
 #[test]
-fn a_guest_request_is_answered_before_all_memory_has_arrived() {
+fn a_guest_grows_before_all_memory_has_arrived() {
     let (mut from, mut to, relay) = on_the_way(false);
-    wait_answered(&mut to);
+    grow(&mut to);
     // What is plugged does not hang on memory.
     for (offset, size, expected) in [
-        (0, PLUGGED, State::Plugged),
-        (PLUGGED, REGION - PLUGGED, State::Unplugged),
-        (PLUGGED - BLOCK, 2 * BLOCK, State::Mixed),
+        (0, PLUGGED + BLOCK, State::Plugged),
+        (PLUGGED + BLOCK, REGION - PLUGGED - BLOCK, State::Unplugged),
+        (PLUGGED, 2 * BLOCK, State::Mixed),
     ] {
         let answered = to.vmm.tell(Command::AskState { offset, size }).unwrap();
         assert_eq!(answered.state, Some(expected), "{offset:#x}");
     }
+    // It is zeros at once: no page is waited for.
+    let page = to.vmm.tell(Command::Look { offset: PLUGGED, size: BLOCK }).unwrap();
+    assert_eq!(page.lost, None);
     assert!(relay.is_holding());
     let report = to.vmm.migration().unwrap();
     assert_eq!(report.status, "postcopy-active", "{report:?}");
@@ -75,9 +86,37 @@ fn a_guest_request_is_answered_before_all_memory_has_arrived() {
 }
 
 #[test]
+fn a_guest_shrinks_and_grows_while_its_memory_arrives_and_nothing_unplugged_holds_memory() {
+    let (mut from, mut to, relay) = on_the_way(false);
+    // Memory comes a little at a time, so that no vCPU is kept from leaving what is unplugged.
+    thread::scope(|scope| {
+        let drips = scope.spawn(|| {
+            for _ in 0..128 {
+                relay.hold_after(TOUCHED / 256);
+                thread::sleep(Duration::from_millis(10));
+            }
+            relay.hold_after(u64::from(u32::MAX));
+        });
+        for requested in [PLUGGED - TOUCHED / 4, PLUGGED + BLOCK, PLUGGED / 2] {
+            assert!(to.daemon.api().resize(requested).unwrap().is_success());
+            let report = to.vmm.tell(Command::Settle { requested }).unwrap();
+            assert_eq!(report.lost, None);
+        }
+        drips.join().unwrap();
+    });
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    from.assert_no_guest();
+    let report = to.vmm.report().unwrap();
+    assert_eq!((report.plugged, report.resident), (PLUGGED / 2, TOUCHED / 2), "{report:?}");
+    assert!(report.healthy, "{report:?}");
+    to.vmm.quit().unwrap();
+}
+
+#[test]
 fn a_device_that_serves_before_all_memory_has_arrived_outlives_a_broken_channel() {
     let (mut from, mut to, relay) = on_the_way(true);
-    wait_answered(&mut to);
+    grow(&mut to);
     drop(relay);
     assert_completed(&mut from);
     assert_eq!(assert_completed(&mut to).recoveries, 1);
@@ -98,7 +137,7 @@ fn a_daemon_whose_memory_never_arrives_ends_when_it_is_told() {
 /// The destination's daemon was killed while memory is held back; before it is started again.
 fn killed_on_the_way() -> (Host, Host, Relay) {
     let (from, mut to, relay) = on_the_way(false);
-    wait_answered(&mut to);
+    grow(&mut to);
     to.vmm.tell(Command::Detach).unwrap();
     to.daemon.kill().unwrap();
     (from, to, relay)
@@ -110,12 +149,11 @@ fn a_daemon_that_is_started_again_in_postcopy_waits_for_pages_as_the_one_before(
     to.daemon.restart().unwrap();
     to.vmm.tell(Command::Reconnect).unwrap();
     assert!(to.daemon.wait_logged(ADVISED, PATIENCE), "{}", to.daemon.stderr());
-    let before = to.vmm.report().unwrap().busy;
-    // It tries again, and nothing changes yet.
-    let answered = to.vmm.tell(Command::AskState { offset: 0, size: PLUGGED }).unwrap();
+    // It has what was plugged, and no client that follows: nothing changes.
+    let answered = to.vmm.tell(Command::AskState { offset: 0, size: PLUGGED + BLOCK }).unwrap();
     assert_eq!((answered.state, &answered.lost), (Some(State::Plugged), &None));
-    assert_eq!(answered.plugged, PLUGGED);
-    assert!(answered.busy >= before && relay.is_holding(), "{answered:?}");
+    wait_busy(&mut to);
+    assert!(relay.is_holding());
     relay.hold_after(u64::from(u32::MAX));
     assert_completed(&mut from);
     assert_completed(&mut to);

@@ -66,6 +66,8 @@ const THREADS: &[Thread] = &[
             "fallocate",
             "fdatasync",
             "fstatfs",
+            // With --postcopy: what is waited for follows what is plugged.
+            "ioctl:userfaultfd",
             // Metrics.
             "getdents64",
             "readlink",
@@ -85,6 +87,8 @@ const THREADS: &[Thread] = &[
             "fallocate",
             "fdatasync",
             "ftruncate",
+            // A reset that a freeze put off.
+            "ioctl:userfaultfd",
             "memfd_create",
             "unlink",
             "unlinkat",
@@ -95,8 +99,8 @@ const THREADS: &[Thread] = &[
     Thread {
         name: WORKER,
         opens_files: false,
-        // Memory, and the state file.
-        calls: &["cachestat", "fallocate", "fdatasync", "fstatfs"],
+        // Memory, and the state file; with --postcopy, what is waited for follows what is plugged.
+        calls: &["cachestat", "fallocate", "fdatasync", "fstatfs", "ioctl:userfaultfd"],
     },
 ];
 

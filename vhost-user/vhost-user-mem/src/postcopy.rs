@@ -7,7 +7,8 @@
 //!
 //! Only what the front-end may have to fill is waited for: not the discarded parts of the device's
 //! region. Nothing comes for those, so faults there stay the kernel's. Which parts these are may
-//! still change, when the device's state is loaded; so this is a listener of the manager.
+//! still change, when the device's state is loaded, and when the guest is served meanwhile; so this is a listener of
+//! the manager.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -88,7 +89,8 @@ impl Postcopy {
 
     /// POSTCOPY_LISTEN: memory that is mapped from now on may have missing pages; there must be
     /// none yet. The guest changes no block until the [end](Self::end), since memory that was
-    /// discarded could be filled again by what still arrives.
+    /// discarded could be filled again by what still arrives; or until a client of the discard channel says that it
+    /// follows for what brings the memory.
     ///
     /// # Errors
     ///

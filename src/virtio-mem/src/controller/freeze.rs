@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use ram_discard::{FreezeFor, FreezeObserver, LocalRamDiscardManager, SourceId, Transaction};
 
 use super::MemController;
-use super::served::DeviceSource;
+use super::served::{DeviceSource, Sweep};
 use crate::device::Geometry;
 use crate::region_memory::RegionMemory;
 
@@ -45,7 +45,14 @@ impl MemController {
     ///
     /// When the state could not be saved; nothing was changed.
     pub fn freeze(&self, holder: FreezeHolder) -> io::Result<()> {
-        let mut transaction = self.manager.begin();
+        self.begin_freeze(&mut self.manager.begin(), holder)
+    }
+
+    fn begin_freeze(
+        &self,
+        transaction: &mut Transaction<'_>,
+        holder: FreezeHolder,
+    ) -> io::Result<()> {
         let was_frozen = transaction.is_frozen();
         let mut state = self.state();
         if let Entry::Vacant(vacant) = state.holders.entry(holder) {
@@ -76,8 +83,9 @@ impl MemController {
     /// again to save that.
     pub fn thaw(&self, holder: FreezeHolder) -> io::Result<()> {
         let mut transaction = self.manager.begin();
-        if holder == FreezeHolder::Incoming {
+        if holder == FreezeHolder::Incoming && self.memory.is_incoming() {
             self.memory.end_incoming();
+            self.memory_arrived();
         }
         self.end_freeze(&mut transaction, holder)
     }
@@ -92,6 +100,35 @@ impl MemController {
     /// As [`thaw`](Self::thaw).
     pub fn serve_while_incoming(&self) -> io::Result<()> {
         self.end_freeze(&mut self.manager.begin(), FreezeHolder::Incoming)
+    }
+
+    /// What brings the memory does not follow block state any more, which is frozen again until all has arrived:
+    /// takes back [`serve_while_incoming`](Self::serve_while_incoming). Does nothing where no memory arrives.
+    ///
+    /// # Errors
+    ///
+    /// When the state could not be saved; block state is not frozen then.
+    pub fn freeze_while_incoming(&self) -> io::Result<()> {
+        let mut transaction = self.manager.begin();
+        if !self.memory.is_incoming() {
+            return Ok(());
+        }
+        self.begin_freeze(&mut transaction, FreezeHolder::Incoming)
+    }
+
+    /// Whether memory arrives here: since a [freeze](Self::freeze) of [`FreezeHolder::Incoming`] that has not been
+    /// [thawed](Self::thaw), also while the guest is [served](Self::serve_while_incoming).
+    pub fn memory_arrives(&self) -> bool {
+        self.memory.is_incoming()
+    }
+
+    /// Discards what has arrived in unplugged blocks: what brought it may have missed that they were unplugged.
+    fn memory_arrived(&self) {
+        // Else the state that belongs to the memory may still come.
+        if self.state().sweep == Sweep::Done {
+            self.sweep_or(Sweep::WhenMapped);
+        }
+        self.state().observers.iter().for_each(|observer| observer.memory_arrived());
     }
 
     fn end_freeze(

@@ -63,6 +63,8 @@ pub trait DeviceObserver: Send + Sync {
     /// A holder has frozen block state, or has ended that. Other parties may still have it frozen:
     /// [`migration`](Self::migration) tells. An observer that comes later is told of those there are.
     fn frozen_by(&self, _holder: FreezeHolder, _active: bool) {}
+    /// Memory that was arriving ([`FreezeHolder::Incoming`]) does so no more.
+    fn memory_arrived(&self) {}
     /// A request is answered with BUSY for this reason.
     fn busy(&self, _request: Request, _reason: &Busy) {}
 }

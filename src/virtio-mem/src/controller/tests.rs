@@ -386,6 +386,10 @@ impl DeviceObserver for Changes {
     fn config_changed(&self) {
         self.0.lock().push("config");
     }
+
+    fn memory_arrived(&self) {
+        self.0.lock().push("arrived");
+    }
 }
 
 #[test]

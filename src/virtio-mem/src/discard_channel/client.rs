@@ -331,7 +331,7 @@ impl RamDiscardManager for RemoteRamDiscardManager {
     /// renewed in time, and when the daemon ends; a client that connects again has other freezes. For
     /// a destination nothing is frozen: what comes with the memory may be loaded into the daemon,
     /// which has no freeze of a client that permits that, and freezes block state itself while memory
-    /// arrives. Whether the connection is lost is told all the same.
+    /// arrives, until a listener follows for that destination. Whether the connection is lost is told all the same.
     fn freeze(&self, purpose: FreezeFor) -> Result<FrozenBlockState, FreezeError> {
         let shared = &self.shared;
         let freeze = RemoteFreeze::begin(shared, purpose)?;

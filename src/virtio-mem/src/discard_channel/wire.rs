@@ -27,10 +27,10 @@ pub const MAGIC: [u8; 8] = *b"VMEMDISC";
 /// as their connection, without having to be renewed.
 pub const VERSION: u16 = 3;
 
-/// The oldest version that is spoken: version 3 without [`ClientMessage::Follow`].
+/// The oldest version that is spoken: version 3 without [`ClientMessage::Follow`] and [`ClientMessage::Serve`].
 pub const MIN_VERSION: u16 = 2;
 
-/// The first version with [`ClientMessage::Follow`].
+/// The first version with [`ClientMessage::Follow`] and [`ClientMessage::Serve`].
 pub const VERSION_FOLLOW: u16 = 3;
 
 /// Length of a frame's header, bytes.
@@ -180,6 +180,7 @@ mod kind {
     pub(super) const RENEW: u32 = 0x07;
     pub(super) const FOLLOW_POPULATE: u32 = 0x08;
     pub(super) const FOLLOW_DISCARD: u32 = 0x09;
+    pub(super) const SERVE: u32 = 0x0a;
     pub(super) const WELCOME: u32 = 0x81;
     pub(super) const GOODBYE: u32 = 0x82;
     pub(super) const POPULATE: u32 = 0x83;

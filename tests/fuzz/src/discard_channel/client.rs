@@ -166,6 +166,7 @@ fn attack(mut stream: UnixStream, requests: &Sender<Request>, input: &mut Input<
                     Sections::from_elem(Section::new(start * BLOCK, len * BLOCK).unwrap(), 1);
                 ClientMessage::Follow { id: u64::from(more), populated: more & 2 == 2, sections }
             }
+            _ if more & 4 == 4 => ClientMessage::Serve { id: u64::from(more) },
             _ => ClientMessage::GetSizes { id: u64::from(more) },
         };
         if stream.write_all(&frame(&message, input)).is_err() {

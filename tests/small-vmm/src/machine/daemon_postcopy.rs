@@ -2,6 +2,7 @@
 //! the guest before all memory has arrived.
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -9,6 +10,11 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use anyhow::{Context, ensure};
 use migration::MigrationError;
 use migration::lazy::{HandlerFailed, LazyRam, SharedFaults, SharedRange};
+use ram_discard::{
+    FollowedBlockState, FreezeFor, LocalRamDiscardManager, RamDiscardListener, RamDiscardManager,
+    Section,
+};
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use super::{Machine, Ring, lose};
 use crate::migration::id_at;
@@ -23,6 +29,66 @@ pub(super) struct DaemonPostcopy {
     memory: Option<Arc<LazyRam>>,
     /// Answers its page faults.
     faults: Option<SharedFaults>,
+    /// What is to serve the guest once it runs, and knows of it.
+    serves: Serves,
+}
+
+/// How the daemon serves the guest while memory arrives.
+#[derive(Default)]
+enum Serves {
+    /// Not before all has arrived.
+    #[default]
+    No,
+    /// Once the guest runs: the daemon, and this process's copy of the device, which the engine follows.
+    WhenRunning(Arc<RemoteRamDiscardManager>, Arc<LocalRamDiscardManager>),
+    /// The copy follows the daemon for as long as both are kept.
+    Followed { _followed: FollowedBlockState, _daemon: Arc<RemoteRamDiscardManager> },
+}
+
+/// Has a copy of the device do what the daemon does.
+struct DeviceCopy(Arc<LocalRamDiscardManager>);
+
+impl RamDiscardListener for DeviceCopy {
+    fn name(&self) -> &str {
+        "memory that arrives"
+    }
+
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
+        self.0.follow_source(section, true).map_err(|error| error.to_string())
+    }
+
+    fn notify_discard(&mut self, section: Section) {
+        if let Err(error) = self.0.follow_source(section, false) {
+            eprintln!("small-vmm: {section} is discarded, and its pages still arrive: {error}");
+        }
+    }
+
+    /// The daemon populates nothing any more until all memory has arrived.
+    fn notify_lost(&mut self, reason: &str) {
+        eprintln!("small-vmm: the guest's blocks stay until its memory has arrived: {reason}");
+    }
+}
+
+impl Serves {
+    /// The guest is about to run, and the engine follows the copy.
+    fn begin(&mut self) -> anyhow::Result<()> {
+        let Self::WhenRunning(daemon, copy) = std::mem::take(self) else { return Ok(()) };
+        let frozen = daemon.freeze(FreezeFor::Destination)?;
+        let discarded = |manager: &dyn RamDiscardManager| -> anyhow::Result<Vec<Section>> {
+            let mut ranges = Vec::new();
+            if let Some(region) = Section::new(0, manager.region_size()) {
+                let _ = manager.replay_discarded(region, &mut |range| {
+                    ranges.push(range);
+                    ControlFlow::Continue(())
+                })?;
+            }
+            Ok(ranges)
+        };
+        ensure!(discarded(&*daemon)? == discarded(&*copy)?, "the daemon has other blocks");
+        let followed = frozen.follow(Box::new(DeviceCopy(copy)))?;
+        *self = Self::Followed { _followed: followed, _daemon: daemon };
+        Ok(())
+    }
 }
 
 impl fmt::Debug for DaemonPostcopy {
@@ -97,6 +163,30 @@ impl Machine {
         // The daemon finds no holes there, so that the ring need not wait.
         self.expect_memory(false);
         Ok(())
+    }
+
+    /// Has the daemon serve the guest once it runs, while its memory arrives: `copy` does what the daemon does.
+    pub fn serve_when_running(
+        &self,
+        daemon: Arc<RemoteRamDiscardManager>,
+        copy: Arc<LocalRamDiscardManager>,
+    ) {
+        // One without postcopy serves it when all memory has arrived.
+        if let Some(postcopy) = &mut *self.daemon_postcopy() {
+            postcopy.serves = Serves::WhenRunning(daemon, copy);
+        }
+    }
+
+    /// The guest is about to run. What it asks of a daemon that cannot be followed is answered with BUSY until all
+    /// memory has arrived.
+    pub(super) fn serve_while_memory_arrives(&self) {
+        let mut postcopy = self.daemon_postcopy();
+        let Some(postcopy) = postcopy.as_mut().filter(|postcopy| postcopy.memory.is_some()) else {
+            return;
+        };
+        if let Err(error) = postcopy.serves.begin() {
+            eprintln!("small-vmm: the guest's blocks stay until its memory has arrived: {error:#}");
+        }
     }
 
     /// Shares memory with a daemon that was connected to again: as outstanding memory, while it is.

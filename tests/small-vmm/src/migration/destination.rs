@@ -138,6 +138,7 @@ fn begin_restore(
     if waits {
         machine.listen(restored.memory())?;
     }
+    restored.follow()?;
     machine.run().map_err(anyhow::Error::msg)?;
     Ok(restored)
 }

@@ -53,6 +53,8 @@ pub(super) struct MachineDevices {
     follower: Option<DaemonFollower>,
     /// On the destination: whether devices are loaded before all memory is there.
     arriving: bool,
+    /// On the destination: whether the engine knows what is discarded of the region while its pages come.
+    guards: bool,
     /// On the destination: the region, where what is discarded of it is known only after its pages.
     late_region: Option<Arc<MigrationBlock>>,
 }
@@ -113,6 +115,7 @@ impl MachineDevices {
             manager,
             follower: None,
             arriving: false,
+            guards: false,
             late_region: None,
         })
     }
@@ -122,6 +125,7 @@ impl MachineDevices {
     pub(super) fn guard(&mut self, region: &Arc<MigrationBlock>) -> anyhow::Result<()> {
         if self.registry.properties().is_on(EARLY_MIGRATION) {
             region.set_discard_manager(0, self.manager())?;
+            self.guards = true;
         } else {
             self.late_region = Some(Arc::clone(region));
         }
@@ -203,7 +207,16 @@ impl Devices for MachineDevices {
         }
         self.registry.loaded()?;
         self.sweep_late()?;
-        self.agree().map_err(|error| device_error(&describe(&error)))
+        self.agree().map_err(|error| device_error(&describe(&error)))?;
+        if let Some(follower) = &self.follower {
+            let daemon = follower.end();
+            // Without the early section the engine knows of no discarded memory.
+            if self.arriving && self.guards {
+                let shadow = Arc::clone(self.shadow.controller().manager());
+                self.machine.serve_when_running(Arc::clone(daemon), shadow);
+            }
+        }
+        Ok(())
     }
 }
 

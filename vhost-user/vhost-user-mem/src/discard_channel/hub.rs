@@ -49,6 +49,9 @@ struct Inner {
     pending: Vec<Section>,
     /// In the order in which they came.
     peers: Vec<Arc<Peer>>,
+    /// Number of the client that has the guest served while memory arrives: nothing is populated that it does not
+    /// acknowledge.
+    serves: Option<u64>,
     budget: Budget,
     metrics: Arc<Metrics>,
 }
@@ -69,6 +72,7 @@ impl Hub {
             event: 0,
             pending: Vec::new(),
             peers: Vec::new(),
+            serves: None,
             budget: Budget::new(patience, Instant::now()),
             metrics: Arc::clone(&metrics),
         };
@@ -119,6 +123,22 @@ impl Hub {
         inner.bitmap.event()
     }
 
+    /// From here on nothing is populated that this client does not acknowledge, until memory has arrived or
+    /// [`end_serving`](Self::end_serving) is called. False when another client has said that before.
+    pub(super) fn serve_for(&self, peer: &Peer) -> bool {
+        *self.inner.lock().serves.get_or_insert(peer.id()) == peer.id()
+    }
+
+    /// Whether this client has the guest served while memory arrives.
+    pub(super) fn serves_for(&self, peer: &Peer) -> bool {
+        self.inner.lock().serves == Some(peer.id())
+    }
+
+    /// This client has the guest served no more.
+    pub(super) fn end_serving(&self, peer: &Peer) {
+        self.inner.lock().serves.take_if(|serves| *serves == peer.id());
+    }
+
     /// Forgets a client.
     pub(super) fn detach(&self, peer: &Peer) {
         self.inner.lock().peers.retain(|other| other.id() != peer.id());
@@ -157,6 +177,10 @@ impl DeviceObserver for Hub {
     fn plugged_size(&self, _size: u64) {
         self.inner.lock().settle();
     }
+
+    fn memory_arrived(&self) {
+        self.inner.lock().serves = None;
+    }
 }
 
 impl Inner {
@@ -188,6 +212,13 @@ impl Inner {
                     refused.get_or_insert_with(|| format!("client {}: {reason}", peer.id()));
                 }
             }
+        }
+        if let Some(id) = self.serves
+            && refused.is_none()
+            && !accepted.iter().any(|peer| peer.id() == id)
+        {
+            // What brings the memory would take the blocks for discarded ones.
+            refused = Some(format!("client {id} has left, and memory arrives"));
         }
         let Some(reason) = refused else {
             self.pending.extend(sections);

@@ -31,6 +31,7 @@ pub(super) struct Session<'a> {
 enum Request {
     Freeze(u64),
     Thaw { id: u64, freeze: u64 },
+    Serve(u64),
     GetSizes(u64),
     Follow { id: u64, populated: bool, sections: Sections },
 }
@@ -75,6 +76,7 @@ impl<'a> Session<'a> {
         // Before the thaw, which waits for a change under way that may wait for this client.
         peer.leave();
         self.thaw();
+        self.end_serving();
         self.hub.detach(peer);
     }
 
@@ -136,12 +138,15 @@ impl<'a> Session<'a> {
                     });
                     Ok(())
                 }
-                ClientMessage::Follow { .. } if version < VERSION_FOLLOW => {
+                ClientMessage::Follow { .. } | ClientMessage::Serve { .. }
+                    if version < VERSION_FOLLOW =>
+                {
                     Err(format!("a request of version {VERSION_FOLLOW}, in version {version}"))
                 }
                 ClientMessage::Follow { id, populated, sections } => {
                     enqueue(Request::Follow { id, populated, sections })
                 }
+                ClientMessage::Serve { id } => enqueue(Request::Serve(id)),
                 ClientMessage::Hello { .. } => Err("a second hello".to_owned()),
             };
             if let Err(reason) = handled {
@@ -197,6 +202,10 @@ impl<'a> Session<'a> {
                     ended(id, freeze)
                 }
             }
+            Request::Serve(id) => match self.serve() {
+                Ok(()) => ServerMessage::Done { id },
+                Err(reason) => ServerMessage::Failed { id, reason },
+            },
             Request::GetSizes(id) => {
                 let config = self.controller.config();
                 ServerMessage::Sizes {
@@ -229,6 +238,42 @@ impl<'a> Session<'a> {
         self.hub.metrics().discard_freeze_expired();
         self.peer.answer(&ServerMessage::Thawed { freeze });
         self.thaw();
+    }
+
+    /// Has the guest be served while its memory arrives.
+    fn serve(&self) -> Result<(), String> {
+        // First, so that nothing is populated without this client.
+        if !self.hub.serve_for(&self.peer) {
+            return Err("another client has the guest served while memory arrives".to_owned());
+        }
+        let served = self.controller.serve_while_incoming();
+        // Where it ends meanwhile, there is nothing to be served for any more.
+        if !self.controller.memory_arrives() {
+            self.hub.end_serving(&self.peer);
+            return Err("no memory arrives here: POSTCOPY_LISTEN comes first".to_owned());
+        }
+        if let Err(error) = served {
+            // The freeze has ended all the same.
+            tracing::error!(%error, "cannot save that the guest is served");
+        }
+        Ok(())
+    }
+
+    /// What brings the memory knows no more of block state: the guest waits until all has arrived.
+    fn end_serving(&self) {
+        if !self.hub.serves_for(&self.peer) {
+            return;
+        }
+        let client = self.peer.id();
+        match self.controller.freeze_while_incoming() {
+            // Not before: until it is frozen, what would be populated is refused without this client.
+            Ok(()) => self.hub.end_serving(&self.peer),
+            Err(error) => tracing::error!(client, %error, "cannot freeze block state"),
+        }
+        tracing::warn!(
+            client,
+            "a discard-channel client left while memory arrives: no block is plugged until all has"
+        );
     }
 
     fn thaw(&self) {

@@ -3,6 +3,7 @@
 mod follow;
 mod freezes;
 mod patience;
+mod serve;
 
 use super::*;
 use ram_discard::memory::RamBlock;

@@ -137,5 +137,31 @@ fn a_guest_is_served_while_its_memory_arrives_once_that_is_followed() {
     assert!(rig.controller.memory.is_incoming(), "nothing is taken for what is outstanding");
     rig.controller.thaw(FreezeHolder::Incoming).unwrap();
     assert!(!rig.controller.memory.is_incoming());
-    assert_eq!(*changes.0.lock(), ["active", "over", "config"], "it had ended");
+    assert_eq!(*changes.0.lock(), ["active", "over", "config", "arrived"], "it had ended");
+}
+
+#[test]
+fn a_guest_that_was_served_waits_again_and_what_arrived_in_unplugged_blocks_is_discarded_in_the_end()
+ {
+    let rig = rig();
+    rig.controller.freeze_while_incoming().unwrap();
+    assert!(!rig.controller.migration_active(), "no memory arrives");
+    let changes = Arc::new(Changes::default());
+    rig.controller.observe(Arc::clone(&changes) as Arc<dyn DeviceObserver>);
+    rig.controller.freeze(FreezeHolder::Incoming).unwrap();
+    rig.controller.load_state(loaded(5, 0b1111)).unwrap();
+    rig.controller.serve_while_incoming().unwrap();
+    assert_eq!(rig.execute(unplug(0, 2)), Response::Ack);
+    for _ in 0..2 {
+        rig.controller.freeze_while_incoming().unwrap();
+        assert_eq!(rig.execute(plug(0, 1)), Response::Busy);
+    }
+    rig.fill(0, 4);
+    changes.0.lock().clear();
+    rig.controller.thaw(FreezeHolder::Incoming).unwrap();
+    assert_eq!(rig.held(), 2);
+    assert_eq!(*changes.0.lock(), ["arrived", "over", "config"]);
+    rig.controller.thaw(FreezeHolder::Incoming).unwrap();
+    assert_eq!(changes.0.lock().len(), 3, "once");
+    assert_eq!(rig.execute(plug(0, 1)), Response::Ack);
 }

@@ -14,7 +14,7 @@ use super::events::View;
 use super::follow::RemoteFollow;
 use super::requests::Answer;
 use super::{Blocks, Shared};
-use crate::discard_channel::wire::ClientMessage;
+use crate::discard_channel::wire::{ClientMessage, VERSION_FOLLOW};
 
 /// A freeze is renewed so many times before it would end.
 const RENEWALS: u32 = 3;
@@ -167,13 +167,21 @@ impl Freeze for RemoteFreeze {
     }
 
     fn can_follow(&self) -> bool {
-        !matches!(self.hold, Hold::Lost(_))
+        match self.hold {
+            Hold::Lease(_) => true,
+            // The server has to be told that it may serve the guest.
+            Hold::Nothing => self.shared.version >= VERSION_FOLLOW,
+            Hold::Lost(_) => false,
+        }
     }
 
     fn follow(
         &mut self,
         listener: Box<dyn RamDiscardListener>,
     ) -> Result<Box<dyn Follow>, FollowError> {
+        if matches!(self.hold, Hold::Nothing) && !self.can_follow() {
+            return Err(FollowError::NotPossible);
+        }
         // Registered first: it is told of all that the server does once it has thawed.
         let follow = RemoteFollow::register(&self.shared, self, self.purpose, listener)?;
         if let Some(id) = self.lease()
@@ -181,6 +189,9 @@ impl Freeze for RemoteFreeze {
         {
             self.hold = Hold::Lost(lost.clone());
             return Err(lost.into());
+        }
+        if matches!(self.hold, Hold::Nothing) {
+            self.shared.serve()?;
         }
         Ok(Box::new(follow))
     }
@@ -282,6 +293,18 @@ impl Shared {
                 tracing::warn!(%lost, "block state is no longer frozen");
                 return;
             }
+        }
+    }
+
+    /// Has the server serve the guest while its memory arrives.
+    fn serve(&self) -> Result<(), FollowError> {
+        match self.ask(|id| ClientMessage::Serve { id }) {
+            Ok(Answer::Done) => Ok(()),
+            Ok(Answer::Failed(reason)) => Err(FollowError::Refused(reason)),
+            Ok(Answer::Frozen { .. } | Answer::Sizes(_)) => {
+                Err(FreezeLost(self.wrong_answer().to_string()).into())
+            }
+            Err(lost) => Err(FreezeLost(lost.to_string()).into()),
         }
     }
 

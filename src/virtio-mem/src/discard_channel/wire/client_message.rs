@@ -46,6 +46,13 @@ pub enum ClientMessage {
         /// Number of the freeze.
         freeze: u64,
     },
+    /// The guest is about to run while its memory arrives, and this client knows of block state for what brings the
+    /// memory: requests of the guest are to be served, and nothing is populated that this client does not
+    /// acknowledge. From version 3 on.
+    Serve {
+        /// Comes back in the answer.
+        id: u64,
+    },
     /// The sizes that change are wanted.
     GetSizes {
         /// Comes back in the answer.
@@ -67,7 +74,9 @@ impl Message for ClientMessage {
     fn lengths(kind: u32) -> Option<Lengths> {
         match kind {
             kind::HELLO => Some(Lengths::one(HELLO_LEN)),
-            kind::ACK | kind::FREEZE | kind::GET_SIZES => Some(Lengths::one(NUMBER_LEN)),
+            kind::ACK | kind::FREEZE | kind::GET_SIZES | kind::SERVE => {
+                Some(Lengths::one(NUMBER_LEN))
+            }
             kind::THAW | kind::RENEW => Some(Lengths::one(FREEZE_LEN)),
             kind::REFUSE => Some(Lengths::with_text(NUMBER_LEN)),
             kind::FOLLOW_POPULATE | kind::FOLLOW_DISCARD => {
@@ -91,6 +100,7 @@ impl Message for ClientMessage {
             Self::Freeze { id } => Builder::new(frame, kind::FREEZE).u64(*id),
             Self::Thaw { id, freeze } => Builder::new(frame, kind::THAW).u64(*id).u64(*freeze),
             Self::Renew { id, freeze } => Builder::new(frame, kind::RENEW).u64(*id).u64(*freeze),
+            Self::Serve { id } => Builder::new(frame, kind::SERVE).u64(*id),
             Self::GetSizes { id } => Builder::new(frame, kind::GET_SIZES).u64(*id),
             Self::Follow { id, populated, sections } => {
                 let kind = if *populated { kind::FOLLOW_POPULATE } else { kind::FOLLOW_DISCARD };
@@ -113,6 +123,7 @@ impl Message for ClientMessage {
             kind::FREEZE => Self::Freeze { id: fields.u64() },
             kind::THAW => Self::Thaw { id: fields.u64(), freeze: fields.u64() },
             kind::RENEW => Self::Renew { id: fields.u64(), freeze: fields.u64() },
+            kind::SERVE => Self::Serve { id: fields.u64() },
             kind::GET_SIZES => Self::GetSizes { id: fields.u64() },
             kind::FOLLOW_POPULATE | kind::FOLLOW_DISCARD => {
                 let populated = kind == kind::FOLLOW_POPULATE;

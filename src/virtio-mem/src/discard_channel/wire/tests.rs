@@ -45,6 +45,7 @@ fn golden_frames_of_a_client() {
         &ClientMessage::Renew { id: 4, freeze: 9 },
         "07000000 10000000 0400000000000000 0900000000000000",
     );
+    golden(&ClientMessage::Serve { id: 5 }, "0a000000 08000000 0500000000000000");
     golden(&ClientMessage::GetSizes { id: 3 }, "06000000 08000000 0300000000000000");
     for (populated, kind) in [(true, "08"), (false, "09")] {
         let sections = "0500000000000000 0000200000000000 0000400000000000";
@@ -200,6 +201,7 @@ fn client_messages() -> impl Strategy<Value = ClientMessage> {
         (any::<u64>(), ".{0,60}")
             .prop_map(|(event, reason)| ClientMessage::Refuse { event, reason }),
         any::<u64>().prop_map(|id| ClientMessage::Freeze { id }),
+        any::<u64>().prop_map(|id| ClientMessage::Serve { id }),
         any::<(u64, bool)>().prop_map(|(id, populated)| ClientMessage::Follow {
             id,
             populated,

@@ -5,6 +5,7 @@
 //! daemon that refuses, in whatever process, refuses the change, and the source answers BUSY to its guest.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::ensure;
 use migration::MigrationError;
@@ -18,6 +19,8 @@ use super::device_error;
 pub(super) struct DaemonFollower {
     daemon: Arc<RemoteRamDiscardManager>,
     listener: ListenerId,
+    /// The daemon has its own state: it is followed now.
+    ended: Arc<AtomicBool>,
 }
 
 impl DaemonFollower {
@@ -39,9 +42,10 @@ impl DaemonFollower {
             std::ops::ControlFlow::Continue(())
         })?;
         daemon.follow_source_all(&left, false)?;
-        let listener = Box::new(Follower { daemon: Arc::clone(&daemon) });
-        let listener = shadow.listen(listener)?;
-        Ok(Some(Self { daemon, listener }))
+        let ended = Arc::new(AtomicBool::new(false));
+        let follower = Follower { daemon: Arc::clone(&daemon), ended: Arc::clone(&ended) };
+        let listener = shadow.listen(Box::new(follower))?;
+        Ok(Some(Self { daemon, listener, ended }))
     }
 
     /// Whether the daemon has the blocks of `shadow`, with all that came of them.
@@ -56,8 +60,16 @@ impl DaemonFollower {
         ))
     }
 
+    /// The daemon has its own state, and is told of no change any more. Its manager.
+    pub(super) fn end(&self) -> &Arc<RemoteRamDiscardManager> {
+        self.ended.store(true, Ordering::Release);
+        &self.daemon
+    }
+
     /// No guest has come: the daemon has nothing plugged again.
     pub(super) fn undo(self, shadow: &MemController) {
+        // Also when it was loaded already.
+        self.ended.store(false, Ordering::Release);
         if let Err(error) = shadow.manager().unregister(self.listener) {
             eprintln!("small-vmm: {error}");
         }
@@ -66,6 +78,7 @@ impl DaemonFollower {
 
 struct Follower {
     daemon: Arc<RemoteRamDiscardManager>,
+    ended: Arc<AtomicBool>,
 }
 
 impl RamDiscardListener for Follower {
@@ -83,11 +96,17 @@ impl RamDiscardListener for Follower {
 
     fn notify_populate_all(&mut self, sections: &[Section]) -> Result<(), (Section, String)> {
         let Some(&first) = sections.first() else { return Ok(()) };
+        if self.ended.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let followed = self.daemon.follow_source_all(sections, true);
         followed.map_err(|refused| (first, refused.to_string()))
     }
 
     fn notify_discard_all(&mut self, sections: &[Section]) {
+        if self.ended.load(Ordering::Acquire) {
+            return;
+        }
         // Found out by `check` at the latest.
         if let Err(error) = self.daemon.follow_source_all(sections, false) {
             eprintln!("small-vmm: the daemon does not follow: {error}");

@@ -18,9 +18,11 @@ impl Server {
             while !acting.is_finished() {
                 let answer = match self.frames.next(&self.stream) {
                     Ok(ClientMessage::Freeze { id }) => self.frozen(id, expiry_ms),
-                    Ok(ClientMessage::Thaw { id, freeze: 1 } | ClientMessage::Renew { id, .. }) => {
-                        ServerMessage::Done { id }
-                    }
+                    Ok(
+                        ClientMessage::Thaw { id, freeze: 1 }
+                        | ClientMessage::Renew { id, .. }
+                        | ClientMessage::Serve { id },
+                    ) => ServerMessage::Done { id },
                     Ok(ClientMessage::GetSizes { id }) => ServerMessage::Sizes {
                         id,
                         usable_region_size: 0,
@@ -179,7 +181,7 @@ fn for_a_destination_it_follows_what_has_become_of_block_state() {
     let calls = Calls::default();
     let frozen = manager.freeze(FreezeFor::Destination).unwrap();
     server.acked(section(0, 4), true);
-    let followed = frozen.follow(Recorder::boxed("follows", &calls)).unwrap();
+    let followed = server.serve(|| frozen.follow(Recorder::boxed("follows", &calls)).unwrap(), 1);
     server.acked(section(1, 2), false);
     assert_eq!(*calls.lock(), [("follows", false, section(1, 2))]);
     let frozen = followed.freeze().unwrap();
@@ -216,4 +218,26 @@ fn a_freeze_that_is_being_renewed_ends_after_that() {
         server.send(&ServerMessage::Done { id });
         thawing.join().unwrap().unwrap();
     });
+}
+
+#[test]
+fn a_server_that_does_not_serve_the_guest_is_not_followed_for_a_destination() {
+    let (mut server, manager) = pair();
+    let calls = Calls::default();
+    let frozen = manager.freeze(FreezeFor::Destination).unwrap();
+    let not = thread::scope(|scope| {
+        let follow = scope.spawn(|| frozen.follow(Recorder::boxed("follows", &calls)).unwrap_err());
+        let ClientMessage::Serve { id } = server.receive() else { panic!() };
+        server.send(&ServerMessage::Failed { id, reason: "no memory arrives".to_owned() });
+        follow.join().unwrap()
+    });
+    assert!(matches!(&not.reason, FollowError::Refused(reason) if reason == "no memory arrives"));
+    server.acked(section(0, 4), true);
+    assert_eq!(*calls.lock(), [], "it was taken out");
+    not.frozen.thaw().unwrap();
+    let (_server, before) = pair_in(MIN_VERSION, PATIENCE);
+    let frozen = before.freeze(FreezeFor::Destination).unwrap();
+    assert!(!frozen.can_follow());
+    let not = frozen.follow(Recorder::boxed("follows", &calls)).unwrap_err();
+    assert!(matches!(not.reason, FollowError::NotPossible), "{not}");
 }
