@@ -459,6 +459,19 @@ impl<F: Fn() + 'static> tracing::Subscriber for OnEvent<F> {
     fn exit(&self, _span: &tracing::span::Id) {}
 }
 
+/// Much longer than anything takes that a test waits for.
+pub(crate) const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Waits for what another thread does. Fails when that does not come, as when the thread has failed.
+#[track_caller]
+pub(crate) fn wait_until(mut what: impl FnMut() -> bool) {
+    let begun = std::time::Instant::now();
+    while !what() {
+        assert!(begun.elapsed() < PATIENCE, "what is waited for does not come");
+        thread::sleep(std::time::Duration::from_micros(200));
+    }
+}
+
 /// What is late after the destination's verdict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Late {
@@ -537,7 +550,8 @@ impl SlowReader {
 impl Drop for SlowReader {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.1.take() {
+        // Of a test that has failed it may be in a read that nothing ends.
+        if let Some(thread) = self.1.take().filter(|_| !thread::panicking()) {
             let _ = thread.join();
         }
     }

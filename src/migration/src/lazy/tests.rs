@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::sys::huge_pages::testing::{ask_for_huge_pages, flags, has_huge_pages};
-use crate::test_support::{PAGE, Side, fill};
+use crate::test_support::{PAGE, PATIENCE, Side, fill, wait_until};
 
 struct NoFailure;
 
@@ -54,9 +54,7 @@ fn a_vcpu_that_waits_without_a_source_continues_with_the_recovery() {
             thread::spawn(move || read(&reading, 10 + n / 2))
         })
         .collect();
-    while lazy.blocks[0].requested().len() < 2 {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(|| lazy.blocks[0].requested().len() == 2);
     assert_eq!(lazy.outstanding(), 100);
     let sevens = Arc::new(Sevens::default());
     lazy.set_source(Some(Arc::clone(&sevens) as Arc<dyn PageSource>));
@@ -230,9 +228,7 @@ fn memory_that_is_dropped_before_it_has_arrived_never_becomes_zeros() {
     let handler = FaultHandler::start(Arc::clone(&lazy), told).unwrap();
     let reading = Arc::clone(&side);
     let waits = thread::spawn(move || read(&reading, 10));
-    while lazy.blocks[0].requested().is_empty() {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(|| !lazy.blocks[0].requested().is_empty());
     // However it comes about.
     let unwinding = thread::spawn(move || {
         let _dropped = (handler, lazy);
@@ -317,9 +313,7 @@ fn memory_that_is_given_up_is_zeros_for_those_who_waited() {
     let handler = FaultHandler::start(Arc::clone(&lazy), Arc::new(NoFailure)).unwrap();
     let reading = Arc::clone(&side);
     let waits = thread::spawn(move || read(&reading, 10));
-    while lazy.blocks[0].requested().is_empty() {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(|| !lazy.blocks[0].requested().is_empty());
     lazy.abandon();
     assert_eq!(waits.join().unwrap(), 0);
     assert_eq!(read(&side, 20), 0);
@@ -338,12 +332,10 @@ fn blocktime_is_of_the_threads_that_waited_first() {
         tell.send(rustix::thread::gettid().as_raw_nonzero().get() as u32).unwrap();
         (read(&reading, 10), read(&reading, 11))
     });
-    let thread = told.recv().unwrap();
+    let thread = told.recv_timeout(PATIENCE).unwrap();
     let waited = Duration::from_millis(30);
     for page in [10, 11] {
-        while lazy.blocks[0].requested().is_empty() {
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait_until(|| !lazy.blocks[0].requested().is_empty());
         thread::sleep(waited);
         lazy.place(0, page * PAGE, &[7; PAGE as usize]).unwrap();
     }

@@ -361,10 +361,10 @@ pub(super) fn messages(fd: BorrowedFd<'_>, each: impl FnMut(&UffdMsg)) -> io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_support::wait_until;
     use rustix::fs::MemfdFlags;
     use std::fs::File;
     use std::thread;
-    use std::time::Duration;
 
     const PAGE: u64 = 4096;
 
@@ -380,10 +380,10 @@ mod tests {
 
     fn wait_for_fault(faults: &PageFaults) -> Fault {
         let mut found = Vec::new();
-        while found.is_empty() {
+        wait_until(|| {
             faults.read(&mut found).unwrap();
-            thread::sleep(Duration::from_micros(50));
-        }
+            !found.is_empty()
+        });
         found[0]
     }
 

@@ -226,10 +226,10 @@ pub(crate) mod removals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_support::wait_until;
     use std::fs::File;
     use std::sync::Arc;
     use std::thread;
-    use std::time::Duration;
 
     use ram_discard::memory::HostMapping;
 
@@ -257,10 +257,10 @@ mod tests {
 
     fn wait_for_fault(client: &ClientFaults) -> u64 {
         let mut found = Vec::new();
-        while found.is_empty() {
+        wait_until(|| {
             client.read(&mut found).unwrap();
-            thread::sleep(Duration::from_micros(50));
-        }
+            !found.is_empty()
+        });
         found[0].address / PAGE * PAGE
     }
 
@@ -307,12 +307,12 @@ mod tests {
         let client = ClientFaults::new(offered.copy().unwrap()).unwrap();
         let changing = Arc::clone(&theirs);
         let changer = thread::spawn(move || removals::forget(&changing, PAGE));
-        let refused = loop {
-            match client.place_zeros(base + PAGE, PAGE) {
-                Ok(Placed::Done | Placed::Exists(_)) => thread::sleep(Duration::from_micros(50)),
-                Err(error) => break error,
-            }
-        };
+        let mut refused = None;
+        wait_until(|| {
+            refused = client.place_zeros(base + PAGE, PAGE).err();
+            refused.is_some()
+        });
+        let refused = refused.unwrap();
         assert_eq!(refused.raw_os_error(), Some(libc::EAGAIN));
         assert!(!changer.is_finished());
         let mut found = Vec::new();

@@ -238,9 +238,9 @@ mod tests {
     use super::super::private_memory::PrivateMemory;
     use super::super::shared_faults::OfferedFaults;
     use super::*;
+    use crate::test_support::wait_until;
     use std::fs::File;
     use std::thread;
-    use std::time::Duration;
 
     use ram_discard::ByteRange;
 
@@ -254,18 +254,17 @@ mod tests {
     }
 
     fn events(faults: &VmmFaults, messages: &HostMapping) -> Vec<Event> {
-        loop {
-            let count = faults.read(messages, 0, 8).unwrap();
-            let decode = |index| {
-                let mut message = [0; MESSAGE_LEN];
-                messages.read((index * MESSAGE_LEN) as u64, &mut message);
-                Event::decode(&message).unwrap()
-            };
-            if count != 0 {
-                return (0..count).map(decode).collect();
-            }
-            thread::sleep(Duration::from_micros(50));
-        }
+        let mut count = 0;
+        wait_until(|| {
+            count = faults.read(messages, 0, 8).unwrap();
+            count != 0
+        });
+        let decode = |index| {
+            let mut message = [0; MESSAGE_LEN];
+            messages.read((index * MESSAGE_LEN) as u64, &mut message);
+            Event::decode(&message).unwrap()
+        };
+        (0..count).map(decode).collect()
     }
 
     fn guest(pages: u64) -> (PrivateMemory, OfferedFaults, VmmFaults) {

@@ -289,7 +289,7 @@ fn a_listener_that_registers_against_requests_sees_each_block_once() {
         source.0.lock().fill(false);
         let calls = Calls::default();
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let requests = scope.spawn(|| {
                 for index in 0..NR {
                     let mut transaction = manager.begin();
                     let range = granules(index as u64, index as u64 + 1);
@@ -300,6 +300,8 @@ fn a_listener_that_registers_against_requests_sees_each_block_once() {
             let whole = granules(0, NR as u64);
             let id = manager.register(whole, Recorder::boxed("dma", &calls)).unwrap();
             while !manager.is_populated(whole) {
+                let all_done = requests.is_finished() && !manager.is_populated(whole);
+                assert!(!all_done, "a request has failed");
                 std::thread::yield_now();
             }
             let mut seen = [0; NR];

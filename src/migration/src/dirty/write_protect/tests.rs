@@ -297,6 +297,15 @@ fn what_lies_behind_a_short_bitmap_is_left_out() {
     assert!(dirty.runs(0..256).eq([1..2]));
 }
 
+/// Ends the writers when it is dropped, also by an assertion that fails.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Threads write while another copies what is reported. When they stop, one more round must make
 /// the copy equal: had a write been missed, its page would differ.
 fn never_loses_a_write(block: &Block, known_file: bool) {
@@ -340,12 +349,12 @@ fn never_loses_a_write(block: &Block, known_file: bool) {
                 }
             });
         }
+        let _done = Done(&done);
         for _ in 0..30 {
             let dirty = synced(&mut tracker);
             tracker.clear(range(0, len)).unwrap();
             copy_pages(&dirty);
         }
-        done.store(true, Ordering::Relaxed);
     });
     copy_pages(&synced(&mut tracker));
     for part in populated {

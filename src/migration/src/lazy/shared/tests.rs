@@ -10,7 +10,7 @@ use super::*;
 use crate::page_bitmap::PageBitmap;
 use crate::ram::MigrationBlock;
 use crate::sys::shared_faults::{OfferedFaults, removals};
-use crate::test_support::{BLOCK, OnEvent, PAGE, Side};
+use crate::test_support::{BLOCK, OnEvent, PAGE, Side, wait_until};
 
 /// Counts what it is asked for, and answers later or never.
 #[derive(Default)]
@@ -70,16 +70,6 @@ fn read(client: &Arc<HostMapping>, page: u64) -> JoinHandle<u8> {
         client.read(page * PAGE, &mut byte);
         byte[0]
     })
-}
-
-fn wait_until(what: impl Fn() -> bool) {
-    for _ in 0..5000 {
-        if what() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
-    panic!("nothing happens");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use super::*;
 use crate::devices::{DevicePhase, DeviceSection, Devices};
 use crate::stream::{Command, ReturnMessage, SectionHeader};
 use crate::sys::page_faults::{FaultKind, PageFaults};
-use crate::test_support::{BLOCK, TestManager};
+use crate::test_support::{BLOCK, PATIENCE, TestManager, wait_until};
 
 type Outcome = Result<(), MigrationError>;
 
@@ -222,16 +222,6 @@ fn pair(urgent: bool) -> (Option<UnixStream>, Option<UnixStream>) {
     urgent.then(|| UnixStream::pair().unwrap()).unzip()
 }
 
-fn wait_until(what: impl Fn() -> bool) {
-    for _ in 0..20_000 {
-        if what() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
-    panic!("nothing happens");
-}
-
 /// A wait that ends when the sender is dropped.
 fn gate() -> (Sender<()>, impl Fn() + Send + Sync) {
     let (open, waits): (_, Receiver<()>) = mpsc::channel();
@@ -277,7 +267,7 @@ fn a_device_whose_load_reads_outstanding_memory_finds_it() {
         wait_until(|| there.thread.is_finished());
         assert_eq!((runs, there.seen()), (0, (1, 1, 0)));
         there.thread.join().unwrap().unwrap();
-        assert_eq!(told.recv().unwrap(), [9, 7, 0]);
+        assert_eq!(told.recv_timeout(PATIENCE).unwrap(), [9, 7, 0]);
         assert_arrived(&to, &expected);
     }
 }
@@ -320,7 +310,7 @@ fn a_source_that_is_cancelled_while_a_device_hangs_has_the_guest_again() {
     let progress = Arc::new(Progress::new());
     let cancelling = Arc::clone(&progress);
     thread::spawn(move || {
-        told.recv().unwrap();
+        told.recv_timeout(PATIENCE).unwrap();
         cancelling.cancel();
     });
     let (sent, runs) = thread::scope(|scope| {
@@ -355,7 +345,7 @@ fn a_destination_that_is_cancelled_while_a_device_waits_for_a_page_leaves_the_gu
     there.progress.cancel();
     source.hear(&ReturnMessage::Shut(libc::ECANCELED as u32));
     wait_until(|| there.thread.is_finished());
-    assert_eq!((told.recv().unwrap(), there.seen()), (0, (0, 0, 0)));
+    assert_eq!((told.recv_timeout(PATIENCE).unwrap(), there.seen()), (0, (0, 0, 0)));
     assert_eq!(there.progress.status(), Status::Cancelled);
     let error = there.thread.join().unwrap().unwrap_err();
     assert!(matches!(error, MigrationError::Cancelled), "{error}");

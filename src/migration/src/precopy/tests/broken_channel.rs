@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 
 use super::*;
+use crate::test_support::wait_until;
 
 /// Passes bytes on until `limit` of them went from source to destination, then breaks the channel.
 fn breaking_relay(limit: usize) -> (UnixStream, UnixStream, thread::JoinHandle<bool>) {
@@ -87,19 +88,12 @@ fn cancelled_while_the_destination_is_stuck_the_guest_runs_on() {
         postcopy: None,
         progress: Arc::clone(&progress),
     };
-    let done = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            while progress.status() != Status::Active {
-                thread::sleep(Duration::from_millis(1));
-            }
+            wait_until(|| progress.status() == Status::Active);
             progress.cancel();
-            while !done.load(Ordering::Relaxed) {
-                thread::sleep(Duration::from_millis(1));
-            }
         });
         let result = outgoing.run(Channel::new(source, Arc::clone(&progress)).unwrap());
-        done.store(true, Ordering::Relaxed);
         let failed = result.unwrap_err();
         assert!(matches!(failed.error, MigrationError::Cancelled));
         assert_eq!(failed.guest, GuestAfter::RunsHere);

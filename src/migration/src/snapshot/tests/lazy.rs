@@ -1,6 +1,7 @@
 //! Restores whose guest runs before its memory is there.
 
 use super::*;
+use crate::test_support::wait_until;
 
 /// Panics: in these tests every fault can be answered.
 pub(super) struct NoFailure;
@@ -151,9 +152,7 @@ fn a_lazy_restore_goes_on_when_the_file_can_be_read_again() {
     let error = restored.wait().unwrap_err().to_string();
     assert!(error.contains("cannot read pages"), "{error}");
     assert_eq!((progress.status(), restored.outstanding()), (Status::Failed, 44));
-    while failed.0.lock().unwrap().is_empty() {
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    wait_until(|| !failed.0.lock().unwrap().is_empty());
     assert!(!guest.is_finished());
     file.write_all_at(&kept, 0).unwrap();
     assert_eq!(guest.join().unwrap(), 7);

@@ -38,6 +38,8 @@ struct Busy {
     /// Blocks that vCPUs may write; a subset of those that are plugged.
     usable: RwLock<BlockBitmap>,
     end: AtomicBool,
+    /// The driver or a vCPU has failed, and what is waited for may never come.
+    failed: AtomicBool,
     changes: AtomicUsize,
     writes: AtomicU64,
     /// Changes before the background begins to write the image.
@@ -46,8 +48,25 @@ struct Busy {
     instant: Mutex<Option<(Vec<u8>, Vec<usize>)>>,
 }
 
+/// Ends a guest when it is dropped, also by an assertion that fails.
+struct Ends<'a>(&'a Busy);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.failed.fetch_or(thread::panicking(), Ordering::Relaxed);
+        self.0.end.store(true, Ordering::Relaxed);
+    }
+}
+
 impl Busy {
+    /// Lets the driver and the vCPUs run, which do not end by themselves unless they fail.
+    fn wait(&self) {
+        assert!(!self.failed.load(Ordering::Relaxed), "the driver or a vCPU has failed");
+        thread::yield_now();
+    }
+
     fn drive(&self, mut random: Random) {
+        let _ends = Ends(self);
         while !self.end.load(Ordering::Relaxed) {
             let blocks = random.blocks();
             if random.below(2) == 0 {
@@ -74,6 +93,7 @@ impl Busy {
     }
 
     fn run_vcpu(&self, mut random: Random) {
+        let _ends = Ends(self);
         while !self.end.load(Ordering::Relaxed) {
             let page = random.below(1024);
             let block = (page * PAGE / BLOCK) as usize;
@@ -102,7 +122,7 @@ impl Guest for Busy {
         let before = self.changes.load(Ordering::Relaxed);
         *self.running.write().unwrap() = true;
         while self.changes.load(Ordering::Relaxed) < before + self.ahead {
-            thread::yield_now();
+            self.wait();
         }
         Ok(())
     }
@@ -131,6 +151,7 @@ fn one(seed: u64) -> u64 {
         running: RwLock::new(true),
         usable: RwLock::new(usable),
         end: AtomicBool::new(false),
+        failed: AtomicBool::new(false),
         changes: AtomicUsize::new(0),
         writes: AtomicU64::new(0),
         ahead: random.below(12) as usize,
@@ -138,6 +159,7 @@ fn one(seed: u64) -> u64 {
     };
     let file = tempfile::tempfile().unwrap();
     let (saved, seen) = thread::scope(|scope| {
+        let ends = Ends(&guest);
         let driver = Random(random.next());
         scope.spawn(|| guest.drive(driver));
         for _ in 0..2 {
@@ -151,9 +173,9 @@ fn one(seed: u64) -> u64 {
         while writes.load(Ordering::Relaxed) < before.0 + 20
             || changes.load(Ordering::Relaxed) < before.1 + 4
         {
-            thread::yield_now();
+            guest.wait();
         }
-        guest.end.store(true, Ordering::Relaxed);
+        drop(ends);
         saved
     });
     saved.unwrap();
