@@ -202,15 +202,16 @@ impl Progress {
         self.steering.continue_switchover();
     }
 
-    /// Ends the channels of postcopy at the source, as if they had broken: both sides pause, until new ones come
-    /// from [`Reconnect`](crate::postcopy::Reconnect), which is told [`MigrationError::Paused`] (QEMU's
-    /// migrate-pause).
+    /// Ends the channels of postcopy, on either side, as if they had broken: both sides pause, until new ones come
+    /// from [`Reconnect`](crate::postcopy::Reconnect), which is told [`MigrationError::Paused`] on the side that
+    /// was asked (QEMU's migrate-pause). The guest runs on at the destination, and waits for pages that it misses.
+    /// A destination whose `Reconnect` gives up, as [`GiveUp`](crate::postcopy::GiveUp) does, loses it.
     ///
     /// [`MigrationError::Paused`]: crate::MigrationError::Paused
     ///
     /// # Errors
     ///
-    /// When no pages of postcopy are being sent from here.
+    /// When no pages of postcopy are being sent from here, or arrive at a guest that has been taken here.
     pub fn pause_postcopy(&self) -> Result<(), SteeringError> {
         if self.steering.pause_postcopy() {
             return Ok(());

@@ -25,7 +25,9 @@ struct State {
     /// Whether the source has said RUN.
     run: bool,
     /// The channels that are read, to be shut down when it is given up.
-    channels: Vec<Channel>,
+    channels: Option<Channels>,
+    /// Nothing more is read from them.
+    all_came: bool,
 }
 
 /// Who has the guest.
@@ -41,10 +43,19 @@ enum Owner {
     Lost,
 }
 
+impl State {
+    /// Memory arrives at a guest that is here: from now on that can be paused, if it has not all arrived.
+    fn active(&self, progress: &Progress) {
+        let channels = self.channels.as_ref().filter(|_| !self.all_came);
+        progress.steering.postcopy_over(channels.map(Channels::clone_handles));
+        progress.set_status(Status::PostcopyActive);
+    }
+}
+
 impl Handover {
     /// The source has the guest; `committed` is of the channels.
     pub(crate) fn new(committed: Arc<AtomicBool>) -> Self {
-        let state = State { owner: Owner::Source, run: false, channels: Vec::new() };
+        let state = State { owner: Owner::Source, run: false, channels: None, all_came: false };
         Self { state: Mutex::new(state), changed: Condvar::new(), committed }
     }
 
@@ -56,8 +67,8 @@ impl Handover {
     /// These channels are read from now on; false when it was given up.
     pub(super) fn read_from(&self, channels: &Channels) -> bool {
         let mut state = self.state.lock();
-        let urgent = channels.urgent.iter().map(Channel::clone_handle);
-        state.channels = urgent.chain([channels.main.clone_handle()]).collect();
+        state.channels = Some(channels.clone_handles());
+        state.all_came = false;
         matches!(state.owner, Owner::Source | Owner::Here)
     }
 
@@ -100,7 +111,7 @@ impl Handover {
         }
         back.claim(&ReturnMessage::SwitchoverAck)?;
         state.owner = Owner::Here;
-        progress.set_status(Status::PostcopyActive);
+        state.active(progress);
         self.committed.store(true, Ordering::Release);
         drop(state);
         self.changed.notify_all();
@@ -126,6 +137,19 @@ impl Handover {
         drop(state);
         self.changed.notify_all();
         here
+    }
+
+    /// Memory arrives again, over new channels.
+    pub(super) fn resumed(&self, progress: &Progress) {
+        self.state.lock().active(progress);
+    }
+
+    /// Everything has arrived. Whether it was paused before it had: the source was not told then.
+    pub(super) fn all_came(&self, progress: &Progress) -> bool {
+        let mut state = self.state.lock();
+        state.all_came = true;
+        progress.steering.postcopy_over(None);
+        progress.steering.take_paused()
     }
 
     /// Whether it was not given up.
@@ -154,7 +178,7 @@ impl Handover {
             Owner::Source | Owner::Left => Owner::Left,
             Owner::Here | Owner::Lost => Owner::Lost,
         };
-        state.channels.iter().for_each(Channel::shutdown);
+        state.channels.iter().for_each(Channels::shutdown);
         drop(state);
         self.changed.notify_all();
     }

@@ -79,7 +79,11 @@ impl Listening<'_> {
                 true => session.take_all(&channels, reader.take()),
                 false => Err(MigrationError::ChannelClosed("it was given up")),
             };
-            let Err(error) = taken else { break };
+            let error = match taken {
+                Ok(()) if handover.all_came(progress) => MigrationError::Paused,
+                Ok(()) => break,
+                Err(error) => error,
+            };
             // Faults continue to be answered where nothing has to come for them.
             lazy.set_source(None);
             if !handover.broken() {
@@ -92,6 +96,10 @@ impl Listening<'_> {
                 return Err(error);
             }
             channels.shutdown();
+            // The guest is here, so that nothing but this loop lets it be paused again.
+            progress.steering.postcopy_over(None);
+            let paused = progress.steering.take_paused();
+            let error = if paused { MigrationError::Paused } else { error };
             progress.set_status(Status::PostcopyPaused);
             tracing::warn!(%error, "the channel is broken; accesses to outstanding memory wait");
             match reconnect.reconnect(&error) {
@@ -221,7 +229,7 @@ impl Session<'_> {
                 Record::Command(Command::PostcopyResume) => {
                     self.back.send(&ReturnMessage::ResumeAck)?;
                     Counters::add(&self.progress.counters.postcopy_recoveries, 1);
-                    self.progress.set_status(Status::PostcopyActive);
+                    self.handover.resumed(self.progress);
                     self.lazy.set_source(Some(Arc::clone(self.back) as Arc<dyn PageSource>));
                     let asked = self.lazy.request_again();
                     asked.map_err(MigrationError::io("ask for pages again"))?;

@@ -66,6 +66,12 @@ impl Channels {
         }
     }
 
+    /// Handles of the same channels.
+    fn clone_handles(&self) -> Self {
+        let urgent = self.urgent.as_ref().map(Channel::clone_handle);
+        Self { main: self.main.clone_handle(), urgent }
+    }
+
     /// Handles that end only with the channels.
     fn uncancellable(&self) -> Self {
         let urgent = self.urgent.as_ref().map(Channel::uncancellable);

@@ -154,6 +154,8 @@ struct Run {
     runs: (usize, usize),
     /// Why the source needed other channels.
     breaks: Vec<String>,
+    /// Why the destination did.
+    breaks_there: Vec<String>,
     sent: MigrationInfo,
 }
 
@@ -205,6 +207,20 @@ fn migrate_told(
     parameters: Parameters,
     from: &Side,
     to: &Side,
+    guest: (Vec<u8>, Option<Act>),
+    how: (SwitchWhen, bool),
+    channels: Vec<(OwnedFd, OwnedFd)>,
+) -> Run {
+    let both = [Arc::clone(progress), Arc::new(Progress::new())];
+    migrate_told_on_both_sides(&both, parameters, from, to, guest, how, channels)
+}
+
+/// As [`migrate_told`], with what is told at the source and at the destination.
+fn migrate_told_on_both_sides(
+    [progress, progress_there]: &[Arc<Progress>; 2],
+    parameters: Parameters,
+    from: &Side,
+    to: &Side,
     (expected, acts): (Vec<u8>, Option<Act>),
     (when, urgent): (SwitchWhen, bool),
     mut channels: Vec<(OwnedFd, OwnedFd)>,
@@ -237,8 +253,10 @@ fn migrate_told(
     };
 
     let (guest, blocks) = (Arc::clone(&reader), Arc::clone(&to.blocks));
+    let breaks_there = Arc::<Mutex<Vec<_>>>::default();
+    let (progress_there, breaks) = (Arc::clone(progress_there), Arc::clone(&breaks_there));
     let there = thread::spawn(move || {
-        let progress = Arc::new(Progress::new());
+        let progress = progress_there;
         let mut ram = RamLoad::new(Arc::clone(&blocks), OPTIONS, Arc::clone(&progress));
         if of_pages != 0 {
             ram = ram.with_channels(page_channels(&progress, far_pages));
@@ -249,7 +267,7 @@ fn migrate_told(
             reconnect: Box::new(Prepared {
                 channels: destination_hears,
                 progress: Arc::clone(&progress),
-                breaks: Arc::default(),
+                breaks,
             }),
             failed: Arc::clone(&guest) as Arc<dyn HandlerFailed>,
             listening: None,
@@ -296,8 +314,9 @@ fn migrate_told(
     let incoming = there.join().unwrap();
     let runs = [&source, &*reader].map(|guest| guest.runs.load(Ordering::Relaxed));
     let (wrong, sent) = (reader.wait(), progress.snapshot());
-    let breaks = breaks.lock().unwrap().clone();
-    Run { outgoing, guest, incoming, wrong, runs: runs.into(), breaks, sent }
+    let [breaks, breaks_there] =
+        [breaks, breaks_there].map(|breaks| breaks.lock().unwrap().clone());
+    Run { outgoing, guest, incoming, wrong, runs: runs.into(), breaks, breaks_there, sent }
 }
 
 /// A source with pages of all kinds, and what the guest is to see of each.

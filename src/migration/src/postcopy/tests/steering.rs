@@ -67,3 +67,65 @@ fn postcopy_is_paused_on_request_and_then_goes_as_fast_as_it_is_told_to() {
         assert!(progress.pause_postcopy().is_err());
     }
 }
+
+/// As that, asked of the destination.
+#[test]
+fn postcopy_that_is_paused_by_the_destination_goes_on_over_other_channels() {
+    for urgent in [false, true] {
+        let (from, to) = (Side::of_region(PAGES * PAGE), Side::of_region(PAGES * PAGE));
+        fill(&from.region, 0..PAGES, 7);
+        let parameters = Parameters {
+            max_postcopy_bandwidth: Some(10),
+            ..Parameters::new(Configuration::new("test"))
+        };
+        let both = [Arc::new(Progress::new()), Arc::new(Progress::new())];
+        let [source, destination] = both.clone();
+        let not_yet = destination.pause_postcopy().unwrap_err();
+        assert_eq!(not_yet, SteeringError::State { what: "be paused", status: Status::None });
+        let events = destination.subscribe(1000);
+        let steering = thread::spawn(move || {
+            let mut states = Vec::new();
+            while let Some(event) = events.next_within(Duration::from_secs(60)) {
+                let Event::Status(status) = event else { continue };
+                if status != Status::PostcopyActive && states.is_empty() {
+                    continue;
+                }
+                states.push(status);
+                match states.len() {
+                    1 => destination.pause_postcopy().unwrap(),
+                    4 => {
+                        let max_postcopy_bandwidth = Some(0);
+                        let change = ParameterChange {
+                            max_postcopy_bandwidth,
+                            ..ParameterChange::default()
+                        };
+                        source.set_parameters(change).unwrap();
+                    }
+                    _ => {}
+                }
+                if matches!(status, Status::Completed | Status::Failed) {
+                    break;
+                }
+            }
+            assert!(destination.pause_postcopy().is_err());
+            states
+        });
+        let pair = || {
+            let (near, far) = UnixStream::pair().unwrap();
+            (near.into(), far.into())
+        };
+        let (how, channels) = ((SwitchWhen::AtOnce, urgent), vec![pair(), pair()]);
+        let guest = (Vec::new(), None);
+        let run = migrate_told_on_both_sides(&both, parameters, &from, &to, guest, how, channels);
+        run.outgoing.unwrap();
+        run.incoming.unwrap();
+        let states = steering.join().unwrap();
+        assert_eq!(
+            states.iter().map(|status| status.name()).collect::<Vec<_>>().join(" "),
+            "postcopy-active postcopy-paused postcopy-recover postcopy-active completed"
+        );
+        assert_eq!(run.breaks_there, ["paused on request"]);
+        assert_eq!((run.breaks.len(), run.sent.postcopy_recoveries), (1, 1));
+        assert!((0..PAGES).all(|page| to.page(page) == [7; PAGE as usize]));
+    }
+}
