@@ -15,8 +15,12 @@ use program::listener::{self, SocketFile};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::run::{POLL, Run};
+
+/// How long nothing listens before it is told that this is waited for.
+const TELL_AFTER: Duration = Duration::from_secs(1);
 
 /// A socket as it is named on the command line: a path, `unix:PATH`, or `tcp:HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -192,7 +196,8 @@ impl AsFd for Listener {
     }
 }
 
-/// Connects to where a VMM listens, waiting until it does.
+/// Connects to where a VMM listens, waiting until it does. Once that has taken a while, it is told what is waited
+/// for.
 ///
 /// # Errors
 ///
@@ -200,9 +205,11 @@ impl AsFd for Listener {
 pub fn connect(
     address: &Address,
     run: &Run,
+    report: &Report,
     patience: Option<Duration>,
 ) -> Result<OwnedFd, PagerError> {
     let begun = Instant::now();
+    let mut told = false;
     loop {
         let error = match try_connect(address, run) {
             Ok(fd) => return Ok(fd),
@@ -221,7 +228,21 @@ pub fn connect(
         if let Some(after) = patience.filter(|patience| begun.elapsed() >= *patience) {
             return Err(PagerError::TimedOut { what: waited_for(), after });
         }
+        if !told && begun.elapsed() >= TELL_AFTER {
+            told = true;
+            report.warn(&format!("waiting for a VMM: {}{}", waited_for(), advice(address, &error)));
+        }
         thread::sleep(POLL);
+    }
+}
+
+/// What to do about an address where nothing listens.
+fn advice(address: &Address, error: &io::Error) -> &'static str {
+    match (address, error.kind()) {
+        (Address::Unix(_), io::ErrorKind::ConnectionRefused) => {
+            "; the socket's file may be one that a process left that has ended: remove it, and have the VMM listen"
+        }
+        _ => "; have the VMM listen there, or end this and give the address at which it listens",
     }
 }
 
@@ -327,7 +348,8 @@ mod tests {
         assert!(matches!(listener.accept(&run, None), Err(PagerError::Interrupted)));
         drop(listener);
         assert!(!path.exists());
-        let connected = connect(&Address::Unix(path), &Run::new(None), Some(Duration::ZERO));
+        let connected =
+            connect(&Address::Unix(path), &Run::new(None), &Report::silent(), Some(Duration::ZERO));
         assert_eq!(connected.unwrap_err().exit_status(), 3);
     }
 
@@ -337,7 +359,8 @@ mod tests {
         for text in [dir.path().join("s").display().to_string(), "tcp:127.0.0.1:0".to_owned()] {
             let listener = Listener::bind(&text.parse().unwrap()).unwrap();
             let run = Run::new(None);
-            let near = connect(&listener.address().unwrap(), &run, None).unwrap();
+            let near =
+                connect(&listener.address().unwrap(), &run, &Report::silent(), None).unwrap();
             let far = listener.accept(&run, None).unwrap();
             rustix::io::write(&near, b"x").unwrap();
             let mut byte = [0];

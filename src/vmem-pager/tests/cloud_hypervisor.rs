@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Pager {
     child: Child,
     out: BufReader<ChildStdout>,
+    err: BufReader<ChildStderr>,
 }
 
 impl Pager {
@@ -33,7 +34,8 @@ impl Pager {
             .spawn()
             .unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
-        Self { child, out }
+        let err = BufReader::new(child.stderr.take().unwrap());
+        Self { child, out, err }
     }
 
     /// Reads what it tells up to an event.
@@ -48,12 +50,19 @@ impl Pager {
         }
     }
 
+    /// The next line that it complains with, which it does while it continues.
+    fn complaint(&mut self) -> String {
+        let mut line = String::new();
+        self.err.read_line(&mut line).unwrap();
+        line
+    }
+
     /// Its status, and what it complained of.
     fn end(mut self) -> (Option<i32>, String) {
         let mut rest = String::new();
         self.out.read_to_string(&mut rest).unwrap();
         let mut err = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+        self.err.read_to_string(&mut err).unwrap();
         (self.child.wait().unwrap().code(), err)
     }
 }
@@ -215,6 +224,35 @@ fn a_peer_that_does_not_come_or_falls_silent_is_a_timeout() {
     // It connects, and nothing answers.
     timed_out(folder.restore(&bound), "answer to Start");
     timed_out(folder.restore(&["--eager", "--timeout", "1s"]), "answer to Start");
+}
+
+#[test]
+fn a_socket_that_a_vmm_left_behind_is_told_and_another_that_listens_gets_the_guest() {
+    let folder = Folder::new();
+    let guest = Guest::new();
+    let mut pager = folder.save(&["--timeout", "60s"]);
+    pager.wait_for("listening");
+    assert_eq!(folder.send(&guest, Trap::None), source::Outcome::Ended);
+    assert_eq!(pager.end(), (Some(0), String::new()));
+
+    drop(folder.listen());
+    let mut pager = folder.restore(&["--eager", "--timeout", "60s"]);
+    let told = pager.complaint();
+    let path = folder.text("restore");
+    assert!(told.contains("waiting for a VMM") && told.contains(&path), "{told}");
+    assert!(told.contains("refused") && told.contains("remove it"), "{told}");
+    let listener = folder.listen();
+    let outcome = Receive::new(false).take(&listener);
+    let Outcome::Has(found) = outcome else { panic!("{outcome:?}") };
+    assert!(found.memory == guest.memory());
+    pager.wait_for("completed");
+    let (status, err) = pager.end();
+    assert!(status == Some(0) && !err.contains("waiting for a VMM"), "told twice: {err}");
+    drop(listener);
+
+    let mut pager = folder.handover(&["--timeout", "60s"]);
+    let told = pager.complaint();
+    assert!(told.contains(&path) && told.contains("refused"), "{told}");
 }
 
 #[test]

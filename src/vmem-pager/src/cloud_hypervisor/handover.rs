@@ -44,7 +44,7 @@ pub fn run(args: &HandoverArgs, run: &Arc<Run>, report: &Report) -> Result<(), P
     let listener = Listener::bind(&args.socket)?;
     run.progress.set_status(Status::Setup);
     let connect = || {
-        let to = Peer::new(socket::connect(&args.to, run, None)?)?;
+        let to = Peer::new(socket::connect(&args.to, run, report, None)?)?;
         let process = Process::of(&to);
         Ok(Receiver { to, process })
     };

@@ -157,7 +157,7 @@ pub(super) fn restore(
     let mappings = &guest.layout().mappings;
     let memories: Vec<Memory> = mappings.iter().map(Memory::new).collect::<Result<_, _>>()?;
     huge_pages::reserve(guest, &memories, eager)?;
-    let peer = Peer::new(socket::connect(address, run, None)?)?;
+    let peer = Peer::new(socket::connect(address, run, report, None)?)?;
     report.event("connected", &json!({}));
     run.progress.set_status(Status::Active);
     let left_behind = || {

@@ -14,6 +14,7 @@ use rustix::net::SendFlags;
 use serde_json::{Value, json};
 use vmstate::printable;
 
+use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::run::{POLL, Run};
 use crate::socket::{Address, connect};
@@ -69,9 +70,9 @@ impl Qmp {
     /// # Errors
     ///
     /// When QEMU does not listen there, says something else, or nothing.
-    pub fn connect(path: &Path, run: &Arc<Run>) -> Result<Self, PagerError> {
+    pub fn connect(path: &Path, run: &Arc<Run>, report: &Report) -> Result<Self, PagerError> {
         let address = Address::Unix(path.to_owned());
-        let fd: OwnedFd = connect(&address, run, Some(PATIENCE))?;
+        let fd: OwnedFd = connect(&address, run, report, Some(PATIENCE))?;
         Self::over(fd.into(), run)
     }
 

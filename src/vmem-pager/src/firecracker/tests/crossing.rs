@@ -23,6 +23,8 @@ use crate::metrics::RunFigures;
 
 const BASE: u64 = 0x10_0000;
 /// How long a copy gives a discard to overtake it.
+/// Much longer than it takes until the copy is under way.
+const PATIENCE: Duration = Duration::from_secs(60);
 const OVERTAKES: Duration = Duration::from_millis(200);
 
 /// A kernel whose VMM discards all of its memory while that is being copied.
@@ -99,7 +101,7 @@ fn a_discard_that_crosses_a_copy_leaves_nothing_of_the_file() {
     let filling = Filling::new(Arc::clone(&kernel), files, guest, figures, None);
     thread::scope(|scope| {
         let placing = scope.spawn(|| filling.step(&order, &mut Vec::new(), 3 * PAGE).unwrap());
-        is_copying.recv().unwrap();
+        is_copying.recv_timeout(PATIENCE).unwrap();
         filling.take_events(&mut Waiting::default()).unwrap();
         assert_eq!(placing.join().unwrap(), Step::Placed);
     });

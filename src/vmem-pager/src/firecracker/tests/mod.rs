@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use ram_discard::ByteRange;
@@ -21,6 +21,16 @@ use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::run::Run;
 use small_vmm::firecracker::{self as vm, HUGE, PAGE, Trap, Vm};
+
+/// Waits for what another thread or process does. Fails when that does not come, as when it has failed.
+#[track_caller]
+fn wait_until(what: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !what() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "what is waited for does not come");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
 
 /// A snapshot in a folder, and the pager for it.
 struct Snapshot {
@@ -75,9 +85,7 @@ impl Snapshot {
         let (args, of_run) = (self.args(more), Arc::clone(&run));
         let restore = move || super::run(&args, &of_run, &Report::silent(), &RestoreMetrics::new());
         let thread = thread::spawn(restore);
-        while !self.socket().exists() && !thread.is_finished() {
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait_until(|| self.socket().exists() || thread.is_finished());
         Restore { run, thread }
     }
 }
@@ -259,9 +267,7 @@ fn what_is_touched_is_recorded_in_its_order_and_replayed_first() {
     let restore = snapshot.restore(&format!("--replay {} --bandwidth 40K", file.display()));
     let vm = Vm::new(&[(128, PAGE), (128, PAGE)]);
     vm.load(&snapshot.socket());
-    while !vm.is_resident(6) {
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(|| vm.is_resident(6));
     assert!([200, 201, 7, 130].iter().all(|page| vm.is_resident(*page)));
     assert!(!vm.is_resident(255) && !vm.is_resident(120));
     (0..256).for_each(|page| assert_eq!(vm.read(page), content(page)));

@@ -133,9 +133,7 @@ fn a_restore_that_takes_too_long_or_is_interrupted_leaves_no_vmm_that_waits() {
         let mut vmm = vmm(name, &snapshot);
         if timeout.is_none() {
             // The socket goes once the message has come.
-            while snapshot.socket().exists() {
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            super::wait_until(|| !snapshot.socket().exists());
             restore.run.interrupt();
         }
         let error = restore.end().unwrap_err();

@@ -45,8 +45,8 @@ impl Destination {
     /// # Errors
     ///
     /// When it is not QEMU's.
-    pub fn connect(path: &Path, run: &Arc<Run>) -> Result<Self, PagerError> {
-        Ok(Self { qmp: Mutex::new(Qmp::connect(path, run)?), run: Arc::clone(run) })
+    pub fn connect(path: &Path, run: &Arc<Run>, report: &Report) -> Result<Self, PagerError> {
+        Ok(Self { qmp: Mutex::new(Qmp::connect(path, run, report)?), run: Arc::clone(run) })
     }
 
     /// Has QEMU, which was started with `-incoming defer`, wait for the guest at `address`; whether for two

@@ -34,7 +34,7 @@ impl Eager<'_> {
     pub fn start(&self) -> Result<(), PagerError> {
         let image = self.0.supply.image();
         let lost = Lost { run: self.0.run, stage: Stage::Loading };
-        let fd = socket::connect(self.0.address, self.0.run, None)?;
+        let fd = socket::connect(self.0.address, self.0.run, self.0.report, None)?;
         self.0.figures.begin(image.present_bytes());
         let channel = Channel::new(fd, Arc::clone(&self.0.run.progress));
         let mut channel = channel.map_err(socket::failed("cannot set up", self.0.address))?;

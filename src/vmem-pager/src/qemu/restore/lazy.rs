@@ -182,7 +182,8 @@ impl Lazy<'_> {
     }
 
     fn connect(&self) -> Result<(Channel, WireReader<Channel>), PagerError> {
-        let fd = socket::connect(self.transfer.address, self.transfer.run, None)?;
+        let Transfer { address, run, report, .. } = self.transfer;
+        let fd = socket::connect(address, run, report, None)?;
         self.transfer.figures.begin(self.image().present_bytes());
         let main = self.channel(fd)?;
         let back = WireReader::new(main.clone_handle());

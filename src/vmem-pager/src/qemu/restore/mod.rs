@@ -93,7 +93,8 @@ pub fn run(
         replay(path, &image, &supply, report)?;
     }
     let destination = args.common.qmp.as_deref();
-    let destination = destination.map(|path| Destination::connect(path, run)).transpose()?;
+    let destination =
+        destination.map(|path| Destination::connect(path, run, report)).transpose()?;
     if image.is_paused() && !args.eager && !args.recover && destination.is_none() {
         report.warn(
             "the guest was saved while it was paused, and QEMU starts it at the end of this all the same unless \

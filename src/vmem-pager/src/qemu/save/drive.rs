@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::session::Session;
+use crate::cli::report::Report;
 use crate::error::PagerError;
 use crate::qmp::Qmp;
 use crate::qmp::migration::{Capabilities, Migration};
@@ -37,8 +38,13 @@ pub(super) struct Drive {
 
 impl Drive {
     /// Sets QEMU up; for a recovery it is as it was.
-    pub fn prepare(path: &Path, run: &Arc<Run>, recovers: bool) -> Result<Self, PagerError> {
-        let mut qmp = Qmp::connect(path, run)?;
+    pub fn prepare(
+        path: &Path,
+        run: &Arc<Run>,
+        report: &Report,
+        recovers: bool,
+    ) -> Result<Self, PagerError> {
+        let mut qmp = Qmp::connect(path, run, report)?;
         let capabilities = match recovers {
             true => Capabilities::default(),
             false => Capabilities::set(&mut qmp, &CAPABILITIES)?,

@@ -58,7 +58,7 @@ pub fn run(
     let kept = Kept::of(&common.image, args.recover)?;
     let file = NewFile::create(&common.image)?;
     let listener = Listener::bind(&common.socket)?;
-    let drive = common.qmp.as_deref().map(|path| Drive::prepare(path, run, args.recover));
+    let drive = common.qmp.as_deref().map(|path| Drive::prepare(path, run, report, args.recover));
     let drive = drive.transpose()?;
     report.event("listening", &json!({ "socket": listener.address()?.to_string() }));
     let progress = Arc::clone(&run.progress);

@@ -47,7 +47,7 @@ impl Qemu {
             }
         });
         let run = Run::with_silence(None, SHORT_SILENCE);
-        let destination = Destination::connect(&path, &run).unwrap();
+        let destination = Destination::connect(&path, &run, &Report::silent()).unwrap();
         Self { destination, asked, _dir: dir }
     }
 
