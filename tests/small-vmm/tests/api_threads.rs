@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use small_vmm::daemon::{Daemon, DaemonOptions};
 
@@ -17,6 +18,8 @@ const MOST: usize = 22;
 const CLIENTS: usize = 60;
 const REQUESTS: usize = 200;
 const BUSY: usize = 8;
+/// How long a client waits for the next bytes of an answer.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Counts a client that has ended, in any way.
 struct Done<'a>(&'a AtomicUsize);
@@ -41,10 +44,15 @@ fn threads_are_bounded_however_many_calls_there_are() {
                 }
             });
         }
-        for _ in 0..CLIENTS {
-            scope.spawn(|| {
-                let _done = Done(&done);
+        // Made before the threads, so that one that cannot be started counts as well.
+        let clients: Vec<_> = (0..CLIENTS).map(|_| Done(&done)).collect();
+        for client in clients {
+            let daemon = &daemon;
+            scope.spawn(move || {
+                let _done = client;
                 let mut client = UnixStream::connect(daemon.api_socket()).unwrap();
+                client.set_read_timeout(Some(PATIENCE)).unwrap();
+                client.set_write_timeout(Some(PATIENCE)).unwrap();
                 let requests = "GET /v1/device HTTP/1.1\r\nHost: a\r\n\r\n".repeat(REQUESTS)
                     + "GET /v1/device HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
                 client.write_all(requests.as_bytes()).unwrap();

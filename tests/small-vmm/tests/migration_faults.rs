@@ -18,9 +18,10 @@ const SLOW: Option<u64> = Some(TOUCHED / 8);
 impl Host {
     /// Waits until memory is being sent.
     fn wait_active(&mut self) {
+        let start = std::time::Instant::now();
         loop {
             let report = self.vmm.migration().unwrap();
-            assert!(!report.over, "{report:?}");
+            assert!(!report.over && start.elapsed() < PATIENCE, "{report:?}");
             if report.status == "active" && report.ram.transferred > TOUCHED / 16 {
                 return;
             }

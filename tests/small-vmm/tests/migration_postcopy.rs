@@ -4,13 +4,13 @@
 mod common;
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use small_vmm::guest::Command;
 use small_vmm::migration::{MigrateOptions, PostcopyOptions, When};
 
 use common::postcopy::{assert_completed, relay, wait_on_the_way};
-use common::{Host, MIB, PAGE, PLUGGED, REGION, TOUCHED, to_address};
+use common::{Host, MIB, PAGE, PATIENCE, PLUGGED, REGION, TOUCHED, to_address};
 
 #[test]
 fn a_channel_that_breaks_in_postcopy_is_recovered_and_the_device_works_afterwards() {
@@ -45,7 +45,9 @@ fn a_break_after_precopy_is_recovered_though_nothing_is_to_come_of_some_memory()
         ..to_address(relay.address())
     });
     // Boot memory goes first, and is not written any more.
+    let start = Instant::now();
     while from.vmm.migration().unwrap().ram.transferred < TOUCHED / 8 {
+        assert!(start.elapsed() < PATIENCE, "boot memory is not sent");
         thread::sleep(Duration::from_millis(1));
     }
     relay.hold_after(TOUCHED / 2);
@@ -66,7 +68,9 @@ fn a_daemon_that_is_started_again_and_cannot_wait_for_pages_gets_the_ring_when_a
     relay.hold_after(512);
     from.go_first(relay.address(), None);
     // The devices go first, less than a page at a time.
+    let start = Instant::now();
     while to.vmm.migration().unwrap().status != "postcopy-active" {
+        assert!(start.elapsed() < PATIENCE, "the devices do not arrive");
         if relay.is_holding() {
             relay.hold_after(512);
         }

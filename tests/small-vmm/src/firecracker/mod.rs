@@ -8,12 +8,14 @@ mod trap;
 
 pub use trap::Trap;
 
-use std::io::IoSlice;
+use std::io::{ErrorKind, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use migration::lazy::OfferedFaults;
 use migration::sys::private_memory::PrivateMemory;
@@ -24,6 +26,8 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 pub const PAGE: u64 = 4096;
 /// Bytes of a huge page.
 pub const HUGE: u64 = 2 << 20;
+/// How long a handler may take to listen.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A VMM.
 #[derive(Clone)]
@@ -134,9 +138,18 @@ impl Vm {
     }
 }
 
-/// Connects to a handler.
+/// Connects to a handler, of which there is the socket's file, and which listens soon if it does not yet.
 pub fn connect(path: &Path) -> UnixStream {
-    UnixStream::connect(path).unwrap()
+    let begun = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                assert!(begun.elapsed() < PATIENCE, "{}: {error}", path.display());
+                thread::sleep(Duration::from_millis(1));
+            }
+            connected => return connected.unwrap(),
+        }
+    }
 }
 
 /// Sends bytes with descriptors.

@@ -385,6 +385,7 @@ mod tests {
         ram.punch(3 * MIB..4 * MIB).unwrap();
         let verified = vcpus.work().verified;
         while vcpus.work().verified < verified + 2048 {
+            assert!(vcpus.is_healthy());
             thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(ram.resident_bytes(0..16 * MIB).unwrap(), 3 * MIB);
