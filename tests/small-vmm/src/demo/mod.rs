@@ -98,8 +98,8 @@ fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>
     let links = Links { channels, tls_dir, zstd: compress };
     if parts.resize {
         ensure!(
-            !parts.break_channel && !parts.snapshot && channels == 0,
-            "--resize goes with --tcp, --tls and --postcopy only: over several channels block state is frozen"
+            !parts.break_channel && !parts.snapshot,
+            "--resize goes with --tcp, --channels, --tls, --compress and --postcopy only"
         );
         return resize::run(daemon, region_size, tcp, &links, parts.postcopy);
     }
