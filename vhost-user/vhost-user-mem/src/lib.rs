@@ -166,13 +166,14 @@ pub fn run(mut config: Config) -> anyhow::Result<()> {
         }
     };
     let mut servers = Vec::new();
-    if let Some(path) = &config.api_socket {
-        let server = Server::bind(path, Arc::clone(&service) as Arc<_>);
-        servers.push(server.with_context(|| format!("--api-socket {}", path.display()))?);
-    }
     if let Some(path) = &config.metrics_socket {
         let server = Server::bind_metrics(path, Arc::clone(&service) as Arc<_>);
         servers.push(server.with_context(|| format!("--metrics-socket {}", path.display()))?);
+    }
+    // The last one: a client that finds it finds the others as well.
+    if let Some(path) = &config.api_socket {
+        let server = Server::bind(path, Arc::clone(&service) as Arc<_>);
+        servers.push(server.with_context(|| format!("--api-socket {}", path.display()))?);
     }
     supervision.store_sockets(&mut config)?;
     let reach = confinement::reach(&config).context("cannot find out what to confine to")?;

@@ -48,7 +48,13 @@ impl DeviceWrites {
             }
             for at in (0..u64::from(segment.len) / DESC_SIZE).take(TABLE_MAX as usize) {
                 let addr = segment.addr.saturating_add(at * DESC_SIZE);
-                // A table that is not in memory is one that the device cannot read, either.
+                // The driver has written what names a buffer; to read a hole would bring memory. A table that is not
+                // in memory is one that the device cannot read, either.
+                match ram.resident_bytes(addr..addr.saturating_add(DESC_SIZE)) {
+                    Ok(DESC_SIZE) => {}
+                    Ok(_) => continue,
+                    Err(_) => break,
+                }
                 let Ok(entry) = ram.read_vec(addr, DESC_SIZE as usize) else { break };
                 let (addr, len) = (read64(&entry, 0), read32(&entry, 8));
                 let flags = u16::from_le_bytes([entry[12], entry[13]]);
