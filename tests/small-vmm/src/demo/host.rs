@@ -48,6 +48,11 @@ impl Sizes {
     }
 }
 
+/// By how much a guest with so much plugged grows; whole blocks.
+pub(super) fn step(plugged: u64) -> u64 {
+    (plugged / 8).next_multiple_of(2 * MIB)
+}
+
 pub(super) struct Host {
     /// Ends before its daemon does.
     pub(super) vmm: Vmm,
@@ -106,7 +111,7 @@ impl Host {
     pub(super) fn go_on(&mut self, sizes: Sizes) -> anyhow::Result<()> {
         self.vmm.tell(Command::ReadOnly { on: false })?;
         self.vmm.verify(2 * sizes.touched / PAGE_SIZE, TIMEOUT).context("the guest")?;
-        let more = sizes.plugged + sizes.plugged / 8;
+        let more = sizes.plugged + step(sizes.plugged);
         ensure!(self.daemon.api().resize(more)?.is_success(), "the daemon refuses to resize");
         self.vmm.tell(Command::Settle { requested: more }).context("the device")?;
         Ok(())

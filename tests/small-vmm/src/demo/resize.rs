@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 
 use super::host::{Host, Sizes, TIMEOUT};
 use super::show::{human, print_rows};
-use super::{MIB, compare, progress};
+use super::{compare, host, progress};
 use crate::guest::Command;
 use crate::machine::Machine;
 use crate::memory::PAGE_SIZE;
@@ -142,7 +142,7 @@ struct Resizes<'a> {
 impl Resizes<'_> {
     fn run(&mut self) -> anyhow::Result<Meanwhile> {
         let plugged = self.sizes.plugged;
-        let step = (plugged / 8).next_multiple_of(2 * MIB);
+        let step = host::step(plugged);
         let before = self.vmm.report()?;
         for _ in 0..TIMES {
             self.to(plugged + step)?;
@@ -201,7 +201,7 @@ fn check(
             wrong.push(format!("{what}: {found}, not {low} to {high}"));
         }
     };
-    let step = (sizes.plugged / 8).next_multiple_of(2 * MIB);
+    let step = host::step(sizes.plugged);
     is("resizes", meanwhile.resizes, 2 * TIMES + 2, 2 * TIMES + 2);
     is("requests served", meanwhile.served, 2 * TIMES + 2, u64::MAX);
     is("what came and went", meanwhile.gone, TIMES * step / 2, TIMES * step / 2);
