@@ -6,10 +6,8 @@ mod common;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,7 +32,7 @@ use tempfile::TempDir;
 use zstd_safe::zstd_sys::ZSTD_EndDirective;
 use zstd_safe::{CCtx, CParameter, DCtx, InBuffer, OutBuffer};
 
-use common::{Idle, memfd};
+use common::{Idle, Kind, memfd, pair};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -44,28 +42,6 @@ const RUNS: usize = 5;
 /// What a bare loop moves at once.
 const PIECE: usize = 512 << 10;
 const NAME: &str = "localhost";
-
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    Unix,
-    Tcp,
-}
-
-fn pair(kind: Kind) -> (OwnedFd, OwnedFd) {
-    match kind {
-        Kind::Unix => {
-            let (a, b) = UnixStream::pair().unwrap();
-            (a.into(), b.into())
-        }
-        Kind::Tcp => {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            let (far, _) = listener.accept().unwrap();
-            near.set_nodelay(true).unwrap();
-            (near.into(), far.into())
-        }
-    }
-}
 
 struct Side {
     file: File,

@@ -6,10 +6,7 @@ mod common;
 
 use std::fs::File;
 use std::io::{IoSlice, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,7 +20,7 @@ use ram_discard::{ByteRange, RamDiscardManager};
 use virtio_mem::controller::{InitialState, MemController};
 use virtio_mem::device::{BlockSpan, Geometry, Request, Response, VirtioMem};
 
-use common::{Idle, compare, head, memfd, report};
+use common::{Idle, Kind, compare, head, memfd, pair, report};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -80,28 +77,6 @@ fn empty(file: &File) {
 fn warm() {
     let file = memfd(TOUCHED);
     fill(&file);
-}
-
-#[derive(Clone, Copy)]
-enum Kind {
-    Unix,
-    Tcp,
-}
-
-fn pair(kind: Kind) -> (OwnedFd, OwnedFd) {
-    match kind {
-        Kind::Unix => {
-            let (a, b) = UnixStream::pair().unwrap();
-            (a.into(), b.into())
-        }
-        Kind::Tcp => {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            let (far, _) = listener.accept().unwrap();
-            near.set_nodelay(true).unwrap();
-            (near.into(), far.into())
-        }
-    }
 }
 
 fn migrate(from: &Side, to: &Side, kind: Kind, tracked: bool) -> (Duration, MigrationInfo) {

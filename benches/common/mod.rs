@@ -2,6 +2,9 @@
 //! noise, and the ratio of neighbours is not.
 
 use std::fs::File;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use migration::Guest;
@@ -93,6 +96,30 @@ fn human(seconds: f64) -> String {
         s if s < 1e-3 => format!("{:.2} us", s * 1e6),
         s if s < 1.0 => format!("{:.2} ms", s * 1e3),
         s => format!("{s:.2} s"),
+    }
+}
+
+/// What a connection goes over.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Kind {
+    Unix,
+    Tcp,
+}
+
+/// Both ends of a connection.
+pub fn pair(kind: Kind) -> (OwnedFd, OwnedFd) {
+    match kind {
+        Kind::Unix => {
+            let (a, b) = UnixStream::pair().unwrap();
+            (a.into(), b.into())
+        }
+        Kind::Tcp => {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (far, _) = listener.accept().unwrap();
+            near.set_nodelay(true).unwrap();
+            (near.into(), far.into())
+        }
     }
 }
 

@@ -8,7 +8,8 @@ use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ram_discard::{RamDiscardListener, RamDiscardManager, Section};
+use ram_discard::test_utils::{Calls, Recorder};
+use ram_discard::{RamDiscardManager, Section};
 use small_vmm::guest::Command as Tell;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
@@ -47,13 +48,23 @@ impl Host {
         let stream = UnixStream::connect(self.daemon.discard_socket()).unwrap();
         let client = RemoteRamDiscardManager::attach(stream, PATIENCE).unwrap();
         let section = Section::new(offset, BLOCK).unwrap();
-        client.register(section, Box::new(Refuser)).unwrap();
+        let refuser = Recorder::refusing("refuser", &Calls::default(), section, "pinned elsewhere");
+        client.register(section, refuser).unwrap();
         client
     }
 
     fn blocks(&self) -> serde_json::Value {
         self.daemon.api().get("/v1/device/blocks").unwrap().json()
     }
+}
+
+/// A guest on its way, slowly, whose block state may change.
+fn moving() -> (Host, Host) {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
+    let address = to.listen();
+    from.migrate_at(&address, SLOW);
+    from.wait_followed();
+    (from, to)
 }
 
 #[test]
@@ -84,26 +95,9 @@ fn a_guest_grows_and_shrinks_while_it_migrates() {
     to.assert_guest_works();
 }
 
-struct Refuser;
-
-impl RamDiscardListener for Refuser {
-    fn name(&self) -> &str {
-        "refuser"
-    }
-
-    fn notify_populate(&mut self, _: Section) -> Result<(), String> {
-        Err("pinned elsewhere".to_owned())
-    }
-
-    fn notify_discard(&mut self, _: Section) {}
-}
-
 #[test]
 fn what_the_daemon_over_there_refuses_is_busy_here_and_the_rest_is_done() {
-    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
-    let address = to.listen();
-    from.migrate_at(&address, SLOW);
-    from.wait_followed();
+    let (mut from, mut to) = moving();
     let before = from.vmm.report().unwrap();
     let client = to.refuse_at(PLUGGED + 4 * BLOCK);
     assert!(from.daemon.api().resize(PLUGGED + 8 * BLOCK).unwrap().is_success());
@@ -128,10 +122,7 @@ fn what_the_daemon_over_there_refuses_is_busy_here_and_the_rest_is_done() {
 
 #[test]
 fn a_daemon_that_is_killed_over_there_leaves_the_guest_here_with_what_it_has_by_then() {
-    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
-    let address = to.listen();
-    from.migrate_at(&address, SLOW);
-    from.wait_followed();
+    let (mut from, mut to) = moving();
     from.resize(PLUGGED + 2 * BLOCK);
     to.daemon.kill().unwrap();
     // What it would have to populate is refused from here on; what is discarded is found out at the end.
@@ -153,10 +144,7 @@ fn a_daemon_that_is_killed_over_there_leaves_the_guest_here_with_what_it_has_by_
 
 #[test]
 fn a_vmm_that_is_killed_over_there_leaves_a_daemon_for_another() {
-    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
-    let address = to.listen();
-    from.migrate_at(&address, SLOW);
-    from.wait_followed();
+    let (mut from, mut to) = moving();
     from.resize(PLUGGED + 2 * BLOCK);
     to.vmm.kill();
     assert_eq!(from.outcome().status, "failed");
@@ -190,10 +178,7 @@ fn a_channel_that_breaks_leaves_a_daemon_over_there_without_blocks() {
 
 #[test]
 fn a_daemon_that_is_killed_here_fails_the_migration_and_takes_the_device_and_not_the_guest() {
-    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
-    let address = to.listen();
-    from.migrate_at(&address, SLOW);
-    from.wait_followed();
+    let (mut from, mut to) = moving();
     from.resize(PLUGGED + 2 * BLOCK);
     from.daemon.kill().unwrap();
     let outcome = from.outcome();
@@ -205,10 +190,7 @@ fn a_daemon_that_is_killed_here_fails_the_migration_and_takes_the_device_and_not
 
 #[test]
 fn a_daemon_that_is_reset_over_there_keeps_the_guest_here() {
-    let (mut from, mut to) = (Host::with_guest(), Host::waiting());
-    let address = to.listen();
-    from.migrate_at(&address, SLOW);
-    from.wait_followed();
+    let (mut from, mut to) = moving();
     from.resize(PLUGGED + 2 * BLOCK);
     let reset = to.daemon.api().system_reset().unwrap();
     assert!(reset.is_success(), "{}", reset.text);

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use common::{ADDR, BLOCK, BOOT, PATIENCE, REGION, RING, Rig, daemon, gpa, options, ram, rig_with};
-use ram_discard::{RamDiscardListener, RamDiscardManager, Section};
+use ram_discard::test_utils::{Calls, Recorder};
+use ram_discard::{RamDiscardManager, Section};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use serde_json::Value;
 use small_vmm::api::EventStream;
@@ -83,20 +84,6 @@ fn a_guest_that_comes_up_is_told_of_step_by_step() {
     assert_eq!(done["last_request"]["response"], "ack");
 }
 
-struct Refuser;
-
-impl RamDiscardListener for Refuser {
-    fn name(&self) -> &str {
-        "vfio"
-    }
-
-    fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
-        Err("no IOMMU entries left".to_owned())
-    }
-
-    fn notify_discard(&mut self, _section: Section) {}
-}
-
 #[test]
 fn busy_names_the_client_that_refused_and_the_holder_of_a_freeze() {
     let mut rig = small(REQUESTED);
@@ -104,7 +91,8 @@ fn busy_names_the_client_that_refused_and_the_holder_of_a_freeze() {
     let stream = UnixStream::connect(rig.daemon.discard_socket()).unwrap();
     let client = RemoteRamDiscardManager::attach(stream, PATIENCE).unwrap();
     let all = Section::new(0, REGION).unwrap();
-    let listener = client.register(all, Box::new(Refuser)).unwrap();
+    let refuser = Recorder::refusing("vfio", &Calls::default(), all, "no IOMMU entries left");
+    let listener = client.register(all, refuser).unwrap();
     assert_eq!(rig.plug(0, 1), ResponseType::Busy);
     await_event(&mut events, "stalled", Some("refused"));
     let told = text(&rig.daemon);

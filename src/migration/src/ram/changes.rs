@@ -138,13 +138,13 @@ impl Changes {
 
     /// Whether a device waits for the engine to send a change, or to hear of one.
     pub(super) fn is_waited_for(&self) -> bool {
-        let waits = |populate: &Populate| !populate.abandoned && populate.result.is_none();
-        self.state.lock().populates.iter().any(waits)
+        self.state.lock().is_waited_for()
     }
 
     /// As [`is_waited_for`](Self::is_waited_for), or for pages that are on their way.
     pub(super) fn holds_up(&self) -> bool {
-        self.is_waited_for() || self.state.lock().waiting != 0
+        let state = self.state.lock();
+        state.waiting != 0 || state.is_waited_for()
     }
 
     /// Whether the destination may still accept what was sent.
@@ -227,6 +227,11 @@ impl Changes {
 }
 
 impl State {
+    fn is_waited_for(&self) -> bool {
+        let waits = |populate: &Populate| !populate.abandoned && populate.result.is_none();
+        self.populates.iter().any(waits)
+    }
+
     /// What was discarded of each block since the last time.
     pub(super) fn take_discards(&mut self) -> Vec<Piece> {
         let mut pieces = Vec::new();

@@ -13,7 +13,6 @@ use ram_discard::{ByteRange, FreezeFor};
 use vmstate::wire::WireRead;
 
 use super::channels::Agreed;
-use super::channels::receivers::Receivers;
 use super::prepare::prepare;
 use super::registry::{ListOptions, RamBlocks};
 use super::zero_runs::ZeroRun;
@@ -29,6 +28,7 @@ use crate::stream::{
     PageRecords, RAM_SECTION, RAM_VERSION, SectionKind, TARGET_PAGE_SIZE,
 };
 pub(super) use channels::ChannelBlocks;
+use channels::Channels;
 
 const PAGE: usize = TARGET_PAGE_SIZE as usize;
 
@@ -61,14 +61,6 @@ pub struct RamLoad {
     channels: Channels,
     /// The blocks as their threads write them, once the list came.
     by_channels: Option<Arc<ChannelBlocks>>,
-}
-
-/// Channels for pages: none, or not begun, or with a thread each.
-enum Channels {
-    None,
-    Waiting(PageChannels, Agreed),
-    Started(Receivers),
-    Ended,
 }
 
 /// A block that is loaded, and which of its pages came.

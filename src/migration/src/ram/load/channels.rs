@@ -6,12 +6,20 @@ use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use ram_discard::ByteRange;
 use std::os::unix::fs::FileExt;
 
-use super::{Channels, RamLoad, bad_page, zero_received};
+use super::{RamLoad, bad_page, zero_received};
 use crate::error::MigrationError;
 use crate::page_bitmap::{PageBitmap, pages_touched};
 use crate::ram::channels::receivers::Receivers;
-use crate::ram::{ListOptions, MigrationBlock, channels};
+use crate::ram::{ListOptions, MigrationBlock, PageChannels, channels};
 use crate::stream::{Configuration, PageBlocks, TARGET_PAGE_SIZE};
+
+/// Channels for pages: none, or not begun, or with a thread each.
+pub(super) enum Channels {
+    None,
+    Waiting(PageChannels, channels::Agreed),
+    Started(Receivers),
+    Ended,
+}
 
 impl RamLoad {
     pub(super) fn check_channels(

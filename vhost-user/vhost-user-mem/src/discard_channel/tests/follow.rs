@@ -1,8 +1,8 @@
 //! Clients that have the device follow another one.
 
 use super::*;
+use ram_discard::Section;
 use ram_discard::test_utils::{Calls, Recorder};
-use ram_discard::{RamDiscardListener, Section};
 
 fn section(first: u64, end: u64) -> Section {
     Section::from_bounds(first * BLOCK, end * BLOCK).unwrap()
@@ -55,25 +55,13 @@ fn what_contradicts_changes_nothing_of_what_is_told_with_it() {
     assert_eq!(client.lost(), None);
 }
 
-struct Refuser;
-
-impl RamDiscardListener for Refuser {
-    fn name(&self) -> &str {
-        "refuser"
-    }
-
-    fn notify_populate(&mut self, _: Section) -> Result<(), String> {
-        Err("pinned elsewhere".to_owned())
-    }
-
-    fn notify_discard(&mut self, _: Section) {}
-}
-
 #[test]
 fn a_client_that_refuses_keeps_the_device_from_following() {
     let rig = rig();
     let (client, other) = (rig.attach(), rig.attach());
-    other.register(section(0, 8), Box::new(Refuser)).unwrap();
+    let refuser =
+        Recorder::refusing("refuser", &Calls::default(), section(0, 8), "pinned elsewhere");
+    other.register(section(0, 8), refuser).unwrap();
     let error = error(client.follow_source_all(&[section(8, 9), section(7, 8)], true));
     assert!(error.contains("pinned elsewhere"), "{error}");
     assert_eq!(rig.controller.plugged_ranges(), []);

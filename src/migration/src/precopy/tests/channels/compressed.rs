@@ -238,35 +238,8 @@ fn payloads_that_are_not_their_pages_end_all_channels_and_no_page_of_them_is_wri
 
 #[test]
 fn whichever_compressed_channel_breaks_wherever_ends_both_sides_with_its_reason() {
-    let mut broke = 0;
-    for after in [0, 63, 64, 1000, 1408, 1409, 1450, 2800, 1 << 20] {
-        let (from, script, source) = guest();
-        let to = Side::new(&[1, 4, 5]);
-        let (near, far) = pairs(2);
-        let faulty = move |progress: &Arc<Progress>| {
-            let over = |(index, stream): (usize, UnixStream)| {
-                let faulty = Faulty::new(stream, 4096);
-                let faulty = if index == 1 { faulty.fails_after(after) } else { faulty };
-                Channel::over(Arc::new(faulty), Arc::clone(progress))
-            };
-            PageChannels::new(near.into_iter().enumerate().map(over).collect()).unwrap()
-        };
-        let both = migrate_over_channels((&from, &to), &script, source, with_zstd(), faulty, |p| {
-            channels(far, p)
-        });
-        match both.sent {
-            Err(failed) => {
-                broke += 1;
-                assert_eq!(failed.guest, GuestAfter::RunsHere);
-                let text = failed.to_string();
-                let expected = "channel 1 for pages: cannot send pages: the cable was cut";
-                assert!(text.contains(expected), "{after}: {text}");
-                both.taken.unwrap_err();
-                assert!(both.destination.is_empty());
-            }
-            Ok(_) => both.taken.unwrap(),
-        }
-    }
+    let bytes = [0, 63, 64, 1000, 1408, 1409, 1450, 2800, 1 << 20];
+    let broke = broken_after(&with_zstd(), &bytes);
     assert!((6..9).contains(&broke), "{broke}");
 }
 
