@@ -63,6 +63,8 @@ pub(super) fn run(
     let sent =
         progress::follow(&mut from.vmm, "postcopy", |from, report| story.go_on(from, report))?;
     ensure!(sent.status == "completed", "the migration {}: {:?}", sent.status, sent.error_desc);
+    // Of a small guest all may have come before it was seen to run there.
+    story.look(&sent)?;
     let loaded = to.vmm.wait_migration(TIMEOUT)?;
     ensure!(loaded.status == "completed", "the destination: {:?}", loaded.error_desc);
     to.vmm.verify(2 * sizes.touched / PAGE_SIZE, TIMEOUT).context("the guest over there")?;
@@ -112,25 +114,32 @@ impl Story<'_> {
         if report.status != "postcopy-active" {
             return Ok(());
         }
-        if !self.looked {
-            let (offset, size) = self.sizes.gap();
-            self.to.tell(Command::Look { offset, size })?;
-            // The source knows that the guest is taken before it runs.
-            let start = Instant::now();
-            while !self.to.report()?.running {
-                ensure!(start.elapsed() < TIMEOUT, "the guest does not run over there");
-                thread::sleep(Duration::from_millis(1));
-            }
-            let (offset, size) = (0, self.sizes.plugged);
-            let answered = self.to.tell(Command::AskState { offset, size })?.state;
-            ensure!(answered == Some(State::Plugged), "the device says {answered:?} of all of it");
-            println!("the device over there answers with {} left", human(report.ram.remaining));
-            self.looked = true;
-        }
+        self.look(report)?;
         if self.relay.as_ref().is_some_and(Relay::is_holding) {
             println!("the channel breaks with {} left", human(report.ram.remaining));
             self.relay = None;
         }
+        Ok(())
+    }
+
+    /// Has the guest over there look at the gap, and ask its device, once.
+    fn look(&mut self, report: &MigrationReport) -> anyhow::Result<()> {
+        if self.looked {
+            return Ok(());
+        }
+        let (offset, size) = self.sizes.gap();
+        self.to.tell(Command::Look { offset, size })?;
+        // The source knows that the guest is taken before it runs.
+        let start = Instant::now();
+        while !self.to.report()?.running {
+            ensure!(start.elapsed() < TIMEOUT, "the guest does not run over there");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let (offset, size) = (0, self.sizes.plugged);
+        let answered = self.to.tell(Command::AskState { offset, size })?.state;
+        ensure!(answered == Some(State::Plugged), "the device says {answered:?} of all of it");
+        println!("the device over there answers with {} left", human(report.ram.remaining));
+        self.looked = true;
         Ok(())
     }
 }
