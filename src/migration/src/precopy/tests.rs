@@ -14,6 +14,7 @@ mod resizable;
 mod rounds;
 mod shared;
 mod steering;
+mod time_left;
 mod transports;
 
 use std::fs::File;

@@ -23,6 +23,10 @@ pub struct MigrationReport {
     /// For how long block state was frozen, the last time, while the guest was here.
     #[serde(default)]
     pub busy_time: Option<f64>,
+    /// How long it is expected to take until the guest can run at the destination. None where that is not
+    /// known, or the guest writes too much for it to come to an end.
+    #[serde(default)]
+    pub expected_time_left: Option<f64>,
     /// Memory.
     pub ram: RamReport,
     /// Percentage of time that vCPUs are kept from running.
@@ -104,6 +108,7 @@ impl MigrationReport {
             setup_time: milliseconds(known.setup_time),
             downtime: known.downtime.map(milliseconds),
             busy_time: known.busy_time.map(milliseconds),
+            expected_time_left: known.expected_time_left.map(milliseconds),
             ram: RamReport {
                 transferred: known.transferred,
                 remaining: known.remaining,
