@@ -16,6 +16,11 @@ const PROBES: u32 = 3;
 /// Has the kernel end a TCP connection whose other host has not acknowledged anything for `patience`: neither
 /// what was sent (TCP_USER_TIMEOUT) nor, while nothing is sent, probes (SO_KEEPALIVE). Reads and writes of it fail
 /// then, and a migration learns where its guest is. Without it, a host that has lost its power is waited for for hours.
+///
+/// The kernel does not tell a host that has vanished from one that takes nothing: a peer that lives, and reads nothing
+/// of what waits for it for `patience`, loses its connection as well. So `patience` also ends writes that would be
+/// waited for longer than that ([`Channel::set_write_patience`](crate::Channel::set_write_patience)).
+///
 /// For helpers that connect or accept a [`Channel`](crate::Channel); of anything but a TCP socket nothing is
 /// changed, since what is on the same host does not vanish.
 ///
@@ -44,6 +49,8 @@ pub fn keep_alive(socket: impl AsFd, patience: Duration) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_support::{PATIENCE, tcp_pair};
+    use std::io::Write;
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
 
@@ -73,5 +80,18 @@ mod tests {
         keep_alive(&unix, Duration::from_secs(30)).unwrap();
         assert!(!sockopt::socket_keepalive(&unix).unwrap());
         keep_alive(io::pipe().unwrap().0, Duration::from_secs(30)).unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_lives_and_reads_nothing_loses_its_connection_as_well() {
+        let (mut near, _far) = tcp_pair();
+        near.set_write_timeout(Some(PATIENCE)).unwrap();
+        keep_alive(&near, Duration::from_secs(1)).unwrap();
+        let ended = loop {
+            if let Err(error) = near.write_all(&[0; 64 << 10]) {
+                break error;
+            }
+        };
+        assert_eq!(ended.raw_os_error(), Some(libc::ETIMEDOUT), "{ended}");
     }
 }

@@ -18,7 +18,7 @@ use crate::precopy::{Guest, GuestAfter, Incoming, Outgoing, Parameters};
 use crate::progress::{MigrationInfo, Progress, Status};
 use crate::ram::{ListOptions, MigrationBlock, PageChannels, RamBlocks, RamLoad, RamSave};
 use crate::stream::{CAPABILITY_MULTIFD, Configuration};
-use crate::test_support::{Late, PAGE, Side, at_the_verdict, fill, late, tcp_pair};
+use crate::test_support::{Late, PAGE, PATIENCE, Side, at_the_verdict, fill, late, tcp_pair};
 
 mod bandwidth;
 mod elastic;
@@ -197,26 +197,12 @@ fn migrate_acting(
     channels: Vec<(OwnedFd, OwnedFd)>,
     acts: Option<Act>,
 ) -> Run {
-    let progress = Arc::new(Progress::new());
-    migrate_told(&progress, parameters, from, to, (expected, acts), (when, urgent), channels)
+    let both = [Arc::new(Progress::new()), Arc::new(Progress::new())];
+    migrate_told(&both, parameters, from, to, (expected, acts), (when, urgent), channels)
 }
 
-/// Seen and steered by `progress`.
+/// Seen and steered at the source and at the destination.
 fn migrate_told(
-    progress: &Arc<Progress>,
-    parameters: Parameters,
-    from: &Side,
-    to: &Side,
-    guest: (Vec<u8>, Option<Act>),
-    how: (SwitchWhen, bool),
-    channels: Vec<(OwnedFd, OwnedFd)>,
-) -> Run {
-    let both = [Arc::clone(progress), Arc::new(Progress::new())];
-    migrate_told_on_both_sides(&both, parameters, from, to, guest, how, channels)
-}
-
-/// As [`migrate_told`], with what is told at the source and at the destination.
-fn migrate_told_on_both_sides(
     [progress, progress_there]: &[Arc<Progress>; 2],
     parameters: Parameters,
     from: &Side,

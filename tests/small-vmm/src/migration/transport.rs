@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Links;
 
-/// How long a host may not be heard of before the guest is said to be alone.
+/// How long a host may not be heard of, or read nothing, before the guest is said to be alone.
 const VANISHED: Duration = Duration::from_secs(30);
 
 enum Address<'a> {
