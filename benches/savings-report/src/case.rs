@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::content::Content;
 use crate::link::Link;
 use crate::units::PAGE;
 
@@ -97,6 +98,9 @@ pub struct Case {
     pub mode: Mode,
     /// Over what.
     pub link: Link,
+    /// What the guest's memory holds; noise in journals that do not say.
+    #[serde(default)]
+    pub content: Content,
 }
 
 impl Case {
@@ -142,7 +146,7 @@ impl Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let size = crate::units::size;
-        let Self { region, plugged, touched_percent, dirty_rate, way, mode, link } = self;
+        let Self { region, plugged, touched_percent, dirty_rate, way, mode, link, content } = self;
         write!(
             f,
             "{}, {}: region {}, plugged {}, touched {touched_percent} %, dirtied {}/s",
@@ -152,6 +156,9 @@ impl fmt::Display for Case {
             size(*plugged),
             size(*dirty_rate)
         )?;
+        if *content != Content::default() {
+            write!(f, ", of {}", content.name())?;
+        }
         if *link == Link::default() { Ok(()) } else { write!(f, ", over {}", link.name()) }
     }
 }
@@ -170,6 +177,7 @@ mod tests {
             way: Way::Precopy,
             mode,
             link: Link::default(),
+            content: Content::default(),
         };
         let costs = Mode::ALL.map(|mode| (case(mode).read() >> 20, case(mode).moved() >> 20));
         assert_eq!(costs, [(1024, 1024), (1024, 128), (256, 128), (128, 128)]);

@@ -22,26 +22,6 @@ pub fn resident(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
 }
 
-/// Data that no compression makes small and no page of which is zero.
-pub struct Noise(u64);
-
-impl Noise {
-    /// The same each time.
-    pub fn new() -> Self {
-        Self(0x9e37_79b9_7f4a_7c15)
-    }
-
-    /// The next bytes.
-    pub fn fill(&mut self, bytes: &mut [u8]) {
-        for word in bytes.chunks_mut(8) {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            word.copy_from_slice(&self.0.to_le_bytes()[..word.len()]);
-        }
-    }
-}
-
 /// Touches and frees so much memory. Where the machine is a guest itself whose free memory goes
 /// back to its own host, the first touch would otherwise cost a multiple, and not every run would
 /// pay it.

@@ -204,6 +204,17 @@ mod tests {
     }
 
     #[test]
+    fn a_line_from_before_there_was_compression_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = written(dir.path());
+        let old = text.replace(",\"zstd\":false", "").replace(",\"content\":\"noise\"", "");
+        assert!(old.len() < text.len() && !old.contains("zstd") && !old.contains("content"));
+        fs::write(dir.path().join(NAME), old).unwrap();
+        let journal = Journal::resume(dir.path(), &head()).unwrap();
+        assert!(journal.found(&record(2).case).is_some());
+    }
+
+    #[test]
     fn the_comparison_is_found_among_the_records() {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::create(dir.path(), &head()).unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use migration::ram::PageChannels;
-use migration::stream::{CAPABILITY_MULTIFD, Configuration};
+use migration::stream::{CAPABILITY_MULTIFD, CAPABILITY_MULTIFD_ZSTD, Configuration};
 use migration::{Channel, Progress, TlsClient, TlsServer};
 use serde::{Deserialize, Serialize};
 
@@ -22,18 +22,34 @@ pub struct Link {
     pub channels: usize,
     /// Whether all of them, the main one too, are over TLS 1.3.
     pub tls: bool,
+    /// Whether pages are compressed by zstd at level 1; not in journals that do not say.
+    #[serde(default)]
+    pub zstd: bool,
 }
 
 impl Link {
     /// Those that are compared.
     pub const ALL: [Self; 6] = [
-        Self { channels: 0, tls: false },
-        Self { channels: 1, tls: false },
-        Self { channels: 2, tls: false },
-        Self { channels: 4, tls: false },
-        Self { channels: 0, tls: true },
-        Self { channels: 4, tls: true },
+        Self::of(0),
+        Self::of(1),
+        Self::of(2),
+        Self::of(4),
+        Self { tls: true, ..Self::of(0) },
+        Self { tls: true, ..Self::of(4) },
     ];
+
+    /// Those between which it is compared what compression costs and saves.
+    pub const COMPRESSED: [Self; 4] = [
+        Self::of(1),
+        Self { zstd: true, ..Self::of(1) },
+        Self::of(4),
+        Self { zstd: true, ..Self::of(4) },
+    ];
+
+    /// So many channels for pages, in the clear and plain.
+    const fn of(channels: usize) -> Self {
+        Self { channels, tls: false, zstd: false }
+    }
 
     /// Its name in tables.
     pub fn name(self) -> String {
@@ -42,20 +58,22 @@ impl Link {
             1 => "1 channel of their own".to_owned(),
             count => format!("{count} channels of their own"),
         };
-        if self.tls { format!("{over}, TLS 1.3") } else { over }
+        let tls = if self.tls { ", TLS 1.3" } else { "" };
+        let zstd = if self.zstd { ", zstd" } else { "" };
+        format!("{over}{tls}{zstd}")
     }
 
     /// What both sides are configured as.
     pub fn configuration(self) -> Configuration {
-        let configuration = Configuration::new("savings-report");
-        match self.channels {
-            0 => configuration,
-            _ => Configuration {
-                capabilities: vec![CAPABILITY_MULTIFD.to_owned()],
-                uuid: Some(UUID),
-                ..configuration
-            },
+        let mut configuration = Configuration::new("savings-report");
+        if self.channels != 0 {
+            configuration.capabilities.push(CAPABILITY_MULTIFD.to_owned());
+            configuration.uuid = Some(UUID);
         }
+        if self.zstd {
+            configuration.capabilities.push(CAPABILITY_MULTIFD_ZSTD.to_owned());
+        }
+        configuration
     }
 }
 
@@ -146,6 +164,10 @@ mod tests {
             let configuration = link.configuration();
             assert_eq!(configuration.has(CAPABILITY_MULTIFD), link.channels != 0, "{link:?}");
             assert_eq!(configuration.uuid.is_some(), link.channels != 0, "{link:?}");
+        }
+        for link in Link::COMPRESSED {
+            assert_eq!(link.configuration().has(CAPABILITY_MULTIFD_ZSTD), link.zstd, "{link:?}");
+            assert_eq!(link.name().ends_with("zstd"), link.zstd, "{link:?}");
         }
         assert_eq!(Link::ALL[0], Link::default());
     }

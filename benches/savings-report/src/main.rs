@@ -2,6 +2,7 @@
 //! VMMs that know less, and writes the report: JSON, Markdown, SVG and HTML.
 
 mod case;
+mod content;
 mod guest;
 mod host;
 mod journal;

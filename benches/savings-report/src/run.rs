@@ -273,25 +273,48 @@ fn restore(case: &Case, from: Side, dir: &Path) -> Result<Figures> {
 mod tests {
     use super::*;
     use crate::case::Mode;
+    use crate::content::Content;
     use crate::link::Link;
 
     #[test]
     fn a_guest_arrives_whole_over_every_link() {
-        let dir = std::env::temp_dir();
         for link in Link::ALL {
-            let case = Case {
-                region: 64 * MIB,
-                plugged: 32 * MIB,
-                touched_percent: 50,
-                dirty_rate: 0,
-                way: Way::Precopy,
-                mode: Mode::HoleAware,
-                link,
-            };
-            let figures = run(&case, &dir).unwrap();
+            let (case, figures) = over(link, Content::Noise);
             assert_eq!(figures.normal * PAGE, case.touched(), "{link:?}");
             assert_eq!(figures.destination, case.touched(), "{link:?}");
             assert!(figures.wire > case.touched(), "{link:?}: {} bytes", figures.wire);
+        }
+    }
+
+    /// A small guest.
+    fn over(link: Link, content: Content) -> (Case, Figures) {
+        let case = Case {
+            region: 64 * MIB,
+            plugged: 32 * MIB,
+            touched_percent: 50,
+            dirty_rate: 0,
+            way: Way::Precopy,
+            mode: Mode::HoleAware,
+            link,
+            content,
+        };
+        (case, run(&case, &std::env::temp_dir()).unwrap())
+    }
+
+    #[test]
+    fn what_shrinks_is_two_to_three_times_smaller_and_noise_goes_plain() {
+        for content in Content::ALL {
+            for link in Link::COMPRESSED {
+                let (case, figures) = over(link, content);
+                assert_eq!(figures.normal * PAGE, case.touched(), "{case}");
+                assert_eq!(figures.destination, case.touched(), "{case}");
+                let share = figures.wire as f64 / case.touched() as f64;
+                let expected = match (content, link.zstd) {
+                    (Content::Mixed, true) => 0.33..0.5,
+                    _ => 1.0..1.01,
+                };
+                assert!(expected.contains(&share), "{case}: {share}");
+            }
         }
     }
 }

@@ -9,7 +9,8 @@ use ram_discard::memory::RamBlock;
 use ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, Section};
 
 use crate::case::{Case, Mode};
-use crate::host::{self, Noise};
+use crate::content::Generator;
+use crate::host;
 
 /// Where the region would be for a guest.
 const ADDR: u64 = 1 << 40;
@@ -80,10 +81,10 @@ impl Side {
     /// Fills what the guest has touched, as a guest does: through the mapping.
     pub fn fill(&self, case: &Case) {
         let mut bytes = vec![0; case.touched_in_block() as usize];
-        let mut noise = Noise::new();
+        let mut content = Generator::new(case.content);
         if !bytes.is_empty() {
             for at in (0..case.plugged).step_by(Case::BLOCK as usize) {
-                noise.fill(&mut bytes);
+                content.fill(&mut bytes);
                 self.block.mapping().write(at, &bytes);
             }
         }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::case::{Case, Mode, Way};
+use crate::content::Content;
 use crate::link::Link;
 use crate::units::{GIB, MIB};
 
@@ -41,12 +42,18 @@ impl Profile {
             way: Way::Precopy,
             mode: Mode::HoleAware,
             link: Link::default(),
+            content: Content::default(),
         }
     }
 
     /// What is moved over each link: more than at the centre, so that what a link costs shows.
     pub fn linked(self, link: Link) -> Case {
         Case { touched_percent: 100, link, ..self.centre() }
+    }
+
+    /// What is moved over each link of [`Link::COMPRESSED`].
+    pub fn compressed(self, link: Link, content: Content) -> Case {
+        Case { content, ..self.linked(link) }
     }
 
     /// Bytes that one case may move, or read: more takes too long, however large the machine is.
@@ -68,6 +75,9 @@ impl Profile {
             Self::Full => self.add_full(&mut cases),
         }
         cases.extend(Link::ALL.map(|link| self.linked(link)));
+        for content in Content::ALL {
+            cases.extend(Link::COMPRESSED.map(|link| self.compressed(link, content)));
+        }
         let mut once: Vec<Case> = Vec::with_capacity(cases.len());
         for case in cases {
             if !once.contains(&case) && makes_sense(&case) {
@@ -207,7 +217,9 @@ mod tests {
         for profile in [Profile::Quick, Profile::Full] {
             let (cases, centre) = (profile.cases(), profile.centre());
             for link in Link::ALL {
-                let linked: Vec<_> = cases.iter().filter(|case| case.link == link).collect();
+                let linked =
+                    cases.iter().filter(|case| (case.link, case.content) == (link, Content::Noise));
+                let linked: Vec<_> = linked.collect();
                 let guest = |case: &&&Case| {
                     case.way == Way::Precopy
                         && case.mode == Mode::HoleAware
@@ -216,6 +228,19 @@ mod tests {
                 };
                 assert_eq!(linked.iter().filter(guest).count(), 1, "{profile:?} {link:?}");
                 assert!(link == Link::default() || linked.len() == 1, "{profile:?} {link:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_content_goes_plain_and_compressed_in_each_profile() {
+        for profile in [Profile::Quick, Profile::Full] {
+            let cases = profile.cases();
+            for content in Content::ALL {
+                for link in Link::COMPRESSED {
+                    let case = profile.compressed(link, content);
+                    assert_eq!(cases.iter().filter(|found| **found == case).count(), 1, "{case}");
+                }
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The tables of the report, as text.
 
 use crate::case::{Case, Mode, Way};
+use crate::content::Content;
 use crate::link::Link;
 use crate::record::{Figures, Outcome, Record};
 use crate::units::{GIB, size, time};
@@ -174,12 +175,52 @@ pub fn links(view: &View<'_>) -> Table {
     table
 }
 
+/// The same guest with each content, plain and compressed. Processor time is told by the GiB of memory, of which fewer
+/// bytes are sent.
+pub fn compression(view: &View<'_>) -> Table {
+    let case = view.profile.linked(Link::default());
+    let title = format!("Precopy of an idle guest, plain and by zstd at level 1: {}", guest(&case));
+    let head = [
+        "memory of",
+        "pages go over",
+        "sends",
+        "of what was touched",
+        "in",
+        "using CPU",
+        "CPU a GiB of memory",
+    ];
+    let mut table = Table::new(title, head);
+    for content in Content::ALL {
+        for link in Link::COMPRESSED {
+            let Some(record) = view.compressed(link, content) else { continue };
+            let mut row = vec![content.name().to_owned(), link.name()];
+            match &record.outcome {
+                Outcome::Measured(figures) => {
+                    let touched = record.case.touched() as f64;
+                    row.extend([
+                        size(figures.wire),
+                        format!("{:.0} %", figures.wire as f64 * 100.0 / touched),
+                        time(figures.total),
+                        time(figures.cpu),
+                        time(figures.cpu * GIB as f64 / touched),
+                    ]);
+                }
+                Outcome::NotRun(reason) | Outcome::Failed(reason) => row.push(reason.clone()),
+            }
+            row.resize(table.head.len(), String::new());
+            table.rows.push(row);
+        }
+    }
+    table
+}
+
 /// Title of the last table.
 pub const ALL: &str = "All cases";
 
 /// Everything, one row a case.
 pub fn all(view: &View<'_>) -> Table {
-    let names = ["way", "mode", "pages go over", "region", "plugged", "touched", "dirtied"];
+    let names =
+        ["way", "mode", "pages go over", "region", "plugged", "touched", "dirtied", "memory of"];
     let head = names.into_iter().chain(FIGURES);
     let mut table = Table::new(ALL.to_owned(), head);
     for record in view.records {
@@ -192,6 +233,7 @@ pub fn all(view: &View<'_>) -> Table {
             size(case.plugged),
             format!("{} %", case.touched_percent),
             format!("{}/s", size(case.dirty_rate)),
+            case.content.name().to_owned(),
         ];
         table.add(names, record);
     }
@@ -208,7 +250,7 @@ fn link(case: &Case) -> String {
 
 /// All tables of the report, in order.
 pub fn report(view: &View<'_>) -> Vec<Table> {
-    let mut tables = vec![ways(view, false), ways(view, true), links(view)];
+    let mut tables = vec![ways(view, false), ways(view, true), links(view), compression(view)];
     for dimension in Dimension::ALL {
         tables.push(sweep(view, dimension, Way::Precopy));
     }

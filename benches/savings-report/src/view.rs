@@ -1,6 +1,7 @@
 //! The records as sweeps: lines through the centre along which one thing changes.
 
 use crate::case::{Case, Mode, Way};
+use crate::content::Content;
 use crate::link::Link;
 use crate::record::Record;
 use crate::sweep::{Profile, RATES};
@@ -98,6 +99,12 @@ impl<'a> View<'a> {
     pub fn centre(&self, way: Way, mode: Mode, writing: bool) -> Option<&'a Record> {
         let dirty_rate = if writing { RATES[2] } else { 0 };
         let case = Case { way, mode, dirty_rate, ..self.profile.centre() };
+        self.records.iter().find(|record| record.case == case)
+    }
+
+    /// The record of `content` that is moved over `link`.
+    pub fn compressed(&self, link: Link, content: Content) -> Option<&'a Record> {
+        let case = self.profile.compressed(link, content);
         self.records.iter().find(|record| record.case == case)
     }
 

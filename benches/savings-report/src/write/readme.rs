@@ -32,7 +32,8 @@ pub fn update(report: &Report, root: &Path) -> Result<()> {
     let path = root.join("README.md");
     let readme = fs::read_to_string(&path).context("cannot read the README")?;
     let (small, links) = (titled(&tables::small(&view)), titled(&tables::links(&view)));
-    let text = format!("{small}\n![{}]({CHART})\n\n{links}", chart.title);
+    let compression = titled(&tables::compression(&view));
+    let text = format!("{small}\n![{}]({CHART})\n\n{links}\n{compression}", chart.title);
     let mut readme = replaced(&readme, SAVINGS, &text)?;
     if let Some(measured) = report.qemu.measured() {
         readme = replaced(&readme, QEMU, &titled(&qemu::summary(measured)))?;
