@@ -204,7 +204,7 @@ impl Progress {
 
     /// Ends the channels of postcopy, on either side, as if they had broken: both sides pause, until new ones come
     /// from [`Reconnect`](crate::postcopy::Reconnect), which is told [`MigrationError::Paused`] on the side that
-    /// was asked (QEMU's migrate-pause). The guest runs on at the destination, and waits for pages that it misses.
+    /// was asked (QEMU's migrate-pause). That also ends a recovery in which the other side says nothing. The guest runs on at the destination, and waits for pages that it misses.
     /// A destination whose `Reconnect` gives up, as [`GiveUp`](crate::postcopy::GiveUp) does, loses it.
     ///
     /// [`MigrationError::Paused`]: crate::MigrationError::Paused

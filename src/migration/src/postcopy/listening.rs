@@ -117,6 +117,8 @@ impl Listening<'_> {
             }
             let new = ReturnChannel::new(channels.main.clone_handle());
             back = Arc::new(new.continuing(&back));
+            // A source that says nothing is left as soon as it is asked for.
+            progress.steering.postcopy_over(Some(channels.clone_handles()));
             progress.set_status(Status::PostcopyRecover);
         }
         lazy.set_source(None);

@@ -124,6 +124,7 @@ impl OutgoingPages<'_> {
         let bucket = Mutex::new(TokenBucket::new(Instant::now(), max_bandwidth.unwrap_or(0)));
         let mut channels = channels;
         let mut back = Some(back);
+        progress.steering.postcopy_over(Some(channels.clone_handles()));
         loop {
             let (memory, bucket, progress) = (&memory, &bucket, &progress);
             let stream = Stream { memory, section_id, bucket, progress };
@@ -141,6 +142,8 @@ impl OutgoingPages<'_> {
                 Some(new) => channels = new,
                 None => return Err(error),
             }
+            // A destination that says nothing is left as soon as it is asked for.
+            progress.steering.postcopy_over(Some(channels.clone_handles()));
             progress.set_status(Status::PostcopyRecover);
         }
     }
@@ -172,9 +175,6 @@ impl Stream<'_, '_> {
                 back
             }
         };
-        let urgent_handle = urgent.as_ref().map(Channel::clone_handle);
-        let handles = Channels { main: main.clone_handle(), urgent: urgent_handle };
-        self.progress.steering.postcopy_over(Some(handles));
         self.progress.set_status(Status::PostcopyActive);
         let requests = Requests::default();
         let urgent = urgent.map(Mutex::new);

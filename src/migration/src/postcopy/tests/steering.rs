@@ -21,19 +21,34 @@ fn states_of(events: Events, mut react: impl FnMut(Status) + Send + 'static) -> 
     })
 }
 
-/// Migrates a guest that asks for nothing, over up to two channels; all of it arrives.
+type Pair = (OwnedFd, OwnedFd);
+
+fn pair() -> Pair {
+    let (near, far) = UnixStream::pair().unwrap();
+    (near.into(), far.into())
+}
+
+/// What is not asked for takes minutes, and the guest asks for nothing: nothing comes to its end but by what is asked
+/// of it here.
+fn slow() -> Parameters {
+    let configuration = Configuration::new("test");
+    Parameters { max_postcopy_bandwidth: Some(10), ..Parameters::new(configuration) }
+}
+
+fn at_full_speed() -> ParameterChange {
+    ParameterChange { max_postcopy_bandwidth: Some(0), ..ParameterChange::default() }
+}
+
+/// Migrates a guest that asks for nothing; all of it arrives.
 fn migrate_steered(
     both: &[Arc<Progress>; 2],
     parameters: Parameters,
     how: (SwitchWhen, bool),
+    channels: Vec<Pair>,
 ) -> Run {
     let (from, to) = (Side::of_region(PAGES * PAGE), Side::of_region(PAGES * PAGE));
     fill(&from.region, 0..PAGES, 7);
-    let pair = || {
-        let (near, far) = UnixStream::pair().unwrap();
-        (near.into(), far.into())
-    };
-    let (guest, channels) = ((Vec::new(), None), vec![pair(), pair()]);
+    let guest = (Vec::new(), None);
     let run = migrate_told(both, parameters, &from, &to, guest, how, channels);
     assert!(run.outgoing.is_ok() && run.incoming.is_ok(), "{:?} {:?}", run.outgoing, run.incoming);
     assert!((0..PAGES).all(|page| to.page(page) == [7; PAGE as usize]));
@@ -47,13 +62,8 @@ enum End {
     Destination,
 }
 
-/// Pauses postcopy at `end`, and then has it go as fast as it can; the states there. What is not asked for takes
-/// minutes, and the guest asks for nothing: nothing comes to its end but by what is asked of it here.
+/// Pauses postcopy at `end`, and then has it go as fast as it can; the states there.
 fn pause_at(end: End, urgent: bool) -> (Run, String) {
-    let parameters = Parameters {
-        max_postcopy_bandwidth: Some(10),
-        ..Parameters::new(Configuration::new("test"))
-    };
     let both = [Arc::new(Progress::new()), Arc::new(Progress::new())];
     let [source, destination] = both.clone();
     let asked = match end {
@@ -71,12 +81,10 @@ fn pause_at(end: End, urgent: bool) -> (Run, String) {
         if active == 1 {
             steered.pause_postcopy().unwrap();
         } else {
-            let max_postcopy_bandwidth = Some(0);
-            let change = ParameterChange { max_postcopy_bandwidth, ..ParameterChange::default() };
-            source.set_parameters(change).unwrap();
+            source.set_parameters(at_full_speed()).unwrap();
         }
     });
-    let run = migrate_steered(&both, parameters, (SwitchWhen::AtOnce, urgent));
+    let run = migrate_steered(&both, slow(), (SwitchWhen::AtOnce, urgent), vec![pair(), pair()]);
     assert_eq!(run.sent.postcopy_recoveries, 1);
     assert!(asked.pause_postcopy().is_err());
     (run, states.join().unwrap())
@@ -123,10 +131,57 @@ fn precopy_is_switched_to_postcopy_on_request_and_the_stopped_guest_waits_until_
         Status::PreSwitchover => steered.continue_switchover(),
         _ => {}
     });
-    let run = migrate_steered(&both, parameters, (SwitchWhen::Told, false));
+    let run = migrate_steered(&both, parameters, (SwitchWhen::Told, false), vec![pair()]);
     assert_eq!(
         states.join().unwrap(),
         "none setup active pre-switchover device postcopy-active completed"
     );
     assert_eq!((run.breaks.len(), run.breaks_there.len()), (0, 0));
+}
+
+/// The second channels of both sides lead to nothing that says a word.
+#[test]
+fn a_recovery_whose_other_side_says_nothing_is_paused_on_request_on_either_side() {
+    let both = [Arc::new(Progress::new()), Arc::new(Progress::new())];
+    let ((near, silent), (far, silent_too)) = (pair(), pair());
+    let mut silent = [silent, silent_too].into_iter();
+    let states = both.each_ref().map(|progress| {
+        let (steered, source) = (Arc::clone(progress), Arc::clone(&both[0]));
+        let (mut active, mut recovers, mut silent) = (0, 0, silent.next());
+        states_of(progress.subscribe(1000), move |status| match status {
+            Status::PostcopyActive => {
+                active += 1;
+                match active {
+                    // One side is told by the other.
+                    1 if Arc::ptr_eq(&steered, &source) => steered.pause_postcopy().unwrap(),
+                    1 => {}
+                    _ => source.set_parameters(at_full_speed()).unwrap(),
+                }
+            }
+            Status::PostcopyRecover => {
+                recovers += 1;
+                if recovers == 1 {
+                    // One that cannot be paused breaks, which is told otherwise.
+                    let _ = steered.pause_postcopy();
+                    drop(silent.take());
+                }
+            }
+            _ => {}
+        })
+    });
+    let channels = vec![pair(), (near, far), pair()];
+    let run = migrate_steered(&both, slow(), (SwitchWhen::AtOnce, false), channels);
+    let paused = "paused on request";
+    assert_eq!(run.breaks, [paused, paused]);
+    assert_eq!((run.breaks_there.len(), &*run.breaks_there[1]), (2, paused));
+    for states in states {
+        let states = states.join().unwrap();
+        assert_eq!(
+            states.find("postcopy-active").map(|from| &states[from..]),
+            Some(
+                "postcopy-active postcopy-paused postcopy-recover postcopy-paused postcopy-recover \
+                 postcopy-active completed"
+            )
+        );
+    }
 }
