@@ -191,6 +191,11 @@ impl Channel {
         self.transport.descriptor()
     }
 
+    /// Whether what is written can neither be read nor changed on its way.
+    pub fn is_encrypted(&self) -> bool {
+        self.transport.is_encrypted()
+    }
+
     /// Calls `write` until it has no more to wait for.
     fn until_written<T>(
         &mut self,

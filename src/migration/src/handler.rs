@@ -37,6 +37,12 @@ pub trait SaveHandler {
         Ok(())
     }
 
+    /// Whether each of the channels that it has besides the main one is encrypted, before the stream begins. By default
+    /// it has none.
+    fn encrypted_channels(&self) -> Vec<bool> {
+        Vec::new()
+    }
+
     /// Freezes the block state that the handler's memory depends on, before anything is saved, early
     /// device state included. By default there is none.
     ///
@@ -256,6 +262,12 @@ pub trait LoadHandler {
     /// When the handler was made for another configuration.
     fn configure(&mut self, _configuration: &Configuration) -> Result<(), MigrationError> {
         Ok(())
+    }
+
+    /// Whether each of the channels that it has besides the main one is encrypted, before the stream begins. By default
+    /// it has none.
+    fn encrypted_channels(&self) -> Vec<bool> {
+        Vec::new()
     }
 
     /// Has `main` raised when the handler fails beside the main channel, which then ends.

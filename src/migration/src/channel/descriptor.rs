@@ -81,6 +81,10 @@ impl Transport for Descriptor {
         is_hung_up(self.0.as_fd())
     }
 
+    fn is_encrypted(&self) -> bool {
+        false
+    }
+
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         Some(self.0.as_fd())
     }

@@ -20,6 +20,7 @@ pub(crate) struct Faulty {
     step: usize,
     /// After so many bytes, writes fail.
     fails_after: Option<u64>,
+    encrypted: bool,
     state: Mutex<State>,
 }
 
@@ -33,12 +34,18 @@ struct State {
 impl Faulty {
     pub(crate) fn new(fd: impl Into<OwnedFd>, step: usize) -> Self {
         let inner = Descriptor::new(fd.into()).unwrap();
-        Self { inner, step, fails_after: None, state: Mutex::default() }
+        Self { inner, step, fails_after: None, encrypted: false, state: Mutex::default() }
     }
 
     /// Fails as a cable that is cut after `bytes`.
     pub(crate) fn fails_after(mut self, bytes: u64) -> Self {
         self.fails_after = Some(bytes);
+        self
+    }
+
+    /// Is taken for encrypted.
+    pub(crate) fn encrypted(mut self) -> Self {
+        self.encrypted = true;
         self
     }
 
@@ -103,6 +110,10 @@ impl Transport for Faulty {
 
     fn is_hung_up(&self) -> bool {
         self.inner.is_hung_up()
+    }
+
+    fn is_encrypted(&self) -> bool {
+        self.encrypted
     }
 }
 

@@ -60,6 +60,10 @@ pub trait Transport: fmt::Debug + Send + Sync {
     /// Whether the other side has ended its direction. When that cannot be told, it has.
     fn is_hung_up(&self) -> bool;
 
+    /// Whether what is written can neither be read nor changed on its way. All channels of a migration are alike in
+    /// this, or it is refused.
+    fn is_encrypted(&self) -> bool;
+
     /// The descriptor to which the stream's own bytes can be written, so that guest memory goes there
     /// without a copy. `None` where bytes are transformed on their way.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -73,10 +73,13 @@ impl Listening<'_> {
         let mut channels = Channels { main, urgent: urgent.take() };
         let mut back = Arc::clone(back);
         let mut reader = Some(reader);
+        let encrypted = channels.main.is_encrypted();
         loop {
             let session = Session { lazy, back: &back, handover, section_id, progress };
             let taken = match handover.read_from(&channels) {
-                true => session.take_all(&channels, reader.take()),
+                true => channels
+                    .check_encryption(encrypted)
+                    .and_then(|()| session.take_all(&channels, reader.take())),
                 false => Err(MigrationError::ChannelClosed("it was given up")),
             };
             let error = match taken {

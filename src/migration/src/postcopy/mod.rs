@@ -25,6 +25,7 @@ pub(super) use return_channel::ReturnChannel;
 
 use super::channel::Channel;
 use super::error::MigrationError;
+use super::precopy::InUse;
 
 /// Everything is loaded and the guest can run (QEMU's QEMU_VM_PING_PACKAGED_LOADED).
 pub(super) const PING_PACKAGE_LOADED: u32 = 0x42;
@@ -64,6 +65,12 @@ impl Channels {
         if let Some(urgent) = &self.urgent {
             urgent.shutdown();
         }
+    }
+
+    /// Refuses them when they are not all encrypted, or none, as those before.
+    fn check_encryption(&self, before: bool) -> Result<(), MigrationError> {
+        let (main, urgent) = (&self.main, self.urgent.as_ref());
+        InUse { main, urgent, pages: Vec::new() }.check_as_before(before)
     }
 
     /// Handles of the same channels.

@@ -122,13 +122,17 @@ impl OutgoingPages<'_> {
         let memory = Mutex::new(memory);
         // One for all channels: what is owed is not forgiven by a recovery.
         let bucket = Mutex::new(TokenBucket::new(Instant::now(), max_bandwidth.unwrap_or(0)));
+        let encrypted = channels.main.is_encrypted();
         let mut channels = channels;
         let mut back = Some(back);
         progress.steering.postcopy_over(Some(channels.clone_handles()));
         loop {
             let (memory, bucket, progress) = (&memory, &bucket, &progress);
             let stream = Stream { memory, section_id, bucket, progress };
-            let sent = stream.send_all(channels, back.take(), &mut asked);
+            let sent = match channels.check_encryption(encrypted) {
+                Ok(()) => stream.send_all(channels, back.take(), &mut asked),
+                Err(error) => Err(error),
+            };
             progress.steering.postcopy_over(None);
             let paused = progress.steering.take_paused();
             let error = match sent {

@@ -22,6 +22,7 @@ use crate::test_support::{Late, PAGE, PATIENCE, Side, at_the_verdict, fill, late
 
 mod bandwidth;
 mod elastic;
+mod encryption;
 mod incoming;
 mod patience;
 mod peers;

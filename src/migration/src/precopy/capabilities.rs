@@ -1,6 +1,7 @@
 //! What a migration to another host makes use of, under QEMU's names, and what excludes what.
 
 use super::Parameters;
+use crate::channel::Channel;
 use crate::error::MigrationError;
 use crate::steering;
 use crate::stream::{
@@ -114,10 +115,54 @@ fn lacks(one: Capability, needed: Capability, why: &str) -> MigrationError {
 pub(super) fn check(
     parameters: &Parameters,
     postcopy: bool,
-    preempt: bool,
+    channels: &InUse<'_>,
 ) -> Result<(), MigrationError> {
     steering::check(parameters).map_err(|error| MigrationError::NotPossible(error.to_string()))?;
-    Capabilities::of(parameters, postcopy, preempt).check()
+    Capabilities::of(parameters, postcopy, channels.urgent.is_some()).check()?;
+    channels.check()
+}
+
+/// The channels of a side.
+pub(crate) struct InUse<'a> {
+    pub(crate) main: &'a Channel,
+    /// For pages that are asked for.
+    pub(crate) urgent: Option<&'a Channel>,
+    /// Whether each of those for pages is encrypted.
+    pub(crate) pages: Vec<bool>,
+}
+
+impl InUse<'_> {
+    /// Refuses channels of which some are encrypted, and others are not: what goes over those could be read, and a page
+    /// that was changed on its way would be the guest's. QEMU has `tls-creds` for all of them or for none.
+    pub(crate) fn check(&self) -> Result<(), MigrationError> {
+        let main = self.main.is_encrypted();
+        let urgent = self.urgent.map(|urgent| ("the channel for urgent pages".to_owned(), urgent));
+        let urgent = urgent.map(|(name, urgent)| (name, urgent.is_encrypted()));
+        let pages = self.pages.iter().enumerate();
+        let pages = pages.map(|(number, is)| (format!("channel {number} for pages"), *is));
+        match urgent.into_iter().chain(pages).find(|(_, is)| *is != main) {
+            None => Ok(()),
+            Some((other, _)) if main => Err(differ("the main channel", &other)),
+            Some((other, _)) => Err(differ(&other, "the main channel")),
+        }
+    }
+
+    /// Also refuses them when those that they follow on were not as they are.
+    pub(crate) fn check_as_before(&self, encrypted: bool) -> Result<(), MigrationError> {
+        match (encrypted, self.main.is_encrypted()) {
+            (true, false) => Err(differ("the main channel before the break", "the new one")),
+            (false, true) => Err(differ("the new main channel", "the one before the break")),
+            _ => self.check(),
+        }
+    }
+}
+
+fn differ(encrypted: &str, plain: &str) -> MigrationError {
+    let what = format!(
+        "tls-creds is for all channels of a migration or for none: {encrypted} is encrypted, and {plain} is \
+         not; connect them alike"
+    );
+    MigrationError::NotPossible(what)
 }
 
 /// Postcopy without a return path, which [`check`] has refused.
@@ -127,8 +172,64 @@ pub(super) fn no_way_back() -> MigrationError {
 
 #[cfg(test)]
 mod tests {
+    use super::check as check_with;
     use super::*;
+    use crate::channel::faulty::Faulty;
+    use crate::progress::Progress;
     use crate::stream::Configuration;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    fn channel(encrypted: bool) -> Channel {
+        let faulty = Faulty::new(UnixStream::pair().unwrap().0, 1);
+        let transport = if encrypted { faulty.encrypted() } else { faulty };
+        Channel::over(Arc::new(transport), Arc::new(Progress::new()))
+    }
+
+    #[test]
+    fn channels_that_are_not_all_encrypted_or_none_are_refused_by_name() {
+        let (tls, plain) = (channel(true), channel(false));
+        let said = |main, urgent, pages: &[bool]| {
+            let checked = InUse { main, urgent, pages: pages.to_vec() }.check();
+            checked.err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        for (main, is) in [(&tls, true), (&plain, false)] {
+            assert_eq!(said(main, None, &[]), "");
+            assert_eq!(said(main, Some(main), &[is; 3]), "");
+        }
+        let error = said(&tls, Some(&plain), &[true]);
+        let expected =
+            "the main channel is encrypted, and the channel for urgent pages is not; connect";
+        assert!(error.contains(expected), "{error}");
+        assert!(error.starts_with("tls-creds is for all channels"), "{error}");
+        let error = said(&tls, Some(&tls), &[true, true, false]);
+        assert!(
+            error.contains("main channel is encrypted, and channel 2 for pages is not"),
+            "{error}"
+        );
+        let error = said(&plain, None, &[false, true]);
+        assert!(
+            error.contains("channel 1 for pages is encrypted, and the main channel is not"),
+            "{error}"
+        );
+        let error = said(&plain, Some(&tls), &[]);
+        assert!(
+            error.contains("urgent pages is encrypted, and the main channel is not"),
+            "{error}"
+        );
+
+        let again = |main, urgent, before| {
+            let checked = InUse { main, urgent, pages: Vec::new() }.check_as_before(before);
+            checked.err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert_eq!(again(&tls, Some(&tls), true), "");
+        assert_eq!(again(&plain, Some(&plain), false), "");
+        assert!(again(&tls, Some(&plain), true).contains("urgent pages is not"));
+        let error = again(&plain, None, true);
+        assert!(error.contains("before the break is encrypted, and the new one is not"), "{error}");
+        let error = again(&tls, None, false);
+        assert!(error.contains("the new main channel is encrypted, and the one before"), "{error}");
+    }
 
     /// What is said of all combinations, of which the numbers have a bit for each capability.
     #[test]
@@ -164,6 +265,11 @@ mod tests {
     #[test]
     fn what_is_in_use_is_found_in_the_parameters() {
         let mut parameters = Parameters::new(Configuration::new("test"));
+        let channel = channel(false);
+        let check = |parameters: &Parameters, postcopy, preempt: bool| {
+            let urgent = preempt.then_some(&channel);
+            check_with(parameters, postcopy, &InUse { main: &channel, urgent, pages: Vec::new() })
+        };
         check(&parameters, true, true).unwrap();
         parameters.one_way = true;
         assert!(check(&parameters, true, false).is_err());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use vmstate::wire::{WireRead, WireReader};
 
-use super::{Guest, PING_LOADED};
+use super::{Guest, InUse, PING_LOADED};
 use crate::channel::{Channel, Interrupt};
 use crate::devices::Devices;
 use crate::error::MigrationError;
@@ -69,7 +69,12 @@ impl Incoming<'_> {
     pub fn run(self, channel: Channel) -> Result<(), MigrationError> {
         let Self { configuration, guest, handlers, devices, postcopy, progress } = self;
         progress.set_status(Status::Setup);
-        let result = Loader::new(handlers, devices, &configuration).and_then(|mut loader| {
+        let urgent = postcopy.as_ref().and_then(|postcopy| postcopy.urgent.as_ref());
+        let pages = handlers.iter().flat_map(|handler| handler.encrypted_channels()).collect();
+        // Before memory is touched.
+        let checked = InUse { main: &channel, urgent, pages }.check();
+        let loader = checked.and_then(|()| Loader::new(handlers, devices, &configuration));
+        let result = loader.and_then(|mut loader| {
             let progress = Arc::clone(&progress);
             let postcopy =
                 postcopy.map(|postcopy| IncomingPages::new(postcopy, Arc::clone(&progress)));

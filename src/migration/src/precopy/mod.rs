@@ -15,6 +15,7 @@ mod outgoing;
 mod parameters;
 mod return_path;
 
+pub(crate) use capabilities::InUse;
 pub use convergence::{AtMaxRounds, ThrottleParameters};
 pub use incoming::Incoming;
 pub use outcome::{GuestAfter, OutgoingError};

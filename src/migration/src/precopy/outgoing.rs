@@ -8,7 +8,7 @@ use super::elastic::Elastic;
 use super::outcome::{GuestAfter, OutgoingError};
 use super::parameters::Parameters;
 use super::return_path::{ReturnPath, refuse};
-use super::{Guest, PING_LOADED, capabilities, handlers};
+use super::{Guest, InUse, PING_LOADED, capabilities, handlers};
 use crate::bandwidth::Bandwidth;
 use crate::channel::{BufferSink, Channel, Sink};
 use crate::devices::{DevicePhase, Devices};
@@ -115,8 +115,10 @@ impl Outgoing<'_> {
 
     fn migrate(&mut self, mut channel: Channel, owner: &mut Owner) -> Result<(), MigrationError> {
         handlers::check(&self.handlers)?;
-        let preempt = self.postcopy.as_ref().is_some_and(|postcopy| postcopy.urgent.is_some());
-        capabilities::check(&self.parameters, self.postcopy.is_some(), preempt)?;
+        let urgent = self.postcopy.as_ref().and_then(|postcopy| postcopy.urgent.as_ref());
+        let pages = self.handlers.iter().flat_map(|handler| handler.encrypted_channels());
+        let channels = InUse { main: &channel, urgent, pages: pages.collect() };
+        capabilities::check(&self.parameters, self.postcopy.is_some(), &channels)?;
         self.progress.steering.begin(&self.parameters);
         for handler in &mut self.handlers {
             handler.freeze()?;

@@ -390,11 +390,11 @@ impl LoadHandler for RamLoad {
 
     fn configure(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
         self.options.check(configuration)?;
-        let agreed = self.check_channels(configuration)?;
-        if let (Channels::Waiting(_, on), Some(agreed)) = (&mut self.channels, agreed) {
-            *on = agreed;
-        }
-        Ok(())
+        self.channels.check(configuration)
+    }
+
+    fn encrypted_channels(&self) -> Vec<bool> {
+        self.channels.encrypted()
     }
 
     fn load_setup(&mut self) -> Result<(), MigrationError> {

@@ -306,6 +306,10 @@ impl SaveHandler for RamSave {
         Ok(())
     }
 
+    fn encrypted_channels(&self) -> Vec<bool> {
+        self.channels.encrypted()
+    }
+
     fn freeze(&mut self) -> Result<(), MigrationError> {
         if self.frozen.is_none() {
             let blocks = self.listed.iter().map(Arc::clone);

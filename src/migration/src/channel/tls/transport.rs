@@ -288,6 +288,10 @@ impl Transport for TlsTransport {
     fn is_hung_up(&self) -> bool {
         self.socket.is_hung_up()
     }
+
+    fn is_encrypted(&self) -> bool {
+        true
+    }
 }
 
 impl Drop for TlsTransport {

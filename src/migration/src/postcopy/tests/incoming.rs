@@ -23,7 +23,7 @@ type Outcome = Result<(), MigrationError>;
 
 /// What a VMM does where memory may be outstanding, and what became of it.
 #[derive(Default)]
-struct Vmm {
+pub(super) struct Vmm {
     /// When the guest is to run, and when the device is loaded.
     run: Option<Box<dyn Fn() -> Result<(), String> + Send + Sync>>,
     load: Option<Box<dyn Fn() + Send + Sync>>,
@@ -93,10 +93,10 @@ impl Devices for Device {
 }
 
 /// A destination on a thread.
-struct Destination {
+pub(super) struct Destination {
     vmm: Arc<Vmm>,
     progress: Arc<Progress>,
-    thread: JoinHandle<Outcome>,
+    pub(super) thread: JoinHandle<Outcome>,
 }
 
 impl Destination {
@@ -120,7 +120,7 @@ fn raw_source(vmm: Vmm) -> (Side, Destination, RawSource) {
     (to, there, source)
 }
 
-fn receive_with(
+pub(super) fn receive_with(
     to: &Side,
     vmm: Vmm,
     main: UnixStream,

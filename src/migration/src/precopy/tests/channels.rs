@@ -14,7 +14,7 @@ use crate::stream::{
     put_end_of_section, put_list, put_multifd_flush,
 };
 use crate::test_support::{Slow, SlowReader};
-use std::io::Write;
+use std::io::{Read, Write};
 use vmstate::wire::WireReader;
 
 const UUID: [u8; 16] = [0x17; 16];
@@ -320,6 +320,62 @@ fn channels_that_the_configuration_does_not_have_are_refused_before_anything_is_
         let error = PageChannels::new(pairs(count).0.into_iter().map(channel).collect());
         let error = error.unwrap_err().to_string();
         assert_eq!(error, format!("pages go over 1 to 64 channels, not {count}"));
+    }
+}
+
+#[test]
+fn channels_of_which_only_some_are_encrypted_are_refused_on_both_sides_before_anything_is_sent() {
+    for encrypted in [[true, false], [false, true]] {
+        let (from, to) = (Side::new(&[1]), Side::new(&[1]));
+        fill(&to.region, 64..66, 3);
+        let channel = |stream, encrypted: bool, progress: &Arc<Progress>| {
+            let faulty = Faulty::new(stream, 1000);
+            let transport = if encrypted { faulty.encrypted() } else { faulty };
+            Channel::over(Arc::new(transport), Arc::clone(progress))
+        };
+        let progress = Arc::new(Progress::new());
+        let ((main, mut main_far), (near, mut far)) =
+            (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let main = channel(main, encrypted[0], &progress);
+        let pages = PageChannels::new(vec![channel(near, encrypted[1], &progress)]).unwrap();
+        let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+        let options = ListOptions::default();
+        let ram = RamSave::new(&from.blocks, options, Arc::clone(&progress), tracker).unwrap();
+        let outgoing = Outgoing {
+            parameters: Parameters::new(multifd()),
+            guest: &Witness::default(),
+            handlers: vec![Box::new(ram.with_channels(pages))],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress,
+        };
+        let failed = outgoing.run(main).unwrap_err();
+        assert_eq!(failed.guest, GuestAfter::RunsHere);
+        let (mut sent, mut sent_there) = (Vec::new(), Vec::new());
+        main_far.read_to_end(&mut sent).unwrap();
+        far.read_to_end(&mut sent_there).unwrap();
+        assert_eq!((sent.len(), sent_there.len()), (0, 0));
+
+        let progress = Arc::new(Progress::new());
+        let main = channel(UnixStream::pair().unwrap().0, encrypted[0], &progress);
+        let pages = channel(UnixStream::pair().unwrap().0, encrypted[1], &progress);
+        let ram = RamLoad::new(Arc::clone(&to.blocks), options, Arc::clone(&progress));
+        let incoming = Incoming {
+            configuration: multifd(),
+            guest: &Witness::default(),
+            handlers: vec![Box::new(ram.with_channels(PageChannels::new(vec![pages]).unwrap()))],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress,
+        };
+        let refused = incoming.run(main).unwrap_err();
+        assert_eq!(to.page(64), [3; 4096], "what was there is not touched yet");
+        for error in [failed.to_string(), refused.to_string()] {
+            assert!(error.contains("tls-creds is for all channels of a migration"), "{error}");
+            let names = ["the main channel", "channel 0 for pages"];
+            let encrypted = names[usize::from(encrypted[1])];
+            assert!(error.contains(&format!("{encrypted} is encrypted")), "{error}");
+        }
     }
 }
 

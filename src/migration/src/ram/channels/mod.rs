@@ -41,6 +41,11 @@ impl PageChannels {
             }
         }
     }
+
+    /// Of each, whether it is encrypted.
+    pub(super) fn encrypted(&self) -> Vec<bool> {
+        self.channels.iter().map(Channel::is_encrypted).collect()
+    }
 }
 
 /// What both sides have agreed on of their channels.

@@ -21,18 +21,28 @@ pub(super) enum Channels {
     Ended,
 }
 
-impl RamLoad {
-    pub(super) fn check_channels(
-        &self,
-        configuration: &Configuration,
-    ) -> Result<Option<channels::Agreed>, MigrationError> {
-        let count = match &self.channels {
-            Channels::Waiting(channels, _) => Some(channels.channels.len()),
+impl Channels {
+    pub(super) fn check(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
+        let count = match self {
+            Self::Waiting(channels, _) => Some(channels.channels.len()),
             _ => None,
         };
-        channels::check(count, configuration)
+        let agreed = channels::check(count, configuration)?;
+        if let (Self::Waiting(_, on), Some(agreed)) = (self, agreed) {
+            *on = agreed;
+        }
+        Ok(())
     }
 
+    pub(super) fn encrypted(&self) -> Vec<bool> {
+        match self {
+            Self::Waiting(channels, _) => channels.encrypted(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl RamLoad {
     pub(super) fn start_channels(&mut self) -> Result<(), MigrationError> {
         self.channels = match std::mem::replace(&mut self.channels, Channels::Ended) {
             Channels::Waiting(channels, agreed) => {

@@ -38,6 +38,13 @@ impl SaveChannels {
         Ok(())
     }
 
+    pub(super) fn encrypted(&self) -> Vec<bool> {
+        match self {
+            Self::Waiting(channels, _) => channels.encrypted(),
+            _ => Vec::new(),
+        }
+    }
+
     pub(super) fn start(&mut self, progress: &Arc<Progress>) -> Result<(), MigrationError> {
         *self = match std::mem::replace(self, Self::Ended) {
             Self::Waiting(channels, agreed) => {
