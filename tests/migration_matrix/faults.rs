@@ -16,10 +16,11 @@ use migration::stream::Configuration;
 use migration::{Guest, MigrationError, NoDevices, Progress};
 use ram_discard::memory::HostMapping;
 
-use crate::guest::{Vm, no_work};
+use crate::guest::{EndsWithThis, Vm, no_work};
 use crate::huge_page_pool::Pool;
 use crate::memory::{BLOCK, Kind, Pattern, Room, Side, file_with_room, say};
-use crate::{ALONE, SMALL, run};
+use crate::moving::run;
+use crate::{ALONE, SMALL};
 
 const PAGE: u64 = 4096;
 
@@ -27,14 +28,15 @@ fn alone() -> std::sync::MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// The two guests, of which the first one runs.
-fn guests(from: &Side, to: &Side) -> (Arc<Vm>, Arc<Vm>) {
+/// The two guests, of which the first one runs, and what ends them.
+fn guests(from: &Side, to: &Side) -> (Arc<Vm>, Arc<Vm>, [EndsWithThis; 2]) {
     let work = no_work(from.block.used_length());
     let (here, there) = (Vm::new(from, &work), Vm::new(to, &work));
+    let ends = [here.ends_with_this(), there.ends_with_this()];
     here.start();
     here.run().unwrap();
     here.wait_rounds(2);
-    (here, there)
+    (here, there, ends)
 }
 
 /// The first guest goes on as if nothing had been, and the second never ran.
@@ -46,7 +48,7 @@ fn assert_stayed(here: &Arc<Vm>, there: &Arc<Vm>) {
 
 /// Precopy is refused for want of memory, and the guest stays.
 fn assert_no_room_for_precopy(from: &Side, to: &Side) {
-    let (here, there) = guests(from, to);
+    let (here, there, _ends) = guests(from, to);
     let links = vec![UnixStream::pair().unwrap()];
     let (sent, received) = run(from, to, &here, &there, None, links, || {});
     let error = received.unwrap_err().to_string();
@@ -76,7 +78,7 @@ fn page_sizes_that_differ_are_named_and_the_guest_stays() {
         Ok(to) => to,
         Err(error) => return say(&format!("skipped: hugetlb: {error}")),
     };
-    let (here, there) = guests(&from, &to);
+    let (here, there, _ends) = guests(&from, &to);
     let links = vec![UnixStream::pair().unwrap()];
     let when = Some(SwitchWhen::AtOnce);
     let (sent, received) = run(&from, &to, &here, &there, when, links, || {});
@@ -103,7 +105,7 @@ fn an_empty_pool_of_huge_pages_holds_up_postcopy_until_there_are_some() {
         from.block.mapping().write(page * BLOCK + 16, &(page + 1).to_le_bytes());
     }
     assert_eq!(pool.free(), 2);
-    let (here, there) = guests(&from, &to);
+    let (here, there, _ends) = guests(&from, &to);
     // None to recover over.
     let links = vec![UnixStream::pair().unwrap()];
     let more = later(move || {
@@ -162,7 +164,7 @@ fn a_full_tmpfs_holds_up_postcopy_until_there_is_room() {
     // the kernel would end who touches one that is not registered.
     let Some((from, to, room)) = with_little_room(16) else { return };
     let nr_pages = from.block.used_length() / PAGE;
-    let (here, there) = guests(&from, &to);
+    let (here, there, _ends) = guests(&from, &to);
     // None to recover over.
     let links = vec![UnixStream::pair().unwrap()];
     let more = later(move || room.set(SMALL as u64 * BLOCK).unwrap());

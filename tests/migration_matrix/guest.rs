@@ -4,16 +4,19 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use migration::lazy::HandlerFailed;
 use migration::{Guest, MigrationError};
 use ram_discard::memory::HostMapping;
 use virtio_mem::device::BlockBitmap;
 
-use crate::memory::{Device, Side, say};
+use crate::memory::{Device, Kind, Pattern, Side, say};
 
 const PAGE: u64 = 4096;
 const VCPUS: usize = 2;
+/// Much longer than anything takes that is waited for, also in a soak.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What the guest wrote last, page by page: moves with it, as its registers would.
 pub type Work = Arc<Vec<AtomicU64>>;
@@ -40,6 +43,8 @@ pub struct Vm {
     /// How many there are before [`Guest::run`] returns the next time.
     resizes_first: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Why its faults are not answered any more.
+    failed: Mutex<Option<String>>,
     at_stop: Mutex<Option<AtStop>>,
 }
 
@@ -92,6 +97,7 @@ impl Vm {
             resizes: AtomicU64::new(0),
             resizes_first: AtomicU64::new(0),
             threads: Mutex::default(),
+            failed: Mutex::default(),
             at_stop: Mutex::default(),
         })
     }
@@ -113,11 +119,6 @@ impl Vm {
         self.threads.lock().unwrap().push(std::thread::spawn(move || vm.run_driver(nr_blocks)));
     }
 
-    /// How many blocks its driver has plugged and unplugged on this side.
-    pub fn resizes(&self) -> u64 {
-        self.resizes.load(Ordering::Relaxed)
-    }
-
     /// Blocks that were plugged when it was stopped last.
     pub fn plugged_at_stop(&self) -> BlockBitmap {
         self.at_stop.lock().unwrap().as_ref().expect("it was stopped").plugged.clone()
@@ -126,9 +127,36 @@ impl Vm {
     /// Waits until the vCPUs went over their memory so often.
     pub fn wait_rounds(&self, rounds: u64) {
         let before = self.rounds.load(Ordering::Relaxed);
-        while self.rounds.load(Ordering::Relaxed) < before + rounds {
-            std::thread::sleep(std::time::Duration::from_millis(1));
+        self.wait_until(|| self.rounds.load(Ordering::Relaxed) >= before + rounds).unwrap();
+    }
+
+    /// Waits until its driver has plugged and unplugged so many blocks on this side.
+    pub fn wait_resizes(&self, resizes: u64) {
+        self.wait_until(|| self.resizes.load(Ordering::Relaxed) >= resizes).unwrap();
+    }
+
+    /// Waits for what its threads do; why that does not come.
+    fn wait_until(&self, what: impl Fn() -> bool) -> Result<(), String> {
+        let begun = Instant::now();
+        while !what() {
+            if let Some(why) = self.failed.lock().unwrap().as_ref() {
+                return Err(why.clone());
+            }
+            let ends = self.end.load(Ordering::Relaxed);
+            if !ends && self.threads.lock().unwrap().iter().any(JoinHandle::is_finished) {
+                return Err("a thread of the guest has failed".to_owned());
+            }
+            if begun.elapsed() > PATIENCE {
+                return Err("the guest does not do what is waited for".to_owned());
+            }
+            std::thread::sleep(Duration::from_micros(200));
         }
+        Ok(())
+    }
+
+    /// Has the guest end with the test, also with one that fails.
+    pub fn ends_with_this(self: &Arc<Self>) -> EndsWithThis {
+        EndsWithThis(Arc::clone(self))
     }
 
     /// How many pages were looked at.
@@ -139,9 +167,11 @@ impl Vm {
     /// Ends the vCPUs; how many pages were not as they had been written.
     pub fn end(&self) -> u64 {
         self.end.store(true, Ordering::Relaxed);
-        for thread in self.threads.lock().unwrap().drain(..) {
-            thread.join().unwrap();
-        }
+        let all_ended = || self.threads.lock().unwrap().iter().all(JoinHandle::is_finished);
+        self.wait_until(all_ended).unwrap();
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap());
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(*self.failed.lock().unwrap(), None);
         self.wrong.load(Ordering::Relaxed)
     }
 
@@ -163,7 +193,7 @@ impl Vm {
                 let running = self.running.read().unwrap_or_else(PoisonError::into_inner);
                 if !*running {
                     drop(running);
-                    std::thread::sleep(std::time::Duration::from_micros(200));
+                    std::thread::sleep(Duration::from_micros(200));
                     break;
                 }
                 let usable = self.usable.read().unwrap_or_else(PoisonError::into_inner);
@@ -190,7 +220,7 @@ impl Vm {
             let running = self.running.read().unwrap_or_else(PoisonError::into_inner);
             if !*running {
                 drop(running);
-                std::thread::sleep(std::time::Duration::from_micros(200));
+                std::thread::sleep(Duration::from_micros(200));
                 continue;
             }
             let unplug = self.usable.read().unwrap().all(block..block + 1, true);
@@ -208,7 +238,7 @@ impl Vm {
             }
             self.resizes.fetch_add(u64::from(done), Ordering::Relaxed);
             drop(running);
-            std::thread::sleep(std::time::Duration::from_micros(200));
+            std::thread::sleep(Duration::from_micros(200));
         }
     }
 
@@ -251,15 +281,55 @@ impl Guest for Vm {
         let before = self.resizes.load(Ordering::Relaxed);
         *self.running.write().unwrap_or_else(PoisonError::into_inner) = true;
         let first = self.resizes_first.swap(0, Ordering::Relaxed);
-        while self.resizes.load(Ordering::Relaxed) < before + first {
-            std::thread::sleep(std::time::Duration::from_micros(100));
-        }
-        Ok(())
+        self.wait_until(|| self.resizes.load(Ordering::Relaxed) >= before + first)
     }
 }
 
 impl HandlerFailed for Vm {
     fn handler_failed(&self, error: &MigrationError) {
-        panic!("{error}");
+        // Those who wait hear of it: a vCPU that waits for its page does not end.
+        self.failed.lock().unwrap().get_or_insert_with(|| error.to_string());
     }
+}
+
+/// Tells the threads of a guest to end when it is dropped, and does not wait for them.
+pub struct EndsWithThis(Arc<Vm>);
+
+impl Drop for EndsWithThis {
+    fn drop(&mut self) {
+        self.0.end.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A guest on a side of two blocks, and what ends it.
+fn small_guest() -> (Arc<Vm>, EndsWithThis) {
+    let side = Side::new(Kind::Memfd, &Pattern::None.plugged(2)).unwrap();
+    let vm = Vm::new(&side, &no_work(side.block.used_length()));
+    let ends = vm.ends_with_this();
+    (vm, ends)
+}
+
+#[test]
+fn a_guest_whose_driver_has_failed_is_not_waited_for() {
+    let (vm, _ends) = small_guest();
+    vm.start();
+    // Of no blocks: it fails with the first one.
+    vm.start_driver(0, 1);
+    let failed = "a thread of the guest has failed";
+    assert_eq!(vm.run().unwrap_err(), failed);
+    assert_eq!(vm.wait_until(|| vm.resizes.load(Ordering::Relaxed) != 0).unwrap_err(), failed);
+    let waits = std::panic::AssertUnwindSafe(|| vm.wait_rounds(u64::MAX / 2));
+    assert!(std::panic::catch_unwind(waits).is_err());
+}
+
+#[test]
+fn a_guest_whose_faults_are_not_answered_is_not_waited_for() {
+    let (vm, _ends) = small_guest();
+    // Stopped, as one whose vCPUs wait for pages that do not come.
+    vm.start();
+    vm.handler_failed(&MigrationError::Cancelled);
+    let why = MigrationError::Cancelled.to_string();
+    assert_eq!(vm.wait_until(|| false).unwrap_err(), why);
+    let ends = std::panic::AssertUnwindSafe(|| vm.end());
+    assert!(std::panic::catch_unwind(ends).is_err());
 }
