@@ -19,7 +19,7 @@ use std::time::Duration;
 use anyhow::Context;
 use common::{compare, head, report, time};
 use guest::{ADDR, BLOCK, Guest, on_cpus, ram, samples, start, stay_on};
-use ram_discard::{RamDiscardListener, RamDiscardManager, Section};
+use ram_discard::{MemoryState, RamDiscardListener, RamDiscardManager, Section};
 use small_vmm::daemon::{Daemon, DaemonOptions};
 use tempfile::TempDir;
 use vhost_user_mem::discard_channel::DiscardChannel;
@@ -75,16 +75,16 @@ impl Rig {
 }
 
 /// How many ranges there are.
-fn replay(manager: &dyn RamDiscardManager, section: Section, populated: bool) -> u64 {
+fn replay(manager: &dyn RamDiscardManager, section: Section, state: MemoryState) -> u64 {
     let mut ranges = 0;
     let mut visit = |range| {
         black_box(range);
         ranges += 1;
         ControlFlow::Continue(())
     };
-    let _ = match populated {
-        true => manager.replay_populated(section, &mut visit).unwrap(),
-        false => manager.replay_discarded(section, &mut visit).unwrap(),
+    let _ = match state {
+        MemoryState::Populated => manager.replay_populated(section, &mut visit).unwrap(),
+        MemoryState::Discarded => manager.replay_discarded(section, &mut visit).unwrap(),
     };
     ranges
 }
@@ -105,14 +105,16 @@ fn replays() -> anyhow::Result<()> {
         let local: &dyn RamDiscardManager = &**rig.local.manager();
         let whole = Section::new(0, region).context("a region")?;
         let times = if region == GIB { 256 } else { 8 };
-        for (kind, populated) in [("populated", true), ("discarded", false)] {
-            let found = replay(&rig.remote, whole, populated);
-            assert_eq!(found, replay(local, whole, populated));
+        for (kind, state) in
+            [("populated", MemoryState::Populated), ("discarded", MemoryState::Discarded)]
+        {
+            let found = replay(&rig.remote, whole, state);
+            assert_eq!(found, replay(local, whole, state));
             compare(
                 &format!("replay_{kind}, {name}"),
                 RUNS,
-                || time(times, || _ = replay(&rig.remote, whole, populated)),
-                || time(times, || _ = replay(local, whole, populated)),
+                || time(times, || _ = replay(&rig.remote, whole, state)),
+                || time(times, || _ = replay(local, whole, state)),
             );
         }
         let block = Section::new(region / 2, BLOCK).context("a block")?;

@@ -9,8 +9,8 @@ use std::sync::{Arc, RwLock, Weak};
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks};
 use ram_discard::memory::RamBlock;
 use ram_discard::{
-    ByteRange, LocalRamDiscardManager, RamDiscardListener, RamDiscardManager, RamDiscardSource,
-    Section, SourceFollower, SourceId, SourceNotFollowed,
+    ByteRange, LocalRamDiscardManager, MemoryState, RamDiscardListener, RamDiscardManager,
+    RamDiscardSource, Section, SourceFollower, SourceId, SourceNotFollowed,
 };
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::mount::{
@@ -151,11 +151,11 @@ impl RamDiscardSource for Blocks {
         self.block_size
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
         let size = self.block_size;
         let first = usize::try_from(section.start() / size).ok()?;
         let end = usize::try_from(section.end().div_ceil(size)).ok()?;
-        let run = self.plugged.read().unwrap().next_run(first..end, populated)?;
+        let run = self.plugged.read().unwrap().next_run(first..end, state.is_populated())?;
         Section::from_bounds(run.start as u64 * size, run.end as u64 * size)?.intersection(section)
     }
 }
@@ -216,7 +216,11 @@ impl Device {
             let section = Section::new(block as u64 * size, size).unwrap();
             if is_plugged(&before) != is_plugged(plugged) {
                 let manager: &dyn RamDiscardManager = &*self.manager;
-                manager.follow_source(section, is_plugged(plugged)).unwrap();
+                let state = match is_plugged(plugged) {
+                    true => MemoryState::Populated,
+                    false => MemoryState::Discarded,
+                };
+                manager.follow_source(section, state).unwrap();
             }
         }
     }
@@ -235,17 +239,17 @@ struct Follower {
 }
 
 impl SourceFollower for Follower {
-    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+    fn follow_source(&self, section: Section, state: MemoryState) -> Result<(), SourceNotFollowed> {
         let manager = self.manager.upgrade().expect("it is the one that asks");
         let mut transaction = manager.begin();
-        if populated {
+        if state == MemoryState::Populated {
             let told = transaction.notify_populate(self.source, section);
             told.map_err(|refused| SourceNotFollowed(refused.to_string()))?;
         }
         let block = |at: u64| (at / self.blocks.block_size) as usize;
         let blocks = block(section.start())..block(section.end());
-        self.blocks.plugged.write().unwrap().set(blocks, populated);
-        if !populated {
+        self.blocks.plugged.write().unwrap().set(blocks, state.is_populated());
+        if state == MemoryState::Discarded {
             transaction.notify_discard(self.source, section);
         }
         Ok(())

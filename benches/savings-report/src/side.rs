@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use migration::ram::{BlockOptions, MigrationBlock, RamBlocks, ZeroPageDetection};
 use ram_discard::memory::RamBlock;
-use ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, Section};
+use ram_discard::{
+    LocalRamDiscardManager, MemoryState, RamDiscardManager, RamDiscardSource, Section,
+};
 
 use crate::case::{Case, Mode};
 use crate::content::Generator;
@@ -31,8 +33,11 @@ impl RamDiscardSource for Plugged {
         Case::BLOCK
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
-        let (start, end) = if populated { (0, self.plugged) } else { (self.plugged, self.region) };
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
+        let (start, end) = match state {
+            MemoryState::Populated => (0, self.plugged),
+            MemoryState::Discarded => (self.plugged, self.region),
+        };
         Section::from_bounds(start, end)?.intersection(section)
     }
 }

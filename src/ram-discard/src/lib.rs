@@ -55,6 +55,7 @@ mod listener;
 mod listeners;
 mod local;
 pub mod memory;
+mod memory_state;
 mod source;
 mod sys;
 #[cfg(any(test, feature = "test-utils"))]
@@ -75,6 +76,7 @@ pub use freeze::{Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState};
 pub use listener::{PopulateRefused, RamDiscardListener};
 pub use listeners::{Listeners, Registered};
 pub use local::{FreezeId, FreezeObserver, LocalRamDiscardManager, SourceFollower, Transaction};
+pub use memory_state::MemoryState;
 pub use source::RamDiscardSource;
 
 /// What a replay calls with each range; it must not call back into the manager.
@@ -169,7 +171,11 @@ pub trait RamDiscardManager: Send + Sync {
     ///
     /// When a part of the section is in that state already, it is not made of whole granules of the region, a
     /// listener refuses, or the device cannot do it; nothing was changed then.
-    fn follow_source(&self, _section: Section, _populated: bool) -> Result<(), SourceNotFollowed> {
+    fn follow_source(
+        &self,
+        _section: Section,
+        _state: MemoryState,
+    ) -> Result<(), SourceNotFollowed> {
         Err(SourceNotFollowed("block state here cannot follow that of another device".to_owned()))
     }
 }

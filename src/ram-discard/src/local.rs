@@ -20,8 +20,8 @@ use super::listeners::{Listeners, Registered};
 use super::source::Combined;
 use super::{
     Follow, FollowError, Freeze, FreezeError, FreezeFor, FreezeLost, FrozenBlockState, ListenerId,
-    RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError, SourceId, Unavailable,
-    Visit,
+    MemoryState, RamDiscardListener, RamDiscardManager, RamDiscardSource, RegisterError, SourceId,
+    Unavailable, Visit,
 };
 use crate::{Section, SourceNotFollowed};
 
@@ -66,7 +66,7 @@ pub trait SourceFollower: Send + Sync {
     /// # Errors
     ///
     /// As [`RamDiscardManager::follow_source`]; nothing was changed then.
-    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed>;
+    fn follow_source(&self, section: Section, state: MemoryState) -> Result<(), SourceNotFollowed>;
 }
 
 impl LocalRamDiscardManager {
@@ -137,7 +137,7 @@ impl LocalRamDiscardManager {
         section: Section,
         mut visit: impl FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
-        self.inner().combined(None).replay(section, true, &mut visit)
+        self.inner().combined(None).replay(section, MemoryState::Populated, &mut visit)
     }
 
     /// Calls `visit` with each maximal discarded range of `section`, ascending, until it breaks.
@@ -147,7 +147,7 @@ impl LocalRamDiscardManager {
         section: Section,
         mut visit: impl FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
-        self.inner().combined(None).replay(section, false, &mut visit)
+        self.inner().combined(None).replay(section, MemoryState::Discarded, &mut visit)
     }
 
     /// Adds a listener for `section` and tells it what is populated there now, each maximal range
@@ -181,7 +181,7 @@ impl LocalRamDiscardManager {
         let mut inner = self.inner();
         let Registered { section, mut listener, .. } =
             inner.listeners.remove(id).ok_or(RegisterError::NotRegistered)?;
-        let _ = inner.combined(None).replay(section, true, &mut |range| {
+        let _ = inner.combined(None).replay(section, MemoryState::Populated, &mut |range| {
             listener.notify_discard(range);
             ControlFlow::Continue(())
         });
@@ -333,7 +333,7 @@ impl Inner {
     fn discarded(&self) -> Vec<Section> {
         let mut ranges = Vec::new();
         if let Some(region) = Section::new(0, self.region_size) {
-            let _ = self.combined(None).replay(region, false, &mut |range| {
+            let _ = self.combined(None).replay(region, MemoryState::Discarded, &mut |range| {
                 ranges.push(range);
                 ControlFlow::Continue(())
             });
@@ -346,11 +346,11 @@ impl Inner {
         let Some(region) = Section::new(0, self.region_size) else {
             return expected.next().is_none();
         };
-        let replayed =
-            self.combined(None).replay(region, false, &mut |range| match expected.next() {
-                Some(other) if other == range => ControlFlow::Continue(()),
-                _ => ControlFlow::Break(()),
-            });
+        let mut is_next = |range| match expected.next() {
+            Some(other) if other == range => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        };
+        let replayed = self.combined(None).replay(region, MemoryState::Discarded, &mut is_next);
         replayed.is_continue() && expected.next().is_none()
     }
 
@@ -372,7 +372,7 @@ impl Inner {
         section: Section,
     ) -> SmallVec<[Section; 1]> {
         let mut ranges = SmallVec::new();
-        let _ = self.combined(except).replay(section, true, &mut |range| {
+        let _ = self.combined(except).replay(section, MemoryState::Populated, &mut |range| {
             ranges.push(range);
             ControlFlow::Continue(())
         });
@@ -388,8 +388,8 @@ impl Inner {
         let mut ranges = Vec::new();
         if let Some(region) = Section::new(0, self.region_size) {
             let others = self.combined(except);
-            let _ = source.replay(region, false, &mut |discarded| {
-                others.replay(discarded, true, &mut |range| {
+            let _ = source.replay(region, MemoryState::Discarded, &mut |discarded| {
+                others.replay(discarded, MemoryState::Populated, &mut |range| {
                     ranges.push(range);
                     ControlFlow::Continue(())
                 })
@@ -448,9 +448,9 @@ impl RamDiscardManager for LocalRamDiscardManager {
         self.shared.follower.get().is_some()
     }
 
-    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+    fn follow_source(&self, section: Section, state: MemoryState) -> Result<(), SourceNotFollowed> {
         let nothing = || SourceNotFollowed("nothing here follows another device".to_owned());
-        self.shared.follower.get().ok_or_else(nothing)?.follow_source(section, populated)
+        self.shared.follower.get().ok_or_else(nothing)?.follow_source(section, state)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use crate::Section;
+use crate::{MemoryState, Section};
 
 /// A party that knows which parts of a region are populated, as virtio-mem does of its region.
 ///
@@ -16,20 +16,20 @@ pub trait RamDiscardSource: Send + Sync {
     /// The unit in which memory is populated and discarded, bytes; a power of two.
     fn granularity(&self) -> u64;
 
-    /// The first maximal range of `section` that is populated (with `populated` false: that is
-    /// discarded), clipped to `section`; `None` when there is none.
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section>;
+    /// The first maximal range of `section` in the asked state, clipped to `section`; `None` when
+    /// there is none.
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section>;
 
     /// Calls `visit` with each maximal range of `section` in the asked state, ascending, until it
     /// breaks. A source behind a lock should not hold it across `visit`.
     fn replay(
         &self,
         section: Section,
-        populated: bool,
+        state: MemoryState,
         visit: &mut dyn FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         let mut rest = Some(section);
-        while let Some(range) = rest.and_then(|rest| self.next_range(rest, populated)) {
+        while let Some(range) = rest.and_then(|rest| self.next_range(rest, state)) {
             visit(range)?;
             rest = Section::from_bounds(range.end(), section.end());
         }
@@ -38,7 +38,7 @@ pub trait RamDiscardSource: Send + Sync {
 
     /// Whether every byte of `section` is populated.
     fn is_populated(&self, section: Section) -> bool {
-        self.next_range(section, true) == Some(section)
+        self.next_range(section, MemoryState::Populated) == Some(section)
     }
 }
 
@@ -57,7 +57,7 @@ impl Combined<'_> {
             let rest = Section::from_bounds(start, section.end())?;
             let mut end = section.end();
             for source in &self.sources {
-                let run = source.next_range(rest, true)?;
+                let run = source.next_range(rest, MemoryState::Populated)?;
                 if run.start() > start {
                     start = run.start();
                     continue 'from_start;
@@ -69,8 +69,9 @@ impl Combined<'_> {
     }
 
     fn next_discarded(&self, section: Section) -> Option<Section> {
-        let first = self.sources.iter().filter_map(|source| source.next_range(section, false));
-        let rest = Section::from_bounds(first.min()?.start(), section.end())?;
+        let sources = self.sources.iter();
+        let found = sources.filter_map(|source| source.next_range(section, MemoryState::Discarded));
+        let rest = Section::from_bounds(found.min()?.start(), section.end())?;
         let end = self.next_populated(rest).map_or(section.end(), Section::start);
         Section::from_bounds(rest.start(), end)
     }
@@ -85,22 +86,25 @@ impl RamDiscardSource for Combined<'_> {
         self.sources.iter().map(|source| source.granularity()).min().unwrap_or(1)
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
-        if populated { self.next_populated(section) } else { self.next_discarded(section) }
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
+        match state {
+            MemoryState::Populated => self.next_populated(section),
+            MemoryState::Discarded => self.next_discarded(section),
+        }
     }
 
     fn replay(
         &self,
         section: Section,
-        populated: bool,
+        state: MemoryState,
         visit: &mut dyn FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         // One source, the usual case, may have a faster way than range by range.
         if let [only] = self.sources[..] {
-            return only.replay(section, populated, visit);
+            return only.replay(section, state, visit);
         }
         let mut rest = Some(section);
-        while let Some(range) = rest.and_then(|rest| self.next_range(rest, populated)) {
+        while let Some(range) = rest.and_then(|rest| self.next_range(rest, state)) {
             visit(range)?;
             rest = Section::from_bounds(range.end(), section.end());
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::{RamDiscardListener, Section};
+use crate::{MemoryState, RamDiscardListener, Section};
 
 /// A call: whose it was, whether to populate, and what.
 pub type Call = (&'static str, bool, Section);
@@ -107,9 +107,10 @@ impl Exact {
         self.0.lock().twice
     }
 
-    fn tell(&self, section: Section, populated: bool) {
+    fn tell(&self, section: Section, state: MemoryState) {
         let told = &mut *self.0.lock();
         for granule in section.start() / told.granule..section.end() / told.granule {
+            let populated = state.is_populated();
             let was = std::mem::replace(&mut told.populated[granule as usize], populated);
             told.twice += u64::from(was == populated);
         }
@@ -122,11 +123,11 @@ impl RamDiscardListener for Exact {
     }
 
     fn notify_populate(&mut self, section: Section) -> Result<(), String> {
-        self.tell(section, true);
+        self.tell(section, MemoryState::Populated);
         Ok(())
     }
 
     fn notify_discard(&mut self, section: Section) {
-        self.tell(section, false);
+        self.tell(section, MemoryState::Discarded);
     }
 }

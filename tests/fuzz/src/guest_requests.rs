@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use ram_discard::memory::RamBlock;
-use ram_discard::{RamDiscardListener, Section};
+use ram_discard::{MemoryState, RamDiscardListener, Section};
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_mem::controller::{
     BlockUpdate, FreezeHolder, InitialState, JournalUpdate, MemController, Reset, StateRecord,
@@ -86,10 +86,10 @@ impl StateStore for Watch {
 }
 
 impl Watch {
-    fn mark(&self, section: Section, populated: bool) {
+    fn mark(&self, section: Section, state: MemoryState) {
         let index = |at: u64| usize::try_from(at / BLOCK).unwrap();
         let blocks = index(section.start())..index(section.end());
-        self.0.lock().populated[blocks].fill(populated);
+        self.0.lock().populated[blocks].fill(state.is_populated());
     }
 }
 
@@ -102,12 +102,12 @@ impl RamDiscardListener for Watch {
         if self.0.lock().faults.listener {
             return Err("a fault".to_owned());
         }
-        self.mark(section, true);
+        self.mark(section, MemoryState::Populated);
         Ok(())
     }
 
     fn notify_discard(&mut self, section: Section) {
-        self.mark(section, false);
+        self.mark(section, MemoryState::Discarded);
     }
 }
 

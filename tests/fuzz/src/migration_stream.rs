@@ -25,7 +25,7 @@ use migration::inspect::inspect;
 use migration::ram::{MigrationBlock, RamLoad, RamSave};
 use migration::snapshot::{FileIo, Restore, restore};
 use migration::{Channel, Guest, Incoming, MigrationError, Outgoing, Parameters, Progress};
-use ram_discard::{RamDiscardSource, Section};
+use ram_discard::{MemoryState, RamDiscardSource, Section};
 use virtio_mem::device::BlockBitmap;
 
 use crate::input::Input;
@@ -83,9 +83,9 @@ impl RamDiscardSource for Plugged {
         BLOCK
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
         let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
-        let run = self.0.next_run(blocks, populated)?;
+        let run = self.0.next_run(blocks, state.is_populated())?;
         Section::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?
             .intersection(section)
     }

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ram_discard::{LocalRamDiscardManager, RamDiscardManager, RamDiscardSource, Section, SourceId};
+use ram_discard::{
+    LocalRamDiscardManager, MemoryState, RamDiscardManager, RamDiscardSource, Section, SourceId,
+};
 use small_vmm::daemon::{Daemon, DaemonOptions};
 use small_vmm::dma::DmaMappings;
 use small_vmm::machine::{Machine, MachineOptions};
@@ -32,8 +34,8 @@ fn offsets(blocks: impl IntoIterator<Item = u64>) -> Vec<u64> {
 struct Blocks(Mutex<BlockBitmap>);
 
 impl Blocks {
-    fn set(&self, blocks: std::ops::Range<usize>, populated: bool) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).set(blocks, populated);
+    fn set(&self, blocks: std::ops::Range<usize>, plugged: bool) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).set(blocks, plugged);
     }
 }
 
@@ -46,10 +48,13 @@ impl RamDiscardSource for Blocks {
         BLOCK
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
         let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
-        let run =
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).next_run(blocks, populated)?;
+        let run = self
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .next_run(blocks, state.is_populated())?;
         Section::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?
             .intersection(section)
     }

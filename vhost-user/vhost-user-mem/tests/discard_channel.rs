@@ -15,7 +15,9 @@ use common::discard_channel::{
 };
 use common::{BLOCK, PATIENCE, REGION, gpa, options, ram, rig_with};
 use ram_discard::test_utils::{Calls, Exact, Recorder};
-use ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, RegisterError, Section};
+use ram_discard::{
+    FreezeFor, MemoryState, RamDiscardListener, RamDiscardManager, RegisterError, Section,
+};
 use small_vmm::daemon::Daemon;
 use small_vmm::driver::{RequestType, ResponseType};
 use virtio_mem::discard_channel::{FrameReader, send, wire};
@@ -33,8 +35,8 @@ fn replays_equal_the_blocks_of_the_api() {
     rig.unplug(0, 1);
     let late = attach(&rig.daemon);
     for manager in [&early, &late] {
-        for populated in [true, false] {
-            assert_eq!(replay(manager, populated), blocks(&rig.daemon, populated));
+        for state in MemoryState::BOTH {
+            assert_eq!(replay(manager, state), blocks(&rig.daemon, state));
         }
         assert!(manager.is_populated(section(157, 300)).unwrap());
         assert!(!manager.is_populated(section(156, 158)).unwrap());
@@ -91,7 +93,7 @@ fn unplug_all_and_a_system_reset_are_discards() {
         }
         let expected = [("dma", false, section(4, 5)), ("dma", false, section(0, 2))];
         assert_eq!(calls.take(), expected);
-        assert_eq!(replay(&client, true), []);
+        assert_eq!(replay(&client, MemoryState::Populated), []);
     }
 }
 
@@ -122,12 +124,15 @@ fn a_refusal_makes_the_guest_busy_and_is_taken_back_everywhere() {
         assert_eq!(own, [(first, true), (second, true), (second, false), (first, false)]);
     }
     for client in &clients {
-        assert_eq!(replay(client, true), [section(0, 1)]);
+        assert_eq!(replay(client, MemoryState::Populated), [section(0, 1)]);
     }
     wait_logged(&rig.daemon, "no IOMMU entries left");
     clients[1].unregister(refuser).unwrap();
     assert_eq!(rig.plug(2, 4), ResponseType::Ack);
-    assert_eq!(replay(&clients[0], true), blocks(&rig.daemon, true));
+    assert_eq!(
+        replay(&clients[0], MemoryState::Populated),
+        blocks(&rig.daemon, MemoryState::Populated)
+    );
 }
 
 /// Looks at the memory while it is told.
@@ -208,7 +213,7 @@ fn a_silent_client_is_dropped_and_the_guest_answered() {
     let metrics = rig.daemon.api().get("/metrics").unwrap().text;
     assert!(metrics.contains("virtio_mem_discard_clients_dropped_total 1"), "{metrics}");
     assert_eq!(other.lost(), None);
-    assert_eq!(replay(&other, true), blocks(&rig.daemon, true));
+    assert_eq!(replay(&other, MemoryState::Populated), blocks(&rig.daemon, MemoryState::Populated));
 }
 
 #[test]
@@ -229,7 +234,7 @@ fn a_registration_against_requests_tells_each_block_once() {
                         let exact = Exact::new(nr_blocks, BLOCK);
                         let id = client.register(all(), Box::new(exact.clone())).unwrap();
                         if last {
-                            assert_eq!(exact.populated(), replay(&client, true));
+                            assert_eq!(exact.populated(), replay(&client, MemoryState::Populated));
                             return rounds;
                         }
                         client.unregister(id).unwrap();
@@ -284,7 +289,7 @@ fn a_daemon_that_is_killed_is_unavailable_and_its_successor_knows_the_blocks() {
     assert!(frozen.check().is_err(), "the freeze of one daemon is not that of the next");
     frozen_again.thaw().unwrap();
     assert!(frozen.thaw().is_err());
-    assert_eq!(replay(&successor, true), [section(3, 7)]);
+    assert_eq!(replay(&successor, MemoryState::Populated), [section(3, 7)]);
     assert_eq!(rig.daemon.api().device().unwrap()["migration_active"], false);
 }
 

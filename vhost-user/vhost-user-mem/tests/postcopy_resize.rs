@@ -17,7 +17,7 @@ use migration::stream::Configuration;
 use migration::{NoDevices, Progress};
 use ram_discard::memory::RamBlock;
 use ram_discard::test_utils::{Calls, Recorder};
-use ram_discard::{FreezeFor, RamDiscardManager, Section};
+use ram_discard::{FreezeFor, MemoryState, RamDiscardManager, Section};
 use small_vmm::daemon::Daemon;
 use small_vmm::driver::{MemDriver, ResponseType};
 use small_vmm::frontend::{Frontend, USUAL_FEATURES, USUAL_PROTOCOL_FEATURES};
@@ -82,7 +82,7 @@ fn arriving() -> Option<Arriving> {
     let daemon = common::daemon(options().arg("--postcopy").discard_socket());
     let ram = common::ram();
     let manager = Arc::new(attach(&daemon));
-    manager.follow_source(section(0, PLUGGED), true).unwrap();
+    manager.follow_source(section(0, PLUGGED), MemoryState::Populated).unwrap();
     let progress = Arc::new(Progress::new());
     // Nothing is read that is not touched.
     progress.cancel();

@@ -10,6 +10,7 @@ mod send;
 mod zero_scan;
 
 use anyhow::Result;
+use ram_discard::MemoryState;
 
 use crate::paths::send::Dirty;
 use crate::paths::zero_scan::Page;
@@ -37,8 +38,8 @@ pub const PATHS: &[HotPath] = &[
     path("receive/contiguous", "page", || receive::pages(Dirty::All)),
     path("receive/every-other-page", "page", || receive::pages(Dirty::EveryOther)),
     path("receive/zeros", "page", || receive::pages(Dirty::Zeros)),
-    path("replay/discarded-every-other", "range", || replay::every_other(false)),
-    path("replay/populated-every-other", "range", || replay::every_other(true)),
+    path("replay/discarded-every-other", "range", || replay::every_other(MemoryState::Discarded)),
+    path("replay/populated-every-other", "range", || replay::every_other(MemoryState::Populated)),
     path("replay/populated-long-runs", "range", replay::long_runs),
     path("request/plug-and-unplug", "request", request::plug_and_unplug),
     path("request/state", "request", request::state),

@@ -2,7 +2,7 @@
 
 use std::iter;
 
-use ram_discard::{RamDiscardSource, Section};
+use ram_discard::{MemoryState, RamDiscardSource, Section};
 use vmstate::wire::{SUBSECTION, WireRead};
 
 use super::BITMAP_MAX;
@@ -307,13 +307,14 @@ impl RamDiscardSource for SavedVirtioMem {
         if self.has_blocks() { self.block_size } else { TARGET_PAGE_SIZE }
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
         if !self.has_blocks() {
-            return (!populated).then_some(section);
+            return (state == MemoryState::Discarded).then_some(section);
         }
         let end = section.end().div_ceil(self.block_size);
-        let start = self.next(section.start() / self.block_size, end, populated)?;
-        let after = self.next(start, end, !populated).unwrap_or(end);
+        let plugged = state.is_populated();
+        let start = self.next(section.start() / self.block_size, end, plugged)?;
+        let after = self.next(start, end, !plugged).unwrap_or(end);
         let bounds = (start.checked_mul(self.block_size)?, after.checked_mul(self.block_size));
         let range = Section::from_bounds(bounds.0, bounds.1.unwrap_or(u64::MAX))?;
         range.intersection(section)

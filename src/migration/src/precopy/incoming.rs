@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
+use ram_discard::MemoryState;
 use vmstate::wire::{WireRead, WireReader};
 
 use super::{Guest, InUse, PING_LOADED};
@@ -277,7 +278,7 @@ impl Session<'_> {
         }
         let refused = self.loader.block_state(change, at)?;
         match &self.back {
-            Some(back) if change.populated => {
+            Some(back) if change.state == MemoryState::Populated => {
                 back.send(&ReturnMessage::BlockState { number: change.number, refused })
             }
             _ => Ok(()),

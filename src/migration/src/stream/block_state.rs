@@ -2,7 +2,7 @@
 //!
 //! QEMU knows none of it. Both are sent only between ends that both know it, which a ping tells.
 
-use ram_discard::ByteRange;
+use ram_discard::{ByteRange, MemoryState};
 use vmstate::wire::{WireRead, WireWrite};
 
 use super::FormatError;
@@ -34,8 +34,8 @@ const REFUSED: u8 = 1;
 pub struct BlockStateChange {
     /// Counts the changes of a migration, from 1.
     pub number: u32,
-    /// Whether they are to become populated, which is answered; else they were discarded.
-    pub populated: bool,
+    /// What they become: a change that populates is asked for and answered, one that discards has been made.
+    pub state: MemoryState,
     /// Id of the RAM block.
     pub block: String,
     /// Bytes from the start of the block, ascending and apart; at most 256 of them.
@@ -46,7 +46,10 @@ impl BlockStateChange {
     pub(super) fn put(&self, out: &mut Vec<u8>) {
         assert!(self.ranges.len() <= BLOCK_STATE_RANGES_MAX, "too many ranges in one change");
         out.put_be32(self.number);
-        out.put_u8(if self.populated { POPULATE } else { DISCARD });
+        out.put_u8(match self.state {
+            MemoryState::Populated => POPULATE,
+            MemoryState::Discarded => DISCARD,
+        });
         out.put_name(&self.block);
         for range in &self.ranges {
             out.put_be64(range.start());
@@ -58,9 +61,9 @@ impl BlockStateChange {
     pub(super) fn read(reader: &mut dyn WireRead, len: u64) -> Result<Self, FormatError> {
         let at = reader.offset();
         let number = reader.be32("the number of a change of block state")?;
-        let populated = match reader.u8("the kind of a change of block state")? {
-            POPULATE => true,
-            DISCARD => false,
+        let state = match reader.u8("the kind of a change of block state")? {
+            POPULATE => MemoryState::Populated,
+            DISCARD => MemoryState::Discarded,
             kind => return Err(FormatError::value(at, "kind of a change of block state", kind)),
         };
         let block = reader.name("the id of a block")?;
@@ -79,7 +82,7 @@ impl BlockStateChange {
             };
             ranges.push(range);
         }
-        Ok(Self { number, populated, block, ranges })
+        Ok(Self { number, state, block, ranges })
     }
 }
 

@@ -3,7 +3,7 @@ use serde_json::json;
 use vmstate::wire::{WireRead, WireReader};
 
 use proptest::prelude::*;
-use ram_discard::ByteRange;
+use ram_discard::{ByteRange, MemoryState};
 
 fn reader(bytes: &[u8]) -> WireReader<&[u8]> {
     WireReader::new(bytes)
@@ -234,9 +234,9 @@ fn block_state(data: &[u8]) -> Vec<u8> {
 #[test]
 fn golden_changes_of_block_state() {
     let range = |start, len| ByteRange::new(start, len).unwrap();
-    for (populated, kind) in [(true, 1), (false, 2)] {
+    for (state, kind) in [(MemoryState::Populated, 1), (MemoryState::Discarded, 2)] {
         let ranges = vec![range(0x20_0000, 0x20_0000), range(0x80_0000, 0x40_0000)];
-        let change = BlockStateChange { number: 7, populated, block: "vm0".into(), ranges };
+        let change = BlockStateChange { number: 7, state, block: "vm0".into(), ranges };
         let mut data = vec![0, 0, 0, 7, kind];
         data.extend(b"\x03vm0\0\0\0\0\0\x20\0\0\0\0\0\0\0\x20\0\0");
         data.extend(b"\0\0\0\0\0\x80\0\0\0\0\0\0\0\x40\0\0");
@@ -332,15 +332,15 @@ fn commands() -> impl Strategy<Value = Command> {
 fn changes() -> impl Strategy<Value = BlockStateChange> {
     let gap = (0u64..1 << 20, 1u64..1 << 20);
     let gaps = prop::collection::vec(gap, 1..=BLOCK_STATE_RANGES_MAX);
-    (any::<u32>(), any::<bool>(), "[a-z@/.:0-9]{1,200}", gaps).prop_map(
-        |(number, populated, block, gaps)| {
+    (any::<u32>(), prop::sample::select(&MemoryState::BOTH), "[a-z@/.:0-9]{1,200}", gaps).prop_map(
+        |(number, state, block, gaps)| {
             let mut at = 0;
             let ranges = gaps.into_iter().filter_map(|(gap, len)| {
                 let range = ByteRange::new(at + gap, len);
                 at += gap + len;
                 range
             });
-            BlockStateChange { number, populated, block, ranges: ranges.collect() }
+            BlockStateChange { number, state, block, ranges: ranges.collect() }
         },
     )
 }

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use ram_discard::{
     Follow, FollowError, FollowedBlockState, Freeze, FreezeError, FreezeFor, FreezeLost,
-    FrozenBlockState, ListenerId, LocalRamDiscardManager, RamDiscardListener, RamDiscardManager,
-    RamDiscardSource, RegisterError, Section, SourceId, SourceNotFollowed, Unavailable, Visit,
+    FrozenBlockState, ListenerId, LocalRamDiscardManager, MemoryState, RamDiscardListener,
+    RamDiscardManager, RamDiscardSource, RegisterError, Section, SourceId, SourceNotFollowed,
+    Unavailable, Visit,
 };
 use rustix::fs::FallocateFlags;
 use virtio_mem::device::BlockBitmap;
@@ -43,9 +44,9 @@ impl RamDiscardSource for Changing {
         BLOCK
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
         let blocks = (section.start() / BLOCK) as usize..section.end().div_ceil(BLOCK) as usize;
-        let run = self.0.lock().unwrap().next_run(blocks, populated)?;
+        let run = self.0.lock().unwrap().next_run(blocks, state.is_populated())?;
         let range = Section::from_bounds(run.start as u64 * BLOCK, run.end as u64 * BLOCK)?;
         range.intersection(section)
     }
@@ -259,20 +260,22 @@ impl RamDiscardManager for TestManager {
         self.elastic.load(Ordering::SeqCst)
     }
 
-    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+    fn follow_source(&self, section: Section, state: MemoryState) -> Result<(), SourceNotFollowed> {
         let _busy = self.busy.lock().unwrap();
         let blocks = (section.start() / BLOCK) as usize..(section.end() / BLOCK) as usize;
         let refuses = *self.refuses.lock().unwrap();
-        if populated && refuses.is_some_and(|block| blocks.contains(&(block as usize))) {
+        if state == MemoryState::Populated
+            && refuses.is_some_and(|block| blocks.contains(&(block as usize)))
+        {
             return Err(SourceNotFollowed("no huge page is left".to_owned()));
         }
         let mut transaction = self.local.begin();
-        if populated {
+        if state == MemoryState::Populated {
             let told = transaction.notify_populate(self.id, section);
             told.map_err(|refused| SourceNotFollowed(refused.to_string()))?;
         }
-        self.source.0.lock().unwrap().set(blocks, populated);
-        if !populated {
+        self.source.0.lock().unwrap().set(blocks, state.is_populated());
+        if state == MemoryState::Discarded {
             transaction.notify_discard(self.id, section);
         }
         Ok(())

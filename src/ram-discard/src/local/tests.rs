@@ -25,15 +25,15 @@ impl RamDiscardSource for Granules {
         GRANULE
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
-        naive_ranges(&self.0.lock(), section, populated).first().copied()
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
+        naive_ranges(&self.0.lock(), section, state).first().copied()
     }
 }
 
 /// Walks byte ranges granule by granule.
-fn naive_ranges(granules: &[bool], section: Section, populated: bool) -> Vec<Section> {
+fn naive_ranges(granules: &[bool], section: Section, state: MemoryState) -> Vec<Section> {
     let mut ranges: Vec<Section> = Vec::new();
-    for (index, _) in granules.iter().enumerate().filter(|(_, p)| **p == populated) {
+    for (index, _) in granules.iter().enumerate().filter(|(_, p)| **p == state.is_populated()) {
         let granule = Section::new(index as u64 * GRANULE, GRANULE).unwrap();
         let Some(part) = granule.intersection(section) else { continue };
         match ranges.last_mut() {
@@ -57,16 +57,15 @@ fn manager_of(sources: &[Arc<Granules>]) -> (LocalRamDiscardManager, Vec<SourceI
     (manager, ids)
 }
 
-fn collect(manager: &LocalRamDiscardManager, section: Section, populated: bool) -> Vec<Section> {
+fn collect(manager: &LocalRamDiscardManager, section: Section, state: MemoryState) -> Vec<Section> {
     let mut ranges = Vec::new();
     let visit = |range| {
         ranges.push(range);
         ControlFlow::Continue(())
     };
-    let _ = if populated {
-        manager.replay_populated(section, visit)
-    } else {
-        manager.replay_discarded(section, visit)
+    let _ = match state {
+        MemoryState::Populated => manager.replay_populated(section, visit),
+        MemoryState::Discarded => manager.replay_discarded(section, visit),
     };
     ranges
 }
@@ -171,7 +170,7 @@ fn a_source_stays_when_a_listener_refuses_its_removal() {
     assert!(manager.remove_source(ids[1]).is_err());
     let told = [("dma", true, granules(0, 1)), ("dma", false, granules(0, 1))];
     assert_eq!(*calls.lock(), told);
-    assert_eq!(collect(&manager, granules(0, 4), true), [granules(1, 3)]);
+    assert_eq!(collect(&manager, granules(0, 4), MemoryState::Populated), [granules(1, 3)]);
 }
 
 #[test]
@@ -188,16 +187,18 @@ fn a_visit_that_breaks_ends_the_replay() {
     for nr_sources in [1, 2] {
         let (manager, _) = manager_of(&sources[..nr_sources]);
         let manager: &dyn RamDiscardManager = &manager;
-        for (populated, expected) in [(true, [0, 2]), (false, [1, 3])] {
+        for (state, expected) in
+            [(MemoryState::Populated, [0, 2]), (MemoryState::Discarded, [1, 3])]
+        {
             let mut seen = Vec::new();
             let visit = &mut |range: Section| {
                 seen.push(range.start() / GRANULE);
                 if seen.len() == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
             let all = granules(0, 5);
-            let ended = match populated {
-                true => manager.replay_populated(all, visit),
-                false => manager.replay_discarded(all, visit),
+            let ended = match state {
+                MemoryState::Populated => manager.replay_populated(all, visit),
+                MemoryState::Discarded => manager.replay_discarded(all, visit),
             };
             assert_eq!(ended.unwrap(), ControlFlow::Break(()));
             assert_eq!(seen, expected);
@@ -275,8 +276,8 @@ fn a_freeze_outlives_its_manager() {
 #[test]
 fn without_sources_all_is_populated() {
     let manager = LocalRamDiscardManager::new(8 * GRANULE);
-    assert_eq!(collect(&manager, granules(1, 3), true), [granules(1, 3)]);
-    assert_eq!(collect(&manager, granules(1, 3), false), []);
+    assert_eq!(collect(&manager, granules(1, 3), MemoryState::Populated), [granules(1, 3)]);
+    assert_eq!(collect(&manager, granules(1, 3), MemoryState::Discarded), []);
 }
 
 #[test]
@@ -328,13 +329,13 @@ proptest! {
         let both: Vec<bool> = (0..48).map(|i| sources.iter().all(|s| s[i])).collect();
         let end = (window.0 + window.1).min(48 * GRANULE);
         let section = Section::from_bounds(window.0, end).unwrap();
-        for populated in [true, false] {
+        for state in MemoryState::BOTH {
             prop_assert_eq!(
-                collect(&manager, section, populated),
-                naive_ranges(&both, section, populated)
+                collect(&manager, section, state),
+                naive_ranges(&both, section, state)
             );
         }
-        let whole = naive_ranges(&both, section, true) == [section];
+        let whole = naive_ranges(&both, section, MemoryState::Populated) == [section];
         prop_assert_eq!(manager.is_populated(section), whole);
     }
 }

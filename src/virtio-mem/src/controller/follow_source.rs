@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use ram_discard::{Section, SourceFollower, SourceNotFollowed, try_all};
+use ram_discard::{MemoryState, Section, SourceFollower, SourceNotFollowed, try_all};
 
 use super::freeze::Parts;
 use super::{BlockUpdate, JournalUpdate, MemController, StateRecord};
@@ -11,9 +11,9 @@ use crate::device::{Change, DeviceState, VirtioMem};
 use crate::region_memory::NotReady;
 
 impl SourceFollower for Parts {
-    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+    fn follow_source(&self, section: Section, state: MemoryState) -> Result<(), SourceNotFollowed> {
         let gone = || SourceNotFollowed("the device is gone".to_owned());
-        self.controller().ok_or_else(gone)?.follow_source(section, populated)
+        self.controller().ok_or_else(gone)?.follow_source(section, state)
     }
 }
 
@@ -29,9 +29,9 @@ impl MemController {
     pub fn follow_source(
         &self,
         section: Section,
-        populated: bool,
+        state: MemoryState,
     ) -> Result<(), SourceNotFollowed> {
-        self.follow_source_all(&[section], populated)
+        self.follow_source_all(&[section], state)
     }
 
     /// As [`follow_source`](Self::follow_source) of several sections, apart from each other: all of them, or none.
@@ -42,7 +42,7 @@ impl MemController {
     pub fn follow_source_all(
         &self,
         sections: &[Section],
-        populated: bool,
+        state: MemoryState,
     ) -> Result<(), SourceNotFollowed> {
         let refused = |reason: &dyn std::fmt::Display| SourceNotFollowed(reason.to_string());
         let blocks = sections.iter().map(|&section| self.whole_blocks(section));
@@ -54,7 +54,7 @@ impl MemController {
         if self.state().guest_runs {
             return Err(refused(&"the guest runs here"));
         }
-        self.check_blocks(&blocks, sections, populated)?;
+        self.check_blocks(&blocks, sections, state)?;
         for &section in sections {
             match self.memory.ready(section) {
                 Ok(()) | Err(NotReady::NotMapped(_)) => {}
@@ -62,17 +62,20 @@ impl MemController {
             }
         }
         let cannot_save = |error| refused(&format_args!("cannot save the device state: {error}"));
-        if populated {
-            let told = transaction.notify_populate_all(self.source, sections);
-            told.map_err(|error| refused(&error))?;
-            let saved = self.commit_followed(&blocks, sections, populated);
-            saved
-                .inspect_err(|_| transaction.notify_discard_all(self.source, sections))
-                .map_err(cannot_save)
-        } else {
-            self.commit_followed(&blocks, sections, populated).map_err(cannot_save)?;
-            transaction.notify_discard_all(self.source, sections);
-            Ok(())
+        match state {
+            MemoryState::Populated => {
+                let told = transaction.notify_populate_all(self.source, sections);
+                told.map_err(|error| refused(&error))?;
+                let saved = self.commit_followed(&blocks, sections, state);
+                saved
+                    .inspect_err(|_| transaction.notify_discard_all(self.source, sections))
+                    .map_err(cannot_save)
+            }
+            MemoryState::Discarded => {
+                self.commit_followed(&blocks, sections, state).map_err(cannot_save)?;
+                transaction.notify_discard_all(self.source, sections);
+                Ok(())
+            }
         }
     }
 
@@ -101,15 +104,18 @@ impl MemController {
         &self,
         blocks: &[Range<usize>],
         sections: &[Section],
-        populated: bool,
+        state: MemoryState,
     ) -> Result<(), SourceNotFollowed> {
         let mut changed = self.state().device.blocks().clone();
         for (blocks, section) in blocks.iter().zip(sections) {
-            if !changed.all(blocks.clone(), !populated) {
-                let what = if populated { "plugged" } else { "unplugged" };
+            if !changed.all(blocks.clone(), state.opposite().is_populated()) {
+                let what = match state {
+                    MemoryState::Populated => "plugged",
+                    MemoryState::Discarded => "unplugged",
+                };
                 return Err(SourceNotFollowed(format!("a part of {section} is {what} already")));
             }
-            changed.set(blocks.clone(), populated);
+            changed.set(blocks.clone(), state.is_populated());
         }
         Ok(())
     }
@@ -119,24 +125,25 @@ impl MemController {
         &self,
         blocks: &[Range<usize>],
         sections: &[Section],
-        populated: bool,
+        state: MemoryState,
     ) -> io::Result<()> {
         let before = self.state().device.usable_region_size();
-        if populated {
+        if state == MemoryState::Populated {
             // The source's own comes last; until then it is at least what is plugged.
             let end = sections.iter().map(|section| section.end()).max().unwrap_or(0);
             self.set_usable(before.max(end))?;
         }
-        let change = |blocks: &Range<usize>, populated| match populated {
-            true => Change::Plug(blocks.clone()),
-            false => Change::Unplug(blocks.clone()),
+        let change = |blocks: &Range<usize>, state| match state {
+            MemoryState::Populated => Change::Plug(blocks.clone()),
+            MemoryState::Discarded => Change::Unplug(blocks.clone()),
         };
         let committed = try_all(
             &mut (),
             blocks,
-            |(), blocks| self.commit_or(&change(blocks, populated), JournalUpdate::Forget),
+            |(), blocks| self.commit_or(&change(blocks, state), JournalUpdate::Forget),
             |(), blocks| {
-                let undone = self.commit_or(&change(blocks, !populated), JournalUpdate::Forget);
+                let undone =
+                    self.commit_or(&change(blocks, state.opposite()), JournalUpdate::Forget);
                 report(undone);
             },
         );

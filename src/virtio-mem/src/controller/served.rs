@@ -6,7 +6,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
-use ram_discard::{FreezeId, RamDiscardSource, Section};
+use ram_discard::{FreezeId, MemoryState, RamDiscardSource, Section};
 
 use super::{BlockUpdate, DeviceObserver, FreezeHolder, JournalUpdate, StateRecord, StateStore};
 use crate::device::{ConfigSpace, Geometry, Request, VirtioMem};
@@ -100,18 +100,18 @@ impl DeviceSource {
 
     /// Maximal ranges of plugged blocks, ascending.
     pub(super) fn plugged_ranges(&self) -> Vec<Section> {
-        self.ranges(true)
+        self.ranges(MemoryState::Populated)
     }
 
     /// Maximal ranges of unplugged blocks, ascending.
     pub(super) fn unplugged_ranges(&self) -> Vec<Section> {
-        self.ranges(false)
+        self.ranges(MemoryState::Discarded)
     }
 
-    fn ranges(&self, populated: bool) -> Vec<Section> {
+    fn ranges(&self, state: MemoryState) -> Vec<Section> {
         let mut ranges = Vec::new();
         if let Some(section) = self.geometry.section() {
-            let _ = self.replay(section, populated, &mut |range| {
+            let _ = self.replay(section, state, &mut |range| {
                 ranges.push(range);
                 ControlFlow::Continue(())
             });
@@ -129,15 +129,16 @@ impl RamDiscardSource for DeviceSource {
         self.geometry.block_size()
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
-        let run = self.state.lock().device.blocks().next_run(self.blocks_of(section), populated);
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
+        let (blocks, plugged) = (self.blocks_of(section), state.is_populated());
+        let run = self.state.lock().device.blocks().next_run(blocks, plugged);
         self.geometry.section_of(&run?)?.intersection(section)
     }
 
     fn replay(
         &self,
         section: Section,
-        populated: bool,
+        state: MemoryState,
         visit: &mut dyn FnMut(Section) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         // Runs are fetched in batches, since `visit` may need the lock that guards them.
@@ -146,8 +147,8 @@ impl RamDiscardSource for DeviceSource {
         let mut blocks = self.blocks_of(section);
         loop {
             let fetched = {
-                let state = self.state.lock();
-                let runs = state.device.blocks().runs(blocks.clone(), populated);
+                let locked = self.state.lock();
+                let runs = locked.device.blocks().runs(blocks.clone(), state.is_populated());
                 batch.iter_mut().zip(runs).map(|(slot, run)| *slot = run).count()
             };
             for run in &batch[..fetched] {

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use ram_discard::{RamDiscardSource, Section};
+use ram_discard::{MemoryState, RamDiscardSource, Section};
 use thiserror::Error;
 
 use super::MemController;
@@ -43,7 +43,7 @@ impl MemController {
         }
         let (mut rest, mut held) = (Some(section), 0);
         while let Some(part) = rest
-            && let Some(range) = self.served.next_range(part, false)
+            && let Some(range) = self.served.next_range(part, MemoryState::Discarded)
         {
             held += self.memory.sweep_counted(range)?;
             rest = Section::from_bounds(range.end(), section.end());

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use ram_discard::{
-    FreezeError, FreezeFor, FrozenBlockState, ListenerId, RamDiscardListener, RamDiscardManager,
-    RegisterError, Registered, Section, SourceNotFollowed, Unavailable, Visit, try_all,
+    FreezeError, FreezeFor, FrozenBlockState, ListenerId, MemoryState, RamDiscardListener,
+    RamDiscardManager, RegisterError, Registered, Section, SourceNotFollowed, Unavailable, Visit,
+    try_all,
 };
 use thiserror::Error;
 use vmstate::printable;
@@ -216,14 +217,14 @@ impl RemoteRamDiscardManager {
     pub fn follow_source_all(
         &self,
         sections: &[Section],
-        populated: bool,
+        state: MemoryState,
     ) -> Result<(), SourceNotFollowed> {
         try_all(
             &mut (),
             sections.chunks(SECTIONS_MAX),
-            |(), sections| self.shared.follow_source(sections, populated),
+            |(), sections| self.shared.follow_source(sections, state),
             |(), sections| {
-                if let Err(error) = self.shared.follow_source(sections, !populated) {
+                if let Err(error) = self.shared.follow_source(sections, state.opposite()) {
                     tracing::warn!(%error, "cannot take back a change of block state");
                 }
             },
@@ -238,12 +239,12 @@ impl RemoteRamDiscardManager {
     fn replay(
         &self,
         section: Section,
-        populated: bool,
+        state: MemoryState,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
         let view = self.shared.view.lock();
         let blocks = self.shared.blocks(&view, self.shared.blocks_of(section))?;
-        Ok(blocks.ranges(&self.shared.geometry, section, populated).try_for_each(visit))
+        Ok(blocks.ranges(&self.shared.geometry, section, state).try_for_each(visit))
     }
 }
 
@@ -279,7 +280,8 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         }
         let view = self.shared.view.lock();
         let blocks = self.shared.blocks(&view, self.shared.blocks_of(section))?;
-        Ok(blocks.ranges(&self.shared.geometry, section, true).next() == Some(section))
+        Ok(blocks.ranges(&self.shared.geometry, section, MemoryState::Populated).next()
+            == Some(section))
     }
 
     fn replay_populated(
@@ -287,7 +289,7 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
-        self.replay(section, true, visit)
+        self.replay(section, MemoryState::Populated, visit)
     }
 
     fn replay_discarded(
@@ -295,7 +297,7 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         section: Section,
         visit: &mut Visit<'_>,
     ) -> Result<ControlFlow<()>, Unavailable> {
-        self.replay(section, false, visit)
+        self.replay(section, MemoryState::Discarded, visit)
     }
 
     fn register(
@@ -309,7 +311,8 @@ impl RamDiscardManager for RemoteRamDiscardManager {
         }
         let mut view = self.shared.view.lock();
         let blocks = self.shared.blocks(&view, self.shared.blocks_of(section))?;
-        let populated: Vec<_> = blocks.ranges(&self.shared.geometry, section, true).collect();
+        let populated: Vec<_> =
+            blocks.ranges(&self.shared.geometry, section, MemoryState::Populated).collect();
         let id = view.listeners.add(section, listener, &populated)?;
         view.told(id, section, blocks);
         Ok(id)
@@ -347,8 +350,8 @@ impl RamDiscardManager for RemoteRamDiscardManager {
     }
 
     /// Must not be called by a listener of this manager, either.
-    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
-        self.follow_source_all(&[section], populated)
+    fn follow_source(&self, section: Section, state: MemoryState) -> Result<(), SourceNotFollowed> {
+        self.follow_source_all(&[section], state)
     }
 }
 
@@ -370,8 +373,9 @@ impl From<BitmapCopy> for Blocks {
 
 impl Blocks {
     /// Whether all of `blocks`, which were copied, are in the asked state.
-    fn all(&self, blocks: Range<usize>, populated: bool) -> bool {
-        self.blocks.all(blocks.start - self.first_block..blocks.end - self.first_block, populated)
+    fn all(&self, blocks: Range<usize>, state: MemoryState) -> bool {
+        let blocks = blocks.start - self.first_block..blocks.end - self.first_block;
+        self.blocks.all(blocks, state.is_populated())
     }
 
     /// The maximal ranges of `section` in the asked state, ascending.
@@ -379,9 +383,9 @@ impl Blocks {
         &'a self,
         geometry: &'a Geometry,
         section: Section,
-        populated: bool,
+        state: MemoryState,
     ) -> impl Iterator<Item = Section> + 'a {
-        self.blocks.runs(0..self.blocks.nr_blocks(), populated).filter_map(move |run| {
+        self.blocks.runs(0..self.blocks.nr_blocks(), state.is_populated()).filter_map(move |run| {
             let run = run.start + self.first_block..run.end + self.first_block;
             geometry.section_of(&run)?.intersection(section)
         })
@@ -411,8 +415,8 @@ impl Shared {
             self.requests.check()?;
             if let Some(snapshot) = self.bitmap.try_copy(blocks.clone()) {
                 let mut copy = Blocks::from(snapshot);
-                view.overlay(copy.event, |section, populated| {
-                    self.mark(&mut copy, section, populated);
+                view.overlay(copy.event, |section, state| {
+                    self.mark(&mut copy, section, state);
                 });
                 return Ok(copy);
             }
@@ -427,16 +431,17 @@ impl Shared {
     /// All maximal discarded ranges of all blocks, ascending.
     fn discarded(&self, blocks: &Blocks) -> Vec<Section> {
         let region = self.geometry.section();
-        let of = |region| blocks.ranges(&self.geometry, region, false).collect();
+        let of = |region| blocks.ranges(&self.geometry, region, MemoryState::Discarded).collect();
         region.map(of).unwrap_or_default()
     }
 
-    fn mark(&self, copy: &mut Blocks, section: Section, populated: bool) {
+    fn mark(&self, copy: &mut Blocks, section: Section, state: MemoryState) {
         let blocks = self.blocks_of(section);
         let end = copy.first_block + copy.blocks.nr_blocks();
         let (start, end) = (blocks.start.max(copy.first_block), blocks.end.min(end));
         if start < end {
-            copy.blocks.set(start - copy.first_block..end - copy.first_block, populated);
+            let blocks = start - copy.first_block..end - copy.first_block;
+            copy.blocks.set(blocks, state.is_populated());
         }
     }
 
@@ -465,14 +470,14 @@ impl Shared {
     fn follow_source(
         &self,
         sections: &[Section],
-        populated: bool,
+        state: MemoryState,
     ) -> Result<(), SourceNotFollowed> {
         if self.version < VERSION_FOLLOW {
             let what = "the daemon is of a release whose block state cannot follow that of another";
             return Err(SourceNotFollowed(what.to_owned()));
         }
         let sections = Sections::from_slice(sections);
-        let answer = self.ask(|id| ClientMessage::Follow { id, populated, sections });
+        let answer = self.ask(|id| ClientMessage::Follow { id, state, sections });
         match answer.map_err(|lost| SourceNotFollowed(lost.to_string()))? {
             Answer::Done => Ok(()),
             Answer::Failed(reason) => Err(SourceNotFollowed(reason)),

@@ -15,7 +15,7 @@ use migration::page_bitmap::{PageBitmap, bytes_of, pages_touched};
 use migration::snapshot::write_bitmap;
 use migration::stream::{MappedRamHeader, TARGET_PAGE_SIZE};
 use parking_lot::Mutex;
-use ram_discard::{ByteRange, RamDiscardSource};
+use ram_discard::{ByteRange, MemoryState, RamDiscardSource};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use vmstate::printable;
@@ -83,7 +83,7 @@ impl PlacedBlock {
         let Some(device) = &self.device else { return part(range) };
         // The region is the block.
         let Some(section) = range.section(0) else { return };
-        let _ = device.replay(section, true, &mut |populated| {
+        let _ = device.replay(section, MemoryState::Populated, &mut |populated| {
             populated.in_block(0).into_iter().for_each(&mut part);
             ControlFlow::Continue(())
         });

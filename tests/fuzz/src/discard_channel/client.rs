@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use ram_discard::memory::RamBlock;
-use ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, Section};
+use ram_discard::{FreezeFor, MemoryState, RamDiscardListener, RamDiscardManager, Section};
 use rustix::fs::MemfdFlags;
 use small_vmm::memory::memfd;
 use tempfile::TempDir;
@@ -161,10 +161,14 @@ fn attack(mut stream: UnixStream, requests: &Sender<Request>, input: &mut Input<
             }
             6 => ClientMessage::Thaw { id: u64::from(more), freeze: u64::from(more >> 2) },
             _ if more & 1 == 1 => {
+                let state = match more & 2 {
+                    0 => MemoryState::Discarded,
+                    _ => MemoryState::Populated,
+                };
                 let (start, len) = (u64::from(input.u8()), 1 + u64::from(input.u8()) % 64);
                 let sections =
                     Sections::from_elem(Section::new(start * BLOCK, len * BLOCK).unwrap(), 1);
-                ClientMessage::Follow { id: u64::from(more), populated: more & 2 == 2, sections }
+                ClientMessage::Follow { id: u64::from(more), state, sections }
             }
             _ if more & 4 == 4 => ClientMessage::Serve { id: u64::from(more) },
             _ => ClientMessage::GetSizes { id: u64::from(more) },

@@ -11,7 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, Section, Unavailable};
+use ram_discard::{
+    FreezeFor, MemoryState, RamDiscardListener, RamDiscardManager, Section, Unavailable,
+};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use virtio_mem::device::Geometry;
 use virtio_mem::discard_channel::bitmap::{BitmapWriter, LAYOUT_VERSION, MAGIC, file_size};
@@ -196,12 +198,12 @@ struct Watch {
 }
 
 impl Watch {
-    fn mark(&self, section: Section, populated: bool) {
+    fn mark(&self, section: Section, state: MemoryState) {
         let seen = &mut *self.seen.lock();
         let aligned = |at: u64| at.is_multiple_of(self.block_size);
         let aligned = aligned(section.start()) && aligned(section.len());
         match seen.populated.get_mut(blocks(section, self.block_size)) {
-            Some(blocks) if aligned => blocks.fill(populated),
+            Some(blocks) if aligned => blocks.fill(state.is_populated()),
             _ => seen.wrong = Some(section),
         }
     }
@@ -213,12 +215,12 @@ impl RamDiscardListener for Watch {
     }
 
     fn notify_populate(&mut self, section: Section) -> Result<(), String> {
-        self.mark(section, true);
+        self.mark(section, MemoryState::Populated);
         Ok(())
     }
 
     fn notify_discard(&mut self, section: Section) {
-        self.mark(section, false);
+        self.mark(section, MemoryState::Discarded);
     }
 
     fn notify_lost(&mut self, _reason: &str) {

@@ -8,8 +8,8 @@ use migration::ram::{BlockOptions, ListOptions, MigrationBlock, RamBlocks};
 use migration::stream::{CAPABILITY_IGNORE_SHARED, Configuration};
 use ram_discard::memory::RamBlock;
 use ram_discard::{
-    ByteRange, LocalRamDiscardManager, RamDiscardSource, Section, SourceFollower, SourceId,
-    SourceNotFollowed,
+    ByteRange, LocalRamDiscardManager, MemoryState, RamDiscardSource, Section, SourceFollower,
+    SourceId, SourceNotFollowed,
 };
 use virtio_mem::device::BlockBitmap;
 
@@ -23,10 +23,10 @@ struct Following {
 }
 
 impl SourceFollower for Following {
-    fn follow_source(&self, section: Section, populated: bool) -> Result<(), SourceNotFollowed> {
+    fn follow_source(&self, section: Section, state: MemoryState) -> Result<(), SourceNotFollowed> {
         let manager = self.manager.upgrade().expect("who asks has it");
         let mut transaction = manager.begin();
-        if populated {
+        if state == MemoryState::Populated {
             // The last block has no memory.
             if section.end() > (BLOCKS as u64 - 1) * BLOCK {
                 return Err(SourceNotFollowed("no memory".to_owned()));
@@ -35,8 +35,8 @@ impl SourceFollower for Following {
             told.map_err(|refused| SourceNotFollowed(refused.to_string()))?;
         }
         let blocks = (section.start() / BLOCK) as usize..(section.end() / BLOCK) as usize;
-        self.blocks.0.lock().unwrap().set(blocks, populated);
-        if !populated {
+        self.blocks.0.lock().unwrap().set(blocks, state.is_populated());
+        if state == MemoryState::Discarded {
             transaction.notify_discard(self.id, section);
         }
         Ok(())
@@ -54,8 +54,8 @@ impl RamDiscardSource for Changing {
         BLOCK
     }
 
-    fn next_range(&self, section: Section, populated: bool) -> Option<Section> {
-        super::Plugged(self.0.lock().unwrap().clone()).next_range(section, populated)
+    fn next_range(&self, section: Section, state: MemoryState) -> Option<Section> {
+        super::Plugged(self.0.lock().unwrap().clone()).next_range(section, state)
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use migration::inspect::{SavedRamBlock, inspect};
-use ram_discard::{FileRange, RamDiscardSource, Section};
+use ram_discard::{FileRange, MemoryState, RamDiscardSource, Section};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
@@ -31,8 +31,9 @@ pub fn compare(image: &Path, memory: &[(&str, File)]) -> Result<u64> {
         let block = block.with_context(|| format!("no block {name} in the image"))?;
         let mut devices = inspection.virtio_mem.iter();
         let device = devices.find(|device| device.ram_block.as_ref() == Some(&block.id));
-        let discarded =
-            |range: Section| device.is_some_and(|device| device.next_range(range, true).is_none());
+        let discarded = |range: Section| {
+            device.is_some_and(|device| device.next_range(range, MemoryState::Populated).is_none())
+        };
         compare_block(&file, block, memory, &discarded)?;
         pages += block.normal;
     }

@@ -11,8 +11,8 @@ use anyhow::{Context, ensure};
 use migration::MigrationError;
 use migration::lazy::{HandlerFailed, LazyRam, SharedFaults, SharedRange};
 use ram_discard::{
-    FollowedBlockState, FreezeFor, LocalRamDiscardManager, RamDiscardListener, RamDiscardManager,
-    Section,
+    FollowedBlockState, FreezeFor, LocalRamDiscardManager, MemoryState, RamDiscardListener,
+    RamDiscardManager, Section,
 };
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
@@ -54,11 +54,11 @@ impl RamDiscardListener for DeviceCopy {
     }
 
     fn notify_populate(&mut self, section: Section) -> Result<(), String> {
-        self.0.follow_source(section, true).map_err(|error| error.to_string())
+        self.0.follow_source(section, MemoryState::Populated).map_err(|error| error.to_string())
     }
 
     fn notify_discard(&mut self, section: Section) {
-        if let Err(error) = self.0.follow_source(section, false) {
+        if let Err(error) = self.0.follow_source(section, MemoryState::Discarded) {
             eprintln!("small-vmm: {section} is discarded, and its pages still arrive: {error}");
         }
     }

@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::thread;
 use std::time::Instant;
 
+use ram_discard::MemoryState;
 use virtio_mem::controller::{FreezeHolder, MemController};
 use virtio_mem::discard_channel::wire::{
     ClientMessage, Farewell, MIN_VERSION, Sections, ServerMessage, VERSION, VERSION_FOLLOW,
@@ -33,7 +34,7 @@ enum Request {
     Thaw { id: u64, freeze: u64 },
     Serve(u64),
     GetSizes(u64),
-    Follow { id: u64, populated: bool, sections: Sections },
+    Follow { id: u64, state: MemoryState, sections: Sections },
 }
 
 impl<'a> Session<'a> {
@@ -143,8 +144,8 @@ impl<'a> Session<'a> {
                 {
                     Err(format!("a request of version {VERSION_FOLLOW}, in version {version}"))
                 }
-                ClientMessage::Follow { id, populated, sections } => {
-                    enqueue(Request::Follow { id, populated, sections })
+                ClientMessage::Follow { id, state, sections } => {
+                    enqueue(Request::Follow { id, state, sections })
                 }
                 ClientMessage::Serve { id } => enqueue(Request::Serve(id)),
                 ClientMessage::Hello { .. } => Err("a second hello".to_owned()),
@@ -216,8 +217,8 @@ impl<'a> Session<'a> {
                 }
             }
             // The clients are told as of any change, this one, too.
-            Request::Follow { id, populated, sections } => {
-                match self.controller.follow_source_all(&sections, populated) {
+            Request::Follow { id, state, sections } => {
+                match self.controller.follow_source_all(&sections, state) {
                     Ok(()) => ServerMessage::Done { id },
                     Err(error) => ServerMessage::Failed { id, reason: error.to_string() },
                 }

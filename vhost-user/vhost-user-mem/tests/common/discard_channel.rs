@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
 
-use ram_discard::{RamDiscardManager, Section};
+use ram_discard::{MemoryState, RamDiscardManager, Section};
 use small_vmm::daemon::Daemon;
 use virtio_mem::discard_channel::{AttachError, RemoteRamDiscardManager, wire};
 
@@ -41,24 +41,28 @@ pub fn all() -> Section {
     Section::new(0, REGION).unwrap()
 }
 
-pub fn replay(manager: &RemoteRamDiscardManager, populated: bool) -> Vec<Section> {
+pub fn replay(manager: &RemoteRamDiscardManager, state: MemoryState) -> Vec<Section> {
     let mut ranges = Vec::new();
     let mut collect = |range| {
         ranges.push(range);
         ControlFlow::Continue(())
     };
-    let _ = if populated {
-        manager.replay_populated(all(), &mut collect).unwrap()
-    } else {
-        manager.replay_discarded(all(), &mut collect).unwrap()
+    let replayed = match state {
+        MemoryState::Populated => manager.replay_populated(all(), &mut collect),
+        MemoryState::Discarded => manager.replay_discarded(all(), &mut collect),
     };
+    assert!(replayed.unwrap().is_continue());
     ranges
 }
 
 /// What the management API calls plugged, or discarded.
-pub fn blocks(daemon: &Daemon, populated: bool) -> Vec<Section> {
+pub fn blocks(daemon: &Daemon, state: MemoryState) -> Vec<Section> {
     let blocks = daemon.api().get("/v1/device/blocks").unwrap().json();
-    let ranges = blocks[if populated { "plugged" } else { "discarded" }].as_array().unwrap();
+    let name = match state {
+        MemoryState::Populated => "plugged",
+        MemoryState::Discarded => "discarded",
+    };
+    let ranges = blocks[name].as_array().unwrap();
     let number = |range: &serde_json::Value, name: &str| range[name].as_u64().unwrap();
     let range = |range| Section::new(number(range, "offset"), number(range, "size")).unwrap();
     ranges.iter().map(range).collect()

@@ -65,7 +65,7 @@ fn command_words(command: &Command) -> (&'static str, String) {
         Command::RecvBitmap { block } => ("RECV_BITMAP", block.clone()),
         Command::SwitchoverStart => ("SWITCHOVER_START", none),
         Command::BlockState(change) => {
-            let kind = if change.populated { "populate" } else { "discard" };
+            let kind = if change.state.is_populated() { "populate" } else { "discard" };
             let ranges =
                 ranges_words(change.ranges.iter().map(|range| (range.start(), range.len())));
             ("BLOCK_STATE", format!("{} {kind} {}{ranges}", change.number, change.block))

@@ -9,6 +9,7 @@ use migration::stream::{
     RAM_SECTION, RAM_VERSION, SectionHeader, SectionKind, put_command, put_description,
     put_end_of_section, put_eof, put_footer, put_header, put_list, put_section,
 };
+use ram_discard::{ByteRange, MemoryState};
 use serde_json::{Value, json};
 use vmstate::wire::WireWrite;
 
@@ -90,10 +91,13 @@ fn saved(dir: &tempfile::TempDir, bytes: &[u8]) -> PathBuf {
 
 #[test]
 fn a_change_of_block_state_is_shown_as_a_command() {
-    let range = ram_discard::ByteRange::new(2 * MIB, 4 * MIB).unwrap();
-    for (populated, words) in [(true, "7 populate vm0/vmem"), (false, "7 discard vm0/vmem")] {
+    let range = ByteRange::new(2 * MIB, 4 * MIB).unwrap();
+    for (state, words) in [
+        (MemoryState::Populated, "7 populate vm0/vmem"),
+        (MemoryState::Discarded, "7 discard vm0/vmem"),
+    ] {
         let (block, ranges) = ("vm0/vmem".to_owned(), vec![range]);
-        let change = BlockStateChange { number: 7, populated, block, ranges };
+        let change = BlockStateChange { number: 7, state, block, ranges };
         let shown = super::command_words(&Command::BlockState(change));
         assert_eq!(shown, ("BLOCK_STATE", format!("{words} 0x200000+0x400000")));
     }

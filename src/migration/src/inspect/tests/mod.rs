@@ -5,7 +5,7 @@ mod sparse;
 
 use std::io::Cursor;
 
-use ram_discard::RamDiscardSource;
+use ram_discard::{MemoryState, RamDiscardSource};
 use serde_json::json;
 
 use super::*;
@@ -151,14 +151,15 @@ fn a_device_in_a_file_is_a_source_of_what_is_discarded() {
     let step = BLOCK / 2;
     for (start, end) in (0..8).flat_map(|start| (start + 1..=16).map(move |end| (start, end))) {
         let section = range(start * step, end * step);
-        for populated in [true, false] {
-            let mut expected = (start..end).filter(|at| plugged(at * step) == populated);
+        for state in MemoryState::BOTH {
+            let is_so = |at: &u64| plugged(at * step) == state.is_populated();
+            let mut expected = (start..end).filter(is_so);
             let first = expected.next();
             let expected = first.and_then(|first| {
-                let last = (first..end).take_while(|at| plugged(at * step) == populated).last()?;
+                let last = (first..end).take_while(is_so).last()?;
                 ram_discard::Section::from_bounds(first * step, (last + 1) * step)
             });
-            assert_eq!(source.next_range(section, populated), expected, "{section}");
+            assert_eq!(source.next_range(section, state), expected, "{section}");
         }
     }
     // What is impossible has nothing plugged.
@@ -166,8 +167,8 @@ fn a_device_in_a_file_is_a_source_of_what_is_discarded() {
     sample.block_size = BLOCK + 1;
     let device = sound(&sample).virtio_mem.remove(0);
     let all = range(0, REGION);
-    assert_eq!(device.next_range(all, true), None);
-    assert_eq!(device.next_range(all, false), Some(all));
+    assert_eq!(device.next_range(all, MemoryState::Populated), None);
+    assert_eq!(device.next_range(all, MemoryState::Discarded), Some(all));
 }
 
 #[test]

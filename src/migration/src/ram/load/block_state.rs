@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ram_discard::{ByteRange, RamDiscardManager, Section};
+use ram_discard::{ByteRange, MemoryState, RamDiscardManager, Section};
 
 use super::{LoadBlock, RamLoad};
 use crate::error::MigrationError;
@@ -33,7 +33,7 @@ impl RamLoad {
         change: &BlockStateChange,
         at: u64,
     ) -> Result<Option<String>, MigrationError> {
-        let BlockStateChange { number, populated, block: id, ranges } = change;
+        let BlockStateChange { number, state, block: id, ranges } = change;
         let refused = |what: String| MigrationError::BlockState { block: id.clone(), at, what };
         let due = self.changes.wrapping_add(1);
         if *number != due {
@@ -53,18 +53,18 @@ impl RamLoad {
         let mut sections = Vec::with_capacity(ranges.len());
         for &range in ranges {
             let section = block.section(range, start, &*manager).map_err(refused)?;
-            if let Some(wrong) = contradiction(&*manager, section, *populated)? {
+            if let Some(wrong) = contradiction(&*manager, section, *state)? {
                 return Err(refused(format!("{range} {wrong}")));
             }
             sections.push(section);
         }
-        if *populated {
+        if *state == MemoryState::Populated {
             return Ok(populate(&*manager, &sections).err());
         }
         // A page that another channel brings too late is written before, or is refused.
         let _alone = self.by_channels.as_ref().map(|blocks| blocks.hold(index));
         for (&range, &section) in ranges.iter().zip(&sections) {
-            let followed = manager.follow_source(section, false);
+            let followed = manager.follow_source(section, MemoryState::Discarded);
             followed.map_err(|error| refused(format!("{range} cannot be discarded: {error}")))?;
             block.take_back(range)?;
             if let Some(blocks) = &self.by_channels {
@@ -113,21 +113,22 @@ impl LoadBlock {
 fn contradiction(
     manager: &dyn RamDiscardManager,
     section: Section,
-    populated: bool,
+    state: MemoryState,
 ) -> Result<Option<&'static str>, MigrationError> {
     let mut any = false;
     let mut visit = |_| {
         any = true;
         std::ops::ControlFlow::Break(())
     };
-    let _ = match populated {
-        true => manager.replay_populated(section, &mut visit)?,
-        false => manager.replay_discarded(section, &mut visit)?,
-    };
-    let what = if populated {
-        "is to be populated, and a part of it is already"
-    } else {
-        "was discarded, and a part of it was before"
+    let what = match state {
+        MemoryState::Populated => {
+            let _ = manager.replay_populated(section, &mut visit)?;
+            "is to be populated, and a part of it is already"
+        }
+        MemoryState::Discarded => {
+            let _ = manager.replay_discarded(section, &mut visit)?;
+            "was discarded, and a part of it was before"
+        }
     };
     Ok(any.then_some(what))
 }
@@ -137,9 +138,13 @@ fn populate(manager: &dyn RamDiscardManager, sections: &[Section]) -> Result<(),
     ram_discard::try_all(
         &mut (),
         sections,
-        |(), &section| manager.follow_source(section, true).map_err(|error| error.to_string()),
         |(), &section| {
-            if let Err(error) = manager.follow_source(section, false) {
+            manager
+                .follow_source(section, MemoryState::Populated)
+                .map_err(|error| error.to_string())
+        },
+        |(), &section| {
+            if let Err(error) = manager.follow_source(section, MemoryState::Discarded) {
                 // The source does not have it populated, and so the guest does not use it.
                 tracing::warn!(%error, %section, "cannot take back what was populated");
             }

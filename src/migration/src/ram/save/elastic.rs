@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ram_discard::{ByteRange, RamDiscardListener};
+use ram_discard::{ByteRange, MemoryState, RamDiscardListener};
 
 use super::{RamSave, SaveBlock};
 use crate::error::MigrationError;
@@ -88,7 +88,7 @@ impl RamSave {
             let ranges = self.blocks[block].discard(range)?;
             let pages: u64 = ranges.iter().map(|range| nr_pages(*range)).sum();
             Counters::add(&self.progress.counters.discarded, pages);
-            self.put_change(block, false, &ranges);
+            self.put_change(block, MemoryState::Discarded, &ranges);
         }
         Ok(())
     }
@@ -101,7 +101,7 @@ impl RamSave {
             for populate in &mut state.populates {
                 if populate.number.is_none() && populate.result.is_none() {
                     let Piece { block, range } = populate.piece;
-                    populate.number = self.put_change(block, true, &[range]);
+                    populate.number = self.put_change(block, MemoryState::Populated, &[range]);
                 }
             }
         }
@@ -126,13 +126,13 @@ impl RamSave {
             Some(reason) => Err(format!("the destination cannot populate it: {reason}")),
             None if abandoned => {
                 // It was refused here, and so it is there.
-                self.put_change(block, false, &[range]);
+                self.put_change(block, MemoryState::Discarded, &[range]);
                 Ok(())
             }
             None => self.blocks[block].populate(range).map_err(|error| {
                 let _ = self.blocks[block].tracker.discard(range);
                 self.blocks[block].discarded.add(pages_touched(range));
-                self.put_change(block, false, &[range]);
+                self.put_change(block, MemoryState::Discarded, &[range]);
                 error.to_string()
             }),
         };
@@ -152,12 +152,17 @@ impl RamSave {
     }
 
     /// Appends a change to what is sent after this section; its number.
-    fn put_change(&mut self, block: usize, populated: bool, ranges: &[ByteRange]) -> Option<u32> {
+    fn put_change(
+        &mut self,
+        block: usize,
+        state: MemoryState,
+        ranges: &[ByteRange],
+    ) -> Option<u32> {
         let id = self.blocks[block].block.id();
         for ranges in ranges.chunks(BLOCK_STATE_RANGES_MAX) {
             self.last_change = self.last_change.wrapping_add(1);
             let (number, block, ranges) = (self.last_change, id.to_owned(), ranges.to_vec());
-            let change = BlockStateChange { number, populated, block, ranges };
+            let change = BlockStateChange { number, state, block, ranges };
             put_command(&mut self.records, &Command::BlockState(change));
         }
         (!ranges.is_empty()).then_some(self.last_change)

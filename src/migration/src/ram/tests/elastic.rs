@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::thread::JoinHandle;
 
 use proptest::prelude::*;
+use ram_discard::MemoryState;
 use vmstate::wire::WireReader;
 
 use super::*;
@@ -191,7 +192,7 @@ impl Pair {
                 }
                 Record::Command(Command::BlockState(change)) => {
                     let refused = self.load.block_state(&change, 0)?;
-                    if change.populated {
+                    if change.state == MemoryState::Populated {
                         self.answers.push_back((change.number, refused));
                     }
                 }

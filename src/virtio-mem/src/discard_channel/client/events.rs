@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ram_discard::{ListenerId, Listeners, Section};
+use ram_discard::{ListenerId, Listeners, MemoryState, Section};
 use vmstate::printable;
 
 use super::requests::Answer;
@@ -48,7 +48,7 @@ impl Told {
         &'a self,
         geometry: &'a Geometry,
     ) -> impl Iterator<Item = Section> + 'a {
-        self.blocks.ranges(geometry, self.section, true)
+        self.blocks.ranges(geometry, self.section, MemoryState::Populated)
     }
 }
 
@@ -56,7 +56,7 @@ impl Told {
 struct Event {
     number: u64,
     section: Section,
-    populated: bool,
+    state: MemoryState,
 }
 
 impl View {
@@ -78,16 +78,16 @@ impl View {
 
     /// Calls `mark` with what the listeners were told after the event that a copy of the bitmap
     /// shows. A discard that the bitmap shows early is only marked again.
-    pub(super) fn overlay(&self, shown: u64, mut mark: impl FnMut(Section, bool)) {
+    pub(super) fn overlay(&self, shown: u64, mut mark: impl FnMut(Section, MemoryState)) {
         let later = self.unsettled.iter().filter(|event| event.number > shown);
-        later.for_each(|event| mark(event.section, event.populated));
+        later.for_each(|event| mark(event.section, event.state));
     }
 
-    fn note(&mut self, number: u64, sections: &[Section], populated: bool, shown: u64) {
+    fn note(&mut self, number: u64, sections: &[Section], state: MemoryState, shown: u64) {
         while self.unsettled.front().is_some_and(|first| first.number <= shown) {
             self.unsettled.pop_front();
         }
-        let events = sections.iter().map(|&section| Event { number, section, populated });
+        let events = sections.iter().map(|&section| Event { number, section, state });
         self.unsettled.extend(events);
     }
 }
@@ -131,8 +131,12 @@ impl Shared {
             if wanted { Ok(()) } else { Err(format!("an answer to request {id}, which is none")) }
         };
         match message {
-            ServerMessage::Populate { event, sections } => self.event(event, &sections, true),
-            ServerMessage::Discard { event, sections } => self.event(event, &sections, false),
+            ServerMessage::Populate { event, sections } => {
+                self.event(event, &sections, MemoryState::Populated)
+            }
+            ServerMessage::Discard { event, sections } => {
+                self.event(event, &sections, MemoryState::Discarded)
+            }
             ServerMessage::Done { id } => answer(id, Answer::Done),
             ServerMessage::Frozen { id, freeze, event, expiry_ms } => {
                 let expiry = Duration::from_millis(expiry_ms.into());
@@ -154,7 +158,7 @@ impl Shared {
         }
     }
 
-    fn event(&self, number: u64, sections: &[Section], populated: bool) -> Result<(), String> {
+    fn event(&self, number: u64, sections: &[Section], state: MemoryState) -> Result<(), String> {
         let aligned = |at: u64| at.is_multiple_of(self.geometry.block_size());
         let are_blocks = |section: &Section| {
             section.end() <= self.geometry.region_size()
@@ -173,22 +177,23 @@ impl Shared {
         if view.unsettled.len() + sections.len() > UNSETTLED_MAX {
             return Err("the bitmap lags behind too many events".to_owned());
         }
-        if let Some(contradiction) = self.contradiction(&view, sections, populated) {
+        if let Some(contradiction) = self.contradiction(&view, sections, state) {
             return Err(format!("event {number} {contradiction}"));
         }
         view.event = number;
-        let refused = if populated {
-            view.listeners.populate_all(sections).err()
-        } else {
-            view.listeners.discard_all(sections);
-            None
+        let refused = match state {
+            MemoryState::Populated => view.listeners.populate_all(sections).err(),
+            MemoryState::Discarded => {
+                view.listeners.discard_all(sections);
+                None
+            }
         };
         let answer = match refused {
             None => {
-                view.note(number, sections, populated, self.bitmap.event());
+                view.note(number, sections, state, self.bitmap.event());
                 for told in &mut view.told {
                     let sections = sections.iter();
-                    sections.for_each(|&section| self.mark(&mut told.blocks, section, populated));
+                    sections.for_each(|&section| self.mark(&mut told.blocks, section, state));
                 }
                 ClientMessage::Ack { event: number }
             }
@@ -201,7 +206,12 @@ impl Shared {
 
     /// How an event contradicts itself, what listeners were told before, or the bitmap. A block is
     /// populated once and then discarded once, and the bitmap shows it populated only in between.
-    fn contradiction(&self, view: &View, sections: &[Section], populated: bool) -> Option<String> {
+    fn contradiction(
+        &self,
+        view: &View,
+        sections: &[Section],
+        state: MemoryState,
+    ) -> Option<String> {
         let mut sorted = sections.to_vec();
         sorted.sort_unstable_by_key(|section| section.start());
         if let Some(pair) = sorted.windows(2).find(|pair| pair[1].start() < pair[0].end()) {
@@ -210,24 +220,28 @@ impl Shared {
         let stays = |section: &&Section| {
             view.told.iter().any(|told| {
                 let part = told.section.intersection(**section);
-                part.is_some_and(|part| !told.blocks.all(self.blocks_of(part), !populated))
+                part.is_some_and(|part| !told.blocks.all(self.blocks_of(part), state.opposite()))
             })
         };
         if let Some(section) = sections.iter().find(stays) {
-            return Some(if populated {
-                format!("populates {section}, of which a listener has populated something")
-            } else {
-                format!("discards {section}, of which a listener has not populated everything")
+            return Some(match state {
+                MemoryState::Populated => {
+                    format!("populates {section}, of which a listener has populated something")
+                }
+                MemoryState::Discarded => {
+                    format!("discards {section}, of which a listener has not populated everything")
+                }
             });
         }
-        if !populated {
+        if state == MemoryState::Discarded {
             return None;
         }
         // The bitmap shows a populate later than it is told, and a discard before the next event.
         let shown = |section: &&Section| {
             let blocks = self.blocks_of(**section);
             let snapshot = self.bitmap.try_copy(blocks.clone());
-            snapshot.is_some_and(|snapshot| !Blocks::from(snapshot).all(blocks, false))
+            snapshot
+                .is_some_and(|snapshot| !Blocks::from(snapshot).all(blocks, MemoryState::Discarded))
         };
         let section = sections.iter().find(shown)?;
         Some(format!("populates {section}, of which the bitmap shows something populated"))

@@ -9,6 +9,7 @@ use crate::discard_channel::send_with_fd;
 use crate::discard_channel::wire::{Sections, Welcome};
 use crate::sys::SharedWords;
 use lost::{assert_unavailable, wait_lost};
+use ram_discard::MemoryState::{Discarded, Populated};
 use ram_discard::test_utils::{Calls, Exact, Recorder};
 use ram_discard::{FreezeLost, LocalRamDiscardManager};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
@@ -87,23 +88,22 @@ impl Server {
     }
 
     /// Sends an event and returns the answer.
-    fn event(&mut self, section: Section, populated: bool) -> ClientMessage {
-        self.event_of(&[section], populated)
+    fn event(&mut self, section: Section, state: MemoryState) -> ClientMessage {
+        self.event_of(&[section], state)
     }
 
-    fn event_of(&mut self, sections: &[Section], populated: bool) -> ClientMessage {
+    fn event_of(&mut self, sections: &[Section], state: MemoryState) -> ClientMessage {
         self.event += 1;
         let (event, sections) = (self.event, Sections::from_slice(sections));
-        self.send(&if populated {
-            ServerMessage::Populate { event, sections }
-        } else {
-            ServerMessage::Discard { event, sections }
+        self.send(&match state {
+            Populated => ServerMessage::Populate { event, sections },
+            Discarded => ServerMessage::Discard { event, sections },
         });
         self.receive()
     }
 
-    fn acked(&mut self, section: Section, populated: bool) {
-        let answer = self.event(section, populated);
+    fn acked(&mut self, section: Section, state: MemoryState) {
+        let answer = self.event(section, state);
         assert_eq!(answer, ClientMessage::Ack { event: self.event });
     }
 
@@ -113,25 +113,24 @@ impl Server {
     }
 
     /// Has the bitmap show the last event.
-    fn settle(&mut self, section: Section, populated: bool) {
+    fn settle(&mut self, section: Section, state: MemoryState) {
         let index = |at: u64| usize::try_from(at / BLOCK).unwrap();
         let blocks = index(section.start())..index(section.end());
-        self.bitmap.update(self.event, &[(blocks, populated)]);
+        self.bitmap.update(self.event, &[(blocks, state.is_populated())]);
     }
 }
 
-fn replay(manager: &RemoteRamDiscardManager, section: Section, populated: bool) -> Vec<Section> {
+fn replay(manager: &RemoteRamDiscardManager, section: Section, state: MemoryState) -> Vec<Section> {
     let mut ranges = Vec::new();
     let mut collect = |range| {
         ranges.push(range);
         ControlFlow::Continue(())
     };
-    let flow = if populated {
-        manager.replay_populated(section, &mut collect).unwrap()
-    } else {
-        manager.replay_discarded(section, &mut collect).unwrap()
+    let flow = match state {
+        Populated => manager.replay_populated(section, &mut collect),
+        Discarded => manager.replay_discarded(section, &mut collect),
     };
-    assert!(flow.is_continue());
+    assert!(flow.unwrap().is_continue());
     ranges
 }
 
@@ -143,45 +142,45 @@ fn a_client_knows_the_geometry_and_what_is_populated() {
     assert_eq!(manager.patience(), Duration::from_secs(1));
     server.bitmap.update(0, &[(3..5, true), (60..130, true)]);
     let all = section(0, NR);
-    assert_eq!(replay(&manager, all, true), [section(3, 5), section(60, 130)]);
+    assert_eq!(replay(&manager, all, Populated), [section(3, 5), section(60, 130)]);
     let discarded = [section(0, 3), section(5, 60), section(130, NR)];
-    assert_eq!(replay(&manager, all, false), discarded);
+    assert_eq!(replay(&manager, all, Discarded), discarded);
     let window = Section::new(100 * BLOCK + 1, 3 * BLOCK).unwrap();
-    assert_eq!(replay(&manager, window, true), [window]);
-    assert_eq!(replay(&manager, section(140, 150), true), []);
+    assert_eq!(replay(&manager, window, Populated), [window]);
+    assert_eq!(replay(&manager, section(140, 150), Populated), []);
     assert!(manager.is_populated(window).unwrap());
     assert!(!manager.is_populated(section(129, 131)).unwrap());
     let words = manager.words().unwrap();
     assert_eq!(words, [3 << 3 | 0xf << 60, u64::MAX, 3, 0]);
     let beyond = Section::new(NR * BLOCK, BLOCK).unwrap();
     assert!(!manager.is_populated(beyond).unwrap());
-    assert_eq!(replay(&manager, beyond, false), []);
+    assert_eq!(replay(&manager, beyond, Discarded), []);
 }
 
 #[test]
 fn what_was_acknowledged_counts_before_the_bitmap_shows_it() {
     let (mut server, manager) = pair();
     let calls = Calls::default();
-    server.acked(section(0, 4), true);
+    server.acked(section(0, 4), Populated);
     manager.register(section(1, NR), Recorder::boxed("late", &calls)).unwrap();
     assert_eq!(*calls.lock(), [("late", true, section(1, 4))], "told though not in the bitmap");
-    server.settle(section(0, 4), true);
-    assert_eq!(replay(&manager, section(0, NR), true), [section(0, 4)]);
-    server.acked(section(2, 3), false);
-    assert_eq!(replay(&manager, section(0, NR), true), [section(0, 2), section(3, 4)]);
-    server.settle(section(2, 3), false);
-    assert_eq!(replay(&manager, section(0, NR), true), [section(0, 2), section(3, 4)]);
+    server.settle(section(0, 4), Populated);
+    assert_eq!(replay(&manager, section(0, NR), Populated), [section(0, 4)]);
+    server.acked(section(2, 3), Discarded);
+    assert_eq!(replay(&manager, section(0, NR), Populated), [section(0, 2), section(3, 4)]);
+    server.settle(section(2, 3), Discarded);
+    assert_eq!(replay(&manager, section(0, NR), Populated), [section(0, 2), section(3, 4)]);
     assert_eq!(calls.lock()[1..], [("late", false, section(2, 3))]);
 }
 
 #[test]
 fn a_populate_that_is_rolled_back_never_shows_again() {
     let (mut server, manager) = pair();
-    server.acked(section(0, 4), true);
-    server.acked(section(0, 4), false);
-    assert_eq!(replay(&manager, section(0, NR), true), []);
-    server.settle(section(0, 4), false);
-    assert_eq!(replay(&manager, section(0, NR), true), []);
+    server.acked(section(0, 4), Populated);
+    server.acked(section(0, 4), Discarded);
+    assert_eq!(replay(&manager, section(0, NR), Populated), []);
+    server.settle(section(0, 4), Discarded);
+    assert_eq!(replay(&manager, section(0, NR), Populated), []);
 }
 
 #[test]
@@ -194,7 +193,7 @@ fn a_listener_that_refuses_has_the_others_rolled_back_in_reverse() {
     let refuser = Recorder::refusing("third", &calls, section(0, NR), "no room");
     manager.register(section(0, 10), refuser).unwrap();
     let range = section(9, 11);
-    let answer = server.event(range, true);
+    let answer = server.event(range, Populated);
     let ClientMessage::Refuse { event: 1, reason } = answer else { panic!("{answer:?}") };
     assert!(reason.contains("third") && reason.contains("no room"), "{reason}");
     let rolled_back = [
@@ -204,10 +203,10 @@ fn a_listener_that_refuses_has_the_others_rolled_back_in_reverse() {
         ("first", false, range),
     ];
     assert_eq!(*calls.lock(), rolled_back);
-    assert_eq!(replay(&manager, section(0, NR), true), []);
+    assert_eq!(replay(&manager, section(0, NR), Populated), []);
     calls.lock().clear();
-    server.acked(section(20, 21), true);
-    server.acked(section(20, 21), false);
+    server.acked(section(20, 21), Populated);
+    server.acked(section(20, 21), Discarded);
     let names: Vec<_> = calls.lock().iter().map(|call| (call.0, call.1)).collect();
     let order = [("first", true), ("second", true), ("second", false), ("first", false)];
     assert_eq!(names, order, "discard goes in reverse");
@@ -222,20 +221,20 @@ fn an_event_of_several_sections_is_accepted_or_refused_as_a_whole() {
     let refuser = Recorder::refusing("no", &calls, section(0, NR), "no room");
     let id = manager.register(section(10, 20), refuser).unwrap();
     let sections = [section(0, 2), section(12, 13), section(30, 31)];
-    let answer = server.event_of(&sections, true);
+    let answer = server.event_of(&sections, Populated);
     assert!(matches!(answer, ClientMessage::Refuse { event: 1, .. }), "{answer:?}");
     let told = [(true, 0), (true, 1), (true, 2), (false, 2), (false, 1), (false, 0)];
     let told: Vec<_> = told.iter().map(|&(told, at)| ("dma", told, sections[at])).collect();
     assert_eq!(*calls.lock(), told);
-    assert_eq!(replay(&manager, section(0, NR), true), []);
+    assert_eq!(replay(&manager, section(0, NR), Populated), []);
     manager.unregister(id).unwrap();
-    assert_eq!(server.event_of(&sections, true), ClientMessage::Ack { event: 2 });
-    assert_eq!(replay(&manager, section(0, NR), true), sections);
+    assert_eq!(server.event_of(&sections, Populated), ClientMessage::Ack { event: 2 });
+    assert_eq!(replay(&manager, section(0, NR), Populated), sections);
     server.bitmap.update(2, &[(0..2, true), (12..13, true), (30..31, true)]);
-    assert_eq!(replay(&manager, section(0, NR), true), sections);
+    assert_eq!(replay(&manager, section(0, NR), Populated), sections);
     let reversed = [sections[2], sections[1]];
-    assert_eq!(server.event_of(&reversed, false), ClientMessage::Ack { event: 3 });
-    assert_eq!(replay(&manager, section(0, NR), true), [sections[0]]);
+    assert_eq!(server.event_of(&reversed, Discarded), ClientMessage::Ack { event: 3 });
+    assert_eq!(replay(&manager, section(0, NR), Populated), [sections[0]]);
 }
 
 #[test]
@@ -263,11 +262,11 @@ fn a_listener_that_is_removed_discards_what_it_was_told_whatever_the_bitmap_show
     let calls = Calls::default();
     server.bitmap.update(0, &[(40..42, true)]);
     let id = manager.register(section(1, 100), Recorder::boxed("dma", &calls)).unwrap();
-    server.acked(section(0, 4), true);
-    server.acked(section(120, 121), true);
-    server.acked(section(2, 3), false);
+    server.acked(section(0, 4), Populated);
+    server.acked(section(120, 121), Populated);
+    server.acked(section(2, 3), Discarded);
     server.bitmap.update(3, &[(0..NR as usize, false)]);
-    assert_eq!(replay(&manager, section(0, NR), true), [], "the bitmap lies");
+    assert_eq!(replay(&manager, section(0, NR), Populated), [], "the bitmap lies");
     calls.lock().clear();
     manager.unregister(id).unwrap();
     let told = [section(1, 2), section(3, 4), section(40, 42)];
@@ -288,7 +287,7 @@ fn an_event_that_contradicts_what_was_told_or_the_bitmap_ends_the_connection() {
         let (mut server, manager) = pair();
         let calls = Calls::default();
         manager.register(section(0, 100), Recorder::boxed("dma", &calls)).unwrap();
-        server.acked(section(0, 4), true);
+        server.acked(section(0, 4), Populated);
         server.bitmap.update(1, &[(0..4, true), (170..171, true)]);
         let (event, sections) = (2, Sections::from_slice(sections));
         server.send(&if populated {
@@ -313,12 +312,12 @@ fn a_listener_that_registers_against_events_sees_each_block_once() {
             for round in 0..600u64 {
                 let first = round * 7 % (NR - 8);
                 let range = section(first, first + 1 + round % 8);
-                server.acked(range, true);
+                server.acked(range, Populated);
                 if round % 5 != 0 {
-                    server.settle(range, true);
+                    server.settle(range, Populated);
                 }
-                server.acked(range, false);
-                server.settle(range, false);
+                server.acked(range, Discarded);
+                server.settle(range, Discarded);
             }
             done.store(true, Ordering::Release);
         });
@@ -383,7 +382,7 @@ fn a_freeze_from_within_a_listener_fails_instead_of_waiting_for_itself() {
     let error = Arc::new(Mutex::new(None));
     let listener = CallsBack(Arc::downgrade(&manager), Arc::clone(&error));
     manager.register(section(0, NR), Box::new(listener)).unwrap();
-    server.acked(section(0, 1), true);
+    server.acked(section(0, 1), Populated);
     assert!(error.lock().is_some());
 }
 

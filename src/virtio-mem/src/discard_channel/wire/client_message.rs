@@ -1,5 +1,7 @@
 //! The messages of a client.
 
+use ram_discard::MemoryState;
+
 use super::fields::{Builder, Fields};
 use super::{
     FREEZE_LEN, HELLO_LEN, Lengths, MAGIC, Message, MessageError, NUMBER_LEN, Sections, kind,
@@ -63,8 +65,8 @@ pub enum ClientMessage {
     Follow {
         /// Comes back in the answer.
         id: u64,
-        /// Whether they are populated, or discarded.
-        populated: bool,
+        /// What they become.
+        state: MemoryState,
         /// Where.
         sections: Sections,
     },
@@ -102,8 +104,11 @@ impl Message for ClientMessage {
             Self::Renew { id, freeze } => Builder::new(frame, kind::RENEW).u64(*id).u64(*freeze),
             Self::Serve { id } => Builder::new(frame, kind::SERVE).u64(*id),
             Self::GetSizes { id } => Builder::new(frame, kind::GET_SIZES).u64(*id),
-            Self::Follow { id, populated, sections } => {
-                let kind = if *populated { kind::FOLLOW_POPULATE } else { kind::FOLLOW_DISCARD };
+            Self::Follow { id, state, sections } => {
+                let kind = match state {
+                    MemoryState::Populated => kind::FOLLOW_POPULATE,
+                    MemoryState::Discarded => kind::FOLLOW_DISCARD,
+                };
                 Builder::new(frame, kind).u64(*id).sections(sections)
             }
         };
@@ -126,8 +131,11 @@ impl Message for ClientMessage {
             kind::SERVE => Self::Serve { id: fields.u64() },
             kind::GET_SIZES => Self::GetSizes { id: fields.u64() },
             kind::FOLLOW_POPULATE | kind::FOLLOW_DISCARD => {
-                let populated = kind == kind::FOLLOW_POPULATE;
-                Self::Follow { id: fields.u64(), populated, sections: fields.sections(kind)? }
+                let state = match kind {
+                    kind::FOLLOW_POPULATE => MemoryState::Populated,
+                    _ => MemoryState::Discarded,
+                };
+                Self::Follow { id: fields.u64(), state, sections: fields.sections(kind)? }
             }
             _ => return Err(MessageError::UnknownKind(kind)),
         })

@@ -1,6 +1,7 @@
 use super::*;
 use crate::device::Geometry;
 use proptest::prelude::*;
+use ram_discard::MemoryState;
 
 fn geometry() -> Geometry {
     Geometry::new(0x1_4000_0000, 0x4000_0000, 0x20_0000, Some(3)).unwrap()
@@ -47,10 +48,10 @@ fn golden_frames_of_a_client() {
     );
     golden(&ClientMessage::Serve { id: 5 }, "0a000000 08000000 0500000000000000");
     golden(&ClientMessage::GetSizes { id: 3 }, "06000000 08000000 0300000000000000");
-    for (populated, kind) in [(true, "08"), (false, "09")] {
+    for (state, kind) in [(MemoryState::Populated, "08"), (MemoryState::Discarded, "09")] {
         let sections = "0500000000000000 0000200000000000 0000400000000000";
         golden(
-            &ClientMessage::Follow { id: 5, populated, sections: self::sections() },
+            &ClientMessage::Follow { id: 5, state, sections: self::sections() },
             &format!("{kind}000000 18000000 {sections}"),
         );
     }
@@ -202,10 +203,8 @@ fn client_messages() -> impl Strategy<Value = ClientMessage> {
             .prop_map(|(event, reason)| ClientMessage::Refuse { event, reason }),
         any::<u64>().prop_map(|id| ClientMessage::Freeze { id }),
         any::<u64>().prop_map(|id| ClientMessage::Serve { id }),
-        any::<(u64, bool)>().prop_map(|(id, populated)| ClientMessage::Follow {
-            id,
-            populated,
-            sections: most_sections(),
+        (any::<u64>(), prop::sample::select(&MemoryState::BOTH)).prop_map(|(id, state)| {
+            ClientMessage::Follow { id, state, sections: most_sections() }
         }),
     ]
 }

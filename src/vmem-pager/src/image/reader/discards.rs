@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use migration::inspect::SavedVirtioMem;
 use migration::stream::TARGET_PAGE_SIZE;
-use ram_discard::Section;
-use ram_discard::{LocalRamDiscardManager, RegisterError};
+use ram_discard::{LocalRamDiscardManager, MemoryState, RegisterError, Section};
 
 /// The RamDiscardManager of a region in an image, whose source is the device's state in it.
 pub struct Discards {
@@ -38,23 +37,23 @@ impl Discards {
 
     /// Calls `visit` with each run of pages that are populated, ascending.
     pub fn populated(&self, mut visit: impl FnMut(Range<u64>)) {
-        self.replay(true, &mut visit);
+        self.replay(MemoryState::Populated, &mut visit);
     }
 
     /// Calls `visit` with each run of pages that are discarded, ascending.
     pub fn discarded(&self, mut visit: impl FnMut(Range<u64>)) {
-        self.replay(false, &mut visit);
+        self.replay(MemoryState::Discarded, &mut visit);
     }
 
-    fn replay(&self, populated: bool, visit: &mut dyn FnMut(Range<u64>)) {
+    fn replay(&self, state: MemoryState, visit: &mut dyn FnMut(Range<u64>)) {
         let Some(all) = Section::new(0, self.manager.region_size()) else { return };
         let visit = |range: Section| {
             visit(range.start() / TARGET_PAGE_SIZE..range.end() / TARGET_PAGE_SIZE);
             ControlFlow::Continue(())
         };
-        let _ = match populated {
-            true => self.manager.replay_populated(all, visit),
-            false => self.manager.replay_discarded(all, visit),
+        let _ = match state {
+            MemoryState::Populated => self.manager.replay_populated(all, visit),
+            MemoryState::Discarded => self.manager.replay_discarded(all, visit),
         };
     }
 }

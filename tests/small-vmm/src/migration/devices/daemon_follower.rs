@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::ensure;
 use migration::MigrationError;
-use ram_discard::{ListenerId, RamDiscardListener, RamDiscardManager, Section};
+use ram_discard::{ListenerId, MemoryState, RamDiscardListener, RamDiscardManager, Section};
 use virtio_mem::controller::MemController;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
@@ -41,7 +41,7 @@ impl DaemonFollower {
             left.push(section);
             std::ops::ControlFlow::Continue(())
         })?;
-        daemon.follow_source_all(&left, false)?;
+        daemon.follow_source_all(&left, MemoryState::Discarded)?;
         let ended = Arc::new(AtomicBool::new(false));
         let follower = Follower { daemon: Arc::clone(&daemon), ended: Arc::clone(&ended) };
         let listener = shadow.listen(Box::new(follower))?;
@@ -99,7 +99,7 @@ impl RamDiscardListener for Follower {
         if self.ended.load(Ordering::Acquire) {
             return Ok(());
         }
-        let followed = self.daemon.follow_source_all(sections, true);
+        let followed = self.daemon.follow_source_all(sections, MemoryState::Populated);
         followed.map_err(|refused| (first, refused.to_string()))
     }
 
@@ -108,7 +108,7 @@ impl RamDiscardListener for Follower {
             return;
         }
         // Found out by `check` at the latest.
-        if let Err(error) = self.daemon.follow_source_all(sections, false) {
+        if let Err(error) = self.daemon.follow_source_all(sections, MemoryState::Discarded) {
             eprintln!("small-vmm: the daemon does not follow: {error}");
         }
     }

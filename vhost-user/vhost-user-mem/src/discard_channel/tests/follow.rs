@@ -1,6 +1,7 @@
 //! Clients that have the device follow another one.
 
 use super::*;
+use ram_discard::MemoryState::{self, Discarded, Populated};
 use ram_discard::Section;
 use ram_discard::test_utils::{Calls, Recorder};
 
@@ -21,9 +22,9 @@ fn blocks_follow_what_a_client_says_and_all_clients_are_told_of_it() {
     client.register(section(0, NR), Recorder::boxed("own", &own)).unwrap();
     other.register(section(0, NR), Recorder::boxed("other", &others)).unwrap();
     let two = [section(0, 3), section(8, 9)];
-    client.follow_source_all(&two, true).unwrap();
+    client.follow_source_all(&two, Populated).unwrap();
     assert_eq!(rig.controller.plugged_ranges(), two);
-    client.follow_source(section(1, 2), false).unwrap();
+    client.follow_source(section(1, 2), Discarded).unwrap();
     let left = [section(0, 1), section(2, 3), section(8, 9)];
     assert_eq!(rig.controller.plugged_ranges(), left);
     for (name, calls) in [("own", &own), ("other", &others)] {
@@ -39,16 +40,20 @@ fn blocks_follow_what_a_client_says_and_all_clients_are_told_of_it() {
 fn what_contradicts_changes_nothing_of_what_is_told_with_it() {
     let rig = rig();
     let client = rig.attach();
-    client.follow_source(section(2, 4), true).unwrap();
+    client.follow_source(section(2, 4), Populated).unwrap();
     let before = rig.controller.config();
-    for (sections, populated, reason) in [
-        ([section(8, 9), section(3, 5)], true, "is plugged already"),
-        ([section(8, 9), section(8, 9)], true, "is plugged already"),
-        ([section(2, 3), section(4, 5)], false, "is unplugged already"),
-        ([section(8, 9), Section::new(0, BLOCK / 2).unwrap()], true, "not made of whole blocks"),
-        ([section(8, 9), section(NR, NR + 1)], true, "not made of whole blocks"),
+    for (sections, state, reason) in [
+        ([section(8, 9), section(3, 5)], Populated, "is plugged already"),
+        ([section(8, 9), section(8, 9)], Populated, "is plugged already"),
+        ([section(2, 3), section(4, 5)], Discarded, "is unplugged already"),
+        (
+            [section(8, 9), Section::new(0, BLOCK / 2).unwrap()],
+            Populated,
+            "not made of whole blocks",
+        ),
+        ([section(8, 9), section(NR, NR + 1)], Populated, "not made of whole blocks"),
     ] {
-        let error = error(client.follow_source_all(&sections, populated));
+        let error = error(client.follow_source_all(&sections, state));
         assert!(error.contains(reason), "{error}");
     }
     assert_eq!(rig.controller.config(), before);
@@ -62,10 +67,10 @@ fn a_client_that_refuses_keeps_the_device_from_following() {
     let refuser =
         Recorder::refusing("refuser", &Calls::default(), section(0, 8), "pinned elsewhere");
     other.register(section(0, 8), refuser).unwrap();
-    let error = error(client.follow_source_all(&[section(8, 9), section(7, 8)], true));
+    let error = error(client.follow_source_all(&[section(8, 9), section(7, 8)], Populated));
     assert!(error.contains("pinned elsewhere"), "{error}");
     assert_eq!(rig.controller.plugged_ranges(), []);
-    client.follow_source(section(8, 9), true).unwrap();
+    client.follow_source(section(8, 9), Populated).unwrap();
 }
 
 #[test]
@@ -74,17 +79,17 @@ fn nothing_follows_while_the_guest_runs_or_leaves() {
     let client = rig.attach();
     rig.controller.set_guest_runs(true);
     assert_eq!(rig.plug(0, 4), Response::Ack);
-    for populated in [true, false] {
-        let error = error(client.follow_source(section(0, 4), populated));
+    for state in MemoryState::BOTH {
+        let error = error(client.follow_source(section(0, 4), state));
         assert!(error.contains("the guest runs here"), "{error}");
     }
     rig.controller.set_guest_runs(false);
     let frozen = client.freeze(FreezeFor::Source).unwrap();
-    let error = error(client.follow_source(section(0, 4), false));
+    let error = error(client.follow_source(section(0, 4), Discarded));
     assert!(error.contains("a migration from here is active"), "{error}");
     frozen.thaw().unwrap();
     assert_eq!(rig.controller.plugged_ranges(), [section(0, 4)]);
-    client.follow_source(section(0, 4), false).unwrap();
+    client.follow_source(section(0, 4), Discarded).unwrap();
 }
 
 #[test]
@@ -94,7 +99,7 @@ fn a_client_of_the_version_before_cannot_ask_for_it() {
     raw.say(&ClientMessage::Hello { min_version: 2, max_version: 2 });
     assert!(matches!(raw.hear_with_fd().0, ServerMessage::Welcome(_)));
     let sections = std::iter::once(section(0, 1)).collect();
-    raw.say(&ClientMessage::Follow { id: 1, populated: true, sections });
+    raw.say(&ClientMessage::Follow { id: 1, state: Populated, sections });
     raw.assert_left(Farewell::Protocol);
     assert_eq!(rig.controller.plugged_ranges(), []);
 }

@@ -129,8 +129,9 @@ fn a_late_page_of_what_was_discarded_is_refused_and_brings_no_memory_back() {
             thread::yield_now();
         }
         let range = ByteRange::new(BLOCK, BLOCK).unwrap();
-        let (number, populated, block, ranges) = (1, false, "vmem0".to_owned(), vec![range]);
-        pair.load.block_state(&BlockStateChange { number, populated, block, ranges }, 0).unwrap();
+        let (number, state, block, ranges) =
+            (1, MemoryState::Discarded, "vmem0".to_owned(), vec![range]);
+        pair.load.block_state(&BlockStateChange { number, state, block, ranges }, 0).unwrap();
         let refused = late.join().unwrap();
         assert!(matches!(refused, MigrationError::Discarded { .. }), "{refused}");
         assert_eq!(pair.to.held_of(1), 0, "in round {round}");

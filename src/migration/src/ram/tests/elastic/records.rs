@@ -1,33 +1,37 @@
 //! Records that must be refused by name.
 
 use super::*;
+use MemoryState::{Discarded, Populated};
 
-fn change(number: u32, populated: bool, block: &str, ranges: &[(u64, u64)]) -> BlockStateChange {
+fn change(number: u32, state: MemoryState, block: &str, ranges: &[(u64, u64)]) -> BlockStateChange {
     let range = |&(start, end)| ByteRange::from_bounds(start * PAGE, end * PAGE).unwrap();
     let ranges = ranges.iter().map(range).collect();
-    BlockStateChange { number, populated, block: block.to_owned(), ranges }
+    BlockStateChange { number, state, block: block.to_owned(), ranges }
 }
 
 #[test]
 fn changes_of_block_state_that_are_not_possible_are_refused_by_name() {
     let end = BLOCKS as u64 * PAGES;
     for (change, reason) in [
-        (change(2, true, "vmem0", &[(0, PAGES)]), "change 2 of block state, where 1 is due"),
-        (change(1, true, "vmem1", &[(0, PAGES)]), "\"vmem1\": it is not in the list"),
-        (change(1, true, "ram", &[(0, PAGES)]), "\"ram\": nothing of it is ever discarded"),
-        (change(1, true, "vmem0", &[(0, end + PAGES)]), "is past its end"),
-        (change(1, true, "vmem0", &[(0, PAGES + 1)]), "not made of units of 0x40000 bytes"),
-        (change(1, false, "vmem0", &[(PAGES + 1, 2 * PAGES)]), "not made of units"),
+        (change(2, Populated, "vmem0", &[(0, PAGES)]), "change 2 of block state, where 1 is due"),
+        (change(1, Populated, "vmem1", &[(0, PAGES)]), "\"vmem1\": it is not in the list"),
+        (change(1, Populated, "ram", &[(0, PAGES)]), "\"ram\": nothing of it is ever discarded"),
+        (change(1, Populated, "vmem0", &[(0, end + PAGES)]), "is past its end"),
+        (change(1, Populated, "vmem0", &[(0, PAGES + 1)]), "not made of units of 0x40000 bytes"),
+        (change(1, Discarded, "vmem0", &[(PAGES + 1, 2 * PAGES)]), "not made of units"),
         (
-            change(1, true, "vmem0", &[(0, 2 * PAGES)]),
+            change(1, Populated, "vmem0", &[(0, 2 * PAGES)]),
             "to be populated, and a part of it is already",
         ),
         (
-            change(1, false, "vmem0", &[(PAGES, 3 * PAGES)]),
+            change(1, Discarded, "vmem0", &[(PAGES, 3 * PAGES)]),
             "was discarded, and a part of it was before",
         ),
         // Also the last of several.
-        (change(1, true, "vmem0", &[(0, PAGES), (PAGES, 2 * PAGES)]), "a part of it is already"),
+        (
+            change(1, Populated, "vmem0", &[(0, PAGES), (PAGES, 2 * PAGES)]),
+            "a part of it is already",
+        ),
     ] {
         let mut pair = patient(&[1]);
         let refused = pair.load.block_state(&change, 0x77).unwrap_err().to_string();
@@ -41,7 +45,7 @@ fn of_several_ranges_that_cannot_all_be_populated_none_is() {
     let mut pair = patient(&[1]);
     *pair.to.device().refuses.lock().unwrap() = Some(5);
     let ranges = [(3 * PAGES, 4 * PAGES), (5 * PAGES, 6 * PAGES)];
-    let refused = pair.load.block_state(&change(1, true, "vmem0", &ranges), 0).unwrap();
+    let refused = pair.load.block_state(&change(1, Populated, "vmem0", &ranges), 0).unwrap();
     assert_eq!(refused.as_deref(), Some("no huge page is left"));
     assert!(!pair.to.device().is_plugged(3));
 }

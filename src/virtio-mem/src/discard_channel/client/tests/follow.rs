@@ -53,17 +53,17 @@ fn a_listener_that_follows_is_told_of_changes_alone_until_block_state_is_frozen_
     let frozen = server.freezes(&manager);
     assert_eq!(discarded(&frozen), [section(0, 3), section(5, NR)]);
     let followed = server.serve(|| frozen.follow(Recorder::boxed("follows", &calls)).unwrap(), 1);
-    server.acked(section(8, 10), true);
-    server.settle(section(8, 10), true);
-    server.acked(section(3, 4), false);
-    server.settle(section(3, 4), false);
+    server.acked(section(8, 10), Populated);
+    server.settle(section(8, 10), Populated);
+    server.acked(section(3, 4), Discarded);
+    server.settle(section(3, 4), Discarded);
     let told = [("follows", true, section(8, 10)), ("follows", false, section(3, 4))];
     assert_eq!(*calls.lock(), told);
     server.serve(|| followed.check().unwrap(), 1);
     let frozen = server.serve(|| followed.freeze().unwrap(), 60_000);
     assert_eq!(discarded(&frozen), [section(0, 4), section(5, 8), section(10, NR)]);
     server.serve(|| frozen.thaw().unwrap(), 1);
-    server.acked(section(20, 21), true);
+    server.acked(section(20, 21), Populated);
     assert_eq!(*calls.lock(), told, "it was taken out");
     assert_eq!(manager.lost(), None);
 }
@@ -75,10 +75,10 @@ fn a_listener_that_follows_may_refuse() {
     let frozen = server.freezes(&manager);
     let refuser = Recorder::refusing("follows", &calls, section(5, 6), "no room");
     let followed = server.serve(|| frozen.follow(refuser).unwrap(), 1);
-    let answer = server.event(section(4, 8), true);
+    let answer = server.event(section(4, 8), Populated);
     assert!(matches!(answer, ClientMessage::Refuse { .. }), "{answer:?}");
-    server.acked(section(8, 9), true);
-    server.settle(section(8, 9), true);
+    server.acked(section(8, 9), Populated);
+    server.settle(section(8, 9), Populated);
     let frozen = server.serve(|| followed.freeze().unwrap(), 60_000);
     assert_eq!(discarded(&frozen), [section(0, 8), section(9, NR)]);
     drop(server);
@@ -91,11 +91,11 @@ fn a_follower_that_is_dropped_is_told_nothing_any_more() {
     let frozen = server.freezes(&manager);
     let followed = server.serve(|| frozen.follow(Recorder::boxed("follows", &calls)).unwrap(), 1);
     drop(followed);
-    server.acked(section(0, 4), true);
+    server.acked(section(0, 4), Populated);
     assert_eq!(*calls.lock(), []);
     // Others at the same manager are.
     manager.register(section(0, NR), Recorder::boxed("stays", &calls)).unwrap();
-    server.acked(section(4, 5), true);
+    server.acked(section(4, 5), Populated);
     assert_eq!(calls.take().len(), 2);
 }
 
@@ -116,7 +116,7 @@ fn refused_to_thaw(answer: impl FnOnce(u64) -> ServerMessage + Send) -> FollowEr
         failed.reason
     });
     if manager.lost().is_none() {
-        server.acked(section(0, 4), true);
+        server.acked(section(0, 4), Populated);
     }
     assert_eq!(*calls.lock(), [], "it was taken out");
     reason
@@ -180,9 +180,9 @@ fn for_a_destination_it_follows_what_has_become_of_block_state() {
     let (mut server, manager) = pair();
     let calls = Calls::default();
     let frozen = manager.freeze(FreezeFor::Destination).unwrap();
-    server.acked(section(0, 4), true);
+    server.acked(section(0, 4), Populated);
     let followed = server.serve(|| frozen.follow(Recorder::boxed("follows", &calls)).unwrap(), 1);
-    server.acked(section(1, 2), false);
+    server.acked(section(1, 2), Discarded);
     assert_eq!(*calls.lock(), [("follows", false, section(1, 2))]);
     let frozen = followed.freeze().unwrap();
     assert_eq!(discarded(&frozen), [section(1, 2), section(4, NR)]);
@@ -197,7 +197,7 @@ fn a_freeze_that_another_still_holds_is_followed() {
     let second = server.serve(|| manager.freeze(FreezeFor::Source).unwrap(), 1);
     let followed = server.serve(|| first.follow(Recorder::boxed("follows", &calls)).unwrap(), 1);
     server.serve(|| second.thaw().unwrap(), 1);
-    server.acked(section(0, 4), true);
+    server.acked(section(0, 4), Populated);
     assert_eq!(*calls.lock(), [("follows", true, section(0, 4))]);
     server.serve(|| followed.check().unwrap(), 1);
 }
@@ -232,7 +232,7 @@ fn a_server_that_does_not_serve_the_guest_is_not_followed_for_a_destination() {
         follow.join().unwrap()
     });
     assert!(matches!(&not.reason, FollowError::Refused(reason) if reason == "no memory arrives"));
-    server.acked(section(0, 4), true);
+    server.acked(section(0, 4), Populated);
     assert_eq!(*calls.lock(), [], "it was taken out");
     not.frozen.thaw().unwrap();
     let (_server, before) = pair_in(MIN_VERSION, PATIENCE);

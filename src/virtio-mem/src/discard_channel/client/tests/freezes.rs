@@ -40,8 +40,8 @@ fn hold_freezes(
 #[test]
 fn a_freeze_is_renewed_by_itself() {
     let (mut server, manager) = pair();
-    server.acked(section(3, 5), true);
-    server.settle(section(3, 5), true);
+    server.acked(section(3, 5), Populated);
+    server.settle(section(3, 5), Populated);
     let (renewals, thread) = hold_freezes(server, 3000, |_| true);
     let frozen = manager.freeze(FreezeFor::Source).unwrap();
     let discarded: Vec<_> = frozen.discarded(section(0, NR)).collect();
@@ -108,7 +108,7 @@ fn a_freeze_of_which_the_server_says_that_it_has_ended_is_lost() {
         server.send(&ServerMessage::Thawed { freeze: 2 });
         server.send(&ServerMessage::Thawed { freeze: 1 });
         // An event after it, which is acknowledged after it was read.
-        server.acked(section(0, 1), true);
+        server.acked(section(0, 1), Populated);
         assert!(frozen.check().unwrap_err().0.contains("the server ended it"));
         // The server is told all the same.
         let thaw = scope.spawn(|| frozen.thaw().unwrap_err().0);
