@@ -11,7 +11,7 @@ use rustls::pki_types::{
     CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
 };
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{ParsedCertificate, VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore,
     ServerConfig, SignatureScheme,
@@ -28,6 +28,8 @@ struct Authority {
     revoked: Vec<CertificateRevocationListDer<'static>>,
     /// To be named in errors.
     path: PathBuf,
+    /// The file of what is revoked.
+    list: PathBuf,
 }
 
 impl Authority {
@@ -38,14 +40,15 @@ impl Authority {
             roots.add(certificate).map_err(|error| wrong(&path, error))?;
         }
         let list = dir.join("ca-crl.pem");
-        let revoked = match list.exists() {
-            true => CertificateRevocationListDer::pem_file_iter(&list)
-                .and_then(Iterator::collect)
-                .map_err(|error| wrong(&list, error))?,
-            false => Vec::new(),
-        };
+        let revoked = revocations(&list)?;
         let provider = Arc::new(ring::default_provider());
-        Ok(Self { provider, roots: Arc::new(roots), revoked, path })
+        Ok(Self { provider, roots: Arc::new(roots), revoked, path, list })
+    }
+
+    /// Which file the library refuses.
+    fn wrong(&self, error: VerifierBuilderError) -> TlsError {
+        let list = matches!(error, VerifierBuilderError::InvalidCrl(_));
+        wrong(if list { &self.list } else { &self.path }, error)
     }
 
     fn of_servers(&self) -> Result<Arc<WebPkiServerVerifier>, TlsError> {
@@ -54,7 +57,7 @@ impl Authority {
             .with_crls(self.revoked.iter().cloned())
             .only_check_end_entity_revocation()
             .build()
-            .map_err(|error| wrong(&self.path, error))
+            .map_err(|error| self.wrong(error))
     }
 
     fn of_clients(&self) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
@@ -63,8 +66,23 @@ impl Authority {
             .with_crls(self.revoked.iter().cloned())
             .only_check_end_entity_revocation()
             .build()
-            .map_err(|error| wrong(&self.path, error))
+            .map_err(|error| self.wrong(error))
     }
+}
+
+/// What is revoked, where there is such a file. One that is there and cannot be read, or has no list, is not taken for
+/// one by which nothing is revoked.
+fn revocations(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    if !path.try_exists().map_err(|error| wrong(path, error))? {
+        return Ok(Vec::new());
+    }
+    let read = CertificateRevocationListDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let found = read.map_err(|error| wrong(path, error))?;
+    if found.is_empty() {
+        return Err(wrong(path, "there is no revocation list in it"));
+    }
+    Ok(found)
 }
 
 fn wrong(path: &Path, why: impl ToString) -> TlsError {

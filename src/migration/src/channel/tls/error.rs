@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rustls::AlertDescription;
+use rustls::{AlertDescription, CertificateError};
 use thiserror::Error;
 
 /// Why TLS fails.
@@ -87,6 +87,15 @@ impl Role {
     pub(super) fn explain(&self, error: &rustls::Error) -> TlsError {
         let peer = self.peer();
         TlsError::Peer(match error {
+            rustls::Error::InvalidCertificate(CertificateError::Revoked) => format!(
+                "the {peer}'s certificate is refused: it is revoked by ca-crl.pem; give that side a new one"
+            ),
+            rustls::Error::InvalidCertificate(CertificateError::UnknownRevocationStatus) => {
+                format!(
+                    "the {peer}'s certificate is refused: ca-crl.pem has no list of the CA that issued it, so that it \
+                 is not known whether it is revoked"
+                )
+            }
             rustls::Error::InvalidCertificate(why) => {
                 let expected = match self {
                     Self::Client { expected } => expected,

@@ -16,6 +16,8 @@ use tempfile::TempDir;
 use super::*;
 use crate::channel::Sink;
 
+mod revoked;
+
 const LONG: Duration = Duration::from_secs(60);
 
 /// A CA, and what it signs.
