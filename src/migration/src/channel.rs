@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use descriptor::Descriptor;
+use descriptor::{Descriptor, speaks_tls};
 use patience::Patience;
 
 use crate::progress::Progress;
+use crate::stream::FormatError;
 pub use crate::sys::GatherWrite;
 pub use transport::{Ready, Transport};
 
@@ -205,8 +206,19 @@ impl Channel {
             match write(&*self.transport) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable()?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                done => return done,
+                done => return done.map_err(|error| self.explain(error)),
             }
+        }
+    }
+
+    /// Why a write failed, where a peer that wants TLS has said so before it closed.
+    fn explain(&self, error: io::Error) -> io::Error {
+        let broken = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
+        match self.transport.descriptor() {
+            Some(descriptor) if broken.contains(&error.kind()) && speaks_tls(descriptor) => {
+                io::Error::other(FormatError::Tls)
+            }
+            _ => error,
         }
     }
 
@@ -355,7 +367,10 @@ impl Sink for Channel {
     fn write_gathered(&mut self, gathered: &mut GatherWrite) -> io::Result<()> {
         let transport = Arc::clone(&self.transport);
         match transport.descriptor() {
-            Some(descriptor) => gathered.write_to(descriptor, self)?,
+            Some(descriptor) => {
+                let written = gathered.write_to(descriptor, self);
+                written.map_err(|error| self.explain(error))?;
+            }
             None => {
                 gathered.copy_out(COPY, &mut |bytes| {
                     self.check()?;

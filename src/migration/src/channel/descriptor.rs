@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 
 use super::transport::{Ready, Transport};
+use crate::stream::is_tls;
 
 /// A descriptor that does not block.
 #[derive(Debug)]
@@ -44,6 +46,13 @@ pub(super) fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
             other => return other != Ok(0),
         }
     }
+}
+
+/// Whether the peer of `fd` has said something of TLS, which is not read.
+pub(super) fn speaks_tls(fd: BorrowedFd<'_>) -> bool {
+    let (mut start, flags) = ([0; 2], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    let heard = rustix::net::recv(fd, &mut start[..], flags);
+    heard.is_ok_and(|(heard, _)| heard == start.len()) && is_tls(start)
 }
 
 impl Transport for Descriptor {

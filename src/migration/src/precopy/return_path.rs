@@ -12,7 +12,7 @@ use vmstate::wire::WireReader;
 use crate::channel::Channel;
 use crate::error::MigrationError;
 use crate::progress::Progress;
-use crate::stream::ReturnMessage;
+use crate::stream::{FormatError, ReturnMessage};
 
 /// Between two looks at the clock.
 const MOMENT: Duration = Duration::from_millis(20);
@@ -111,7 +111,7 @@ impl ReturnPath {
             return self.reason_of_break(error);
         }
         match self.check() {
-            Err(reason @ (MigrationError::Flooded { .. } | MigrationError::Refused(_))) => reason,
+            Err(reason) if is_reason(&reason) => reason,
             _ => error,
         }
     }
@@ -124,10 +124,10 @@ impl ReturnPath {
             match self.wait("memory was being sent") {
                 Ok(None | Some(ReturnMessage::Pong(_))) => {}
                 Ok(Some(message)) => match unexpected(Ok(message)) {
-                    reason @ MigrationError::Refused(_) => return reason,
+                    reason if is_reason(&reason) => return reason,
                     _ => break,
                 },
-                Err(reason @ MigrationError::Flooded { .. }) => return reason,
+                Err(reason) if is_reason(&reason) => return reason,
                 Err(_) => break,
             }
         }
@@ -253,6 +253,16 @@ fn is_broken(error: &MigrationError) -> bool {
         MigrationError::Io { source, .. } => matches!(source.kind(), BrokenPipe | ConnectionReset),
         _ => false,
     }
+}
+
+/// Whether it says why a channel failed.
+fn is_reason(error: &MigrationError) -> bool {
+    matches!(
+        error,
+        MigrationError::Flooded { .. }
+            | MigrationError::Refused(_)
+            | MigrationError::Format(FormatError::Tls)
+    )
 }
 
 /// Nothing follows a SHUT. What follows the acknowledgement of a switchover is for postcopy.

@@ -63,6 +63,12 @@ pub enum FormatError {
         /// What it starts with.
         found: u32,
     },
+    /// The other side speaks TLS.
+    #[error(
+        "what came is a record of TLS: the other side encrypts this channel, and this side does not; have both do \
+         it, or neither"
+    )]
+    Tls,
     /// It is of another version.
     #[error("migration stream of version {found}; only version 3 is understood")]
     Version {
@@ -132,6 +138,11 @@ pub enum FormatError {
         /// The byte.
         fill: u8,
     },
+}
+
+/// Whether a record of TLS 1.0 to 1.3 begins so. Nothing that is said in the clear does.
+pub(crate) fn is_tls(start: [u8; 2]) -> bool {
+    matches!(start, [0x14..=0x17, 3])
 }
 
 impl FormatError {

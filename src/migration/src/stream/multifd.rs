@@ -265,7 +265,11 @@ fn expect<R: WireRead + ?Sized>(
     let at = reader.offset();
     match reader.be32(what)? {
         found if found == wanted => Ok(()),
-        found => Err(FormatError::value(at, what, found)),
+        found => {
+            let [first, second, ..] = found.to_be_bytes();
+            let tls = at == 0 && super::is_tls([first, second]);
+            Err(if tls { FormatError::Tls } else { FormatError::value(at, what, found) })
+        }
     }
 }
 

@@ -139,7 +139,9 @@ fn hides_its_start(len: usize) -> bool {
 pub fn read_header(reader: &mut dyn WireRead) -> Result<Configuration, FormatError> {
     let found = reader.be32("the magic number of the stream")?;
     if found != MAGIC {
-        return Err(FormatError::Magic { found });
+        let [first, second, ..] = found.to_be_bytes();
+        let tls = super::is_tls([first, second]);
+        return Err(if tls { FormatError::Tls } else { FormatError::Magic { found } });
     }
     let found = reader.be32("the version of the stream")?;
     if found != VERSION {

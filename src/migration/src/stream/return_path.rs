@@ -154,6 +154,7 @@ impl ReturnMessage {
             (1..=7 | BLOCK_STATE | DISCARDED, _) => {
                 return Err(FormatError::value(offset, "length of a message", len));
             }
+            _ if super::is_tls(code.to_be_bytes()) => return Err(FormatError::Tls),
             _ => return Err(FormatError::value(offset, "message of the return path", code)),
         };
         if reader.offset() - start != len {

@@ -224,6 +224,22 @@ fn other_streams_are_named() {
 }
 
 /// A command of ours with these bytes behind its code.
+#[test]
+fn what_begins_as_a_record_of_tls_is_named_wherever_a_channel_begins() {
+    for first in 0x14..=0x17 {
+        let record = [&[first, 3, 1, 2, 0][..], &[1; 60]].concat();
+        let tls = |read: Result<(), FormatError>| {
+            assert!(matches!(read, Err(FormatError::Tls)), "{read:?}");
+        };
+        tls(read_header(&mut reader(&record)).map(drop));
+        tls(Greeting::read(&mut reader(&record)).map(drop));
+        tls(ReturnMessage::read(&mut reader(&record)).map(drop));
+    }
+    let other = [0x16, 4, 1, 2];
+    assert!(matches!(read_header(&mut reader(&other)), Err(FormatError::Magic { .. })));
+    assert!(matches!(Greeting::read(&mut reader(&other)), Err(FormatError::Value { .. })));
+}
+
 fn block_state(data: &[u8]) -> Vec<u8> {
     let mut bytes = b"\x08VM".to_vec();
     bytes.extend(u16::try_from(data.len()).unwrap().to_be_bytes());

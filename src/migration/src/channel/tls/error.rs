@@ -83,6 +83,15 @@ impl Role {
         }
     }
 
+    /// The peer said nothing before it closed.
+    pub(super) fn closed(&self) -> TlsError {
+        let peer = self.peer();
+        TlsError::Peer(format!(
+            "the {peer} closed the connection in the TLS handshake, and said nothing: see its message, and whether it \
+             speaks TLS on this channel"
+        ))
+    }
+
     /// What an error of the library means.
     pub(super) fn explain(&self, error: &rustls::Error) -> TlsError {
         let peer = self.peer();

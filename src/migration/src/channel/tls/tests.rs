@@ -17,6 +17,7 @@ use super::*;
 use crate::channel::Sink;
 
 mod revoked;
+mod whole;
 
 const LONG: Duration = Duration::from_secs(60);
 

@@ -122,8 +122,7 @@ impl State {
 
     /// Why a write failed: what the peer said before it closed, if it said anything.
     fn why(&mut self, socket: &Descriptor, role: &Role, error: io::Error) -> io::Error {
-        let broken = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
-        if !broken.contains(&error.kind()) {
+        if !is_broken(&error) {
             return error;
         }
         // What it sent as data is in the way of nothing: records are read until one is an alert.
@@ -142,6 +141,11 @@ impl State {
         }
         error
     }
+}
+
+/// Whether the peer has closed the connection.
+fn is_broken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 impl TlsTransport {
@@ -178,18 +182,13 @@ impl TlsTransport {
             };
             match done {
                 Ok(true) => {}
-                Ok(false) => {
-                    let peer = role.peer();
-                    let what = format!(
-                        "the {peer} closed the connection in the TLS handshake: see its message"
-                    );
-                    return Err(TlsError::Peer(what));
-                }
+                Ok(false) => return Err(role.closed()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let waited = socket.wait(wants, left.min(POLL));
                     waited.map_err(|source| TlsError::Io { what: "wait for a socket", source })?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_broken(&error) => return Err(role.closed()),
                 Err(source) => {
                     return Err(match source.downcast::<TlsError>() {
                         Ok(error) => error,
