@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -12,7 +13,7 @@ use rustix::fs::MemfdFlags;
 use super::*;
 use crate::dirty::DirtyTracker;
 use crate::handler::{PostcopySave, SaveHandler};
-use crate::page_bitmap::PageBitmap;
+use crate::page_bitmap::{PageBitmap, pages_touched};
 use crate::progress::Progress;
 use crate::stream::{Configuration, PageHeader};
 use crate::sys::GatherWrite;
@@ -23,9 +24,10 @@ mod elastic;
 
 const HUGE_PAGE: u64 = 2 << 20;
 
-/// Reports the pages that it is told.
+/// Reports the pages that it is told, as KVM's log does: until they are cleared, and then also forgets that they
+/// were written again meanwhile.
 #[derive(Clone, Default)]
-struct Told(Arc<Mutex<Vec<u64>>>);
+struct Told(Arc<Mutex<Vec<u64>>>, Arc<Mutex<BTreeSet<u64>>>);
 
 impl DirtyTracker for Told {
     fn start(&mut self, _populated: &[ByteRange]) -> io::Result<()> {
@@ -33,13 +35,21 @@ impl DirtyTracker for Told {
     }
 
     fn sync(&mut self, dirty: &mut PageBitmap) -> io::Result<()> {
-        for page in self.0.lock().unwrap().drain(..) {
+        let mut reported = self.1.lock().unwrap();
+        reported.extend(self.0.lock().unwrap().drain(..));
+        for &page in &*reported {
             dirty.set(page);
         }
         Ok(())
     }
 
-    fn clear(&mut self, _range: ByteRange) -> io::Result<()> {
+    fn clear(&mut self, range: ByteRange) -> io::Result<()> {
+        let mut written = self.0.lock().unwrap();
+        self.1.lock().unwrap().retain(|&page| {
+            let cleared = pages_touched(range).contains(&page);
+            written.retain(|&again| again != page || !cleared);
+            !cleared
+        });
         Ok(())
     }
 

@@ -28,6 +28,9 @@ impl SaveBlock {
 
     /// Tracks `range` from now on; what it has data for is sent.
     fn populate(&mut self, range: ByteRange) -> Result<(), MigrationError> {
+        // Pages that were reported before it was discarded are not dirty any more: a write to them would not be
+        // reported again, and be forgotten with what is cleared for others.
+        self.clear_before_read(&pages_touched(range))?;
         let tracked = self.tracker.populate(range);
         tracked.map_err(MigrationError::memory(self.block.id(), "track writes"))?;
         self.discarded.remove(pages_touched(range));

@@ -36,6 +36,21 @@ fn what_a_block_holds_when_it_is_plugged_is_sent() {
 }
 
 #[test]
+fn what_is_written_after_a_block_came_back_is_sent_though_it_was_reported_before() {
+    let mut pair = patient(&[1, 4]);
+    // Both are reported, and not cleared before they are read.
+    pair.step(Op::Write { block: 1, page: 0, byte: 1 });
+    pair.step(Op::Write { block: 4, page: 3, byte: 7 });
+    pair.step(Op::Sync);
+    pair.step(Op::Request { block: 4, plug: false });
+    pair.step(Op::Request { block: 4, plug: true });
+    pair.step(Op::Write { block: 4, page: 3, byte: 9 });
+    // Reading the first clears what is around it.
+    pair.step(Op::Iterate(1));
+    pair.switch().unwrap();
+}
+
+#[test]
 fn a_refusal_of_the_destination_is_one_of_the_request_and_says_why() {
     let mut pair = patient(&[1]);
     *pair.to.device().refuses.lock().unwrap() = Some(4);
