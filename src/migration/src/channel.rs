@@ -26,6 +26,8 @@ pub(crate) mod tls;
 mod transport;
 
 #[cfg(test)]
+pub(crate) mod delayed;
+#[cfg(test)]
 pub(crate) mod faulty;
 
 /// How often a wait asks whether it is cancelled.

@@ -141,6 +141,23 @@ impl Changes {
         self.state.lock().is_waited_for()
     }
 
+    /// Waits until a device waits, or until `ended`, of which [`tell_ended`](Self::tell_ended) tells.
+    #[cfg(test)]
+    pub(super) fn wait_for_request(&self, ended: impl Fn() -> bool) {
+        let mut state = self.state.lock();
+        while !state.is_waited_for() && !ended() {
+            let late = self.changed.wait_for(&mut state, crate::test_support::PATIENCE).timed_out();
+            assert!(!late, "a request does not come");
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn tell_ended(&self) {
+        // Not between a look at it and the wait.
+        drop(self.state.lock());
+        self.tell();
+    }
+
     /// As [`is_waited_for`](Self::is_waited_for), or for pages that are on their way.
     pub(super) fn holds_up(&self) -> bool {
         let state = self.state.lock();
@@ -169,6 +186,8 @@ impl Changes {
         let ticket = state.tickets;
         let (number, abandoned, result) = (None, false, None);
         state.populates.push(Populate { piece, ticket, number, abandoned, result });
+        #[cfg(test)]
+        self.tell();
         let deadline = Instant::now() + self.patience;
         loop {
             let index = state.populates.iter().position(|populate| populate.ticket == ticket);

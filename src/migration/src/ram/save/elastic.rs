@@ -44,6 +44,12 @@ impl SaveBlock {
 }
 
 impl RamSave {
+    /// What the device and this share, while block state may change.
+    #[cfg(test)]
+    pub(in crate::ram) fn shared(&self) -> Option<&Arc<Changes>> {
+        self.changes.as_ref()
+    }
+
     /// Has the managers tell of changes, where they can, instead of holding block state frozen.
     pub(super) fn follow_managers(&mut self, patience: Duration) -> Result<(), MigrationError> {
         let Self { blocks, listed, frozen: Some(frozen), changes, .. } = self else {

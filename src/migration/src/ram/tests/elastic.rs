@@ -2,7 +2,7 @@
 //! between them in the hands of the test.
 
 use std::collections::VecDeque;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 use ram_discard::MemoryState;
@@ -10,7 +10,9 @@ use vmstate::wire::WireReader;
 
 use super::*;
 use crate::MigrationError;
+use crate::channel::delayed::Delayed;
 use crate::handler::LoadHandler;
+use crate::ram::changes::Changes;
 use crate::stream::{
     BlockStateChange, Command, Record, SectionKind, put_continued, put_footer, read_footer,
     read_record,
@@ -52,6 +54,8 @@ enum Op {
     Hear(usize),
     /// The destination refuses to populate this block from now on.
     Refuse(Option<u64>),
+    /// So many bytes of what was sent over one of the channels for pages arrive.
+    Arrive(prop::sample::Index, usize),
 }
 
 /// A section of RAM with this payload.
@@ -79,6 +83,49 @@ fn assert_holds(side: &Side, model: &[Option<Vec<u8>>]) -> Result<(), TestCaseEr
     Ok(())
 }
 
+/// A guest's driver: a thread that asks its device to plug, one block at a time.
+struct Driver {
+    requests: mpsc::Sender<(usize, Option<Arc<Changes>>)>,
+    answers: mpsc::Receiver<Result<(), String>>,
+    /// Whether the last request is answered.
+    answered: Arc<AtomicBool>,
+}
+
+impl Driver {
+    fn start(device: &Arc<TestManager>) -> Self {
+        let (requests, asked) = mpsc::channel::<(_, Option<Arc<Changes>>)>();
+        let (answer, answers) = mpsc::channel();
+        let answered = Arc::new(AtomicBool::new(false));
+        let (device, done) = (Arc::clone(device), Arc::clone(&answered));
+        thread::spawn(move || {
+            for (block, changes) in asked {
+                let answered = device.plug(block);
+                // Before the answer, after which there may be another request.
+                done.store(true, Ordering::SeqCst);
+                if let Some(changes) = changes {
+                    changes.tell_ended();
+                }
+                // Fails when the test is over.
+                let _ = answer.send(answered);
+            }
+        });
+        Self { requests, answers, answered }
+    }
+
+    /// Asks, and returns when the engine is waited for, or there is an answer.
+    fn ask(&self, block: usize, save: &RamSave) {
+        self.answered.store(false, Ordering::SeqCst);
+        self.requests.send((block, save.shared().cloned())).unwrap();
+        if let Some(changes) = save.shared() {
+            changes.wait_for_request(|| self.is_answered());
+        }
+    }
+
+    fn is_answered(&self) -> bool {
+        self.answered.load(Ordering::SeqCst)
+    }
+}
+
 /// Both ends, with all that is on the way between them.
 struct Pair {
     from: Side,
@@ -91,12 +138,13 @@ struct Pair {
     /// Of each plugged block what its pages are filled with.
     model: Vec<Option<Vec<u8>>>,
     progress: Arc<Progress>,
-    /// The request of a guest that is under way.
-    plugs: Option<(usize, JoinHandle<Result<(), String>>)>,
+    driver: Driver,
+    /// The block that it is asking to plug.
+    plugs: Option<usize>,
     /// How long it waits for the destination.
     patience: Duration,
-    /// For pages, beside the main one.
-    channels: usize,
+    /// For pages, beside the main one: what decides when they arrive.
+    ways: Vec<Arc<Delayed>>,
 }
 
 impl Pair {
@@ -121,8 +169,10 @@ impl Pair {
         .unwrap();
         let loading = Arc::new(Progress::new());
         let mut load = RamLoad::new(Arc::clone(&to.blocks), ListOptions::default(), loading);
+        let mut ways = Vec::new();
         if channels != 0 {
-            let (near, far) = channels::pairs(channels, &progress);
+            let (near, far, between) = channels::pairs(channels, &progress);
+            ways = between;
             save = save.with_channels(near);
             load = load.with_channels(far);
             let configuration = channels::configuration();
@@ -138,6 +188,7 @@ impl Pair {
         assert!(SaveHandler::can_follow(&save) && LoadHandler::can_follow(&load));
         save.follow(patience).unwrap();
         let (stream, answers, plugs) = Default::default();
+        let driver = Driver::start(from.device());
         Self {
             from,
             to,
@@ -148,20 +199,15 @@ impl Pair {
             answers,
             model,
             progress,
+            driver,
             plugs,
             patience,
-            channels,
+            ways,
         }
     }
 
     /// Sends a section, and the changes after it.
     fn send(&mut self, kind: SectionKind, bytes: u64) {
-        if self.channels != 0 {
-            // Pages on other channels wait at a barrier for the main one.
-            while !self.stream.is_empty() {
-                self.deliver().unwrap();
-            }
-        }
         let section = section(kind, |out| match kind {
             SectionKind::End => self.save.complete(out).unwrap(),
             _ => self.save.iterate(out, bytes).unwrap(),
@@ -187,7 +233,11 @@ impl Pair {
         while !reader.is_at_end().unwrap() {
             match read_record(&mut reader)? {
                 Record::Continued { kind, section_id } => {
-                    self.load.load(kind, 4, &mut reader)?;
+                    // A section has nothing but barriers then, at which the pages before them are waited for.
+                    self.ways.iter().for_each(|way| way.set_open(true));
+                    let loaded = self.load.load(kind, 4, &mut reader);
+                    self.ways.iter().for_each(|way| way.set_open(false));
+                    loaded?;
                     read_footer(&mut reader, section_id)?;
                 }
                 Record::Command(Command::BlockState(change)) => {
@@ -208,44 +258,42 @@ impl Pair {
         }
     }
 
+    /// What the guest's request is answered, which waits no longer than the request does.
+    fn answer(&mut self) -> Option<(usize, Result<(), String>)> {
+        Some((self.plugs.take()?, self.driver.answers.recv().unwrap()))
+    }
+
     /// Why the guest's request was refused, once it is.
     fn refused(&mut self) -> String {
-        let (_, thread) = self.plugs.take().unwrap();
-        thread.join().unwrap().unwrap_err()
+        self.answer().unwrap().1.unwrap_err()
     }
 
     /// What became of a guest's request, once it is answered.
-    fn answered(&mut self, wait: bool) {
-        let ended = |(_, thread): &mut (usize, JoinHandle<_>)| wait || thread.is_finished();
-        if let Some((block, thread)) = self.plugs.take_if(ended)
-            && thread.join().unwrap().is_ok()
-        {
+    fn answered(&mut self) {
+        if let Some((block, Ok(()))) = self.answer() {
             self.model[block] = Some(vec![0; PAGES as usize]);
         }
     }
 
-    /// The guest asks to plug a block, and the engine sees to it until that is answered.
+    /// The guest asks to plug a block, and the engine is to see to it.
     fn plug(&mut self, block: usize) {
-        let device = Arc::clone(self.from.device());
-        let thread = thread::spawn(move || device.plug(block));
-        while !self.save.is_waited_for() && !thread.is_finished() {
-            thread::yield_now();
-        }
-        self.plugs = Some((block, thread));
+        self.driver.ask(block, &self.save);
+        self.plugs = Some(block);
     }
 
     fn step(&mut self, op: Op) {
         match op {
             Op::Request { block, plug: true } if self.model[block].is_none() => {
                 self.plug(block);
-                while let Some((_, thread)) = &self.plugs
-                    && !thread.is_finished()
-                {
+                while !self.driver.is_answered() {
                     self.send_changes();
                     self.deliver().unwrap();
                     self.hear();
+                    if self.stream.is_empty() && self.answers.is_empty() {
+                        break;
+                    }
                 }
-                self.answered(true);
+                self.answered();
             }
             Op::PlugInTime(block) if self.model[block].is_none() => {
                 self.plug(block);
@@ -253,7 +301,7 @@ impl Pair {
                 if block % 2 == 0 {
                     self.send_changes();
                 }
-                self.answered(true);
+                self.answered();
             }
             Op::Request { block, plug: false } if self.model[block].is_some() => {
                 self.from.device().unplug(block, &self.from.region).unwrap();
@@ -275,6 +323,7 @@ impl Pair {
             }
             Op::Deliver(records) => (0..records).for_each(|_| self.deliver().unwrap()),
             Op::Hear(answers) => (0..answers).for_each(|_| self.hear()),
+            Op::Arrive(channel, bytes) => channel.get(&self.ways).let_through(bytes),
             Op::Refuse(block) => *self.to.device().refuses.lock().unwrap() = block,
         }
     }
@@ -328,7 +377,7 @@ impl Pair {
     /// The channel breaks, and the guest is moved to another.
     fn retry(mut self) -> Result<Self, TestCaseError> {
         self.end()?;
-        Ok(Self::from(self.from, self.model, self.patience, self.channels))
+        Ok(Self::from(self.from, self.model, self.patience, self.ways.len()))
     }
 
     /// It ends wherever it is: the device serves its guest as before.

@@ -1,8 +1,5 @@
 //! Block state that changes while pages go over channels of their own.
 
-use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use super::*;
 use crate::channel::Channel;
 use crate::ram::load::ChannelBlocks;
@@ -16,12 +13,18 @@ pub(super) fn configuration() -> Configuration {
     }
 }
 
-/// Both ends of so many channels.
-pub(super) fn pairs(count: usize, progress: &Arc<Progress>) -> (PageChannels, PageChannels) {
-    let channel = |stream| Channel::new(stream, Arc::clone(progress)).unwrap();
-    let pair = || UnixStream::pair().unwrap();
-    let (near, far) = (0..count).map(|_| pair()).map(|(a, b)| (channel(a), channel(b))).unzip();
-    (PageChannels::new(near).unwrap(), PageChannels::new(far).unwrap())
+/// Both ends of so many channels, and what is between.
+pub(super) fn pairs(
+    count: usize,
+    progress: &Arc<Progress>,
+) -> (PageChannels, PageChannels, Vec<Arc<Delayed>>) {
+    let (mut near, mut far, mut ways) = (Vec::new(), Vec::new(), Vec::new());
+    for (writes, reads, way) in (0..count).map(|_| Delayed::pair()) {
+        near.push(Channel::over(Arc::new(writes), Arc::clone(progress)));
+        far.push(Channel::over(Arc::new(reads), Arc::clone(progress)));
+        ways.push(way);
+    }
+    (PageChannels::new(near).unwrap(), PageChannels::new(far).unwrap(), ways)
 }
 
 /// A pair with two channels, of which a request of the guest waits for as long as it takes.
@@ -36,12 +39,26 @@ fn write_all(pair: &mut Pair, block: usize, byte: u8) {
     pair.step(Op::Sync);
 }
 
+/// As of [`model::op`], with pages that arrive whenever they do, of which few are written often: they are sent again
+/// while they are on their way.
+fn op() -> impl Strategy<Value = Op> {
+    let few = |op| match op {
+        Op::Write { block, page, byte } => Op::Write { block: block % 4, page: page % 2, byte },
+        op => op,
+    };
+    let bytes = prop_oneof![1..6 * PAGE as usize, Just(usize::MAX)];
+    prop_oneof![
+        10 => model::op().prop_map(few),
+        4 => (any::<prop::sample::Index>(), bytes).prop_map(|(way, bytes)| Op::Arrive(way, bytes)),
+    ]
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
+    #![proptest_config(model::times(500))]
     #[test]
     fn both_ends_have_the_same_blocks_and_pages_when_these_go_over_channels_of_their_own(
         plugged in proptest::collection::btree_set(0..BLOCKS, 0..BLOCKS),
-        ops in proptest::collection::vec(model::op(), 0..60),
+        ops in proptest::collection::vec(op(), 0..80),
         breaks in proptest::option::weighted(0.3, 0..60usize),
         cancels in prop::bool::weighted(0.1),
     ) {

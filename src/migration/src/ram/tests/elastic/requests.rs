@@ -109,7 +109,7 @@ fn a_request_that_waits_when_the_migration_fails_is_done() {
     pair.plug(4);
     pair.send_changes();
     pair.save.cleanup();
-    pair.answered(true);
+    pair.answered();
     assert!(pair.model[4].is_some());
     pair.cancel().unwrap();
 }
