@@ -239,7 +239,16 @@ impl DirtyTracker for WriteProtect {
                 logging.protect(&self.mapping, part)?;
             }
         }
-        self.populated.insert(first, range);
+        // A sync costs a call for each range, so what adjoins is one.
+        let (mut start, mut end, mut at, mut after) = (range.start(), range.end(), first, first);
+        if let Some(next) = self.populated.get(first).filter(|next| next.start() == end) {
+            (end, after) = (next.end(), first + 1);
+        }
+        let before = first.checked_sub(1).map(|before| self.populated[before]);
+        if let Some(before) = before.filter(|before| before.end() == start) {
+            (start, at) = (before.start(), first - 1);
+        }
+        self.populated.splice(at..after, ByteRange::from_bounds(start, end));
         Ok(())
     }
 

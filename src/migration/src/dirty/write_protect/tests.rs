@@ -523,6 +523,8 @@ proptest! {
                 }
             }
         }
+        // Each range costs a sync a call.
+        prop_assert!(tracker.populated.windows(2).all(|pair| pair[0].end() < pair[1].start()));
         let (outside, within) = (range(16 * GRANULE, 17 * GRANULE), range(0, GRANULE));
         prop_assert!(tracker.populate(outside).is_err());
         prop_assert_eq!(tracker.populate(within).is_err(), populated[0]);
