@@ -225,27 +225,33 @@ impl Changes {
         }
     }
 
-    fn discard(&self, piece: Piece) {
+    /// All `pieces` of one change, which waits for [`FLUSH_PATIENCE`] at most, however many there are.
+    fn discard(&self, pieces: &[Piece]) {
         let mut state = self.state.lock();
         if state.phase == Phase::Ended {
             return;
         }
-        state.discards[piece.block].insert(piece.range);
+        pieces.iter().for_each(|piece| state.discards[piece.block].insert(piece.range));
         let deadline = Instant::now() + FLUSH_PATIENCE;
         state.waiting += 1;
-        while state.in_flight.iter().any(|page| page.overlaps(&piece)) {
-            if self.changed.wait_until(&mut state, deadline).timed_out() {
-                if state.in_flight.iter().any(|page| page.overlaps(&piece)) {
-                    state.noted.push(piece);
-                }
+        let mut left: Vec<Piece> = pieces.to_vec();
+        loop {
+            left.retain(|piece| state.is_in_flight(piece));
+            if left.is_empty() || self.changed.wait_until(&mut state, deadline).timed_out() {
                 break;
             }
         }
+        left.retain(|piece| state.is_in_flight(piece));
+        state.noted.extend(left);
         state.waiting -= 1;
     }
 }
 
 impl State {
+    fn is_in_flight(&self, piece: &Piece) -> bool {
+        self.in_flight.iter().any(|page| page.overlaps(piece))
+    }
+
     fn is_waited_for(&self) -> bool {
         let waits = |populate: &Populate| !populate.abandoned && populate.result.is_none();
         self.populates.iter().any(waits)
@@ -309,8 +315,39 @@ impl RamDiscardListener for Follower {
     }
 
     fn notify_discard(&mut self, section: Section) {
-        if let Some(piece) = self.piece(section) {
-            self.changes.discard(piece);
+        self.notify_discard_all(&[section]);
+    }
+
+    fn notify_discard_all(&mut self, sections: &[Section]) {
+        let pieces = sections.iter().filter_map(|&section| self.piece(section));
+        self.changes.discard(&pieces.collect::<Vec<_>>());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page_bitmap::bytes_of;
+    use crate::test_support::{BLOCK, PAGE, Side, wait_until};
+
+    #[test]
+    fn all_that_one_change_discards_waits_once_for_pages_on_their_way() {
+        let side = Side::new(&[0, 1, 2]);
+        let block = Arc::clone(side.blocks.get("vmem0").unwrap());
+        let changes = Arc::new(Changes::new(1, Duration::from_secs(60)));
+        let pages = BLOCK / PAGE;
+        for page in [0, pages, 2 * pages] {
+            changes.lock().gathered(Piece { block: 0, range: bytes_of(page..page + 1) });
         }
+        let mut follower = Follower::new(&changes, 0, 0, &block);
+        let sections = [0, 1, 2].map(|block| Section::new(block * BLOCK, BLOCK).unwrap());
+        std::thread::scope(|scope| {
+            scope.spawn(|| follower.notify_discard_all(&[sections[2], sections[0]]));
+            wait_until(|| changes.holds_up());
+            let taken = changes.lock().take_discards();
+            let ranges = [sections[0], sections[2]].map(|section| section.in_block(0).unwrap());
+            assert_eq!(taken, ranges.map(|range| Piece { block: 0, range }));
+            changes.flushed(|_| Arc::clone(&block));
+        });
     }
 }
