@@ -1,17 +1,20 @@
 //! The destination from LISTEN on: a thread takes the memory while another loads devices and lets
 //! the guest run, both of which may need pages of it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vmstate::wire::{WireRead, WireReader};
 
 use super::handover::Handover;
+use super::received::no_longer_outstanding;
 use super::return_channel::ReturnChannel;
 use super::{Channels, Reconnect};
 use crate::channel::Channel;
 use crate::error::MigrationError;
 use crate::lazy::{FaultHandler, LazyRam, PageSource};
 use crate::loader::out_of_place;
+use crate::page_bitmap::PageBitmap;
 use crate::postcopy::page_placer::PagePlacer;
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{Command, Record, ReturnMessage, read_footer, read_record};
@@ -215,6 +218,8 @@ impl Session<'_> {
     fn take_main(&self, reader: &mut WireReader<Channel>) -> Result<(), MigrationError> {
         let waits = || self.handover.may_wait(self.progress);
         let mut placer = PagePlacer::new(&waits);
+        // By block: what the source was told to be outstanding before it resumes.
+        let mut told = BTreeMap::new();
         loop {
             let at = reader.offset();
             if reader.is_at_end().map_err(MigrationError::io("read memory that arrives"))? {
@@ -230,6 +235,7 @@ impl Session<'_> {
                     let found = self.lazy.find(&block);
                     let outstanding = found.map(|index| self.lazy.outstanding_of(index));
                     self.back.send_received(&block, outstanding.as_ref(), at)?;
+                    told.extend(found.zip(outstanding));
                 }
                 Record::Command(Command::PostcopyResume) => {
                     self.back.send(&ReturnMessage::ResumeAck)?;
@@ -238,6 +244,8 @@ impl Session<'_> {
                     self.lazy.set_source(Some(Arc::clone(self.back) as Arc<dyn PageSource>));
                     let asked = self.lazy.request_again();
                     asked.map_err(MigrationError::io("ask for pages again"))?;
+                    // From here on the source is told of each discard by itself.
+                    self.tell_discarded(std::mem::take(&mut told));
                 }
                 Record::Command(Command::Ping(value)) => {
                     self.back.send(&ReturnMessage::Pong(value))?;
@@ -250,6 +258,16 @@ impl Session<'_> {
                         "not possible in postcopy",
                     ));
                 }
+            }
+        }
+    }
+
+    /// Tells what has been discarded since the source was `told` what is outstanding.
+    fn tell_discarded(&self, told: BTreeMap<usize, PageBitmap>) {
+        for (block, told) in told {
+            let now = self.lazy.outstanding_of(block);
+            for range in no_longer_outstanding(told, &now) {
+                self.back.discarded(self.lazy, block, range);
             }
         }
     }

@@ -1,7 +1,9 @@
 //! The bitmap of received pages, as it goes over the return path in recovery.
 
+use ram_discard::ByteRange;
+
 use crate::error::MigrationError;
-use crate::page_bitmap::PageBitmap;
+use crate::page_bitmap::{PageBitmap, bytes_of};
 use crate::stream::ReturnMessage;
 use vmstate::wire::{WireRead, WireWrite};
 
@@ -56,6 +58,23 @@ pub fn read(
         .ok_or_else(|| wrong(format!("the bitmap of block {block:?} is too long")))
 }
 
+/// What was outstanding when it was `told` and is not `now`: ranges in which nothing is outstanding, ascending. No more
+/// of them than there are gaps between outstanding pages.
+///
+/// # Panics
+///
+/// When the two are not of the same block.
+pub(super) fn no_longer_outstanding(mut told: PageBitmap, now: &PageBitmap) -> Vec<ByteRange> {
+    told.and_not(now);
+    let (mut ranges, mut page, end) = (Vec::new(), 0, told.nr_pages());
+    while let Some(start) = told.next_set(page, end) {
+        page = now.next_set(start, end).unwrap_or(end);
+        let last = told.runs(start..page).last().map_or(page, |run| run.end);
+        ranges.push(bytes_of(start..last));
+    }
+    ranges
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,5 +100,23 @@ mod tests {
         assert!(read(&mut reader, "ram", 64).is_err());
         let mut cut = WireReader::new(&bytes[8..bytes.len() - 1]);
         assert!(read(&mut cut, "ram", 70).is_err());
+    }
+    #[test]
+    fn what_is_no_longer_outstanding_is_told_in_as_few_ranges_as_there_are_gaps() {
+        let pages = |runs: &[std::ops::Range<u64>]| {
+            let mut bitmap = PageBitmap::new(200);
+            for run in runs {
+                bitmap.set_range(run.clone());
+            }
+            bitmap
+        };
+        let told = pages(&[3..5, 8..10, 64..130, 190..200]);
+        let now = |runs: &[std::ops::Range<u64>]| {
+            let ranges = no_longer_outstanding(told.clone(), &pages(runs));
+            ranges.into_iter().map(crate::page_bitmap::pages_touched).collect::<Vec<_>>()
+        };
+        assert_eq!(now(&[3..5, 8..10, 64..130, 190..200]), []);
+        assert_eq!(now(&[]), std::slice::from_ref(&(3..200)));
+        assert_eq!(now(&[4..5, 64..66, 195..197]), [3..4, 8..10, 66..195, 197..200]);
     }
 }

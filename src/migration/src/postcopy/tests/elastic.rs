@@ -1,6 +1,10 @@
 //! Guests that plug and unplug while their memory arrives.
 
+use std::io::{Read, Write};
+
+use super::steering::states_of;
 use super::*;
+use crate::stream::{Command, put_command};
 use crate::test_support::BLOCK;
 
 const PAGES: u64 = BLOCK / PAGE;
@@ -83,6 +87,73 @@ fn what_is_unplugged_costs_no_bytes_where_the_source_knows_of_that() {
     assert!(run.sent.normal + run.sent.duplicate < 64, "{:?}", run.sent);
     assert_eq!(run.sent.remaining, 0);
     assert_as_the_guest_has_it(&to, run);
+}
+
+/// Source and destination of a connection on which `then` is done when the source has heard what was received, and
+/// before the destination hears that it resumes.
+fn before_the_resume(then: impl FnOnce() + Send + 'static) -> (UnixStream, UnixStream) {
+    let (source, mut near) = UnixStream::pair().unwrap();
+    let (mut far, destination) = UnixStream::pair().unwrap();
+    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    thread::spawn(move || {
+        let _ = io::copy(&mut back_from, &mut back_to);
+        let _ = back_to.shutdown(std::net::Shutdown::Both);
+    });
+    let mut resume = Vec::new();
+    put_command(&mut resume, &Command::PostcopyResume);
+    let (mut then, mut buffer) = (Some(then), vec![0; 4096]);
+    thread::spawn(move || {
+        while let Ok(read @ 1..) = near.read(&mut buffer) {
+            // The source waits for an answer before and after it.
+            if buffer[..read] == resume
+                && let Some(then) = then.take()
+            {
+                then();
+            }
+            if far.write_all(&buffer[..read]).is_err() {
+                break;
+            }
+        }
+        let _ = far.shutdown(std::net::Shutdown::Both);
+    });
+    (source, destination)
+}
+
+#[test]
+fn what_is_unplugged_while_a_source_resumes_costs_no_bytes() {
+    let (from, to) = sides(true);
+    let mut expected = vec![UNREAD; 1024];
+    expected[600..620].fill(9);
+    // Little comes that is not asked for, before the channel ends and after that.
+    let parameters = Parameters {
+        max_postcopy_bandwidth: Some(4 * PAGE),
+        ..Parameters::new(Configuration::new("test"))
+    };
+    let both = [Arc::new(Progress::new()), Arc::new(Progress::new())];
+    let (source, mut active) = (Arc::clone(&both[0]), 0);
+    let states = states_of(both[0].subscribe(1000), move |status| {
+        active += usize::from(status == Status::PostcopyActive);
+        if status == Status::PostcopyActive && active == 1 {
+            source.pause_postcopy().unwrap();
+        }
+    });
+    let (device, region) = (Arc::clone(to.device()), to.region.try_clone().unwrap());
+    let resumes = before_the_resume(move || {
+        for block in [1, 4, 5] {
+            device.unplug(block, &region).unwrap();
+        }
+    });
+    let channels = [UnixStream::pair().unwrap(), resumes];
+    let channels = channels.map(|(near, far)| (near.into(), far.into())).into();
+    let how = (SwitchWhen::AtOnce, false);
+    let run = migrate_told(&both, parameters, &from, &to, (expected, None), how, channels);
+    run.outgoing.unwrap();
+    run.incoming.unwrap();
+    assert!(states.join().unwrap().contains("postcopy-paused"));
+    assert_eq!((run.wrong, run.sent.postcopy_recoveries), (0, 1));
+    // Else it were all of them: 64 pages of block 1 and 54 of block 4.
+    assert!(run.sent.normal + run.sent.duplicate < 64, "{:?}", run.sent);
+    assert_eq!((to.leaked(), run.sent.remaining), (Vec::new(), 0));
 }
 
 #[test]

@@ -6,7 +6,10 @@ use crate::{Event, Events, ParameterChange, SteeringError};
 const PAGES: u64 = 64;
 
 /// The states of a migration to its end, by QEMU's names, each of which is told to `react`.
-fn states_of(events: Events, mut react: impl FnMut(Status) + Send + 'static) -> JoinHandle<String> {
+pub(super) fn states_of(
+    events: Events,
+    mut react: impl FnMut(Status) + Send + 'static,
+) -> JoinHandle<String> {
     thread::spawn(move || {
         let mut states = Vec::new();
         while let Some(event) = events.next_within(PATIENCE) {
