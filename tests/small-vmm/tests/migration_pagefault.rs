@@ -6,12 +6,14 @@ use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
 
+
 use small_vmm::guest::{Command, State};
 use small_vmm::memory::data_ranges;
+use small_vmm::migration::{MigrateOptions, PostcopyOptions, When};
 use small_vmm::relay::Relay;
 
 use common::postcopy::{assert_completed, relay, wait_on_the_way};
-use common::{BLOCK, Host, MIB, PATIENCE, PLUGGED, REGION, TOUCHED};
+use common::{BLOCK, Host, MIB, PATIENCE, PLUGGED, REGION, TOUCHED, to_address, wait_until};
 
 /// What a daemon logs that waits for pages.
 const ADVISED: &str = "gets the page faults of this process (postcopy)";
@@ -50,12 +52,18 @@ fn assert_plugs(to: &mut Host) {
 /// may look for the destination itself afterwards, if `recovers`.
 fn on_the_way(recovers: bool) -> (Host, Host, Relay) {
     let (mut from, mut to) = (Host::with_guest(), Host::waiting_with_pagefault());
+    let relay = send_over(&mut from, &mut to, recovers);
+    (from, to, relay)
+}
+
+/// Sends the guest to a destination that waits, until part of its memory is held back.
+fn send_over(from: &mut Host, to: &mut Host, recovers: bool) -> Relay {
     let address = to.listen_in_postcopy();
-    let relay = relay(&to, &address);
+    let relay = relay(to, &address);
     relay.hold_after(TOUCHED / 2);
     from.go_first(relay.address(), recovers.then_some(address));
-    wait_on_the_way(&mut from, &relay);
-    (from, to, relay)
+    wait_on_the_way(from, &relay);
+    relay
 }
 
 #[test]
@@ -190,6 +198,38 @@ fn a_daemon_that_is_gone_when_all_memory_has_arrived_is_no_reason_to_fail() {
     to.assert_guest_runs();
     to.daemon.restart().unwrap();
     to.vmm.tell(Command::Reconnect).unwrap();
+    assert_plugs(&mut to);
+    to.vmm.quit().unwrap();
+}
+
+/// An attempt that fails when the daemon over there has memory that was to arrive: it is reset after its blocks came.
+fn fail_after_listen(from: &mut Host, to: &mut Host) {
+    let address = to.listen_in_postcopy();
+    let postcopy = Some(PostcopyOptions { when: When::Told, recover: None });
+    let max_bandwidth = Some(TOUCHED / 8);
+    from.begin(MigrateOptions { max_bandwidth, postcopy, ..to_address(&address) });
+    let plugged = |to: &Host| to.daemon.api().device().unwrap()["plugged_size"].clone();
+    wait_until("its blocks do not come", || plugged(to) == PLUGGED);
+    assert!(to.daemon.api().system_reset().unwrap().is_success());
+    from.vmm.tell(Command::StartPostcopy).unwrap();
+    assert_eq!(from.outcome().status, "failed");
+    let error = to.outcome().error_desc.unwrap();
+    assert!(error.contains("blocks were changed while memory came"), "{error}");
+    assert!(to.daemon.wait_logged(ADVISED, PATIENCE), "{}", to.daemon.stderr());
+}
+
+#[test]
+fn a_daemon_that_starts_itself_anew_for_another_attempt_is_followed_from_its_beginning() {
+    let (mut from, mut to) = (Host::with_guest(), Host::waiting_with_pagefault());
+    fail_after_listen(&mut from, &mut to);
+    from.assert_guest_works();
+    let relay = send_over(&mut from, &mut to, false);
+    assert!(to.daemon.wait_logged("starting anew", PATIENCE), "{}", to.daemon.stderr());
+    grow(&mut to);
+    relay.hold_after(u64::from(u32::MAX));
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    from.assert_no_guest();
     assert_plugs(&mut to);
     to.vmm.quit().unwrap();
 }

@@ -26,8 +26,7 @@ pub(super) fn receive(
     let Expected { discard_aware, postcopy, links } = expected;
     let Channels { main, urgent } = recovery::accept(listener, postcopy, &links, progress)?;
     let pages = recovery::accept_pages(listener, &links, progress)?;
-    let (blocks, mut devices) = prepare(machine, discard_aware, postcopy)?;
-    let waits = share_memory(machine, postcopy)?;
+    let Prepared { blocks, mut devices, waits } = prepare(machine, discard_aware, postcopy)?;
     let list = ListOptions { postcopy, ..ListOptions::default() };
     let mut ram = RamLoad::new(Arc::clone(&blocks), list, Arc::clone(progress));
     if let Some(pages) = pages {
@@ -91,8 +90,7 @@ pub(super) fn restore(
     file: &Path,
     progress: Arc<Progress>,
 ) -> anyhow::Result<()> {
-    let (blocks, mut devices) = prepare(machine, true, false)?;
-    machine.share_memory()?;
+    let Prepared { blocks, mut devices, .. } = prepare(machine, true, false)?;
     let from = open(file)?;
     let restore = Restore {
         configuration: configuration(true, &Links::default()),
@@ -111,8 +109,7 @@ pub(super) fn restore_lazily(
     file: &Path,
     progress: Arc<Progress>,
 ) -> anyhow::Result<()> {
-    let (blocks, mut devices) = prepare(machine, true, true)?;
-    let waits = share_memory(machine, true)?;
+    let Prepared { blocks, mut devices, waits } = prepare(machine, true, true)?;
     let restore = Restore {
         configuration: configuration(true, &Links::default()),
         blocks,
@@ -147,19 +144,32 @@ fn open(file: &Path) -> anyhow::Result<File> {
     File::open(file).with_context(|| format!("cannot open {}", file.display()))
 }
 
+/// What a guest finds that comes.
+struct Prepared {
+    blocks: Arc<RamBlocks>,
+    devices: MachineDevices,
+    /// Whether the daemon waits for memory that arrives.
+    waits: bool,
+}
+
 /// Memory and devices as they were at the start, whatever an earlier attempt has left.
 fn prepare(
     machine: &Arc<Machine>,
     discard_aware: bool,
     arriving: bool,
-) -> anyhow::Result<(Arc<RamBlocks>, MachineDevices)> {
+) -> anyhow::Result<Prepared> {
     machine.await_guest()?;
     machine.tear_down_ring()?;
     machine.expect_memory(arriving);
-    let blocks = Arc::new(blocks::blocks(machine, discard_aware)?);
-    let mut devices = MachineDevices::of_destination(machine, arriving)?;
-    if let (true, Some(region)) = (discard_aware, blocks.get(REGION)) {
-        devices.guard(region)?;
-    }
-    Ok((blocks, devices))
+    // First: a daemon that is connected to anew for that may start itself anew, without the clients of its discard channel.
+    let waits = share_memory(machine, arriving)?;
+    let prepare = || {
+        let blocks = Arc::new(blocks::blocks(machine, discard_aware)?);
+        let mut devices = MachineDevices::of_destination(machine, arriving)?;
+        if let (true, Some(region)) = (discard_aware, blocks.get(REGION)) {
+            devices.guard(region)?;
+        }
+        Ok(Prepared { blocks, devices, waits })
+    };
+    prepare().inspect_err(|_| give_up(machine))
 }

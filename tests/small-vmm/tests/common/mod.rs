@@ -7,7 +7,7 @@ pub mod relay;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use small_vmm::daemon::{Daemon, DaemonOptions};
 use small_vmm::guest::Command;
@@ -38,6 +38,15 @@ pub fn small_vmm() -> &'static Path {
 pub fn daemon_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| find_daemon(small_vmm()).unwrap())
+}
+
+/// Waits for something that comes, unless it is broken.
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "{what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// A migration without limits.
