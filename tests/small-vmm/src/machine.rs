@@ -3,6 +3,7 @@
 
 mod daemon_link;
 mod daemon_postcopy;
+mod serves;
 
 use std::ops::Range;
 use std::path::PathBuf;

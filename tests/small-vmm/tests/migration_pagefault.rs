@@ -3,14 +3,17 @@
 mod common;
 
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ram_discard::{MemoryState, RamDiscardManager, Section};
 
 use small_vmm::guest::{Command, State};
 use small_vmm::memory::data_ranges;
 use small_vmm::migration::{MigrateOptions, PostcopyOptions, When};
 use small_vmm::relay::Relay;
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use common::postcopy::{assert_completed, relay, wait_on_the_way};
 use common::{BLOCK, Host, MIB, PATIENCE, PLUGGED, REGION, TOUCHED, to_address, wait_until};
@@ -157,9 +160,43 @@ fn a_daemon_that_is_started_again_in_postcopy_waits_for_pages_as_the_one_before(
     to.daemon.restart().unwrap();
     to.vmm.tell(Command::Reconnect).unwrap();
     assert!(to.daemon.wait_logged(ADVISED, PATIENCE), "{}", to.daemon.stderr());
-    // It has what was plugged, and no client that follows: nothing changes.
+    // It has what was plugged, and is followed again: more is plugged before all has arrived.
     let answered = to.vmm.tell(Command::AskState { offset: 0, size: PLUGGED + BLOCK }).unwrap();
     assert_eq!((answered.state, &answered.lost), (Some(State::Plugged), &None));
+    assert!(to.daemon.api().resize(PLUGGED + 2 * BLOCK).unwrap().is_success());
+    let report = to.vmm.tell(Command::Settle { requested: PLUGGED + 2 * BLOCK }).unwrap();
+    assert_eq!((report.lost, report.blocks_stay), (None, None));
+    // It is zeros at once.
+    to.vmm.tell(Command::Look { offset: PLUGGED, size: 2 * BLOCK }).unwrap();
+    assert!(relay.is_holding());
+    assert_eq!(to.vmm.migration().unwrap().status, "postcopy-active");
+    relay.hold_after(u64::from(u32::MAX));
+    assert_completed(&mut from);
+    assert_completed(&mut to);
+    from.assert_no_guest();
+    assert_plugs(&mut to);
+    // What it has looked at is there, too.
+    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED + 2 * BLOCK);
+    to.vmm.quit().unwrap();
+}
+
+#[test]
+fn a_daemon_that_has_other_blocks_when_it_is_started_again_is_busy_until_all_has_arrived() {
+    let (mut from, mut to, relay) = killed_on_the_way();
+    let reason = to.vmm.report().unwrap().blocks_stay;
+    assert!(reason.is_some(), "nothing is followed while there is no daemon");
+    to.daemon.restart().unwrap();
+    // As many blocks, of which the guest knows one, and the device another.
+    let stream = UnixStream::connect(to.daemon.discard_socket()).unwrap();
+    let client = RemoteRamDiscardManager::attach(stream, PATIENCE).unwrap();
+    for (offset, state) in
+        [(PLUGGED, MemoryState::Discarded), (REGION - BLOCK, MemoryState::Populated)]
+    {
+        client.follow_source(Section::new(offset, BLOCK).unwrap(), state).unwrap();
+    }
+    let report = to.vmm.tell(Command::Reconnect).unwrap();
+    let reason = report.blocks_stay.unwrap();
+    assert!(reason.starts_with("the daemon has other blocks than its guest"), "{reason}");
     wait_busy(&mut to);
     assert!(relay.is_holding());
     relay.hold_after(u64::from(u32::MAX));
@@ -167,7 +204,8 @@ fn a_daemon_that_is_started_again_in_postcopy_waits_for_pages_as_the_one_before(
     assert_completed(&mut to);
     from.assert_no_guest();
     assert_plugs(&mut to);
-    assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
+    let report = to.vmm.report().unwrap();
+    assert_eq!((report.resident, report.blocks_stay), (TOUCHED, None));
     to.vmm.quit().unwrap();
 }
 

@@ -144,6 +144,9 @@ pub struct Report {
     pub busy: u64,
     /// Why the device is of no use any more.
     pub lost: Option<String>,
+    /// Why the guest's blocks stay until its memory has arrived; nothing while they may change.
+    #[serde(default)]
+    pub blocks_stay: Option<String>,
     /// Descriptors of this process behind boot memory and the region.
     pub memory: Option<[i32; 2]>,
     /// Where a guest is waited for.

@@ -195,6 +195,7 @@ impl Session {
             served: answers.ack,
             busy: answers.busy,
             lost: machine.lost(),
+            blocks_stay: machine.blocks_stay(),
             memory: Some([fd(0)?, fd(region.start)?]),
             listening: self.migration.as_ref().and_then(Migration::listening).map(str::to_owned),
             migration: self.migration.as_ref().map(Migration::report),

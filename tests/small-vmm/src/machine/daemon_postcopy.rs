@@ -2,7 +2,6 @@
 //! the guest before all memory has arrived.
 
 use std::fmt;
-use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -10,12 +9,10 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use anyhow::{Context, ensure};
 use migration::MigrationError;
 use migration::lazy::{HandlerFailed, LazyRam, SharedFaults, SharedRange};
-use ram_discard::{
-    FollowedBlockState, FreezeFor, LocalRamDiscardManager, MemoryState, RamDiscardListener,
-    RamDiscardManager, Section,
-};
+use ram_discard::LocalRamDiscardManager;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
+use super::serves::Serves;
 use super::{Machine, Ring, lose};
 use crate::migration::id_at;
 use crate::protocol::Request;
@@ -29,66 +26,8 @@ pub(super) struct DaemonPostcopy {
     memory: Option<Arc<LazyRam>>,
     /// Answers its page faults.
     faults: Option<SharedFaults>,
-    /// What is to serve the guest once it runs, and knows of it.
+    /// Has it serve the guest once that runs.
     serves: Serves,
-}
-
-/// How the daemon serves the guest while memory arrives.
-#[derive(Default)]
-enum Serves {
-    /// Not before all has arrived.
-    #[default]
-    No,
-    /// Once the guest runs: the daemon, and this process's copy of the device, which the engine follows.
-    WhenRunning(Arc<RemoteRamDiscardManager>, Arc<LocalRamDiscardManager>),
-    /// The copy follows the daemon for as long as both are kept.
-    Followed { _followed: FollowedBlockState, _daemon: Arc<RemoteRamDiscardManager> },
-}
-
-/// Has a copy of the device do what the daemon does.
-struct DeviceCopy(Arc<LocalRamDiscardManager>);
-
-impl RamDiscardListener for DeviceCopy {
-    fn name(&self) -> &str {
-        "memory that arrives"
-    }
-
-    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
-        self.0.follow_source(section, MemoryState::Populated).map_err(|error| error.to_string())
-    }
-
-    fn notify_discard(&mut self, section: Section) {
-        if let Err(error) = self.0.follow_source(section, MemoryState::Discarded) {
-            eprintln!("small-vmm: {section} is discarded, and its pages still arrive: {error}");
-        }
-    }
-
-    /// The daemon populates nothing any more until all memory has arrived.
-    fn notify_lost(&mut self, reason: &str) {
-        eprintln!("small-vmm: the guest's blocks stay until its memory has arrived: {reason}");
-    }
-}
-
-impl Serves {
-    /// The guest is about to run, and the engine follows the copy.
-    fn begin(&mut self) -> anyhow::Result<()> {
-        let Self::WhenRunning(daemon, copy) = std::mem::take(self) else { return Ok(()) };
-        let frozen = daemon.freeze(FreezeFor::Destination)?;
-        let discarded = |manager: &dyn RamDiscardManager| -> anyhow::Result<Vec<Section>> {
-            let mut ranges = Vec::new();
-            if let Some(region) = Section::new(0, manager.region_size()) {
-                let _ = manager.replay_discarded(region, &mut |range| {
-                    ranges.push(range);
-                    ControlFlow::Continue(())
-                })?;
-            }
-            Ok(ranges)
-        };
-        ensure!(discarded(&*daemon)? == discarded(&*copy)?, "the daemon has other blocks");
-        let followed = frozen.follow(Box::new(DeviceCopy(copy)))?;
-        *self = Self::Followed { _followed: followed, _daemon: daemon };
-        Ok(())
-    }
 }
 
 impl fmt::Debug for DaemonPostcopy {
@@ -173,7 +112,7 @@ impl Machine {
     ) {
         // One without postcopy serves it when all memory has arrived.
         if let Some(postcopy) = &mut *self.daemon_postcopy() {
-            postcopy.serves = Serves::WhenRunning(daemon, copy);
+            postcopy.serves = Serves::when_running(daemon, copy);
         }
     }
 
@@ -184,9 +123,12 @@ impl Machine {
         let Some(postcopy) = postcopy.as_mut().filter(|postcopy| postcopy.memory.is_some()) else {
             return;
         };
-        if let Err(error) = postcopy.serves.begin() {
-            eprintln!("small-vmm: the guest's blocks stay until its memory has arrived: {error:#}");
-        }
+        postcopy.serves.begin();
+    }
+
+    /// Why the guest's blocks stay as they are until its memory has arrived, where they do.
+    pub fn blocks_stay(&self) -> Option<String> {
+        self.daemon_postcopy().as_ref()?.serves.reason()
     }
 
     /// Shares memory with a daemon that was connected to again: as outstanding memory, while it is.
@@ -200,9 +142,12 @@ impl Machine {
         );
         postcopy.advise(self)?;
         match postcopy.memory.clone() {
-            Some(memory) => postcopy.listen(self, &memory),
-            None => Ok(()),
+            Some(memory) => postcopy.listen(self, &memory)?,
+            None => return Ok(()),
         }
+        // Block state is frozen until then: it listens, and the ring is not started yet.
+        postcopy.serves.continue_with(|| crate::migration::attach(self));
+        Ok(())
     }
 
     /// Ends postcopy: all memory has arrived, or the guest continues at the source.

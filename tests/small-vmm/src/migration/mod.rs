@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::machine::Machine;
 pub(crate) use blocks::id_at;
 pub use report::{FaultReport, MigrationReport, RamReport};
+pub(crate) use source::attach;
 
 /// Differs when one side knows of discarded memory and the other does not.
 const CAPABILITY_IGNORE_DISCARDS: &str = "x-ignore-discards";

@@ -109,7 +109,7 @@ pub(super) fn snapshot(
 }
 
 /// Becomes a client of the daemon's discard channel.
-pub(super) fn attach(machine: &Machine) -> anyhow::Result<Arc<RemoteRamDiscardManager>> {
+pub(crate) fn attach(machine: &Machine) -> anyhow::Result<Arc<RemoteRamDiscardManager>> {
     let path = machine.options().discard_socket.as_deref();
     let path = path.context("block state cannot be frozen: there is no --discard-socket")?;
     let stream = UnixStream::connect(path)
