@@ -9,13 +9,15 @@
 //! How much is kept is bounded: one populate of a manager at a time, and discards by what is populated, since a
 //! range is populated again only by the engine, which takes all discards before that.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use ram_discard::{ByteRange, ExtentSet, OfBlock, RamDiscardListener, Section};
 
 use super::MigrationBlock;
+use crate::page_bitmap::{DiscardMask, pages_touched};
 
 /// How long a discard waits for pages that were gathered to be written.
 const FLUSH_PATIENCE: Duration = Duration::from_millis(100);
@@ -62,6 +64,9 @@ pub(super) struct Changes {
     state: Mutex<State>,
     changed: Condvar,
     patience: Duration,
+    /// Of each block, what was discarded while pages of it waited to be read. Held while some are: memory that is
+    /// gone cannot always be had again, and reading it would raise SIGBUS then.
+    gone: RwLock<Vec<DiscardMask>>,
 }
 
 pub(super) struct State {
@@ -90,7 +95,8 @@ impl Changes {
             waiting: 0,
             noted: Vec::new(),
         };
-        Self { state: Mutex::new(state), changed: Condvar::new(), patience }
+        let gone = RwLock::new(vec![DiscardMask::default(); nr_blocks]);
+        Self { state: Mutex::new(state), changed: Condvar::new(), patience, gone }
     }
 
     /// The engine's look: nothing changes while it is held.
@@ -126,6 +132,9 @@ impl Changes {
             return;
         }
         state.in_flight.clear();
+        if !state.noted.is_empty() {
+            self.gone.write().fill(DiscardMask::default());
+        }
         for Piece { block, range } in std::mem::take(&mut state.noted) {
             let block = blocks(block);
             if let Err(error) = block.sweep(range) {
@@ -134,6 +143,19 @@ impl Changes {
         }
         drop(state);
         self.tell();
+    }
+
+    /// Has `read` look at pages of a block that were gathered, in `runs`, without what has been discarded since: of that
+    /// nothing may be read any more.
+    pub(super) fn read<T>(
+        &self,
+        block: usize,
+        runs: &[Range<u64>],
+        read: impl FnOnce(&[Range<u64>]) -> T,
+    ) -> T {
+        let gone = self.gone.read();
+        let left = runs.iter().flat_map(|run| gone[block].populated(run.clone()));
+        read(&left.collect::<Vec<_>>())
     }
 
     /// Whether a device waits for the engine to send a change, or to hear of one.
@@ -242,6 +264,10 @@ impl Changes {
             }
         }
         left.retain(|piece| state.is_in_flight(piece));
+        if !left.is_empty() {
+            let mut gone = self.gone.write();
+            left.iter().for_each(|piece| gone[piece.block].add(pages_touched(piece.range)));
+        }
         state.noted.extend(left);
         state.waiting -= 1;
     }

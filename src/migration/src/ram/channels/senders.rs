@@ -16,6 +16,7 @@ use crate::channel::{Channel, GatherWrite, Interrupt, Sink};
 use crate::error::MigrationError;
 use crate::progress::{Counters, Progress};
 use crate::ram::MigrationBlock;
+use crate::ram::changes::Changes;
 use crate::stream::{
     Encoding, Greeting, PACKET_PAGES, PacketHead, TARGET_PAGE_SIZE, put_multifd_flush,
 };
@@ -28,6 +29,8 @@ pub(crate) struct Pages {
     pub block: Arc<MigrationBlock>,
     /// [`PACKET_PAGES`] at most.
     pub runs: Vec<Range<u64>>,
+    /// Where block state may change: what knows of it, and the block's index there.
+    pub(in crate::ram) changes: Option<(Arc<Changes>, usize)>,
 }
 
 enum Job {
@@ -321,19 +324,35 @@ impl<'a> Sender<'a> {
     }
 
     fn pages(&mut self, pages: &Pages) -> Result<(), MigrationError> {
+        let Pages { block, runs, changes } = pages;
+        match changes {
+            Some((changes, index)) => changes.read(*index, runs, |runs| self.gather(block, runs)),
+            None => self.gather(block, runs),
+        }
+    }
+
+    /// Gathers a packet, unless there is nothing left for one.
+    fn gather(
+        &mut self,
+        block: &MigrationBlock,
+        runs: &[Range<u64>],
+    ) -> Result<(), MigrationError> {
         self.offsets.clear();
         self.zeros.clear();
-        for page in pages.runs.iter().cloned().flatten() {
+        for page in runs.iter().cloned().flatten() {
             let offset = page * TARGET_PAGE_SIZE;
-            let is_zero = pages.block.is_sent_as_zeros(offset);
+            let is_zero = block.is_sent_as_zeros(offset);
             if is_zero { &mut self.zeros } else { &mut self.offsets }.push(offset);
+        }
+        if self.offsets.is_empty() && self.zeros.is_empty() {
+            return Ok(());
         }
         let (normal, zero) = (self.offsets.len(), self.zeros.len());
         self.offsets.append(&mut self.zeros);
         let compressed = match &mut self.compressor {
             Some(compressor) if normal != 0 => {
                 let level = self.shared.progress.steering.multifd_zstd_level();
-                let mapping = pages.block.mapping();
+                let mapping = block.mapping();
                 let offsets = &self.offsets[..normal];
                 // Copied before they are looked at: vCPUs may write them meanwhile.
                 compressor.compress(level, normal * TARGET_PAGE_SIZE as usize, |bytes| {
@@ -346,12 +365,12 @@ impl<'a> Sender<'a> {
             }
             _ => None,
         };
-        self.packet(pages.block.id(), false, normal, zero, compressed);
+        self.packet(block.id(), false, normal, zero, compressed);
         match (&self.compressor, compressed) {
             (Some(compressor), Some(len)) => self.gathered.push_bytes(compressor.compressed(len)),
             _ => {
                 for &offset in &self.offsets[..normal] {
-                    self.gathered.push_memory(pages.block.mapping(), offset, TARGET_PAGE_SIZE);
+                    self.gathered.push_memory(block.mapping(), offset, TARGET_PAGE_SIZE);
                 }
             }
         }
@@ -386,6 +405,9 @@ impl<'a> Sender<'a> {
     }
 
     fn write(&mut self) -> Result<(), MigrationError> {
+        if self.gathered.len_bytes() == 0 {
+            return Ok(());
+        }
         let before = self.channel.written();
         let written = self.channel.write_gathered(&mut self.gathered);
         let bytes = self.channel.written() - before;

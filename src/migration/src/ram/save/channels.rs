@@ -182,7 +182,8 @@ impl RamSave {
             runs.push(pages);
         }
         let pages = packet.map(|(index, count, runs)| {
-            (count, Pages { block: Arc::clone(&self.blocks[index].block), runs })
+            let changes = self.changes.clone().map(|changes| (changes, index));
+            (count, Pages { block: Arc::clone(&self.blocks[index].block), runs, changes })
         });
         Ok(pages)
     }

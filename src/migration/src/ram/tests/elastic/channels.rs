@@ -1,9 +1,14 @@
 //! Block state that changes while pages go over channels of their own.
 
+use std::os::unix::net::UnixStream;
+
+use vmstate::wire::WireRead;
+
 use super::*;
 use crate::channel::Channel;
 use crate::ram::load::ChannelBlocks;
-use crate::stream::CAPABILITY_MULTIFD;
+use crate::stream::{CAPABILITY_MULTIFD, Greeting, Packets};
+use crate::test_support::wait_until;
 
 pub(super) fn configuration() -> Configuration {
     Configuration {
@@ -101,6 +106,42 @@ fn a_discard_waits_at_a_barrier_for_pages_of_its_range_and_for_no_others() {
     pair.send_changes();
     assert_eq!(pair.stream.len(), 1);
     pair.switch().unwrap();
+}
+
+#[test]
+fn pages_that_wait_for_a_channel_that_is_stuck_are_not_read_once_they_are_discarded() {
+    let from = Side::elastic(&[0, 1, 4, 5]);
+    fill(&from.region, 0..2 * PAGES, 7);
+    fill(&from.region, 4 * PAGES..6 * PAGES, 7);
+    let progress = Arc::new(Progress::new());
+    let (near, far) = UnixStream::pair().unwrap();
+    let near = Channel::new(near, Arc::clone(&progress)).unwrap();
+    let tracker = |_: &MigrationBlock| Box::<Told>::default() as Box<dyn DirtyTracker>;
+    let save = RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
+    let mut save = save.unwrap().with_channels(PageChannels::new(vec![near]).unwrap());
+    save.configure(&configuration()).unwrap();
+    save.setup(&mut CountedStream::default()).unwrap();
+    save.follow(Duration::from_secs(60)).unwrap();
+    let (device, region) = (Arc::clone(from.device()), from.region.try_clone().unwrap());
+    let guest = thread::spawn(move || {
+        // The first packet is more than the socket takes, and the other waits behind it.
+        wait_until(|| progress.snapshot().remaining == 0);
+        device.unplug(4, &region).unwrap();
+        let mut reader = WireReader::new(far);
+        Greeting::read(&mut reader).unwrap();
+        let (mut packets, mut sent) = (Packets::default(), Vec::new());
+        for _ in 0..2 {
+            let head = packets.read_head(&mut reader).unwrap();
+            reader.skip(head.payload as u64, "pages").unwrap();
+            sent.extend(packets.normal_runs().chain(packets.zero_runs()));
+        }
+        sent
+    });
+    save.iterate(&mut CountedStream::default(), u64::MAX).unwrap();
+    let expected = [(0, 2), (5, 6)].map(|(from, to)| (from * BLOCK, to * BLOCK));
+    let expected = expected.map(|(from, to)| ByteRange::from_bounds(from, to).unwrap());
+    assert_eq!(guest.join().unwrap(), expected);
+    assert_eq!(from.held_of(4), 0);
 }
 
 #[test]
