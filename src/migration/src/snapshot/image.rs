@@ -1,8 +1,10 @@
 //! A snapshot under its name: whole, or not there.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,6 +17,9 @@ use crate::error::MigrationError;
 
 /// How many names are tried for the file that is written.
 const ATTEMPTS: usize = 16;
+
+/// The longest name of a file, bytes (NAME_MAX).
+const NAME_MAX: usize = 255;
 
 /// Has `write` write a snapshot to a new file in the folder of `path`, and gives it that name once it is
 /// on the disk; a file of that name is replaced. So what has the name is whole, whenever the host fails.
@@ -29,10 +34,12 @@ pub fn write_image(
     path: &Path,
     write: impl FnOnce(&File) -> Result<(), MigrationError>,
 ) -> Result<(), MigrationError> {
-    let image =
-        NewImage::create(path).map_err(MigrationError::io("create a file for the snapshot"))?;
+    let named =
+        |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let failed = MigrationError::io("create a file for the snapshot");
+    let image = NewImage::create(path).map_err(named).map_err(failed)?;
     write(image.file())?;
-    image.commit().map_err(MigrationError::io("give the snapshot its name"))
+    image.commit().map_err(named).map_err(MigrationError::io("give the snapshot its name"))
 }
 
 /// A file that has no name, or a temporary one, until it is whole. Dropped before that, it is gone.
@@ -50,11 +57,9 @@ impl NewImage {
     ///
     /// # Errors
     ///
-    /// When the folder does not take a file.
+    /// When the folder does not take a file, or what has the name is not a file that can be replaced.
     pub fn create(path: &Path) -> io::Result<Self> {
-        if path.file_name().is_none() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a folder, not a file"));
-        }
+        check_name(path)?;
         let nameless = File::options()
             .read(true)
             .write(true)
@@ -133,6 +138,25 @@ fn proc_path(file: &File) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
+/// Refuses a name that no image can have, before the image is written for nothing. What is neither a file nor
+/// a link to one is not given way to: a rename would put a file in the place of a device.
+fn check_name(path: &Path) -> io::Result<()> {
+    let refuse = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    if path.file_name().is_none() {
+        return refuse("a folder, not a file");
+    }
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => refuse("a folder has its name"),
+        Ok(found) if !found.is_file() && !found.is_symlink() => {
+            refuse("a device, pipe or socket has its name")
+        }
+        // What is wrong with the folder is told by creating a file in it.
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidFilename => Err(error),
+        Err(_) => Ok(()),
+    }
+}
+
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
@@ -155,20 +179,25 @@ fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
 /// A name beside `path` that most likely nothing has.
 fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
     // Process ids are the same in every container, so that time decides, and O_EXCL.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let count = NEXT.fetch_add(1, Ordering::Relaxed);
-    name.push(format!(".{:x}-{:x}-{count:x}.part", std::process::id(), now.as_nanos()));
-    Ok(folder_of(path).join(name))
+    let end = format!(".{:x}-{:x}-{count:x}.part", std::process::id(), now.as_nanos());
+    // A long name leaves no room for it.
+    let begin = name.len().min(NAME_MAX - end.len());
+    let mut name = name.as_bytes()[..begin].to_vec();
+    name.extend_from_slice(end.as_bytes());
+    Ok(folder_of(path).join(OsString::from_vec(name)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::FileExt;
+    use std::os::unix::fs::{FileExt, symlink};
+    use std::os::unix::net::UnixListener;
 
-    fn names(folder: &Path) -> Vec<std::ffi::OsString> {
+    fn names(folder: &Path) -> Vec<OsString> {
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
     }
 
@@ -220,11 +249,60 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         // A folder is not replaced.
-        fs::create_dir(&path).unwrap();
         for create in KINDS {
-            create(&path).commit().unwrap_err();
+            let image = create(&path);
+            fs::create_dir(&path).unwrap();
+            image.commit().unwrap_err();
             assert_eq!(names(dir.path()), ["image"]);
+            fs::remove_dir(&path).unwrap();
         }
-        assert!(path.is_dir());
+    }
+
+    #[test]
+    fn a_name_that_no_image_can_have_is_refused_before_one_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("folder")).unwrap();
+        let _socket = UnixListener::bind(dir.path().join("socket")).unwrap();
+        let long = "x".repeat(NAME_MAX + 1);
+        for (name, why) in [
+            ("folder", "a folder"),
+            ("socket", "a device"),
+            ("..", "a folder"),
+            (&long, "too long"),
+        ] {
+            let refused = NewImage::create(&dir.path().join(name)).unwrap_err().to_string();
+            assert!(refused.contains(why), "{name}: {refused}");
+        }
+        let path = dir.path().join("nowhere/image");
+        let refused = write_image(&path, |_| unreachable!("there is no file")).unwrap_err();
+        assert!(refused.to_string().contains(path.to_str().unwrap()), "{refused}");
+        assert_eq!(names(dir.path()).len(), 2);
+    }
+
+    #[test]
+    fn an_image_may_have_a_long_name_also_when_it_replaces_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = "x".repeat(NAME_MAX);
+        let path = dir.path().join(&name);
+        for create in KINDS {
+            for _ in 0..2 {
+                create(&path).commit().unwrap();
+                assert_eq!(names(dir.path()), [&*name]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_link_gives_way_to_an_image_and_what_it_leads_to_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("image"), dir.path().join("other"));
+        fs::write(&other, b"precious").unwrap();
+        for create in KINDS {
+            let _ = fs::remove_file(&path);
+            symlink(&other, &path).unwrap();
+            create(&path).commit().unwrap();
+            assert!(fs::symlink_metadata(&path).unwrap().is_file());
+            assert_eq!(fs::read(&other).unwrap(), b"precious");
+        }
     }
 }
