@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::MigrationError;
@@ -11,11 +12,15 @@ use crate::inspect::{PageIndex, PageMap, inspect_pages};
 use crate::ram::{ListOptions, MigrationBlock, RamBlocks};
 use crate::stream::{PageKind, TARGET_PAGE_SIZE};
 
+/// Where the kernel tells of its pools of huge pages.
+const POOLS: &str = "/sys/kernel/mm/hugepages";
+
 /// Bytes of memory that are told by one word of a bitmap.
 const WORD: u64 = 64 * TARGET_PAGE_SIZE;
 
 /// Fails when blocks of `blocks` need more huge pages for what `file` has of them than are to be had:
-/// those that are free, and those that their files hold, which are discarded first. Nothing is changed.
+/// those that are free, those that the pool may grow by, and those that their files hold, which are discarded
+/// first. Nothing is changed.
 ///
 /// What others have set aside looks as what the VMM itself has set aside for these blocks by mapping them
 /// without MAP_NORESERVE. So where it is enough with that, it is left to taking them. So is a file that
@@ -64,15 +69,15 @@ impl<'a> Need<'a> {
     fn check(self, page_size: u64) -> Result<(), MigrationError> {
         let Self { block, pages, held } = self;
         // A system that does not tell is found out when they are taken.
-        let Some(free) = free_pages(page_size) else { return Ok(()) };
-        if pages <= free + held {
+        let Some(free) = free_pages(Path::new(POOLS), page_size) else { return Ok(()) };
+        let had = free.saturating_add(held);
+        if pages <= had {
             return Ok(());
         }
         let what = format!(
-            "the guest needs {pages} huge pages of {} KiB, of which {} are to be had: free some, or have more of \
-             them (/proc/sys/vm/nr_hugepages)",
+            "the guest needs {pages} huge pages of {} KiB, of which {had} are to be had: free some, or have more \
+             of them (/proc/sys/vm/nr_hugepages)",
             page_size >> 10,
-            free + held
         );
         Err(MigrationError::memory(block.id(), "take huge pages")(io::Error::other(what)))
     }
@@ -84,11 +89,15 @@ fn held(block: &MigrationBlock) -> io::Result<u64> {
     Ok(block.ram().backing().file().metadata()?.blocks() * 512)
 }
 
-/// Huge pages of a size that are not in use, those set aside among them; `None` where the system does not
-/// tell.
-fn free_pages(page_size: u64) -> Option<u64> {
-    let path = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/free_hugepages", page_size >> 10);
-    fs::read_to_string(path).ok()?.trim().parse().ok()
+/// Huge pages of a size that are not in use, those set aside among them, and those that the kernel makes on
+/// demand; `None` where the system does not tell.
+fn free_pages(pools: &Path, page_size: u64) -> Option<u64> {
+    let pool = pools.join(format!("hugepages-{}kB", page_size >> 10));
+    let read = |name| fs::read_to_string(pool.join(name)).ok()?.trim().parse::<u64>().ok();
+    // Neither is there in every pool: pages of 1 GiB may have none of it.
+    let may_grow = read("nr_overcommit_hugepages").unwrap_or(0);
+    let has_grown = read("surplus_hugepages").unwrap_or(0);
+    Some(read("free_hugepages")?.saturating_add(may_grow.saturating_sub(has_grown)))
 }
 
 /// Which memory of a block the file has pages for, in words of its bitmap: runs, ascending.
@@ -160,5 +169,26 @@ mod tests {
         assert_eq!(words.pages_of(1 << 30), 1);
         assert_eq!(words.pages_of(WORD), 1 + 17 + 1);
         assert_eq!(Words::default().pages_of(2 << 20), 0);
+    }
+
+    #[test]
+    fn what_the_kernel_makes_on_demand_is_to_be_had() {
+        let pools = tempfile::tempdir().unwrap();
+        let pool = pools.path().join("hugepages-2048kB");
+        let has = |name: &str, pages: &str| fs::write(pool.join(name), pages).unwrap();
+        let free = || free_pages(pools.path(), 2 << 20);
+        assert_eq!(free(), None);
+        fs::create_dir(&pool).unwrap();
+        has("free_hugepages", "3\n");
+        assert_eq!(free(), Some(3));
+        has("nr_overcommit_hugepages", "10\n");
+        has("surplus_hugepages", "4\n");
+        assert_eq!(free(), Some(9));
+        // Fewer are allowed now than there were made before.
+        has("surplus_hugepages", "11\n");
+        assert_eq!(free(), Some(3));
+        has("nr_overcommit_hugepages", &u64::MAX.to_string());
+        has("surplus_hugepages", "0\n");
+        assert_eq!(free(), Some(u64::MAX));
     }
 }
