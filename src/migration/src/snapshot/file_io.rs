@@ -6,7 +6,7 @@ use std::ops::{Range, RangeInclusive};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, Builder};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::OFlags;
@@ -58,7 +58,7 @@ impl FileIo {
         self,
         work: impl Fn() -> Result<(), MigrationError> + Sync,
     ) -> Result<(), MigrationError> {
-        run_on(self.threads(), &work)
+        run_on(self.threads(), Builder::new, &work)
     }
 
     /// As [`run`](Self::run) on twice as many threads, of which no more than there are threads are in their
@@ -72,16 +72,27 @@ impl FileIo {
         work: impl Fn(&Turns) -> Result<(), MigrationError> + Sync,
     ) -> Result<(), MigrationError> {
         let turns = Turns { free: Mutex::new(self.threads()), freed: Condvar::new() };
-        run_on(2 * self.threads(), &|| work(&turns))
+        run_on(2 * self.threads(), Builder::new, &|| work(&turns))
     }
 }
 
+/// Runs `work` on so many threads, or on as many as the system gives (RLIMIT_NPROC, pids.max).
 fn run_on(
     threads: usize,
+    builder: impl Fn() -> Builder,
     work: &(impl Fn() -> Result<(), MigrationError> + Sync),
 ) -> Result<(), MigrationError> {
     thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut others = Vec::with_capacity(threads - 1);
+        for started in 1..threads {
+            match builder().spawn_scoped(scope, work) {
+                Ok(other) => others.push(other),
+                Err(error) => {
+                    tracing::warn!(%error, "pages are moved by {started} of {threads} threads");
+                    break;
+                }
+            }
+        }
         let mut result = work();
         for other in others {
             let joined = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -284,6 +295,7 @@ mod tests {
     use crate::test_support::memfd;
     use ram_discard::memory::HostMapping;
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, AtomicUsize};
 
     const MIB: u64 = 1 << 20;
 
@@ -403,6 +415,27 @@ mod tests {
         let caught =
             std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| one.run_in_turns(work)));
         assert!(caught.is_err());
+    }
+
+    #[test]
+    fn where_the_system_gives_no_more_threads_those_that_there_are_do_all() {
+        let mut all = PageBitmap::new(4000);
+        all.set_range(0..4000);
+        let pieces = Pieces::new(vec![&all]);
+        let (asked, moved) = (AtomicUsize::new(0), AtomicU64::new(0));
+        // The second one has a stack for which there are no addresses.
+        let builder = || match asked.fetch_add(1, Ordering::Relaxed) {
+            1 => Builder::new().stack_size(1 << 60),
+            _ => Builder::new(),
+        };
+        let work = || {
+            while let Some((_, run)) = pieces.next() {
+                moved.fetch_add(run.end - run.start, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        run_on(8, builder, &work).unwrap();
+        assert_eq!((asked.into_inner(), moved.into_inner()), (2, 4000));
     }
 
     #[test]
