@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use descriptor::{Descriptor, speaks_tls};
-use patience::Patience;
+use patience::{Patience, deadline};
 
 use crate::progress::Progress;
 use crate::stream::FormatError;
@@ -342,7 +342,7 @@ impl WritePolicy for Channel {
 
 impl Read for Channel {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let deadline = self.read_patience.map(|patience| Instant::now() + patience);
+        let deadline = self.read_patience.map(deadline);
         loop {
             // What had come by then is read first: on the main channel, the way back by which a failure is told.
             let interrupted = self.is_interrupted();

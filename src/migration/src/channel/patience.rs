@@ -1,7 +1,13 @@
 //! How long writes wait for a peer that reads slowly, or nothing.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// When a wait of so long ends that begins now. The longest that can be asked for ends after all of us.
+pub(crate) fn deadline(patience: Duration) -> Instant {
+    const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    Instant::now() + patience.min(LONGEST)
+}
 
 /// What a peer must read for patience not to end, bytes a second. At a tenth of it, memory of 1 GiB would
 /// be under way for two days.

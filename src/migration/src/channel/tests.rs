@@ -100,3 +100,12 @@ fn a_peer_that_has_gone_is_an_error_and_no_signal() {
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }));
 }
+
+#[test]
+fn a_read_may_wait_for_as_long_as_can_be_said() {
+    let (near, far) = UnixStream::pair().unwrap();
+    let mut channel = Channel::new(near, Arc::new(Progress::new())).unwrap();
+    channel.set_read_patience(Some(Duration::MAX));
+    drop(far);
+    assert_eq!(channel.read(&mut [0; 8]).unwrap(), 0);
+}

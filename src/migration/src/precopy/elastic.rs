@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::handlers::Handlers;
 use super::return_path::{ReturnPath, unexpected};
 use crate::channel::Channel;
+use crate::channel::patience::deadline;
 use crate::error::MigrationError;
 use crate::framing::{Framing, write};
 use crate::progress::Progress;
@@ -108,7 +109,7 @@ impl Elastic {
             return Ok(());
         };
         handlers.iter_mut().try_for_each(|handler| handler.freeze())?;
-        let deadline = Instant::now() + patience;
+        let deadline = deadline(patience);
         loop {
             self.serve(handlers, out, framing, back)?;
             // What it accepts now was refused here meanwhile, and is taken back.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use vmstate::wire::WireReader;
 
 use crate::channel::Channel;
+use crate::channel::patience::deadline;
 use crate::error::MigrationError;
 use crate::progress::Progress;
 use crate::stream::{FormatError, ReturnMessage};
@@ -143,7 +144,7 @@ impl ReturnPath {
         progress: &Progress,
         asked: &mut Asked<'_>,
     ) -> Result<(), MigrationError> {
-        let deadline = Instant::now() + patience;
+        let deadline = deadline(patience);
         loop {
             if progress.is_cancelled() {
                 return Err(MigrationError::Cancelled);
@@ -177,7 +178,7 @@ impl ReturnPath {
         last: &ReturnMessage,
         asked: &mut Asked<'_>,
     ) -> Result<(), MigrationError> {
-        let deadline = Instant::now() + patience;
+        let deadline = deadline(patience);
         let mut gave_up = false;
         loop {
             if !gave_up && Instant::now() >= deadline {

@@ -17,6 +17,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use ram_discard::{ByteRange, ExtentSet, OfBlock, RamDiscardListener, Section};
 
 use super::MigrationBlock;
+use crate::channel::patience::deadline;
 use crate::page_bitmap::{DiscardMask, pages_touched};
 
 /// How long a discard waits for pages that were gathered to be written.
@@ -210,7 +211,7 @@ impl Changes {
         state.populates.push(Populate { piece, ticket, number, abandoned, result });
         #[cfg(test)]
         self.tell();
-        let deadline = Instant::now() + self.patience;
+        let deadline = deadline(self.patience);
         loop {
             let index = state.populates.iter().position(|populate| populate.ticket == ticket);
             let Some(index) = index else { return Ok(()) };

@@ -110,6 +110,7 @@ fn connect(
 fn what_is_said_arrives_in_pieces_of_any_size_and_its_end_is_told_from_a_cut() {
     let dir = Dir::new(&Ca::new("ca"));
     let client = TlsClient::from_dir(&dir.path(), "there.example").unwrap();
+    let client = client.with_handshake_timeout(Duration::MAX);
     let server = TlsServer::from_dir_for(&dir.path(), "here.example").unwrap();
     let (here, there) = connect(client, server);
     let (mut here, mut there) = (here.unwrap(), there.unwrap());

@@ -13,6 +13,7 @@ use rustls::Connection;
 use super::error::{Role, TlsError};
 use crate::channel::POLL;
 use crate::channel::descriptor::Descriptor;
+use crate::channel::patience::deadline;
 use crate::channel::transport::{Ready, Transport};
 use crate::progress::Progress;
 
@@ -159,7 +160,7 @@ impl TlsTransport {
     ) -> Result<Self, TlsError> {
         connection.set_buffer_limit(Some(AT_ONCE));
         let mut state = State { connection, inbox: Inbox::default(), failed: None };
-        let deadline = Instant::now() + within;
+        let deadline = deadline(within);
         loop {
             let wants = match (state.connection.wants_write(), state.connection.is_handshaking()) {
                 (true, _) => Ready::Write,

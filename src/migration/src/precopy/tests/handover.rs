@@ -14,6 +14,25 @@ fn migrate_late(what: Late) -> Run {
 }
 
 #[test]
+fn patience_may_be_as_long_as_can_be_said() {
+    let (from, to) = (Side::new(&[0, 1]), Side::new(&[0, 1]));
+    fill(&from.region, 0..10, 1);
+    let parameters = Parameters {
+        switchover_timeout: Duration::MAX,
+        block_state_timeout: Some(Duration::MAX),
+        ..parameters()
+    };
+    let (script, progress) = (Script::default(), Arc::new(Progress::new()));
+    let (near, far) = UnixStream::pair().unwrap();
+    let channels = (near.into(), far.into());
+    let source = Witness::default();
+    let run = migrate_by(parameters, &from, &to, &script, source, progress, channels);
+    run.outgoing.unwrap();
+    run.incoming.unwrap();
+    assert_eq!(run.destination.log(), ["run"]);
+}
+
+#[test]
 fn a_destination_that_takes_too_long_to_take_the_guest_leaves_it() {
     let run = migrate_late(Late::There);
     assert_eq!(run.source.log(), ["freeze", "stop", "run", "thaw"]);
