@@ -10,29 +10,12 @@ use serde_json::json;
 
 use super::pages::memory_of;
 use super::program::{Ended, Pager};
-use super::vm::{Backend, Region, Shape, Start, Vm};
+use super::vm::{Backend, Shape, Start, VERIFIED_MIB, Vm};
 use crate::machine::Parts;
 use crate::report::Report;
-use crate::sizes::{GIB, MIB, human};
+use crate::sizes::{MIB, human};
 use crate::wait;
 
-/// Two devices; shared memory.
-const TWO: Shape = Shape {
-    cpus: 2,
-    regions: &[
-        Region { size: 8 * GIB, requested: 256 * MIB },
-        Region { size: 2 * GIB, requested: 128 * MIB },
-    ],
-    backend: Backend::Memfd,
-};
-/// One; QEMU's own memory.
-const ONE: Shape = Shape {
-    cpus: 1,
-    regions: &[Region { size: 8 * GIB, requested: 256 * MIB }],
-    backend: Backend::Anonymous,
-};
-/// What the verifier uses.
-const VERIFIED_MIB: u64 = 160;
 /// What the first device grows to in the end.
 const GROWN: u64 = 384 * MIB;
 /// So slow that the middle of a restore lasts.
@@ -42,8 +25,8 @@ const LIFE: Duration = Duration::from_millis(700);
 
 /// A guest that was saved while it was paused, so that its files are right for certain, in all ways.
 pub fn run(parts: &Parts<'_>, dir: &Path, report: &mut Report) -> Result<()> {
-    let images = Images::make(parts, TWO, &dir.join("two"))?;
-    let mut restores = Restores { parts, shape: TWO, dir, report, machines: 0 };
+    let images = Images::make(parts, Shape::TWO, &dir.join("two"))?;
+    let mut restores = Restores { parts, shape: Shape::TWO, dir, report, machines: 0 };
     restores.preempt("mapped-ram, preempt", &images.mapped)?;
     restores.one_channel("plain, one channel", &images.plain)?;
     restores.paused("paused, --qmp", &images.ours)?;
@@ -52,8 +35,8 @@ pub fn run(parts: &Parts<'_>, dir: &Path, report: &mut Report) -> Result<()> {
     let machines = restores.machines;
     images.remove()?;
 
-    let images = Images::make(parts, ONE, &dir.join("one"))?;
-    let mut restores = Restores { parts, shape: ONE, dir, report, machines };
+    let images = Images::make(parts, Shape::ONE, &dir.join("one"))?;
+    let mut restores = Restores { parts, shape: Shape::ONE, dir, report, machines };
     restores.preempt("anonymous, plain, preempt", &images.plain)?;
     restores.replay("anonymous, --replay", &images.ours)?;
     restores.killed("anonymous, killed three times", &images.mapped)?;

@@ -10,36 +10,19 @@ use serde_json::json;
 
 use super::pages::{compare, memory_of};
 use super::program::{Ended, Pager};
-use super::vm::{Backend, RAM, Region, Shape, Start, Vm};
+use super::vm::{RAM, Shape, Start, VERIFIED_MIB, Vm};
 use crate::machine::Parts;
 use crate::report::Report;
-use crate::sizes::{GIB, MIB, human};
+use crate::sizes::human;
 
-/// Two devices; shared memory.
-const TWO: Shape = Shape {
-    cpus: 2,
-    regions: &[
-        Region { size: 8 * GIB, requested: 256 * MIB },
-        Region { size: 2 * GIB, requested: 128 * MIB },
-    ],
-    backend: Backend::Memfd,
-};
-/// One; QEMU's own memory.
-const ONE: Shape = Shape {
-    cpus: 1,
-    regions: &[Region { size: 8 * GIB, requested: 256 * MIB }],
-    backend: Backend::Anonymous,
-};
-/// What the verifier uses.
-const VERIFIED_MIB: u64 = 160;
 /// A file of a guest that ran is not always good under TCG, QEMU's own neither (a page that changes while
 /// it is sent may be missed); of so many one must be.
 const ATTEMPTS: usize = 3;
 
 /// Saves that fail leave the guest running; then saves in all ways, which a QEMU loads without the pager.
 pub fn run(parts: &Parts<'_>, dir: &Path, report: &mut Report) -> Result<()> {
-    let vm = Vm::boot(parts, TWO, VERIFIED_MIB, &dir.join("two"))?;
-    let mut saves = Saves { parts, vm, shape: TWO, report, loads: 0 };
+    let vm = Vm::boot(parts, Shape::TWO, VERIFIED_MIB, &dir.join("two"))?;
+    let mut saves = Saves { parts, vm, shape: Shape::TWO, report, loads: 0 };
     saves.full_disk()?;
     saves.killed()?;
     saves.paused()?;
@@ -50,8 +33,8 @@ pub fn run(parts: &Parts<'_>, dir: &Path, report: &mut Report) -> Result<()> {
     let Saves { vm, .. } = saves;
     vm.stop();
 
-    let vm = Vm::boot(parts, ONE, VERIFIED_MIB, &dir.join("one"))?;
-    let mut saves = Saves { parts, vm, shape: ONE, report, loads: 0 };
+    let vm = Vm::boot(parts, Shape::ONE, VERIFIED_MIB, &dir.join("one"))?;
+    let mut saves = Saves { parts, vm, shape: Shape::ONE, report, loads: 0 };
     saves
         .running("running, one way", Way { qmp: false, capabilities: &[("return-path", false)] })?;
     saves.postcopy("postcopy, killed, --recover", &["postcopy-ram"], true)?;

@@ -20,6 +20,8 @@ use crate::wait;
 
 /// Memory that the guest boots with.
 pub const RAM: u64 = 384 * MIB;
+/// What the verifier uses.
+pub const VERIFIED_MIB: u64 = 160;
 /// Size of a block of virtio-mem.
 const BLOCK: u64 = 2 * MIB;
 
@@ -50,6 +52,25 @@ pub struct Shape {
     pub regions: &'static [Region],
     /// Of all memory.
     pub backend: Backend,
+}
+
+impl Shape {
+    /// Two devices; shared memory.
+    pub const TWO: Self = Self {
+        cpus: 2,
+        regions: &[
+            Region { size: 8 * GIB, requested: 256 * MIB },
+            Region { size: 2 * GIB, requested: 128 * MIB },
+        ],
+        backend: Backend::Memfd,
+    };
+
+    /// One; QEMU's own memory.
+    pub const ONE: Self = Self {
+        cpus: 1,
+        regions: &[Region { size: 8 * GIB, requested: 256 * MIB }],
+        backend: Backend::Anonymous,
+    };
 }
 
 /// How a machine begins.

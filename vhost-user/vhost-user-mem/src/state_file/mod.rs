@@ -79,16 +79,13 @@ impl StateFile {
         requested_size: u64,
         usable_region_size: u64,
     ) -> Result<Self, StateFileError> {
-        let io = |error| StateFileError::Io { path: path.to_owned(), error };
-        let boot = BootId::of_host().map_err(io)?;
-        let slot = Slot { seq: 1, requested_size, usable_region_size, ..Slot::default() };
-        let words = vec![0; layout::nr_words(geometry)];
-        let content = Content { geometry, boot, slot: &slot, words: &words };
-        // A link stays one, also if it points to a file that is not there yet.
-        let target = made::resolve(path).map_err(io)?;
-        let file = made::new(&target, &content).map_err(io)?;
-        left::remove(path, &file);
-        Ok(Self::made(Some(path.to_owned()), *geometry, boot, file, slot, words))
+        let make = |content: &Content<'_>| {
+            // A link stays one, also if it points to a file that is not there yet.
+            let file = made::new(&made::resolve(path)?, content)?;
+            left::remove(path, &file);
+            Ok(file)
+        };
+        Self::first(Some(path), geometry, requested_size, usable_region_size, make)
     }
 
     /// The same without a file: its content outlives this program, but not the process.
@@ -101,13 +98,24 @@ impl StateFile {
         requested_size: u64,
         usable_region_size: u64,
     ) -> Result<Self, StateFileError> {
-        let io = |error| StateFileError::Io { path: IN_MEMORY.into(), error };
+        Self::first(None, geometry, requested_size, usable_region_size, made::in_memory)
+    }
+
+    /// One with every block unplugged, in a file that `make` makes.
+    fn first(
+        path: Option<&Path>,
+        geometry: &Geometry,
+        requested_size: u64,
+        usable_region_size: u64,
+        make: impl FnOnce(&Content<'_>) -> io::Result<File>,
+    ) -> Result<Self, StateFileError> {
+        let named = || path.unwrap_or(Path::new(IN_MEMORY)).to_owned();
+        let io = |error| StateFileError::Io { path: named(), error };
         let boot = BootId::of_host().map_err(io)?;
         let slot = Slot { seq: 1, requested_size, usable_region_size, ..Slot::default() };
         let words = vec![0; layout::nr_words(geometry)];
-        let content = Content { geometry, boot, slot: &slot, words: &words };
-        let file = made::in_memory(&content).map_err(io)?;
-        Ok(Self::made(None, *geometry, boot, file, slot, words))
+        let file = make(&Content { geometry, boot, slot: &slot, words: &words }).map_err(io)?;
+        Ok(Self::made(path.map(Path::to_owned), *geometry, boot, file, slot, words))
     }
 
     fn made(
