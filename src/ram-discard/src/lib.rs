@@ -1,5 +1,6 @@
 //! RamDiscardManager: who may rely on which guest memory being there.
 //!
+//! Memory of a region is populated or discarded ([`MemoryState`]): its users may rely on it, or may not.
 //! As in QEMU there are three parts: a [`RamDiscardSource`] knows what is populated, the
 //! [`RamDiscardManager`] holds the listeners, and a [`RamDiscardListener`] is told. Listeners are
 //! told to populate in the order in which they registered and to discard in reverse, so that one

@@ -1,9 +1,11 @@
 //! `vmemctl`, the client of the management API.
 //!
 //! ```text
-//!   a person ──> command line ──> client ── HTTP on --api-socket ──> vhost-user-mem
-//!                    │
-//!                    └──> inspect: a migration stream or an image in a file, without a daemon
+//!   a person ───> command line ──> client ────── HTTP on --api-socket ──> vhost-user-mem
+//!                     │                                    ^
+//!   a browser ──────> ├──> ui: what its guard lets pass ───┘
+//!                     │
+//!                     └──> inspect: a migration stream or an image in a file, without a daemon
 //! ```
 //!
 //! - [`Args`]: the command line; [`execute`] carries it out.
