@@ -75,8 +75,8 @@ impl Side {
         self.manager.as_ref().unwrap()
     }
 
-    /// Pages that are held of a block.
-    pub(super) fn held_of(&self, block: usize) -> u64 {
+    /// Resident pages of a block.
+    pub(super) fn resident_of(&self, block: usize) -> u64 {
         let vmem = self.blocks.get("vmem0").unwrap();
         let (mut pages, range) = (0, ByteRange::new(block as u64 * BLOCK, BLOCK).unwrap());
         vmem.for_each_data(range, |data| pages += data.len() / PAGE).unwrap();
@@ -85,7 +85,8 @@ impl Side {
 
     /// Blocks that hold memory though they are not plugged.
     pub(super) fn leaked(&self) -> Vec<usize> {
-        let leaks = |block: &usize| !self.device().is_plugged(*block) && self.held_of(*block) != 0;
+        let leaks =
+            |block: &usize| !self.device().is_plugged(*block) && self.resident_of(*block) != 0;
         (0..16).filter(leaks).collect()
     }
 
@@ -98,7 +99,7 @@ impl Side {
         Self { region, boot: memfd(BLOCK), blocks: Arc::new(blocks), manager: None }
     }
 
-    pub(super) fn held(&self) -> (u64, u64) {
+    pub(super) fn resident(&self) -> (u64, u64) {
         let pages = |file: &File| file.metadata().unwrap().blocks() * 512 / PAGE;
         (pages(&self.region), pages(&self.boot))
     }

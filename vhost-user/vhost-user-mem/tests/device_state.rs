@@ -123,7 +123,7 @@ fn a_loaded_state_replaces_what_was_plugged_and_the_guest_is_told() {
     destination.frontend.get_vring_base(0).unwrap();
     let seen = destination.channel.as_ref().unwrap().config_changes();
     assert!(load(&destination.frontend, &state).unwrap());
-    assert_eq!(destination.held(4, 7), 0);
+    assert_eq!(destination.resident(4, 7), 0);
     assert_eq!(destination.plugged_size(), 3 * BLOCK);
     destination.frontend.start_ring(0, destination.driver.ring()).unwrap();
     assert!(destination.channel.as_ref().unwrap().wait_beyond(seen, common::PATIENCE));

@@ -114,7 +114,7 @@ fn a_refusal_makes_the_guest_busy_and_is_taken_back_everywhere() {
     let before = rig.frontend.config().unwrap();
     assert_eq!(rig.plug(2, 4), ResponseType::Busy);
     assert_eq!(rig.frontend.config().unwrap(), before);
-    assert_eq!(rig.held(1, REGION / BLOCK), 0);
+    assert_eq!(rig.resident(1, REGION / BLOCK), 0);
     let told = calls.take();
     assert!(told.iter().all(|call| call.2 == section(2, 6)));
     for names in [["a1", "a2"], ["b1", "b2"], ["c1", "c2"]] {
@@ -157,13 +157,13 @@ fn memory_goes_only_after_the_acknowledgement() {
     let mut rig = channel_rig();
     let client = attach(&rig.daemon);
     let (ram, seen) = (Arc::clone(&rig.ram), Arc::default());
-    let held = move || ram.resident_bytes(gpa(0)..gpa(4)).unwrap();
-    client.register(all(), Box::new(Looker(Box::new(held), Arc::clone(&seen)))).unwrap();
+    let resident = move || ram.resident_bytes(gpa(0)..gpa(4)).unwrap();
+    client.register(all(), Box::new(Looker(Box::new(resident), Arc::clone(&seen)))).unwrap();
     rig.plug(0, 4);
     rig.stamp(0, 4);
     assert_eq!(rig.unplug(1, 2), ResponseType::Ack);
     assert_eq!(*seen.lock().unwrap(), [4 * BLOCK]);
-    assert_eq!(rig.held(0, 4), 2 * BLOCK);
+    assert_eq!(rig.resident(0, 4), 2 * BLOCK);
 }
 
 #[test]

@@ -183,7 +183,7 @@ fn save(vm: &Vm, file: &File) -> (Result<(), MigrationError>, MigrationInfo) {
 
 fn resize(rig: &mut Rig) {
     assert_eq!(rig.unplug(0, 2), ResponseType::Ack, "block state is not frozen");
-    assert_eq!(rig.held(0, 2), 0, "its memory goes before the guest is answered");
+    assert_eq!(rig.resident(0, 2), 0, "its memory goes before the guest is answered");
     // Comes again as zeros, and another one, and both are written.
     assert_eq!(rig.plug(0, 1), ResponseType::Ack);
     assert_eq!(rig.plug(7, 1), ResponseType::Ack);

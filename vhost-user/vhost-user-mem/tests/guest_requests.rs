@@ -87,9 +87,9 @@ fn d23_d41_unplug_gives_memory_back_and_leaves_the_neighbours() {
     let mut rig = rig();
     rig.plug(0, 8);
     rig.stamp(0, 8);
-    assert_eq!(rig.held(0, 8), 8 * BLOCK);
+    assert_eq!(rig.resident(0, 8), 8 * BLOCK);
     assert_eq!(rig.unplug(2, 3), ResponseType::Ack);
-    assert_eq!((rig.held(2, 5), rig.held(0, 8)), (0, 5 * BLOCK));
+    assert_eq!((rig.resident(2, 5), rig.resident(0, 8)), (0, 5 * BLOCK));
     rig.assert_stamped(0, 2);
     rig.assert_stamped(5, 8);
     assert_eq!(rig.plug(2, 1), ResponseType::Ack);
@@ -110,7 +110,7 @@ fn d45_d46_d47_unplug_all_unplugs_everything_and_fits_the_usable_region() {
     assert_eq!(rig.driver.execute(garbage).unwrap().kind(), ResponseType::Ack);
     let after = rig.frontend.config().unwrap();
     assert_eq!((after.plugged_size, after.usable_region_size), (0, (256 << 20) + BLOCK));
-    assert_eq!(rig.held(0, REGION / BLOCK), 0);
+    assert_eq!(rig.resident(0, REGION / BLOCK), 0);
     assert!(channel.wait_beyond(seen, common::PATIENCE), "D9: the usable region has changed");
     assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Ack, "twice is once");
 }
@@ -244,7 +244,7 @@ fn f6_f7_f8_buffers_that_cannot_be_answered_execute_nothing() {
         assert_eq!(run_chain(&mut rig, &chain), 0, "{chain:?}");
         assert_eq!(rig.plugged_size(), 0, "{chain:?}");
     }
-    assert_eq!(rig.held(0, REGION / BLOCK), 0, "unplugged memory was not touched");
+    assert_eq!(rig.resident(0, REGION / BLOCK), 0, "unplugged memory was not touched");
     assert_eq!(run_chain(&mut rig, &[read(request, 24), write(response, 10)]), 10);
     assert_eq!(rig.plugged_size(), BLOCK);
 }
@@ -328,7 +328,7 @@ fn a_region_of_several_files_with_offsets_is_discarded_at_the_right_places() {
     let border = last / 4;
     rig.stamp(border - 4, border + 4);
     assert_eq!(rig.unplug(border - 2, 4), ResponseType::Ack);
-    assert_eq!(rig.held(border - 2, border + 2), 0);
+    assert_eq!(rig.resident(border - 2, border + 2), 0);
     rig.assert_stamped(border - 4, border - 2);
     rig.assert_stamped(border + 2, border + 4);
 }

@@ -224,7 +224,7 @@ fn tables_of_descriptors_in_unplugged_memory_are_not_read_and_the_queue_goes_on(
         rig.driver.ring_mut().add(&chain).unwrap();
         rig.driver.ring_mut().kick().unwrap();
         assert_eq!(rig.driver.complete().unwrap().len, 0, "{chain:?}");
-        assert_eq!(rig.held(1, REGION / BLOCK), 0, "{chain:?}");
+        assert_eq!(rig.resident(1, REGION / BLOCK), 0, "{chain:?}");
         assert_eq!(rig.plugged_size(), BLOCK, "{chain:?}");
     }
     // Where the memory is plugged, the same table makes a request.

@@ -46,7 +46,7 @@ fn the_map_shows_what_is_plugged_resident_and_discarded() {
     // A single byte is enough of a block.
     rig.ram.write(gpa(5) + BLOCK / 2, &[1]).unwrap();
     rig.ram.write(gpa(102) - 1, &[1]).unwrap();
-    let held = rig.held(0, REGION / BLOCK);
+    let before = rig.resident(0, REGION / BLOCK);
     let expected = json!([range(1, 3), range(5, 6), range(101, 102)]);
     assert_eq!(resident(&rig.daemon), expected);
     let map = vmemctl_blocks(&rig.daemon, &[]);
@@ -56,7 +56,7 @@ fn the_map_shows_what_is_plugged_resident_and_discarded() {
     let json: Value = serde_json::from_str(&vmemctl_blocks(&rig.daemon, &["--json"])).unwrap();
     assert_eq!(json["plugged"], json!([range(0, 6), range(100, 102)]));
     assert_eq!(json["resident"], expected);
-    assert_eq!(rig.held(0, REGION / BLOCK), held, "looking takes no memory");
+    assert_eq!(rig.resident(0, REGION / BLOCK), before, "looking takes no memory");
 
     assert_eq!(rig.unplug(1, 1), ResponseType::Ack);
     assert_eq!(resident(&rig.daemon)[0], range(2, 3));

@@ -135,7 +135,7 @@ impl Arriving {
         self.driver.unplug(gpa(block), nb_blocks).unwrap().kind()
     }
 
-    fn held(&self, first: u64, end: u64) -> u64 {
+    fn resident(&self, first: u64, end: u64) -> u64 {
         self.ram.resident_bytes(gpa(first)..gpa(end)).unwrap()
     }
 
@@ -187,11 +187,11 @@ fn what_is_plugged_is_zeros_and_what_is_unplugged_never_arrives() {
     guest.assert_stamped(0, 1);
     guest.assert_stamped(3, 4);
     assert_eq!((guest.byte(1, 9), guest.byte(PLUGGED, 9)), (0x77, 0x55));
-    assert_eq!(guest.held(2, 3), 0);
+    assert_eq!(guest.resident(2, 3), 0);
     let plugged = guest.manager.words().unwrap()[0];
     assert_eq!(plugged, 0b11_1011);
     assert_eq!(guest.unplug(0, 1), ResponseType::Ack);
-    assert_eq!(guest.held(0, 1), 0);
+    assert_eq!(guest.resident(0, 1), 0);
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn without_a_client_that_follows_no_block_is_plugged_until_all_has_arrived() {
     assert_eq!(guest.unplug(0, 1), ResponseType::Ack);
     guest.arrive();
     guest.assert_stamped(1, PLUGGED);
-    assert_eq!(guest.held(0, 1), 0);
+    assert_eq!(guest.resident(0, 1), 0);
     // From here on the client's word is not needed.
     assert_eq!(guest.plug(PLUGGED + 2, 1), ResponseType::Ack, "{}", guest.daemon.stderr());
     assert!(!guest.is_frozen());
@@ -267,6 +267,6 @@ fn pages_that_come_for_what_was_unplugged_unseen_are_discarded_in_the_end() {
     let _followed = frozen.follow(Recorder::boxed("copy", &Calls::default())).unwrap();
     assert_eq!(guest.unplug(1, 1), ResponseType::Ack);
     guest.arrive();
-    assert_eq!(guest.held(1, 2), 0);
+    assert_eq!(guest.resident(1, 2), 0);
     guest.assert_stamped(2, PLUGGED);
 }

@@ -12,7 +12,7 @@ use small_vmm::driver::ResponseType;
 fn astray(mut rig: Rig) -> Rig {
     assert_eq!(rig.plug(0, 2), ResponseType::Ack);
     rig.stamp(0, 4);
-    assert_eq!(rig.held(0, 8), 4 * BLOCK);
+    assert_eq!(rig.resident(0, 8), 4 * BLOCK);
     rig
 }
 
@@ -23,7 +23,7 @@ fn a_sweep_takes_what_is_stray_tells_of_it_and_leaves_what_is_plugged() {
     let mut events = api.events().unwrap();
     let swept = api.post("/v1/device/sweep").unwrap();
     assert_eq!((swept.status, swept.json()), (200, json!({ "swept_size": 2 * BLOCK })));
-    assert_eq!((rig.held(0, 2), rig.held(2, 8)), (2 * BLOCK, 0));
+    assert_eq!((rig.resident(0, 2), rig.resident(2, 8)), (2 * BLOCK, 0));
     rig.assert_stamped(0, 2);
     let told = loop {
         let event = events.next(PATIENCE).unwrap().unwrap();
@@ -43,7 +43,7 @@ fn a_sweep_takes_what_is_stray_tells_of_it_and_leaves_what_is_plugged() {
 fn sweeps_come_by_themselves_when_they_are_asked_for() {
     let rig = astray(rig_with(options().arg("--sweep-interval").arg("1s"), ram()));
     let start = Instant::now();
-    while rig.held(2, 8) != 0 {
+    while rig.resident(2, 8) != 0 {
         assert!(start.elapsed() < PATIENCE, "it is not swept");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
@@ -73,5 +73,5 @@ fn nothing_is_swept_while_migration_is_active_or_the_guest_is_stopped() {
     rig.assert_stamped(0, 4);
     assert!(api.set_migration(false).unwrap().is_success());
     assert_eq!(api.post("/v1/device/sweep").unwrap().status, 200);
-    assert_eq!((rig.held(0, 2), rig.held(2, 8)), (2 * BLOCK, 0));
+    assert_eq!((rig.resident(0, 2), rig.resident(2, 8)), (2 * BLOCK, 0));
 }

@@ -22,8 +22,12 @@ fn used() -> Arc<GuestRam> {
 /// Waits until the host holds nothing for a part of the region.
 fn wait_until_nothing_is_held(rig: &Rig) {
     let deadline = std::time::Instant::now() + PATIENCE;
-    while rig.held(0, 64) != 0 {
-        assert!(std::time::Instant::now() < deadline, "{:#x} bytes are held", rig.held(0, 64));
+    while rig.resident(0, 64) != 0 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{:#x} bytes are resident",
+            rig.resident(0, 64)
+        );
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
@@ -40,7 +44,7 @@ fn assert_discards_what_it_finds(options: DaemonOptions) {
     assert_zeros(&rig, 3, 5);
     rig.stamp(3, 5);
     assert_eq!(rig.driver.unplug_all().unwrap().kind(), ResponseType::Ack);
-    assert_eq!(rig.held(0, 64), 0);
+    assert_eq!(rig.resident(0, 64), 0);
 }
 
 #[test]

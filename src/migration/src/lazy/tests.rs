@@ -80,9 +80,9 @@ fn what_nothing_comes_for_is_zero_and_never_asked_for() {
     assert_eq!(sevens.asked.load(Ordering::Relaxed), 0);
     assert_eq!(read(&side, 49), 7);
     // Zeros that arrive take no memory, and are there when touched.
-    let held = side.held().0;
+    let before = side.resident().0;
     lazy.place_zeros(0, ByteRange::new(0, 40 * PAGE).unwrap()).unwrap();
-    assert_eq!((side.held().0, lazy.outstanding()), (held, 9));
+    assert_eq!((side.resident().0, lazy.outstanding()), (before, 9));
     assert_eq!(read(&side, 3), 0);
     // A page that was written meanwhile is not replaced by one that comes late.
     side.blocks.get("vmem0").unwrap().mapping().write(3 * PAGE, &[9; 16]);
@@ -91,7 +91,7 @@ fn what_nothing_comes_for_is_zero_and_never_asked_for() {
     lazy.place(0, 40 * PAGE, &[7; 9 * PAGE as usize]).unwrap();
     lazy.finish().unwrap();
     // What was read of discarded memory has been discarded again.
-    assert_eq!(side.held().0, 10 + 1 + 1);
+    assert_eq!(side.resident().0, 10 + 1 + 1);
 }
 
 #[test]

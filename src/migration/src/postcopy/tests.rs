@@ -349,13 +349,13 @@ fn the_guest_sees_its_memory_while_it_arrives_and_holes_stay_cheap() {
         // What was there before must not be seen.
         fill(&to.region, 64..70, 0xee);
         let channels = vec![UnixStream::pair().unwrap()];
-        let held = from.held();
+        let before = from.resident();
         let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, urgent, channels);
         run.outgoing.unwrap();
         run.incoming.unwrap();
         assert_eq!(run.wrong, 0);
         assert_eq!(run.sent.status, Status::Completed);
-        assert_eq!(from.held(), held);
+        assert_eq!(from.resident(), before);
         assert!(run.sent.normal >= 64 + 50 + 20 + 2);
         // The guest has read every page once: those of discarded memory are discarded again at the end
         // unless it reads them later still.

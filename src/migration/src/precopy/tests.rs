@@ -285,7 +285,7 @@ fn only_pages_that_exist_are_sent_and_nothing_is_allocated_for_the_rest() {
         writing.0.write(&writing.1, 700, 0xdd);
     });
     let source = Witness { last_words: Mutex::new(Some(last_words)), ..Witness::default() };
-    let held = from.held();
+    let before = from.resident();
     let run = migrate(&from, &to, &script, source);
     run.outgoing.unwrap();
     run.incoming.unwrap();
@@ -299,8 +299,8 @@ fn only_pages_that_exist_are_sent_and_nothing_is_allocated_for_the_rest() {
     assert_eq!(to.page(311), [0x31; 4096]);
     assert_eq!(to.page(640), [0; 4096]);
     // Sent, but zero at the end: page 80. Sent as zeros first: 311.
-    assert_eq!(to.held(), (32 + 10 - 1 + 1, 2));
-    assert_eq!(from.held(), (held.0 + 1, held.1));
+    assert_eq!(to.resident(), (32 + 10 - 1 + 1, 2));
+    assert_eq!(from.resident(), (before.0 + 1, before.1));
 
     assert_eq!(run.sent.status, Status::Completed);
     assert_eq!(run.sent.normal, 32 + 10 + 2 + 2);
@@ -331,7 +331,7 @@ fn a_vmm_that_does_not_look_for_holes_reads_allocates_and_sends_the_whole_region
         let run = migrate(&from, &to, &Script::default(), Witness::default());
         assert_eq!((run.sent.normal, run.sent.duplicate), (normal, pages - normal));
         assert_eq!((run.sent.discarded, run.sent.holes), (0, 0));
-        assert_eq!((from.held().0, to.held().0), (pages, normal));
+        assert_eq!((from.resident().0, to.resident().0), (pages, normal));
     }
 }
 

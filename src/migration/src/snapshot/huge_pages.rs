@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -46,8 +45,9 @@ pub(super) fn check(
         let pages = saved.get(block.id()).map_or(0, |words| words.pages_of(page_size));
         let need = pools.entry(page_size).or_insert_with(|| Need::of(block));
         need.pages += pages;
-        need.held += held(block).map_err(MigrationError::memory(block.id(), "look at its file"))?
-            / page_size;
+        let resident = block.ram().backing().resident_size();
+        need.resident +=
+            resident.map_err(MigrationError::memory(block.id(), "look at its file"))? / page_size;
     }
     pools.into_iter().try_for_each(|(page_size, need)| need.check(page_size))
 }
@@ -57,20 +57,21 @@ struct Need<'a> {
     /// The first block of them.
     block: &'a MigrationBlock,
     pages: u64,
-    /// What the files of the blocks hold already.
-    held: u64,
+    /// Of the files of the blocks, resident already. A file that several share counts for each of them: then it
+    /// is left to taking them.
+    resident: u64,
 }
 
 impl<'a> Need<'a> {
     fn of(block: &'a Arc<MigrationBlock>) -> Self {
-        Self { block, pages: 0, held: 0 }
+        Self { block, pages: 0, resident: 0 }
     }
 
     fn check(self, page_size: u64) -> Result<(), MigrationError> {
-        let Self { block, pages, held } = self;
+        let Self { block, pages, resident } = self;
         // A system that does not tell is found out when they are taken.
         let Some(free) = free_pages(Path::new(POOLS), page_size) else { return Ok(()) };
-        let had = free.saturating_add(held);
+        let had = free.saturating_add(resident);
         if pages <= had {
             return Ok(());
         }
@@ -81,12 +82,6 @@ impl<'a> Need<'a> {
         );
         Err(MigrationError::memory(block.id(), "take huge pages")(io::Error::other(what)))
     }
-}
-
-/// Bytes that the file of a block holds. Of blocks that share one, each counts all of it: then it is left
-/// to taking them.
-fn held(block: &MigrationBlock) -> io::Result<u64> {
-    Ok(block.ram().backing().file().metadata()?.blocks() * 512)
 }
 
 /// Huge pages of a size that are not in use, those set aside among them, and those that the kernel makes on

@@ -80,10 +80,10 @@ fn filled() -> Side {
 fn a_snapshot_holds_what_the_guest_holds_and_comes_back() {
     let from = filled();
     let file = tempfile::tempfile().unwrap();
-    let held = from.held();
+    let before = from.resident();
     let (saved, seen) = save_to(&from, &file);
     saved.unwrap();
-    assert_eq!(from.held(), held);
+    assert_eq!(from.resident(), before);
     assert_eq!(seen.status, Status::Completed);
     assert_eq!((seen.normal, seen.duplicate), (32 + 10 + 2, 4));
     assert_eq!((seen.discarded, seen.holes), (13 * 64, 3 * 64 - 46 + 64 - 2));
@@ -101,7 +101,7 @@ fn a_snapshot_holds_what_the_guest_holds_and_comes_back() {
         assert_eq!(to.page(page), expected, "page {page}");
     }
     // Zeros are holes now, and so is what came for discarded memory: nothing.
-    assert_eq!(to.held(), (42, 2));
+    assert_eq!(to.resident(), (42, 2));
 }
 
 #[test]
@@ -119,7 +119,7 @@ fn the_file_does_not_grow_with_the_block() {
     // A page or two of the bitmap for each run, and what is around.
     assert!(held <= pages + 2 * runs.len() as u64 + 4, "{held}");
     restore_from(&to, &file).unwrap();
-    assert_eq!(to.held().0, pages);
+    assert_eq!(to.resident().0, pages);
     for page in runs.into_iter().flatten() {
         assert_eq!(to.page(page), [7; 4096], "page {page}");
     }
@@ -243,7 +243,7 @@ fn a_block_whose_pages_are_said_to_be_nowhere_is_refused() {
         let to = Side::new(&[1, 4, 5]);
         let error = restore_from(&to, &file).unwrap_err().to_string();
         assert!(error.contains("offset of a bitmap"), "{bitmap:#x} {pages:#x}: {error}");
-        assert_eq!(to.held(), (0, 0));
+        assert_eq!(to.resident(), (0, 0));
     }
 }
 

@@ -229,7 +229,7 @@ impl Backing {
     /// Bytes of `range` (of the file, whole pages) that the host holds. `None` for hugetlb files,
     /// which do not tell their holes.
     ///
-    /// Of a whole file in memory the kernel keeps count. In a part of one, the pages that are held
+    /// Of a whole file in memory the kernel keeps count. In a part of one, the pages that are resident
     /// are counted, some 50 ns each, or searched one by one before Linux 6.5, which takes several
     /// times that. Giving memory back meanwhile waits for neither. Of files on disks, holes are
     /// searched.
@@ -261,7 +261,7 @@ impl Backing {
     /// # Errors
     ///
     /// When the system does not tell.
-    pub fn held(&self) -> io::Result<u64> {
+    pub fn resident_size(&self) -> io::Result<u64> {
         let blocks = fs::fstat(&self.file)?.st_blocks;
         Ok(u64::try_from(blocks).unwrap_or(0).saturating_mul(512))
     }
@@ -278,19 +278,19 @@ impl Backing {
         }
     }
 
-    /// Bytes of `range` that a file in memory holds, as the kernel counts them.
+    /// Resident bytes of `range` of a file in memory, as the kernel counts them.
     fn count_pages(&self, range: FileRange) -> io::Result<u64> {
         let chunks = range.chunks(COUNT_CHUNK);
         let pages = chunks.map(|chunk| page_cache::resident_pages(&self.file, chunk));
         Ok(pages.sum::<io::Result<u64>>()? * self.page_size)
     }
 
-    /// Bytes of `range` that a file in memory holds data in. A search for the end of the data
+    /// Resident bytes of `range` of a file in memory. A search for the end of the data
     /// would hold the inode's lock, which giving memory back needs, for as long as that goes on.
     fn search_pages(&self, range: FileRange) -> io::Result<u64> {
-        let mut held = 0;
-        self.for_each_data_page(range, |pages| held += pages.len())?;
-        Ok(held)
+        let mut resident = 0;
+        self.for_each_data_page(range, |pages| resident += pages.len())?;
+        Ok(resident)
     }
 
     /// Discards what `range` (bytes of the file, whole pages) holds, if anything. Costs one short
@@ -364,9 +364,10 @@ impl Backing {
             let end = (start + 1).next_multiple_of(WINDOW).min(range.end());
             let Some(window) = FileRange::from_bounds(start, end) else { break };
             rest = FileRange::from_bounds(window.end(), range.end());
-            let held = page_cache::resident_pages(&self.file, window).ok();
+            let resident = page_cache::resident_pages(&self.file, window).ok();
             if self.kind == BackingKind::Shmem
-                && held.and_then(|pages| pages.checked_mul(self.page_size)) == Some(window.len())
+                && resident.and_then(|pages| pages.checked_mul(self.page_size))
+                    == Some(window.len())
             {
                 visit(window);
                 continue;

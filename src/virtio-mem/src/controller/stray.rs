@@ -25,7 +25,7 @@ pub enum SweepRefused {
 
 impl MemController {
     /// Discards what the host holds for unplugged blocks of `section`, which only a guest can have
-    /// brought about that writes, or reads, what it may not use. Bytes that it held.
+    /// brought about that writes, or reads, what it may not use. How many bytes were resident.
     ///
     /// No request comes in between: what is plugged, before or after, is not touched. Cost follows
     /// what is stray; a guest may have to wait for it, so that much is better swept in parts.
@@ -41,13 +41,13 @@ impl MemController {
         if self.state().sweep != Sweep::Done {
             return Err(SweepRefused::NotRunning);
         }
-        let (mut rest, mut held) = (Some(section), 0);
+        let (mut rest, mut swept) = (Some(section), 0);
         while let Some(part) = rest
             && let Some(range) = self.served.next_range(part, MemoryState::Discarded)
         {
-            held += self.memory.sweep_counted(range)?;
+            swept += self.memory.sweep_counted(range)?;
             rest = Section::from_bounds(range.end(), section.end());
         }
-        Ok(held)
+        Ok(swept)
     }
 }

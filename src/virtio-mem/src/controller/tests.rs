@@ -121,7 +121,7 @@ impl Rig {
         self.file.write_all_at(&bytes, first * BLOCK).unwrap();
     }
 
-    fn held(&self) -> u64 {
+    fn resident(&self) -> u64 {
         self.file.metadata().unwrap().blocks() * 512 / BLOCK
     }
 }
@@ -146,7 +146,7 @@ fn unplug_gives_the_memory_back_and_leaves_the_neighbours() {
     assert_eq!(rig.execute(plug(0, 8)), Response::Ack);
     rig.fill(0, 8);
     assert_eq!(rig.execute(unplug(2, 3)), Response::Ack);
-    assert_eq!(rig.held(), 5);
+    assert_eq!(rig.resident(), 5);
     assert_eq!(rig.controller.resident_size(), Some(5 * BLOCK));
     assert_eq!(rig.controller.plugged_ranges(), [section(0, 2), section(5, 8)]);
     assert_eq!(rig.controller.unplugged_ranges(), [section(2, 5), section(8, NR)]);
@@ -216,7 +216,7 @@ fn a_state_that_cannot_be_saved_makes_the_guest_busy_and_nothing_is_changed() {
     assert!(rig.controller.freeze(FreezeHolder::Api).is_err());
     assert!(!rig.controller.migration_active());
     assert_eq!(rig.controller.config(), before);
-    assert_eq!(rig.held(), 4, "no byte is discarded before the state is saved");
+    assert_eq!(rig.resident(), 4, "no byte is discarded before the state is saved");
 }
 
 #[test]
@@ -229,7 +229,7 @@ fn memory_that_cannot_be_given_back_makes_the_guest_busy() {
         assert_eq!(rig.execute(request), Response::Busy, "{request:?}");
     }
     assert_eq!(rig.controller.config().plugged_size, 4 * BLOCK);
-    assert_eq!(rig.held(), 4);
+    assert_eq!(rig.resident(), 4);
 }
 
 #[test]

@@ -43,8 +43,8 @@ pub struct RegionMemory {
     incoming: AtomicBool,
     /// A state is being loaded, whose memory may be there already.
     loading: AtomicBool,
-    /// Bytes that the host held for a section, where that takes long to count.
-    held: Recent<Section>,
+    /// Resident bytes of a section, where that takes long to count.
+    resident: Recent<Section>,
 }
 
 /// What the host holds for parts of a file is counted anew each time up to this many bytes, which takes about
@@ -83,7 +83,7 @@ impl RegionMemory {
             table: Mutex::default(),
             incoming: AtomicBool::new(false),
             loading: AtomicBool::new(false),
-            held: Recent::new(Duration::from_secs(1)),
+            resident: Recent::new(Duration::from_secs(1)),
         })
     }
 
@@ -159,7 +159,7 @@ impl RegionMemory {
         blocks.retain(|block| region.is_some_and(|region| region.overlaps(block.range())));
         blocks.sort_by_key(|block| block.range());
         let previous = std::mem::replace(&mut self.table.lock().blocks, blocks);
-        self.held.forget();
+        self.resident.forget();
         self.retry_discards();
         previous
     }
@@ -231,7 +231,7 @@ impl RegionMemory {
         if pieces.iter().all(|(block, range)| block.backing().is_counted_by_the_kernel(*range)) {
             return count();
         }
-        self.held.get(section, COUNTED_AT_ONCE, count)
+        self.resident.get(section, COUNTED_AT_ONCE, count)
     }
 
     /// Where the host holds something of `section`: maximal ascending ranges of whole units of
@@ -303,28 +303,28 @@ impl RegionMemory {
         swept
     }
 
-    /// As [`sweep`](Self::sweep), and counts the bytes that the host held. Costs one short search where
-    /// it held none.
+    /// As [`sweep`](Self::sweep), and counts the bytes that were resident. Costs one short search where
+    /// there were none.
     ///
     /// # Errors
     ///
     /// As [`sweep`](Self::sweep).
     pub(crate) fn sweep_counted(&self, section: Section) -> io::Result<u64> {
-        let mut held = 0;
+        let mut swept = 0;
         for (block, range) in self.pieces(section).0 {
             let backing = block.backing();
             if backing.kind() == BackingKind::Hugetlb {
                 // It does not tell its holes, but what it holds in all. To punch a range without pages costs no more than
                 // to ask.
-                let before = backing.held()?;
+                let before = backing.resident_size()?;
                 backing.sweep(range)?;
-                held += before.saturating_sub(backing.held()?);
+                swept += before.saturating_sub(backing.resident_size()?);
             } else if backing.next_data(range.start())?.is_some_and(|data| data < range.end()) {
-                backing.for_each_resident(range, |data| held += data.len())?;
+                backing.for_each_resident(range, |data| swept += data.len())?;
                 backing.sweep(range)?;
             }
         }
-        Ok(held)
+        Ok(swept)
     }
 
     /// Discards `section`; what cannot be discarded is noted, and tried again later.

@@ -27,7 +27,7 @@ fn region() -> Arc<RegionMemory> {
     RegionMemory::new(Geometry::new(ADDR, 16 * BLOCK, BLOCK, None).unwrap())
 }
 
-fn held(file: &File) -> u64 {
+fn resident(file: &File) -> u64 {
     file.metadata().unwrap().blocks() * 512
 }
 
@@ -46,7 +46,7 @@ fn a_section_over_several_blocks_is_discarded_at_the_right_offsets() {
     assert!(memory.is_complete());
     memory.ready(section(6, 10)).unwrap();
     MemoryListener(memory).notify_discard(section(6, 10));
-    assert_eq!((held(&low), held(&high)), (30 * BLOCK, 30 * BLOCK));
+    assert_eq!((resident(&low), resident(&high)), (30 * BLOCK, 30 * BLOCK));
     let byte = |file: &File, at: u64| {
         let mut byte = [0];
         file.read_exact_at(&mut byte, at).unwrap();
@@ -98,7 +98,7 @@ fn what_could_not_be_discarded_is_tried_again_until_it_can_or_is_plugged() {
     let file = memfd(16 * BLOCK);
     file.write_all_at(&vec![1; 16 << 20], 0).unwrap();
     memory.replace(vec![block(ADDR, 16 * BLOCK, &file, 0)]);
-    assert_eq!(held(&file), 13 * BLOCK);
+    assert_eq!(resident(&file), 13 * BLOCK);
     assert_eq!(memory.resident(section(0, 4)), Some(BLOCK));
 }
 
@@ -128,7 +128,7 @@ fn what_a_part_of_a_file_holds_is_counted_once_however_often_it_is_asked_for() {
     const BIG: u64 = 128 << 20;
     let mut memory = RegionMemory::new(Geometry::new(ADDR, BIG, BLOCK, None).unwrap());
     // However slow the machine is.
-    Arc::get_mut(&mut memory).unwrap().held = Recent::new(Duration::from_secs(3600));
+    Arc::get_mut(&mut memory).unwrap().resident = Recent::new(Duration::from_secs(3600));
     let file = memfd(2 * BIG);
     memory.replace(vec![block(ADDR, BIG, &file, 0)]);
     let whole = Section::new(0, BIG).unwrap();

@@ -124,28 +124,28 @@ impl Restores<'_> {
         let completed = vm.wait_migration("completed")?;
         ensure!(completed["status"] == "completed", "{completed}");
         let guest = vm.check().with_context(|| format!("{stage}: {ended:?}"))?;
-        let held = self.held(&vm)?;
+        let resident = self.resident(&vm)?;
         vm.resize(0, GROWN)?;
         vm.wait_plugged(0, GROWN).context("a resize after the restore")?;
         let said = match Summary::of(ended) {
             Ok(summary) => summary.to_string(),
             Err(error) => return Err(error.context(stage.to_owned())),
         };
-        self.report.add(stage, guest, said, held.map(human).unwrap_or_default(), Vec::new());
+        self.report.add(stage, guest, said, resident.map(human).unwrap_or_default(), Vec::new());
         vm.stop();
         Ok(())
     }
 
     /// What the host holds for memory that is files, bytes.
-    fn held(&self, vm: &Vm) -> Result<Option<u64>> {
+    fn resident(&self, vm: &Vm) -> Result<Option<u64>> {
         if self.shape.backend == Backend::Anonymous {
             return Ok(None);
         }
-        let mut held = 0;
+        let mut resident = 0;
         for region in self.shape.regions {
-            held += memory_of(vm.process(), region.size)?.metadata()?.blocks() * 512;
+            resident += memory_of(vm.process(), region.size)?.metadata()?.blocks() * 512;
         }
-        Ok(Some(held))
+        Ok(Some(resident))
     }
 
     /// Commands by hand; the working set is recorded.
@@ -157,10 +157,10 @@ impl Restores<'_> {
         let ended = self.start(&vm, image, false, &more)?.wait()?;
         self.expect_started_all_the_same(&ended)?;
         ensure!(record.metadata()?.len() > 24, "nothing was recorded");
-        if let Some(held) = self.held(&vm)? {
+        if let Some(resident) = self.resident(&vm)? {
             // The verifier's memory; what was plugged and not touched costs nothing.
             let limit = (VERIFIED_MIB + 64) * MIB;
-            ensure!(held <= limit, "{} are held for what was plugged", human(held));
+            ensure!(resident <= limit, "{} are resident, of what was plugged", human(resident));
         }
         self.finish(stage, vm, &ended)
     }

@@ -162,12 +162,12 @@ impl Vm {
     }
 
     /// What the host holds for its memory, bytes, as far as that is files.
-    pub fn held(&self) -> Result<u64> {
-        let mut held = memory_of(self.process(), RAM)?.metadata()?.blocks() * 512;
+    pub fn resident(&self) -> Result<u64> {
+        let mut resident = memory_of(self.process(), RAM)?.metadata()?.blocks() * 512;
         for region in self.shape.regions {
-            held += memory_of(self.process(), region.size)?.metadata()?.blocks() * 512;
+            resident += memory_of(self.process(), region.size)?.metadata()?.blocks() * 512;
         }
-        Ok(held)
+        Ok(resident)
     }
 
     /// The control socket for the pager.

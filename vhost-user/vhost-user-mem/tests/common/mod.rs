@@ -83,7 +83,7 @@ impl Rig {
     }
 
     /// Bytes the host holds for some blocks.
-    pub fn held(&self, first: u64, end: u64) -> u64 {
+    pub fn resident(&self, first: u64, end: u64) -> u64 {
         self.ram.resident_bytes(gpa(first)..gpa(end)).unwrap()
     }
 

@@ -149,7 +149,7 @@ pub fn restore(
         event["event"] == "MIGRATION" && event["data"]["status"] == "completed"
     })?;
     let mut cpu = cpu_without_vcpus(vm.process())? - before;
-    let held = vm.held()?;
+    let held = vm.resident()?;
     let tick = ticking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     let took = waiting
         .map(|waiting| waiting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));

@@ -38,7 +38,7 @@ impl Block {
         WriteProtect::new(Arc::clone(&self.mapping), Some(Arc::clone(&self.block))).unwrap()
     }
 
-    fn held(&self) -> u64 {
+    fn resident(&self) -> u64 {
         self.file.metadata().unwrap().blocks() * 512
     }
 }

@@ -101,13 +101,13 @@ fn what_never_comes_is_zeros_on_the_spot() {
     rig.lazy.place_zeros(0, ByteRange::new((64 + 5) * PAGE, PAGE).unwrap()).unwrap();
     assert_eq!(reader.join().unwrap(), 0);
     assert_eq!(*rig.asked.0.lock(), [(0, 64 + 5)]);
-    let held = rig.side.held().0;
+    let before = rig.side.resident().0;
     let rest = ByteRange::new(64 * PAGE, 8 * PAGE).unwrap();
     rig.lazy.place_zeros(0, rest).unwrap();
     rig.lazy.finish().unwrap();
     assert_eq!(
-        rig.side.held().0,
-        held - 2,
+        rig.side.resident().0,
+        before - 2,
         "what a client left in discarded memory is discarded again"
     );
 }

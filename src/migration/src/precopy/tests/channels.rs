@@ -149,7 +149,7 @@ fn a_guest_goes_over_any_number_of_channels_as_over_one() {
         let (from, script, source) = guest();
         let to = Side::new(&[1, 4, 5]);
         fill(&to.region, 64..200, 0xee);
-        let held = from.held();
+        let before = from.resident();
         let both = migrate_over(count, (&from, &to), &script, source);
         both.taken.unwrap();
         let sent = both.sent.unwrap();
@@ -161,8 +161,8 @@ fn a_guest_goes_over_any_number_of_channels_as_over_one() {
         to.boot.read_exact_at(&mut boot, 4 * PAGE).unwrap();
         assert_eq!(boot, [5; 4096]);
         // Nothing for holes, zeros and what is discarded, at either side.
-        assert_eq!(from.held(), (held.0 + 1, held.1));
-        assert_eq!(to.held(), (64 + 10 + 1 - 1, 2));
+        assert_eq!(from.resident(), (before.0 + 1, before.1));
+        assert_eq!(to.resident(), (64 + 10 + 1 - 1, 2));
         // A thread may look at a page when it was written once more already, and find zeros or content.
         let counted = sent.normal + sent.duplicate;
         assert_eq!(*of_one.get_or_insert(counted), counted);

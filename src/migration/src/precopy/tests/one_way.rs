@@ -27,7 +27,7 @@ fn a_guest_goes_down_a_pipe() {
     run.outgoing.unwrap();
     run.incoming.unwrap();
     assert_eq!(to.page(95), [7; 4096]);
-    assert_eq!(to.held(), (32, 2));
+    assert_eq!(to.resident(), (32, 2));
     // It does not continue here.
     assert_eq!(run.source.log(), ["freeze", "stop", "thaw"]);
     assert_eq!(run.destination.log(), ["run"]);
@@ -102,7 +102,7 @@ fn a_guest_is_saved_to_a_file_and_comes_back_from_it() {
         progress: Arc::clone(&progress),
     };
     incoming.run(Channel::new(file.reopen().unwrap(), progress).unwrap()).unwrap();
-    assert_eq!(to.held(), (32, 2));
+    assert_eq!(to.resident(), (32, 2));
     assert_eq!(guest.log(), ["run"]);
 }
 

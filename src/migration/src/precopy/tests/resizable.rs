@@ -33,7 +33,7 @@ fn sides() -> (Side, [Side; 2]) {
 fn assert_followed(to: &Side) {
     assert_eq!(used(to), 32 * PAGE);
     assert_eq!([to.page(4), to.page(31)], [[0xaa; 4096], [0xbb; 4096]]);
-    assert_eq!(to.held().0, 3);
+    assert_eq!(to.resident().0, 3);
 }
 
 #[test]

@@ -67,7 +67,7 @@ fn shared_memory_is_not_sent_and_stays_as_it_is() {
     received.unwrap();
     assert_eq!(seen.normal, 2);
     assert_eq!(to.page(99), [7; 4096]);
-    assert_eq!(to.held(), (100, 2));
+    assert_eq!(to.resident(), (100, 2));
 }
 
 #[test]

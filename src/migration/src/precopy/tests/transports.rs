@@ -62,7 +62,7 @@ fn a_guest_arrives_whole_over_a_transport_that_takes_and_gives_few_bytes_at_a_ti
         sent.unwrap();
         taken.unwrap();
         assert_eq!((to.page(64), to.page(95)), (vec![7; 4096], vec![7; 4096]));
-        assert_eq!(to.held(), (32, 2));
+        assert_eq!(to.resident(), (32, 2));
     }
 }
 

@@ -91,7 +91,7 @@ fn a_background_snapshot_is_the_guest_at_one_instant() {
         let expected = if (640..643).contains(&page) { vec![0; 4096] } else { before.clone() };
         assert_eq!(to.page(page), expected, "page {page}");
     }
-    assert_eq!(to.held(), (42, 2));
+    assert_eq!(to.resident(), (42, 2));
 }
 
 #[test]

@@ -133,7 +133,7 @@ fn a_snapshot_by_any_number_of_threads_past_the_page_cache_or_not_is_the_same() 
                 );
                 let to = Side::of_region(64 * MIB);
                 restore_with(&to, &file, io).unwrap();
-                assert_eq!(to.held().0, 16 * MIB / PAGE + 3);
+                assert_eq!(to.resident().0, 16 * MIB / PAGE + 3);
                 for page in [0, 4095, 4096, 5000, 6000, 6002] {
                     assert_eq!(to.page(page), from.page(page), "{page}: {io:?}");
                 }
@@ -145,9 +145,9 @@ fn a_snapshot_by_any_number_of_threads_past_the_page_cache_or_not_is_the_same() 
 #[test]
 fn the_size_of_an_image_is_told_before_it_is_taken_and_touches_nothing() {
     let from = filled();
-    let held = from.held();
+    let before = from.resident();
     let size = image_size(&from.blocks, &Configuration::new("test")).unwrap();
-    assert_eq!(from.held(), held);
+    assert_eq!(from.resident(), before);
     let file = memfd(0);
     save_to(&from, &file).0.unwrap();
     let metadata = file.metadata().unwrap();

@@ -66,7 +66,7 @@ fn memory_that_nobody_touches_is_not_allocated_by_a_lazy_restore() {
         progress: Arc::clone(&progress),
     };
     restore_lazily(what, file, Arc::new(NoFailure)).unwrap().wait().unwrap();
-    assert_eq!(to.held(), (42, 2));
+    assert_eq!(to.resident(), (42, 2));
     assert_eq!(progress.snapshot().normal, 44);
 }
 

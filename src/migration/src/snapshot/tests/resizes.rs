@@ -189,7 +189,7 @@ fn assert_instant(file: &File) {
         };
         assert_eq!(to.page(page), [byte; PAGE as usize], "page {page}");
     }
-    assert_eq!(to.held().0, 42);
+    assert_eq!(to.resident().0, 42);
 }
 
 /// Pages that the host holds for blocks that are not plugged.
@@ -256,7 +256,7 @@ fn what_is_unplugged_while_the_image_is_written_is_in_it_and_what_is_plugged_is_
     assert_eq!((seen.normal, seen.duplicate, seen.remaining), (42, 4, 0));
     assert_eq!(seen.saved_before_discard, 46);
     assert_instant(&file);
-    assert_eq!((leaked(&from), from.held().0), (0, 6));
+    assert_eq!((leaked(&from), from.resident().0), (0, 6));
 }
 
 #[test]
@@ -311,7 +311,7 @@ fn an_image_that_takes_no_more_fails_and_the_memory_goes_all_the_same() {
     let error = saved.unwrap_err().to_string();
     assert!(error.starts_with("cannot write pages: "), "{error}");
     assert_eq!(seen.status, Status::Failed);
-    assert_eq!((device.unplug(4..5), leaked(&from), from.held().0), (Answer::Ack, 0, 0));
+    assert_eq!((device.unplug(4..5), leaked(&from), from.resident().0), (Answer::Ack, 0, 0));
     // The next one works.
     fill(&from.region, 64..96, 7);
     save_running(&from, &tempfile::tempfile().unwrap()).0.unwrap();
@@ -330,7 +330,7 @@ fn memory_that_cannot_be_saved_while_its_device_waits_goes_and_the_image_fails()
     let error = saved.unwrap_err();
     assert!(matches!(&error, MigrationError::DiscardedTooSoon { block } if block == "vmem0"));
     assert!(error.to_string().contains("on faster storage"), "{error}");
-    assert_eq!((leaked(&from), from.held().0), (0, 14));
+    assert_eq!((leaked(&from), from.resident().0), (0, 14));
 }
 
 #[test]
@@ -368,6 +368,6 @@ fn all_that_is_unplugged_at_once_is_in_the_image() {
     let file = tempfile::tempfile().unwrap();
     let (saved, seen) = save_while(&from, &file, &Does(|| {}, resizes));
     saved.unwrap();
-    assert_eq!((seen.saved_before_discard, from.held().0), (46, 0));
+    assert_eq!((seen.saved_before_discard, from.resident().0), (46, 0));
     assert_instant(&file);
 }

@@ -72,7 +72,7 @@ fn shared_memory_is_not_in_a_snapshot_and_stays_as_it_is() {
         let blocks: Vec<_> = seen.blocks.iter().map(|b| (&*b.id, b.addr, b.normal)).collect();
         assert_eq!(blocks, [("vmem0", Some(1 << 32), 0), ("ram", Some(1 << 32), 2)]);
         restored(&to, &file, configuration()).unwrap();
-        assert_eq!(to.held(), (100, 2));
+        assert_eq!(to.resident(), (100, 2));
         assert_eq!(to.page(99), [7; 4096]);
         let mut boot = [0; PAGE as usize];
         to.boot.read_exact_at(&mut boot, 3 * PAGE).unwrap();
@@ -87,7 +87,7 @@ fn shared_memory_is_not_in_a_snapshot_and_stays_as_it_is() {
             progress: Arc::new(Progress::new()),
         };
         restore_lazily(what, Arc::new(file), Arc::new(NoFailure)).unwrap().wait().unwrap();
-        assert_eq!(lazily.held(), (100, 2));
+        assert_eq!(lazily.resident(), (100, 2));
     }
 }
 
@@ -135,6 +135,6 @@ proptest! {
         file.write_all_at(&[byte], at as u64).unwrap();
         let to = side(&region, true);
         let _ = restored(&to, &file, configuration());
-        prop_assert_eq!((to.held().0, to.page(50)), (100, vec![7; PAGE as usize]));
+        prop_assert_eq!((to.resident().0, to.page(50)), (100, vec![7; PAGE as usize]));
     }
 }

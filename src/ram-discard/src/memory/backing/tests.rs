@@ -126,18 +126,18 @@ fn huge_pages_that_are_discarded_are_in_the_pool_again() {
     for (page_size, size) in [(2 << 20, MemfdFlags::HUGE_2MB), (1 << 30, MemfdFlags::HUGE_1GB)] {
         let Some((pool, backing)) = huge(page_size, size) else { continue };
         assert_eq!(backing.page_size(), page_size);
-        let held = || backing.file().metadata().unwrap().blocks() * 512;
+        let resident = || backing.file().metadata().unwrap().blocks() * 512;
         backing.reserve(range(0, 2 * page_size)).unwrap();
-        assert_eq!((held(), pool.free()), (2 * page_size, 0));
+        assert_eq!((resident(), pool.free()), (2 * page_size, 0));
         backing.discard(range(page_size, page_size)).unwrap();
-        assert_eq!((held(), pool.free()), (page_size, 1));
+        assert_eq!((resident(), pool.free()), (page_size, 1));
         for part in [range(0, page_size / 2), range(4096, page_size)] {
             let refused = backing.discard(part).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::InvalidInput, "{part}");
         }
-        assert_eq!(held(), page_size);
+        assert_eq!(resident(), page_size);
         backing.sweep(range(0, 2 * page_size)).unwrap();
-        assert_eq!((held(), pool.free()), (0, 2));
+        assert_eq!((resident(), pool.free()), (0, 2));
     }
 }
 
@@ -164,25 +164,25 @@ fn sealed_memory_of_huge_pages_is_refused_also_when_sealed_later() {
 }
 
 #[test]
-fn what_is_held_is_what_the_kernel_counts_and_no_end_of_data_is_searched() {
+fn what_is_resident_is_what_the_kernel_counts_and_no_end_of_data_is_searched() {
     let file = memfd(8 * PAGE);
     let backing = Backing::new(file.try_clone().unwrap()).unwrap();
     file.write_all_at(&[1], PAGE).unwrap();
     file.write_all_at(&[1; 2 * 4096], 4 * PAGE).unwrap();
-    let held = |from: u64, to: u64| {
+    let resident = |from: u64, to: u64| {
         backing.resident(range(from * PAGE, (to - from) * PAGE)).unwrap().unwrap() / PAGE
     };
     SEARCHES.take();
-    assert_eq!([held(0, 8), held(0, 7), held(1, 8), held(2, 5)], [3, 3, 3, 1]);
+    assert_eq!([resident(0, 8), resident(0, 7), resident(1, 8), resident(2, 5)], [3, 3, 3, 1]);
     assert_eq!(SEARCHES.take().holes, 0);
     for (from, to) in [(0, 8), (0, 7), (2, 4), (2, 5), (5, 6), (6, 8)] {
         let searched = backing.search_pages(range(from * PAGE, (to - from) * PAGE));
-        assert_eq!(searched.unwrap(), held(from, to) * PAGE, "{from}..{to}");
+        assert_eq!(searched.unwrap(), resident(from, to) * PAGE, "{from}..{to}");
     }
     assert_eq!(SEARCHES.take().holes, 0);
     // Held, though no data.
     fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 6 * PAGE, PAGE).unwrap();
-    assert_eq!(held(0, 8), 4);
+    assert_eq!(resident(0, 8), 4);
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn blocks_follow_while_memory_arrives_whatever_a_guest_would_be_held_to() {
     rig.fill(3, 6);
     follow(&rig, section(4, 5), Discarded).unwrap();
     assert_eq!(rig.controller.plugged_ranges(), [section(3, 4), section(5, 6)]);
-    assert_eq!(rig.held(), 2, "what is discarded holds nothing");
+    assert_eq!(rig.resident(), 2, "what is discarded holds nothing");
     frozen.thaw().unwrap();
     // The state is one that may be saved and loaded.
     let state = rig.controller.save_state();

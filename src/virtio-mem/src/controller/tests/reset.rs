@@ -8,7 +8,7 @@ fn system_reset_unplugs_and_discards_everything_even_strays() {
     rig.execute(plug(0, 4));
     rig.fill(0, 8);
     assert_eq!(rig.controller.system_reset().unwrap(), Reset::Done);
-    assert_eq!(rig.held(), 0);
+    assert_eq!(rig.resident(), 0);
     let config = rig.controller.config();
     assert_eq!((config.plugged_size, config.requested_size), (0, NR * BLOCK));
 }
@@ -51,7 +51,7 @@ fn no_answer_is_written_to_memory_that_a_system_reset_has_taken() {
             assert_eq!(rig.controller.system_reset().unwrap(), Reset::Done);
         }
         assert_eq!(rig.controller.write_answer(&buffers, write), None);
-        assert_eq!(rig.held(), 0);
+        assert_eq!(rig.resident(), 0);
     }
 }
 
@@ -71,7 +71,7 @@ fn a_system_reset_does_not_come_while_an_answer_is_written() {
         });
         assert_eq!(reset.unwrap().join().unwrap(), Reset::Done);
     });
-    assert_eq!((rig.held(), rig.controller.config().plugged_size), (0, 0));
+    assert_eq!((rig.resident(), rig.controller.config().plugged_size), (0, 0));
 }
 
 #[test]

@@ -37,7 +37,7 @@ fn a_loaded_state_is_told_to_listeners_and_unplugged_memory_goes() {
     rig.controller.load_state(loaded(5, 0b11_0000_1001)).unwrap();
     assert_eq!(*notes.lock(), ["+8", "-1"]);
     assert_eq!(rig.controller.save_state(), loaded(5, 0b11_0000_1001));
-    assert_eq!(rig.held(), 4, "plugged blocks keep what they hold, strays of others go");
+    assert_eq!(rig.resident(), 4, "plugged blocks keep what they hold, strays of others go");
     assert_eq!(rig.execute(plug(0, 1)), Response::Error);
     assert_eq!(rig.execute(plug(4, 1)), Response::Ack);
 }
@@ -68,16 +68,16 @@ fn a_state_that_a_listener_refuses_changes_nothing() {
     assert!(matches!(refused, Err(LoadStateError::Refused(_))));
     assert_eq!(*notes.lock(), ["+8", "+10", "+12", "-12", "-10", "-8"]);
     assert_eq!(rig.controller.save_state(), before);
-    assert_eq!(rig.held(), 7);
+    assert_eq!(rig.resident(), 7);
     rig.store.fails.store(true, Ordering::Relaxed);
     let failed = rig.controller.load_state(loaded(5, 0b101_0000_1111));
     assert!(matches!(failed, Err(LoadStateError::Store(_))));
     rig.store.fails.store(false, Ordering::Relaxed);
-    assert_eq!(rig.held(), 7);
+    assert_eq!(rig.resident(), 7);
     rig.controller.load_state(loaded(5, 0b101_0000_1111)).unwrap();
-    assert_eq!(rig.held(), 6, "block 12 was a stray");
+    assert_eq!(rig.resident(), 6, "block 12 was a stray");
     assert_eq!(rig.execute(unplug(8, 1)), Response::Ack);
-    assert_eq!(rig.held(), 5, "discarded as ever");
+    assert_eq!(rig.resident(), 5, "discarded as ever");
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn a_state_that_cannot_be_saved_or_comes_during_migration_changes_nothing() {
     let sealed = rig.controller.load_state(loaded(5, 0b1000));
     assert!(matches!(sealed, Err(LoadStateError::Memory(_))));
     assert_eq!(rig.controller.save_state(), before);
-    assert_eq!(rig.held(), 4);
+    assert_eq!(rig.resident(), 4);
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn a_guest_that_was_served_waits_again_and_what_arrived_in_unplugged_blocks_is_d
     rig.fill(0, 4);
     changes.0.lock().clear();
     rig.controller.thaw(FreezeHolder::Incoming).unwrap();
-    assert_eq!(rig.held(), 2);
+    assert_eq!(rig.resident(), 2);
     assert_eq!(*changes.0.lock(), ["arrived", "over", "config"]);
     rig.controller.thaw(FreezeHolder::Incoming).unwrap();
     assert_eq!(changes.0.lock().len(), 3, "once");

@@ -12,9 +12,9 @@ fn a_sweep_discards_and_counts_what_is_stray_and_leaves_what_is_plugged() {
     rig.execute(plug(2, 4));
     rig.fill(0, 16);
     assert_eq!(rig.controller.sweep_stray(section(0, 8)).unwrap(), 4 * BLOCK);
-    assert_eq!(rig.held(), 12);
+    assert_eq!(rig.resident(), 12);
     assert_eq!(rig.controller.sweep_stray(all()).unwrap(), 8 * BLOCK);
-    assert_eq!(rig.held(), 4);
+    assert_eq!(rig.resident(), 4);
     let mut block = vec![0; 4 * usize::try_from(BLOCK).unwrap()];
     rig.file.read_exact_at(&mut block, 2 * BLOCK).unwrap();
     assert!(block.iter().all(|byte| *byte == 0x5a));
@@ -30,12 +30,12 @@ fn nothing_is_swept_while_migration_is_active_or_a_state_may_come() {
     rig.fill(0, 4);
     // The guest has not run: what is there may belong to blocks of a state that is to come.
     assert!(matches!(rig.controller.sweep_stray(all()), Err(SweepRefused::NotRunning)));
-    assert_eq!(rig.held(), 4);
+    assert_eq!(rig.resident(), 4);
     rig.execute(plug(0, 4));
     rig.fill(0, 8);
     rig.controller.freeze(FreezeHolder::Log).unwrap();
     assert!(matches!(rig.controller.sweep_stray(all()), Err(SweepRefused::Frozen)));
-    assert_eq!(rig.held(), 8);
+    assert_eq!(rig.resident(), 8);
     rig.controller.thaw(FreezeHolder::Log).unwrap();
     // Other memory takes the place of what was swept when the guest ran first.
     let other = memfd();
@@ -88,5 +88,5 @@ fn blocks_that_are_plugged_while_sweeps_go_on_lose_nothing() {
         let swept = swept.join().unwrap() + rig.controller.sweep_stray(all()).unwrap();
         assert!(swept >= 4096, "{swept}");
     });
-    assert_eq!(rig.held(), 0);
+    assert_eq!(rig.resident(), 0);
 }

@@ -17,7 +17,7 @@ fn discarded_and_untouched_memory_costs_nothing() {
     let len = 256 << 30;
     let block = Block::shmem(len);
     block.mapping.write(1 << 30, &[1; 4096]);
-    let (held, tables) = (block.held(), page_tables());
+    let (before, tables) = (block.resident(), page_tables());
     let mut tracker = block.tracker();
     // 16 GiB of it populated, in pieces, of which one page was ever touched.
     let populated: Vec<_> = (0..256).map(|at| range(at << 30, (at << 30) + (64 << 20))).collect();
@@ -25,11 +25,11 @@ fn discarded_and_untouched_memory_costs_nothing() {
     assert_eq!(dirty_pages(&mut tracker), []);
     // Of other tests of this process there may be some.
     assert!(page_tables() < tables + (8 << 20), "{tables} {}", page_tables());
-    assert_eq!(block.held(), held);
+    assert_eq!(block.resident(), before);
     block.mapping.write((3 << 30) + 5 * PAGE, &[1]);
     let page = (3 << 30) / PAGE + 5;
     assert_eq!(dirty_pages(&mut tracker), [page..page + 1]);
-    assert_eq!(block.held(), held + PAGE);
+    assert_eq!(block.resident(), before + PAGE);
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn what_is_populated_and_not_touched_costs_nothing() {
     let before = page_tables();
     tracker.populate(range(0, 32 << 20)).unwrap();
     assert_eq!(dirty_pages(&mut tracker), []);
-    assert_eq!((block.held(), page_tables()), (0, before));
+    assert_eq!((block.resident(), page_tables()), (0, before));
     block.mapping.write(5 * PAGE, &[1]);
     assert_eq!(dirty_pages(&mut tracker), [5..6]);
 }

@@ -73,7 +73,7 @@ fn a_compressed_guest_goes_over_any_number_of_channels_and_costs_less_than_its_p
         // Some that compression makes no smaller.
         fill_with_noise(&from, 320..370);
         let to = Side::new(&[1, 4, 5]);
-        let held = from.held();
+        let before = from.resident();
         let both = migrate_compressed(count, (&from, &to), &script, source);
         both.taken.unwrap();
         let sent = both.sent.unwrap();
@@ -84,8 +84,8 @@ fn a_compressed_guest_goes_over_any_number_of_channels_and_costs_less_than_its_p
         let mut boot = vec![0; 4096];
         to.boot.read_exact_at(&mut boot, 4 * PAGE).unwrap();
         assert_eq!(boot, [5; 4096]);
-        assert_eq!(from.held(), (held.0 + 1, held.1));
-        assert_eq!(to.held(), (64 + 10 + 50 + 1 - 1, 2));
+        assert_eq!(from.resident(), (before.0 + 1, before.1));
+        assert_eq!(to.resident(), (64 + 10 + 50 + 1 - 1, 2));
         assert!(sent.normal >= 126 && sent.transferred < (50 + 20) * PAGE, "{sent:?}");
     }
 }
@@ -194,7 +194,7 @@ fn compressed_and_plain_packets_arrive_in_any_mixture() {
     begun.end().unwrap();
     begun.ram.complete().unwrap();
     assert_eq!([64, 65, 66, 70].map(|page| begun.to.page(page)[0]), [1, 3, 4, 0]);
-    assert_eq!(begun.to.held(), (3, 0));
+    assert_eq!(begun.to.resident(), (3, 0));
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn payloads_that_are_not_their_pages_end_all_channels_and_no_page_of_them_is_wri
         let error = begun.end().unwrap_err();
         assert!(matches!(error, MigrationError::Channel { number: 1, .. }), "{expected}: {error}");
         assert!(error.to_string().contains(expected), "{expected}: {error}");
-        assert_eq!(begun.to.held(), (0, 0), "{expected}");
+        assert_eq!(begun.to.resident(), (0, 0), "{expected}");
     }
 }
 
@@ -263,7 +263,7 @@ fn a_destination_that_does_not_decompress_refuses_before_any_page_and_the_guest_
         let failed = both.sent.unwrap_err();
         assert_eq!(failed.guest, GuestAfter::RunsHere, "{failed}");
         assert_ne!(both.source.last(), Some(&"stop"));
-        assert_eq!(to.held(), (0, 0));
+        assert_eq!(to.resident(), (0, 0));
     }
 }
 

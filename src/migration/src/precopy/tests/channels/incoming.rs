@@ -108,7 +108,7 @@ fn pages_of_the_next_round_wait_for_those_of_this_one() {
     let pages = [64, 65, 66].map(|page| begun.to.page(page)[0]);
     assert_eq!(pages, [3, 0, 1]);
     // What became zero again takes no memory.
-    assert_eq!(begun.to.held(), (2, 0));
+    assert_eq!(begun.to.resident(), (2, 0));
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn what_a_source_does_wrong_on_a_channel_is_refused_by_name() {
         let error = begun.end().unwrap_err();
         assert!(matches!(error, MigrationError::Channel { .. }), "{expected}: {error}");
         assert!(error.to_string().contains(expected), "{expected}: {error}");
-        assert_eq!(begun.to.held(), (0, 0), "{expected}");
+        assert_eq!(begun.to.resident(), (0, 0), "{expected}");
     }
 }
 
@@ -211,7 +211,7 @@ fn the_last_section_has_a_barrier_and_nothing_comes_after_it() {
     begun.send(1, &sync(1));
     let error = begun.end().unwrap_err().to_string();
     assert!(error.contains("pages come after the last barrier"), "{error}");
-    assert_eq!(begun.to.held(), (0, 0));
+    assert_eq!(begun.to.resident(), (0, 0));
 }
 
 #[test]

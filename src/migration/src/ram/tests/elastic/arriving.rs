@@ -231,7 +231,7 @@ impl Arriving {
                 self.pair.model[block] = None;
                 let range = ByteRange::new(block as u64 * BLOCK, BLOCK).unwrap();
                 prop_assert!(pages_touched(range).all(|page| !self.is_outstanding(page)));
-                prop_assert_eq!(to.held_of(block), 0);
+                prop_assert_eq!(to.resident_of(block), 0);
             }
             Op::Request { .. } => {}
             Op::Look { block, page } => {

@@ -99,7 +99,7 @@ fn a_discard_waits_at_a_barrier_for_pages_of_its_range_and_for_no_others() {
     while !pair.stream.is_empty() {
         pair.deliver().unwrap();
     }
-    assert_eq!(pair.to.held_of(1), 0);
+    assert_eq!(pair.to.resident_of(1), 0);
     // Behind the barrier nothing of it is on the way any more.
     pair.step(Op::Request { block: 1, plug: true });
     pair.step(Op::Request { block: 1, plug: false });
@@ -141,7 +141,7 @@ fn pages_that_wait_for_a_channel_that_is_stuck_are_not_read_once_they_are_discar
     let expected = [(0, 2), (5, 6)].map(|(from, to)| (from * BLOCK, to * BLOCK));
     let expected = expected.map(|(from, to)| ByteRange::from_bounds(from, to).unwrap());
     assert_eq!(guest.join().unwrap(), expected);
-    assert_eq!(from.held_of(4), 0);
+    assert_eq!(from.resident_of(4), 0);
 }
 
 #[test]
@@ -192,6 +192,6 @@ fn a_late_page_of_what_was_discarded_is_refused_and_brings_no_memory_back() {
         pair.load.block_state(&BlockStateChange { number, state, block, ranges }, 0).unwrap();
         let refused = late.join().unwrap();
         assert!(matches!(refused, MigrationError::Discarded { .. }), "{refused}");
-        assert_eq!(pair.to.held_of(1), 0, "in round {round}");
+        assert_eq!(pair.to.resident_of(1), 0, "in round {round}");
     }
 }

@@ -239,7 +239,7 @@ fn pages_on_their_way_into_a_channel_that_is_stuck_bring_no_memory_back() {
     let mut out = Stuck { inner: KeptStream::new().unwrap(), tell, go_on: goes_on };
     pair.save.iterate(&mut out, u64::MAX).unwrap();
     guest.join().unwrap();
-    assert_eq!(pair.from.held_of(4), 0, "read after it was discarded, and discarded again");
+    assert_eq!(pair.from.resident_of(4), 0, "read after it was discarded, and discarded again");
     pair.model[4] = None;
     let mut section = Vec::new();
     put_continued(&mut section, SectionKind::Part, 0);
