@@ -3,12 +3,16 @@
 
 mod common;
 
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use ram_discard::{RamDiscardListener, RamDiscardManager, Section};
 use small_vmm::guest::Command;
 use small_vmm::relay::Relay;
+use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
 use common::postcopy::{assert_completed, relay, wait_on_the_way};
 use common::{BLOCK, Host, PATIENCE, PLUGGED, REGION, TOUCHED, wait_until};
@@ -37,6 +41,14 @@ impl Drop for Ends<'_> {
     }
 }
 
+/// Memory comes a little at a time, so that no vCPU is kept for long from leaving what is unplugged.
+fn drip(relay: &Relay, lasts: impl Fn() -> bool) {
+    while lasts() {
+        relay.hold_after(TOUCHED / 1024);
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Has the guest over there change its blocks again and again, and does something in the midst of that, when it was
 /// served so often.
 fn while_blocks_change(
@@ -56,13 +68,7 @@ fn while_blocks_change(
                 thread::sleep(Duration::from_millis(3));
             }
         });
-        // Memory comes a little at a time, so that no vCPU is kept for long from leaving what is unplugged.
-        scope.spawn(move || {
-            while lasts() {
-                relay.hold_after(TOUCHED / 1024);
-                thread::sleep(Duration::from_millis(10));
-            }
-        });
+        scope.spawn(move || drip(relay, lasts));
         let before = to.vmm.report().unwrap().served;
         wait_until("the guest is not served", || {
             to.vmm.report().unwrap().served >= before + served
@@ -167,6 +173,92 @@ fn a_daemon_that_is_killed_and_started_again_has_the_blocks_of_its_guest_wheneve
         to.assert_guest_works();
         let report = to.vmm.report().unwrap();
         assert!(report.resident <= TOUCHED, "{report:?}");
+        to.vmm.quit().unwrap();
+    }
+}
+
+/// A request of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Plug,
+    Unplug,
+}
+
+/// A listener in another process that says when it is told, and does not answer until it is let go.
+struct Stuck {
+    at: Asked,
+    told: Sender<()>,
+    let_go: Receiver<()>,
+}
+
+impl Stuck {
+    fn hear(&self, asked: Asked) {
+        if asked == self.at {
+            let _ = self.told.send(());
+            let _ = self.let_go.recv();
+        }
+    }
+}
+
+impl RamDiscardListener for Stuck {
+    fn name(&self) -> &str {
+        "stuck"
+    }
+
+    fn notify_populate(&mut self, _: Section) -> Result<(), String> {
+        self.hear(Asked::Plug);
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, _: Section) {
+        self.hear(Asked::Unplug);
+    }
+}
+
+/// Has the daemon over there die in the midst of what the guest asks for, and starts it again.
+fn kill_in_the_midst(to: &mut Host, relay: &Relay, asked: Asked) {
+    let block = Section::new(PLUGGED, BLOCK).unwrap();
+    let stream = UnixStream::connect(to.daemon.discard_socket()).unwrap();
+    let client = RemoteRamDiscardManager::attach(stream, PATIENCE).unwrap();
+    let ((told, is_told), (lets_go, let_go)) = (channel(), channel());
+    client.register(block, Box::new(Stuck { at: asked, told, let_go })).unwrap();
+    let requested = if asked == Asked::Plug { PLUGGED + BLOCK } else { PLUGGED };
+    assert!(to.daemon.api().resize(requested).unwrap().is_success());
+    let ends = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _ends = Ends(&ends);
+        let ends = &ends;
+        scope.spawn(move || drip(relay, || !ends.load(Ordering::Relaxed)));
+        is_told.recv_timeout(PATIENCE).unwrap();
+        to.daemon.kill().unwrap();
+        to.daemon.restart().unwrap();
+        // The driver waits for the answer to its request.
+        let report = to.vmm.tell(Command::Reconnect).unwrap();
+        assert_eq!(report.lost, None);
+        if let Some(reason) = report.blocks_stay {
+            assert!(reason.starts_with("the daemon has other blocks"), "{asked:?}: {reason}");
+        }
+    });
+    drop(lets_go);
+}
+
+#[test]
+fn a_daemon_that_dies_in_the_midst_of_a_request_does_it_in_the_end() {
+    for asked in [Asked::Plug, Asked::Unplug] {
+        let (mut from, mut to, relay) = on_the_way();
+        if asked == Asked::Unplug {
+            assert!(to.daemon.api().resize(PLUGGED + BLOCK).unwrap().is_success());
+            to.vmm.tell(Command::Settle { requested: PLUGGED + BLOCK }).unwrap();
+        }
+        kill_in_the_midst(&mut to, &relay, asked);
+        relay.hold_after(u64::from(u32::MAX));
+        assert_completed(&mut from);
+        assert_completed(&mut to);
+        from.assert_no_guest();
+        let requested = if asked == Asked::Plug { PLUGGED + BLOCK } else { PLUGGED };
+        to.vmm.tell(Command::Settle { requested }).unwrap();
+        to.assert_guest_works();
+        assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
         to.vmm.quit().unwrap();
     }
 }
