@@ -3,8 +3,8 @@
 
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -36,6 +36,9 @@ const POLL: Duration = Duration::from_millis(50);
 /// How long writes wait by default: nothing but the migration waits with them, and a destination may
 /// well be busy for minutes before it reads on, with allocating what is plugged for instance.
 pub(crate) const WRITE_PATIENCE: Duration = Duration::from_secs(5 * 60);
+
+/// How long a read still waits when another channel has failed, where the other side could not be told yet.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// How much of guest memory is copied at once for a transport that the kernel cannot gather to.
 const COPY: usize = 256 << 10;
@@ -113,16 +116,42 @@ pub struct Channel {
 
 /// Ends the waits of channels that go with one that failed.
 #[derive(Clone, Debug, Default)]
-pub struct Interrupt(Arc<AtomicBool>);
+pub struct Interrupt(Arc<Raised>);
+
+#[derive(Debug, Default)]
+struct Raised {
+    at: OnceLock<Instant>,
+    /// Reads wait on for a [`GRACE`] after that.
+    has_grace: AtomicBool,
+}
 
 impl Interrupt {
+    /// One after which reads still wait for a moment, until [`end_grace`](Self::end_grace): what is to come may be how
+    /// the other side is told of the failure.
+    pub(super) fn after_grace() -> Self {
+        let interrupt = Self::default();
+        interrupt.0.has_grace.store(true, Ordering::Release);
+        interrupt
+    }
+
+    /// It ends reads at once from now on.
+    pub(super) fn end_grace(&self) {
+        self.0.has_grace.store(false, Ordering::Release);
+    }
+
     /// Ends them, for good.
     pub fn raise(&self) {
-        self.0.store(true, Ordering::Release);
+        self.0.at.get_or_init(Instant::now);
     }
 
     fn is_raised(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.at.get().is_some()
+    }
+
+    fn ends_reads(&self) -> bool {
+        let waited =
+            |at: &Instant| !self.0.has_grace.load(Ordering::Acquire) || at.elapsed() >= GRACE;
+        self.0.at.get().is_some_and(waited)
     }
 }
 
@@ -291,6 +320,10 @@ impl Channel {
         self.interrupt.as_ref().is_some_and(Interrupt::is_raised)
     }
 
+    fn ends_reads(&self) -> bool {
+        self.interrupt.as_ref().is_some_and(Interrupt::ends_reads)
+    }
+
     /// Waits for something to read, or an interrupt.
     fn wait_readable(&self, deadline: Option<Instant>) -> io::Result<()> {
         loop {
@@ -298,7 +331,7 @@ impl Channel {
             if left == Some(Duration::ZERO) {
                 return Err(Errno::TIMEDOUT.into());
             }
-            if self.wait(Ready::Read, left.unwrap_or(POLL))? || self.is_interrupted() {
+            if self.wait(Ready::Read, left.unwrap_or(POLL))? || self.ends_reads() {
                 return Ok(());
             }
         }
@@ -345,7 +378,7 @@ impl Read for Channel {
         let deadline = self.read_patience.map(deadline);
         loop {
             // What had come by then is read first: on the main channel, the way back by which a failure is told.
-            let interrupted = self.is_interrupted();
+            let interrupted = self.ends_reads();
             match self.transport.read(&mut *buf) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if interrupted {

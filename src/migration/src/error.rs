@@ -139,8 +139,13 @@ pub enum MigrationError {
         local: String,
     },
     /// The destination says that it cannot load what was sent.
-    #[error("the destination refused the migration (error {0}); its own report says why")]
-    Refused(u32),
+    #[error("the destination refused the migration (error {code}){}", why(reason.as_deref()))]
+    Refused {
+        /// The error number.
+        code: u32,
+        /// Why, where it says so to this source.
+        reason: Option<String>,
+    },
     /// The destination says something that makes no sense now.
     #[error("unexpected message from the destination: {0}")]
     Unexpected(String),
@@ -166,6 +171,9 @@ pub enum MigrationError {
         /// Why it failed.
         error: Box<MigrationError>,
     },
+    /// What a channel for pages brings is not possible, or its thread ended.
+    #[error("{0}")]
+    OnChannel(String),
     /// The other side closed the channel.
     #[error("the other side closed the channel while {0}")]
     ChannelClosed(&'static str),
@@ -220,6 +228,10 @@ pub enum MigrationError {
     /// It was paused on request.
     #[error("paused on request")]
     Paused,
+}
+
+fn why(reason: Option<&str>) -> String {
+    reason.map_or("; its own report says why".to_owned(), |reason| format!(": {reason}"))
 }
 
 impl From<FormatError> for MigrationError {

@@ -127,6 +127,8 @@ pub struct Progress {
     /// The figures.
     pub counters: Counters,
     cancelled: AtomicBool,
+    /// The source hears nothing more of the destination.
+    deaf: AtomicBool,
     postcopy: AtomicBool,
     pub(crate) steering: Steering,
     events: Publisher,
@@ -226,6 +228,20 @@ impl Progress {
 
     pub(crate) fn wants_postcopy(&self) -> bool {
         self.postcopy.load(Ordering::Relaxed)
+    }
+
+    /// What the destination says is heard from now on.
+    pub(crate) fn destination_heard(&self) {
+        self.deaf.store(false, Ordering::Release);
+    }
+
+    /// The destination has said its last word, or left: pages that it does not read are not waited for.
+    pub(crate) fn destination_ended(&self) {
+        self.deaf.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn has_destination_ended(&self) -> bool {
+        self.deaf.load(Ordering::Acquire)
     }
 
     /// Whether it was cancelled.

@@ -96,7 +96,7 @@ impl Listening<'_> {
                 if !handover.is_lost() {
                     // A device that is being loaded may wait for a page. The guest stays where it is.
                     lazy.abandon();
-                    let _ = back.send(&ReturnMessage::Shut(error.code()));
+                    back.refuse(&error);
                 }
                 channels.shutdown();
                 return Err(error);

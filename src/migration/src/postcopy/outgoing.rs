@@ -69,7 +69,9 @@ impl AnswerRequests<'_> {
     pub(crate) fn answer(&mut self, message: ReturnMessage) -> Result<(), MigrationError> {
         let ReturnMessage::RequestPages { block, start, len } = message else {
             return match message {
-                ReturnMessage::Shut(code) if code != 0 => Err(MigrationError::Refused(code)),
+                ReturnMessage::Shut(code) if code != 0 => {
+                    Err(MigrationError::Refused { code, reason: None })
+                }
                 other => Err(unexpected(&other)),
             };
         };
@@ -357,7 +359,9 @@ impl Stream<'_, '_> {
                     requests.done();
                     return Ok(());
                 }
-                ReturnMessage::Shut(code) => return Err(MigrationError::Refused(code)),
+                ReturnMessage::Shut(code) => {
+                    return Err(MigrationError::Refused { code, reason: None });
+                }
                 ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck => {}
                 other => return Err(unexpected(&other)),
             }

@@ -27,6 +27,8 @@ pub(crate) struct ReturnChannel(Mutex<State>);
 struct State {
     channel: Channel,
     discards: Discards,
+    /// The source said that it is to be told why it is refused.
+    reasons: bool,
     /// The block that pages were asked for last, which the next request need not name.
     last_block: Option<usize>,
 }
@@ -48,7 +50,7 @@ impl ReturnChannel {
     fn with_patience(mut channel: Channel, patience: Duration) -> Self {
         channel.set_write_patience(patience);
         let discards = Discards::default();
-        Self(Mutex::new(State { channel, discards, last_block: None }))
+        Self(Mutex::new(State { channel, discards, reasons: false, last_block: None }))
     }
 
     /// The same source hears what is sent here, after its other channel broke.
@@ -62,6 +64,23 @@ impl ReturnChannel {
     /// The source is to be told what is discarded of the pages that are outstanding.
     pub(crate) fn tell_discards(&self) {
         self.0.lock().discards.known = true;
+    }
+
+    /// The source is to be told why it is refused.
+    pub(crate) fn tell_reasons(&self) {
+        self.0.lock().reasons = true;
+    }
+
+    /// Says that the guest cannot be taken, and why, as far as the source can still be reached.
+    pub(crate) fn refuse(&self, error: &MigrationError) {
+        let (mut bytes, mut state) = (Vec::new(), self.0.lock());
+        if state.reasons {
+            ReturnMessage::Reason(error.to_string()).put(&mut bytes);
+        }
+        ReturnMessage::Shut(error.code()).put(&mut bytes);
+        if let Err(failed) = state.write(&bytes) {
+            tracing::debug!(error = %failed, "cannot tell the source that it is refused");
+        }
     }
 
     pub(crate) fn send(&self, message: &ReturnMessage) -> Result<(), MigrationError> {

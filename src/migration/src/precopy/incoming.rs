@@ -21,8 +21,8 @@ use crate::postcopy::{
 };
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{
-    BlockStateChange, Command, Configuration, PING_BLOCK_STATE, PING_DISCARDED, PONG_BLOCK_STATE,
-    RAM_SECTION, Record, ReturnMessage, read_header, read_record,
+    BlockStateChange, Command, Configuration, PING_BLOCK_STATE, PING_DISCARDED, PING_REASON,
+    PONG_BLOCK_STATE, RAM_SECTION, Record, ReturnMessage, read_header, read_record,
 };
 
 /// How much is read ahead of what is handled, bytes.
@@ -52,6 +52,8 @@ struct Session<'a> {
     loader: Loader<'a>,
     postcopy: Option<IncomingPages<'a>>,
     channel: Channel,
+    /// By which a channel for pages ends this one's reads.
+    interrupt: Interrupt,
     /// Where the source listens, once it said so.
     back: Option<Arc<ReturnChannel>>,
     handover: Arc<Handover>,
@@ -80,14 +82,15 @@ impl Incoming<'_> {
             let postcopy =
                 postcopy.map(|postcopy| IncomingPages::new(postcopy, Arc::clone(&progress)));
             let committed = Arc::new(AtomicBool::new(false));
-            let interrupt = Interrupt::default();
+            // A channel may fail before the source could be told why.
+            let interrupt = Interrupt::after_grace();
             loader.interrupt_on_failure(&interrupt);
             let channel =
                 channel.cancellable_until(Arc::clone(&committed)).interruptible(&interrupt);
             let handover = Arc::new(Handover::new(committed));
             let (back, follows) = (None, false);
             let mut session =
-                Session { loader, postcopy, channel, back, handover, follows, progress };
+                Session { loader, postcopy, channel, interrupt, back, handover, follows, progress };
             let result = session.load(&configuration).and_then(|rest| match rest {
                 Rest::Nothing => session.take_over(guest),
                 Rest::Memory(package, reader) => session.listen(guest, package, *reader),
@@ -96,7 +99,7 @@ impl Incoming<'_> {
             let result = result.map_err(|error| session.loader.failure().unwrap_or(error));
             if let Err(error) = &result {
                 if let Some(back) = &session.back {
-                    let _ = back.send(&ReturnMessage::Shut(error.code()));
+                    back.refuse(error);
                 }
                 session.channel.shutdown();
             }
@@ -228,7 +231,11 @@ impl Session<'_> {
         reader: &mut dyn WireRead,
     ) -> Result<(), MigrationError> {
         match record {
-            Record::Section(header) => self.loader.section(&header, reader),
+            Record::Section(header) => {
+                // What says how the source is told comes before.
+                self.interrupt.end_grace();
+                self.loader.section(&header, reader)
+            }
             Record::Continued { kind, section_id } => {
                 self.loader.continued(kind, section_id, at, reader)
             }
@@ -248,8 +255,10 @@ impl Session<'_> {
                     // The answer is the verdict.
                     self.loader.all_loaded()?;
                 }
-                if let (PING_DISCARDED, Some(back)) = (value, &self.back) {
-                    back.tell_discards();
+                match (value, &self.back) {
+                    (PING_DISCARDED, Some(back)) => back.tell_discards(),
+                    (PING_REASON, Some(back)) => back.tell_reasons(),
+                    _ => {}
                 }
                 self.pong(value)
             }
@@ -341,7 +350,7 @@ impl Session<'_> {
             let broke_before = !handover.is_open();
             if let (Err(error), Some(back)) = (&claimed, &self.back) {
                 // Before the channel is ended.
-                let _ = back.send(&ReturnMessage::Shut(error.code()));
+                back.refuse(error);
             }
             give_up.armed = claimed.is_err();
             drop(give_up);

@@ -21,8 +21,8 @@ use crate::postcopy::{
 };
 use crate::progress::{Counters, Progress, Status};
 use crate::stream::{
-    AdvisedSizes, Command, DISCARD_RANGES_MAX, PING_BLOCK_STATE, PING_DISCARDED, SectionKind,
-    TARGET_PAGE_SIZE, put_command, put_description, put_eof,
+    AdvisedSizes, Command, DISCARD_RANGES_MAX, PING_BLOCK_STATE, PING_DISCARDED, PING_REASON,
+    SectionKind, TARGET_PAGE_SIZE, put_command, put_description, put_eof,
 };
 
 /// A migration to another host. Each is used once; after a failure another may be tried.
@@ -130,6 +130,7 @@ impl Outgoing<'_> {
         if !self.parameters.one_way {
             put_command(&mut bytes, &Command::OpenReturnPath);
             put_command(&mut bytes, &Command::Ping(1));
+            put_command(&mut bytes, &Command::Ping(PING_REASON));
             elastic = Elastic::ask(&self.handlers, self.parameters.block_state_timeout);
             if elastic != Elastic::No {
                 put_command(&mut bytes, &Command::Ping(PING_BLOCK_STATE));
@@ -140,7 +141,11 @@ impl Outgoing<'_> {
             put_command(&mut bytes, &Command::Ping(PING_DISCARDED));
         }
         write(out, &bytes)?;
-        let back = if self.parameters.one_way { None } else { Some(ReturnPath::listen(out)?) };
+        let back = if self.parameters.one_way {
+            None
+        } else {
+            Some(ReturnPath::listen(out, &self.progress)?)
+        };
         self.begin(out, &mut framing).map_err(|error| reason_of(back.as_ref(), error))?;
         self.progress.set_status(Status::Active);
         let next = self

@@ -37,21 +37,47 @@ pub(super) struct ReturnPath {
     thread: Option<JoinHandle<WireReader<Channel>>>,
 }
 
+/// Tells when the thread ends, after its last message.
+struct Ended(Arc<Progress>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.destination_ended();
+    }
+}
+
 impl ReturnPath {
     /// Starts to listen. The handle is not to be cancelled: what the destination says last decides
     /// who has the guest.
-    pub(super) fn listen(channel: &Channel) -> Result<Self, MigrationError> {
+    pub(super) fn listen(
+        channel: &Channel,
+        progress: &Arc<Progress>,
+    ) -> Result<Self, MigrationError> {
         let (tell, heard) = channel_of();
         let reading = channel.uncancellable();
         let kept = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&kept);
+        progress.destination_heard();
+        let ended = Ended(Arc::clone(progress));
         let thread = std::thread::Builder::new().name("return-path".to_owned()).spawn(move || {
+            let _ended = ended;
             let mut reader = WireReader::new(reading);
+            let mut reason = None;
             loop {
                 let message = match reader.is_at_end() {
                     Ok(true) => return reader,
                     Ok(false) => ReturnMessage::read(&mut reader).map_err(MigrationError::from),
                     Err(error) => Err(MigrationError::io("hear the destination")(error)),
+                };
+                let message = match (message, reason.take()) {
+                    (Ok(ReturnMessage::Reason(text)), None) => {
+                        reason = Some(printable(&text));
+                        continue;
+                    }
+                    (Ok(ReturnMessage::Shut(code)), reason @ Some(_)) if code != 0 => {
+                        Err(MigrationError::Refused { code, reason })
+                    }
+                    (message, _) => message,
                 };
                 let last = !matches!(message, Ok(ref message) if !is_last(message));
                 if counted.fetch_add(1, Ordering::Relaxed) == KEPT_MAX {
@@ -256,12 +282,17 @@ fn is_broken(error: &MigrationError) -> bool {
     }
 }
 
+/// What the destination says, as it can stand in a line of a log.
+fn printable(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { '\u{fffd}' } else { letter }).collect()
+}
+
 /// Whether it says why a channel failed.
 fn is_reason(error: &MigrationError) -> bool {
     matches!(
         error,
         MigrationError::Flooded { .. }
-            | MigrationError::Refused(_)
+            | MigrationError::Refused { .. }
             | MigrationError::Format(FormatError::Tls)
     )
 }
@@ -273,7 +304,9 @@ fn is_last(message: &ReturnMessage) -> bool {
 
 pub(super) fn unexpected(heard: Heard) -> MigrationError {
     match heard {
-        Ok(ReturnMessage::Shut(code)) if code != 0 => MigrationError::Refused(code),
+        Ok(ReturnMessage::Shut(code)) if code != 0 => {
+            MigrationError::Refused { code, reason: None }
+        }
         Ok(message) => MigrationError::Unexpected(format!("{message:?}")),
         Err(error) => error,
     }
@@ -288,5 +321,46 @@ impl Drop for ReturnPath {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::Sink;
+    use std::os::unix::net::UnixStream;
+
+    /// What a source makes of these messages.
+    fn heard(messages: &[ReturnMessage]) -> String {
+        let (near, far) = UnixStream::pair().unwrap();
+        let channel = |stream| Channel::new(stream, Arc::new(Progress::new())).unwrap();
+        let back = ReturnPath::listen(&channel(near), &Arc::new(Progress::new())).unwrap();
+        let mut bytes = Vec::new();
+        messages.iter().for_each(|message| message.put(&mut bytes));
+        channel(far).write(&bytes).unwrap();
+        loop {
+            if let Err(error) = back
+                .wait("memory was being sent")
+                .and_then(|message| message.map_or(Ok(()), |message| Err(unexpected(Ok(message)))))
+            {
+                return error.to_string();
+            }
+        }
+    }
+
+    #[test]
+    fn a_reason_is_told_with_the_refusal_that_follows_it_and_cannot_change_a_log() {
+        let reason = |text: &str| ReturnMessage::Reason(text.to_owned());
+        let refused = heard(&[reason("\u{1b}[31mno\nroom"), ReturnMessage::Shut(22)]);
+        let expected =
+            "the destination refused the migration (error 22): \u{fffd}[31mno\u{fffd}room";
+        assert_eq!(refused, expected);
+        let refused = heard(&[ReturnMessage::Shut(22)]);
+        assert!(refused.ends_with("(error 22); its own report says why"), "{refused}");
+        // One that nothing follows, or another reason.
+        assert!(heard(&[reason("why")]).contains("closed the channel"));
+        assert!(heard(&[reason("a"), reason("b")]).contains("unexpected message"));
+        let taken = heard(&[reason("a"), ReturnMessage::Shut(0)]);
+        assert!(taken.contains("unexpected message"), "{taken}");
     }
 }

@@ -365,7 +365,7 @@ fn a_destination_that_has_the_range_discarded_refuses_the_page() {
     assert!(error.contains("\"vmem0\": a page at 0x40000"), "{error}");
     assert!(error.contains("discarded range"), "{error}");
     let error = run.outgoing.unwrap_err();
-    assert!(matches!(error, MigrationError::Refused(_) | MigrationError::Io { .. }), "{error}");
+    assert!(matches!(error, MigrationError::Refused { .. } | MigrationError::Io { .. }), "{error}");
     assert_eq!(run.source.log().last(), Some(&"thaw"));
     // Either it was never stopped, or it goes on.
     let stops = run.source.log().iter().filter(|&&call| call == "stop").count();

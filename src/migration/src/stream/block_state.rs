@@ -17,6 +17,10 @@ pub const PONG_BLOCK_STATE: u32 = 0x564d_0002;
 /// that are outstanding. Any destination answers it as any other.
 pub const PING_DISCARDED: u32 = 0x564d_0003;
 
+/// The value of a PING by which a source says that it is to be told why a SHUT is not 0. Any destination answers it as
+/// any other.
+pub const PING_REASON: u32 = 0x564d_0004;
+
 /// The most ranges of a change, so that it stays short.
 pub const BLOCK_STATE_RANGES_MAX: usize = 256;
 
@@ -93,11 +97,15 @@ pub(super) fn put_answer(out: &mut Vec<u8>, number: u32, refused: Option<&str>) 
         None => out.put_u8(ACCEPTED),
         Some(reason) => {
             out.put_u8(REFUSED);
-            let end =
-                (0..=REASON_MAX.min(reason.len())).rev().find(|&at| reason.is_char_boundary(at));
-            out.put_name(&reason[..end.unwrap_or(0)]);
+            put_reason(out, reason);
         }
     }
+}
+
+/// Appends as much of a reason as is sent.
+pub(super) fn put_reason(out: &mut Vec<u8>, reason: &str) {
+    let end = (0..=REASON_MAX.min(reason.len())).rev().find(|&at| reason.is_char_boundary(at));
+    out.put_name(&reason[..end.unwrap_or(0)]);
 }
 
 /// Reads an answer: its number, and why the change is refused, if it is.

@@ -20,7 +20,7 @@ pub use block_list::{
 };
 pub use block_state::BlockStateChange;
 pub(crate) use block_state::{
-    BLOCK_STATE_RANGES_MAX, PING_BLOCK_STATE, PING_DISCARDED, PONG_BLOCK_STATE,
+    BLOCK_STATE_RANGES_MAX, PING_BLOCK_STATE, PING_DISCARDED, PING_REASON, PONG_BLOCK_STATE,
 };
 pub(crate) use command::DISCARD_RANGES_MAX;
 pub use command::{AdvisedSizes, Command};

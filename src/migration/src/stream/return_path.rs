@@ -1,7 +1,7 @@
 //! What the destination sends back.
 
 use super::FormatError;
-use super::block_state::{put_answer, read_answer};
+use super::block_state::{put_answer, put_reason, read_answer};
 use vmstate::wire::{WireRead, WireWrite};
 
 const SHUT: u16 = 1;
@@ -14,6 +14,7 @@ const SWITCHOVER_ACK: u16 = 7;
 /// Ours, far from those that QEMU may still add.
 const BLOCK_STATE: u16 = 0x564d;
 const DISCARDED: u16 = 0x564e;
+const REASON: u16 = 0x564f;
 
 /// The only value a resume may be acknowledged with.
 const RESUMED: u32 = 1;
@@ -61,6 +62,9 @@ pub enum ReturnMessage {
         /// Bytes.
         len: u64,
     },
+    /// Why the SHUT that follows is not 0, of which at most 255 bytes are sent. Only to a source that said with a PING
+    /// that it knows of this.
+    Reason(String),
 }
 
 impl ReturnMessage {
@@ -105,6 +109,10 @@ impl ReturnMessage {
                 data.put_be64(*len);
                 data.put_name(block);
                 DISCARDED
+            }
+            Self::Reason(reason) => {
+                put_reason(&mut data, reason);
+                REASON
             }
         };
         out.put_be16(code);
@@ -151,7 +159,8 @@ impl ReturnMessage {
                     (reader.be64("the start of a range")?, reader.be64("its length")?);
                 Self::Discarded { block: reader.name("the id of a block")?, start, len }
             }
-            (1..=7 | BLOCK_STATE | DISCARDED, _) => {
+            (REASON, 1..) => Self::Reason(reader.name("a reason")?),
+            (1..=7 | BLOCK_STATE | DISCARDED | REASON, _) => {
                 return Err(FormatError::value(offset, "length of a message", len));
             }
             _ if super::is_tls(code.to_be_bytes()) => return Err(FormatError::Tls),

@@ -225,6 +225,18 @@ fn other_streams_are_named() {
 
 /// A command of ours with these bytes behind its code.
 #[test]
+fn golden_reason() {
+    let mut out = Vec::new();
+    ReturnMessage::Reason("no room".to_owned()).put(&mut out);
+    assert_eq!(out, b"\x56\x4f\0\x08\x07no room");
+    assert_eq!(PING_REASON, 0x564d_0004);
+    let mut long = Vec::new();
+    ReturnMessage::Reason("é".repeat(200)).put(&mut long);
+    let cut = ReturnMessage::Reason("é".repeat(127));
+    assert_eq!(ReturnMessage::read(&mut reader(&long)).unwrap(), cut);
+}
+
+#[test]
 fn what_begins_as_a_record_of_tls_is_named_wherever_a_channel_begins() {
     for first in 0x14..=0x17 {
         let record = [&[first, 3, 1, 2, 0][..], &[1; 60]].concat();
@@ -375,6 +387,7 @@ fn messages() -> impl Strategy<Value = ReturnMessage> {
             .prop_map(|(number, refused)| ReturnMessage::BlockState { number, refused }),
         (name, any::<u64>(), any::<u64>())
             .prop_map(|(block, start, len)| ReturnMessage::Discarded { block, start, len }),
+        "[ -~é]{0,100}".prop_map(ReturnMessage::Reason),
     ]
 }
 

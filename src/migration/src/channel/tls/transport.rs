@@ -121,6 +121,17 @@ impl State {
         Ok(read != 0)
     }
 
+    /// What an error of the library means, after what the peer said was wrong.
+    fn known(&self, role: &Role, error: io::Error) -> io::Error {
+        if let Some(what) = &self.failed {
+            return io::Error::other(TlsError::Peer(what.clone()));
+        }
+        match error.downcast::<rustls::Error>() {
+            Ok(error) => io::Error::other(role.explain(&error)),
+            Err(error) => error,
+        }
+    }
+
     /// Why a write failed: what the peer said before it closed, if it said anything.
     fn why(&mut self, socket: &Descriptor, role: &Role, error: io::Error) -> io::Error {
         if !is_broken(&error) {
@@ -247,7 +258,9 @@ impl Transport for TlsTransport {
         let state = &mut *guard;
         let sent = state.send(&self.socket);
         sent.map_err(|error| state.why(&self.socket, &self.role, error))?;
-        let taken = state.connection.writer().write(&bytes[..bytes.len().min(AT_ONCE)])?;
+        let taken = state.connection.writer().write(&bytes[..bytes.len().min(AT_ONCE)]);
+        // It takes nothing more once another thread has read why.
+        let taken = taken.map_err(|error| state.known(&self.role, error))?;
         match state.send(&self.socket) {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
                 Err(state.why(&self.socket, &self.role, error))

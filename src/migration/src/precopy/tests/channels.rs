@@ -287,8 +287,58 @@ fn a_destination_that_refuses_a_channel_says_so_to_the_source() {
     let expected = "the source has 3 channels, and 2 are connected here";
     assert!(refused.contains(expected), "{refused}");
     let failed = both.sent.unwrap_err();
-    assert!(matches!(failed.error, MigrationError::Refused(_)), "{failed}");
+    assert!(matches!(failed.error, MigrationError::Refused { .. }), "{failed}");
+    assert!(failed.to_string().contains(expected), "{failed}");
+    assert!(!failed.to_string().contains("unexpected message"), "{failed}");
     assert_eq!(failed.guest, GuestAfter::RunsHere);
+}
+
+/// A channel may be refused before the main one has brought a byte.
+#[test]
+fn a_source_hears_why_its_channel_was_refused_however_early_that_was() {
+    let (from, to) = (Side::new(&[1, 4]), Side::new(&[1, 4]));
+    fill(&from.region, 64..128, 7);
+    let (main, main_far) = UnixStream::pair().unwrap();
+    let (mut left_over, taken_up) = UnixStream::pair().unwrap();
+    // Of a source that has gone, with another VM.
+    left_over.write_all(&incoming::greeting([1; 16], 0, 1)).unwrap();
+    let (refused, failed) = thread::scope(|scope| {
+        let taking = scope.spawn(|| {
+            let progress = Arc::new(Progress::new());
+            let ram =
+                RamLoad::new(Arc::clone(&to.blocks), ListOptions::default(), Arc::clone(&progress));
+            let incoming = Incoming {
+                configuration: multifd(),
+                guest: &Witness::default(),
+                handlers: vec![Box::new(ram.with_channels(channels(vec![taken_up], &progress)))],
+                devices: &mut NoDevices,
+                postcopy: None,
+                progress: Arc::clone(&progress),
+            };
+            incoming.run(Channel::new(main_far, progress).unwrap()).unwrap_err().to_string()
+        });
+        // It has been refused by now, as good as certainly; what follows holds in any case.
+        thread::sleep(Duration::from_millis(100));
+        let progress = Arc::new(Progress::new());
+        let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+        let ram =
+            RamSave::new(&from.blocks, ListOptions::default(), Arc::clone(&progress), tracker);
+        let (near, _nowhere) = pairs(1);
+        let outgoing = Outgoing {
+            parameters: Parameters::new(multifd()),
+            guest: &Witness::default(),
+            handlers: vec![Box::new(ram.unwrap().with_channels(channels(near, &progress)))],
+            devices: &mut NoDevices,
+            postcopy: None,
+            progress: Arc::clone(&progress),
+        };
+        let failed = outgoing.run(Channel::new(main, progress).unwrap()).unwrap_err();
+        (taking.join().unwrap(), failed)
+    });
+    for error in [refused, failed.to_string()] {
+        let expected = "channel 0 for pages: it is of another VM: its UUID differs";
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]
@@ -381,7 +431,8 @@ fn channels_of_which_only_some_are_encrypted_are_refused_on_both_sides_before_an
 
 #[test]
 fn a_channel_that_is_not_read_can_be_cancelled_and_ends_the_downtime_when_its_patience_does() {
-    for cancels in [true, false] {
+    // And ends with the destination, whatever of it takes no channel up.
+    for (cancels, leaves) in [(true, false), (false, false), (false, true)] {
         let from = Side::new(&[0, 1, 2]);
         fill(&from.region, 0..192, 1);
         let progress = Arc::new(Progress::new());
@@ -403,10 +454,14 @@ fn a_channel_that_is_not_read_can_be_cancelled_and_ends_the_downtime_when_its_pa
         if cancels {
             progress.cancel();
         }
+        if leaves {
+            progress.destination_ended();
+        }
         let error = ram.complete(&mut main).unwrap_err();
-        match cancels {
-            true => assert!(matches!(error, MigrationError::Cancelled), "{error}"),
-            false => assert!(error.to_string().contains("has read nothing for 30ms"), "{error}"),
+        match (cancels, leaves) {
+            (true, _) => assert!(matches!(error, MigrationError::Cancelled), "{error}"),
+            (_, true) => assert!(matches!(error, MigrationError::ChannelClosed(_)), "{error}"),
+            _ => assert!(error.to_string().contains("has read nothing for 30ms"), "{error}"),
         }
         // Threads that write still do not keep it from ending.
         drop(ram);

@@ -388,5 +388,5 @@ impl Receiver<'_> {
 }
 
 fn refuse<T>(what: impl Into<String>) -> Result<T, MigrationError> {
-    Err(MigrationError::Unexpected(what.into()))
+    Err(MigrationError::OnChannel(what.into()))
 }

@@ -141,9 +141,7 @@ impl Senders {
                 self.shared.work[shortest].notify_one();
                 return Ok(());
             }
-            if self.shared.progress.is_cancelled() {
-                return Err(MigrationError::Cancelled);
-            }
+            self.shared.check_wanted()?;
             // Each write has an end, so this has one.
             self.shared.done.wait_for(&mut state, MOMENT);
         }
@@ -186,9 +184,7 @@ impl Senders {
         let mut state = self.shared.state.lock();
         while state.unfinished != 0 {
             state.check()?;
-            if self.shared.progress.is_cancelled() {
-                return Err(MigrationError::Cancelled);
-            }
+            self.shared.check_wanted()?;
             let begin = Instant::now();
             self.shared.done.wait_for(&mut state, MOMENT);
             let Some(watch) = &mut watch else { continue };
@@ -249,6 +245,16 @@ impl Shared {
         self.work.iter().for_each(|work| {
             work.notify_one();
         });
+    }
+
+    /// Fails when what waits to be written is wanted no more. A channel that its peer has not even taken up is written to
+    /// in vain until patience ends, though the destination has said why it left.
+    fn check_wanted(&self) -> Result<(), MigrationError> {
+        match (self.progress.is_cancelled(), self.progress.has_destination_ended()) {
+            (true, _) => Err(MigrationError::Cancelled),
+            (false, true) => Err(MigrationError::ChannelClosed("pages were being sent")),
+            (false, false) => Ok(()),
+        }
     }
 
     fn fail(&self, number: usize, error: MigrationError) {

@@ -33,7 +33,7 @@ struct Telling<F: FnMut(Result<(), MigrationError>)> {
 
 impl<F: FnMut(Result<(), MigrationError>)> Drop for Telling<F> {
     fn drop(&mut self) {
-        let panicked = || Err(MigrationError::Unexpected("its thread has panicked".to_owned()));
+        let panicked = || Err(MigrationError::OnChannel("its thread has panicked".to_owned()));
         (self.ended)(self.served.take().unwrap_or_else(panicked));
     }
 }

@@ -73,6 +73,34 @@ fn a_source_that_is_refused_says_which_certificate_is_wrong_however_late_it_look
 }
 
 #[test]
+fn what_is_written_after_another_thread_has_read_why_fails_with_that() {
+    let (ca, other) = (Ca::new("ca"), Ca::new("other"));
+    let (dir, stranger) = (Dir::new(&ca), Dir::new(&other));
+    stranger.put("ca-cert.pem", &(ca.pem.clone() + &other.pem));
+    for reads in [true, false] {
+        let client = TlsClient::from_dir(&stranger.path(), "there.example").unwrap();
+        let server = TlsServer::from_dir(&dir.path()).unwrap();
+        let (near, far) = UnixStream::pair().unwrap();
+        let there = thread::spawn(move || server.accept(far, &progress()).unwrap_err());
+        let mut channel = client.connect(near, &progress()).unwrap();
+        there.join().unwrap();
+        let mut said = Vec::new();
+        if reads {
+            said.push(channel.read(&mut [0; 10]).unwrap_err());
+        } else {
+            assert!(channel.is_readable(LONG));
+        }
+        said.extend((0..3).map(|_| channel.write(b"QEVM").unwrap_err()));
+        for error in said.into_iter().map(|error| error.to_string()) {
+            assert!(
+                error.contains("refuses this side's certificate in client-cert.pem"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_source_in_the_clear_hears_that_the_destination_speaks_tls() {
     let dir = Dir::new(&Ca::new("ca"));
     for pair in PAIRS {
