@@ -36,8 +36,6 @@ struct State {
     /// First target page of each host page that was asked for, since when, and which thread
     /// waited first.
     requested: BTreeMap<u64, (Instant, u32)>,
-    /// Where it is followed: what is discarded now.
-    discarded: Option<DiscardMask>,
     /// Whether faults are the kernel's again.
     ended: bool,
     /// Until then: a huge page for a hole would fill outstanding pages beside it with zeros.
@@ -82,8 +80,8 @@ impl LazyBlock {
         let no_huge_pages =
             forbidden.map_err(MigrationError::memory(block.id(), "forbid huge pages"))?;
         let registered = ranges_to_register(&outstanding, page_size);
-        let (requested, discarded) = (BTreeMap::new(), None);
-        let state = State { outstanding, requested, discarded, ended: false, no_huge_pages };
+        let requested = BTreeMap::new();
+        let state = State { outstanding, requested, ended: false, no_huge_pages };
         let state = Mutex::new(state);
         Ok(Self { block, mapping, page_size, registered, state })
     }
@@ -176,64 +174,22 @@ impl LazyBlock {
         }
     }
 
-    /// What is discarded from now on is told by [`populated`](Self::populated) and [`discarded`](Self::discarded).
-    pub(super) fn set_discarded(&self, discarded: DiscardMask) {
-        self.state.lock().discarded = Some(discarded);
-    }
-
-    /// `range` is about to be used: nothing discards it when this returns.
-    pub(super) fn populated(&self, range: ByteRange) {
-        if let Some(discarded) = &mut self.state.lock().discarded {
-            discarded.remove(pages_touched(range));
-        }
-    }
-
-    /// `range` is no longer used.
-    pub(super) fn discarded(&self, range: ByteRange) {
-        if let Some(discarded) = &mut self.state.lock().discarded {
-            discarded.add(pages_touched(range));
-        }
-    }
-
-    /// Discards what discarded ranges hold by now, while others may be populated and written; how many of them
-    /// could not be.
-    fn sweep_followed(&self, runs: Vec<Range<u64>>) -> u64 {
-        let mut unswept = 0;
-        for run in runs {
-            // Held meanwhile: what is populated waits for it.
-            let state = self.state.lock();
-            let still = state.discarded.as_ref().map(|discarded| discarded.within(run));
-            for range in still.into_iter().flatten().map(bytes_of) {
-                if let Err(error) = self.block.sweep(range) {
-                    tracing::warn!(block = self.id(), %range, %error, "cannot sweep discarded memory");
-                    unswept += 1;
-                }
-            }
-        }
-        unswept
-    }
-
-    /// Discards what discarded ranges hold by now; how many of them could not be.
+    /// Discards what discarded ranges hold by now, also while others are populated and written; how many of them could
+    /// not be.
     pub(super) fn sweep_discarded(&self) -> u64 {
-        let followed = self.state.lock().discarded.as_ref().map(|mask| mask.runs().to_vec());
-        if let Some(runs) = followed {
-            return self.sweep_followed(runs);
-        }
-        let discarded = match self.block.discarded() {
-            Ok(discarded) => discarded,
-            Err(error) => {
-                tracing::warn!(block = self.id(), %error, "cannot sweep discarded memory");
-                return 1;
-            }
+        let not_swept = |error: &dyn std::fmt::Display| {
+            tracing::warn!(block = self.id(), %error, "cannot sweep discarded memory");
+            1
         };
-        let mut unswept = 0;
-        for range in discarded {
-            if let Err(error) = self.block.sweep(range) {
-                tracing::warn!(block = self.id(), %range, %error, "cannot sweep discarded memory");
-                unswept += 1;
-            }
+        match self.block.discarded() {
+            Ok(discarded) => discarded
+                .into_iter()
+                .map(|range| {
+                    self.block.sweep_discarded(range).map_or_else(|e| not_swept(&e), |()| 0)
+                })
+                .sum(),
+            Err(error) => not_swept(&error),
         }
-        unswept
     }
 
     /// Places what is outstanding. What was placed before an error has `arrived`.

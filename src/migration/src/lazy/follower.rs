@@ -6,7 +6,6 @@ use ram_discard::{ByteRange, RamDiscardListener, Section};
 
 use super::LazyRam;
 use crate::error::MigrationError;
-use crate::page_bitmap::DiscardMask;
 use crate::ram::FrozenBlocks;
 
 /// Where the region of a manager lies in a block that arrives.
@@ -31,46 +30,23 @@ impl ArrivalFollower {
     ///
     /// # Errors
     ///
-    /// When a freeze was lost before, or the manager's process is gone.
+    /// When a freeze was lost before.
     pub(crate) fn follow(
         frozen: &mut FrozenBlocks,
         memory: &Arc<LazyRam>,
     ) -> Result<(), MigrationError> {
-        let mut failed = None;
         frozen.follow(|manager| {
             let regions = (0..memory.nr_blocks()).filter_map(|index| {
                 let (start, other) = memory.block(index).discard_region()?;
                 Arc::ptr_eq(&other, manager).then_some((index, start))
             });
-            match Self::new(memory, regions) {
-                Ok(follower) => Some(Box::new(follower) as Box<dyn RamDiscardListener>),
-                Err(error) => {
-                    failed = Some(error);
-                    None
-                }
-            }
-        })?;
-        failed.map_or(Ok(()), Err)
-    }
-
-    /// Of a region that starts at these bytes of these blocks. From here on memory knows by itself what is
-    /// discarded of them, so nothing may change until this is registered.
-    ///
-    /// # Errors
-    ///
-    /// When the manager's process is gone.
-    fn new(
-        memory: &Arc<LazyRam>,
-        regions: impl IntoIterator<Item = (usize, u64)>,
-    ) -> Result<Self, MigrationError> {
-        let mut parts = Vec::new();
-        for (index, start) in regions {
-            let block = memory.block(index);
-            let discarded = DiscardMask::new(block.discarded()?);
-            memory.blocks[index].set_discarded(discarded);
-            parts.extend(block.used().map(|used| Part { block: index, start, used }));
-        }
-        Ok(Self { memory: Arc::downgrade(memory), parts })
+            let parts = regions.filter_map(|(block, start)| {
+                let used = memory.block(block).used()?;
+                Some(Part { block, start, used })
+            });
+            let follower = Self { memory: Arc::downgrade(memory), parts: parts.collect() };
+            Some(Box::new(follower) as Box<dyn RamDiscardListener>)
+        })
     }
 
     fn each(&self, section: Section, act: impl Fn(&LazyRam, usize, ByteRange)) {
@@ -90,8 +66,8 @@ impl RamDiscardListener for ArrivalFollower {
         "migration"
     }
 
-    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
-        self.each(section, |memory, block, range| memory.blocks[block].populated(range));
+    /// Nothing of it is outstanding since it was discarded.
+    fn notify_populate(&mut self, _section: Section) -> Result<(), String> {
         Ok(())
     }
 
@@ -101,7 +77,6 @@ impl RamDiscardListener for ArrivalFollower {
                 let block = memory.block(block).id();
                 tracing::warn!(block, %range, %error, "cannot wake who waits for what is discarded");
             }
-            memory.blocks[block].discarded(range);
         });
     }
 }

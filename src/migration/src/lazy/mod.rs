@@ -268,7 +268,8 @@ impl LazyRam {
 
     /// Ends it, when nothing is outstanding: faults are the kernel's again, and what discarded
     /// ranges hold is discarded. What cannot be discarded is logged and counted
-    /// ([`FaultStatistics::unswept`]): it costs memory, and no guest misses it.
+    /// ([`FaultStatistics::unswept`]): it costs memory, and no guest misses it. Must not be called within a
+    /// transaction or a listener of a block's manager.
     ///
     /// # Errors
     ///

@@ -1,10 +1,14 @@
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use ram_discard::{FreezeFor, RamDiscardListener, RamDiscardManager, Section};
+
 use super::*;
+use crate::ram::FrozenBlocks;
 use crate::sys::huge_pages::testing::{ask_for_huge_pages, flags, has_huge_pages};
-use crate::test_support::{PAGE, PATIENCE, Side, fill, wait_until};
+use crate::test_support::{BLOCK, PAGE, PATIENCE, Side, fill, wait_until};
 
 struct NoFailure;
 
@@ -351,4 +355,48 @@ fn blocktime_is_of_the_threads_that_waited_first() {
         (2, statistics.blocktime[&thread])
     );
     lazy.abandon();
+}
+
+/// Takes memory for what is about to be populated, as a device does of huge pages; and while the change is under way,
+/// all has arrived.
+struct TakesMemory {
+    region: File,
+    lazy: Arc<LazyRam>,
+    finishing: Arc<Mutex<Option<thread::JoinHandle<()>>>>,
+}
+
+impl RamDiscardListener for TakesMemory {
+    fn name(&self) -> &str {
+        "guest memory"
+    }
+
+    fn notify_populate(&mut self, section: Section) -> Result<(), String> {
+        fill(&self.region, section.start() / PAGE..section.end() / PAGE, 0);
+        let lazy = Arc::clone(&self.lazy);
+        let finishing = thread::spawn(move || lazy.finish().unwrap());
+        // It may wait for the change.
+        thread::sleep(Duration::from_millis(50));
+        *self.finishing.lock() = Some(finishing);
+        Ok(())
+    }
+
+    fn notify_discard(&mut self, _section: Section) {}
+}
+
+#[test]
+fn memory_that_is_taken_for_what_is_plugged_when_all_has_arrived_stays() {
+    let side = Side::elastic(&[0]);
+    let (lazy, _handler) = lazy(&side, 0..0);
+    let finishing = Arc::new(Mutex::new(None));
+    let blocks = [Arc::clone(side.blocks.get("vmem0").unwrap())];
+    let mut frozen = FrozenBlocks::new(blocks, FreezeFor::Destination).unwrap();
+    let (device, region) = (side.device(), side.region.try_clone().unwrap());
+    let (memory, finishes) = (Arc::clone(&lazy), Arc::clone(&finishing));
+    let listener = TakesMemory { region, lazy: memory, finishing: finishes };
+    let other = Section::new(4 * BLOCK, BLOCK).unwrap();
+    device.register(other, Box::new(listener)).unwrap();
+    ArrivalFollower::follow(&mut frozen, &lazy).unwrap();
+    device.plug(4).unwrap();
+    finishing.lock().take().unwrap().join().unwrap();
+    assert_eq!(side.resident_of(4), BLOCK / PAGE);
 }

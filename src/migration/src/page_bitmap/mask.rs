@@ -66,14 +66,6 @@ impl DiscardMask {
         parts
     }
 
-    /// The parts of `pages` that are discarded, ascending.
-    pub fn within(&self, pages: Range<u64>) -> Vec<Range<u64>> {
-        let first = self.runs.partition_point(|run| run.end <= pages.start);
-        let runs = self.runs[first..].iter().take_while(|run| run.start < pages.end);
-        let parts = runs.map(|run| run.start.max(pages.start)..run.end.min(pages.end));
-        parts.filter(|part| !part.is_empty()).collect()
-    }
-
     /// The runs of pages.
     pub fn runs(&self) -> &[Range<u64>] {
         &self.runs
