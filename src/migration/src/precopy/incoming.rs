@@ -47,6 +47,9 @@ pub struct Incoming<'a> {
     pub progress: Arc<Progress>,
 }
 
+/// How long what follows the configuration is waited for when that is refused.
+const REFUSAL_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// The stream as it comes.
 struct Session<'a> {
     loader: Loader<'a>,
@@ -175,7 +178,11 @@ impl Session<'_> {
 
     fn load(&mut self, local: &Configuration) -> Result<Rest, MigrationError> {
         let mut reader = WireReader::with_capacity(self.channel.clone_handle(), READ_AHEAD);
-        Loader::check(local, &read_header(&mut reader)?)?;
+        let checked = Loader::check(local, &read_header(&mut reader)?);
+        if checked.is_err() {
+            self.hear_how_to_refuse(&mut reader);
+        }
+        checked?;
         self.progress.set_status(Status::Active);
         loop {
             let at = reader.offset();
@@ -194,6 +201,22 @@ impl Session<'_> {
         self.loader.all_loaded()?;
         self.skip_description(reader)?;
         Ok(Rest::Nothing)
+    }
+
+    /// Reads how the source is told of a refusal, which stands first, and is waited for shortly.
+    fn hear_how_to_refuse(&mut self, reader: &mut WireReader<Channel>) {
+        reader.get_mut().set_read_patience(Some(REFUSAL_TIMEOUT));
+        loop {
+            let at = reader.offset();
+            let Ok(Record::Command(command)) = read_record(reader) else { return };
+            if !matches!(command, Command::OpenReturnPath | Command::Ping(1 | PING_REASON)) {
+                return;
+            }
+            let last = command == Command::Ping(PING_REASON);
+            if self.record(Record::Command(command), at, reader).is_err() || last {
+                return;
+            }
+        }
     }
 
     /// Handles a package up to LISTEN; true when that came.

@@ -262,6 +262,8 @@ fn a_destination_that_does_not_decompress_refuses_before_any_page_and_the_guest_
         assert!(refused.contains("capabilities: \"multifd"), "{refused}");
         let failed = both.sent.unwrap_err();
         assert_eq!(failed.guest, GuestAfter::RunsHere, "{failed}");
+        assert!(failed.to_string().contains("refused the migration"), "{failed}");
+        assert!(failed.to_string().contains("capabilities: \"multifd"), "{failed}");
         assert_ne!(both.source.last(), Some(&"stop"));
         assert_eq!(to.resident(), (0, 0));
     }
