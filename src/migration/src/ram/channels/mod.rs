@@ -7,6 +7,7 @@
 
 pub(super) mod receivers;
 pub(super) mod senders;
+mod stage;
 mod threads;
 #[cfg_attr(not(feature = "zstd"), path = "no_zstd.rs")]
 mod zstd;
@@ -14,6 +15,8 @@ mod zstd;
 use crate::channel::Channel;
 use crate::error::MigrationError;
 use crate::stream::{CAPABILITY_MULTIFD, CAPABILITY_MULTIFD_ZSTD, Configuration};
+
+pub(super) use stage::Stage;
 
 /// The most channels.
 const CHANNELS_MAX: usize = 64;
@@ -58,7 +61,7 @@ pub(super) struct Agreed {
 }
 
 /// Whether both sides will know of the channels, and of what they carry.
-pub(super) fn check(
+fn check(
     channels: Option<usize>,
     configuration: &Configuration,
 ) -> Result<Option<Agreed>, MigrationError> {

@@ -9,48 +9,18 @@ use std::os::unix::fs::FileExt;
 use super::{RamLoad, bad_page, zero_received};
 use crate::error::MigrationError;
 use crate::page_bitmap::{PageBitmap, pages_touched};
+use crate::ram::channels::Stage;
 use crate::ram::channels::receivers::Receivers;
-use crate::ram::{ListOptions, MigrationBlock, PageChannels, channels};
-use crate::stream::{Configuration, PageBlocks, TARGET_PAGE_SIZE};
+use crate::ram::{ListOptions, MigrationBlock};
+use crate::stream::{PageBlocks, TARGET_PAGE_SIZE};
 
-/// Channels for pages: none, or not begun, or with a thread each.
-pub(super) enum Channels {
-    None,
-    Waiting(PageChannels, channels::Agreed),
-    Started(Receivers),
-    Ended,
-}
-
-impl Channels {
-    pub(super) fn check(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
-        let count = match self {
-            Self::Waiting(channels, _) => Some(channels.channels.len()),
-            _ => None,
-        };
-        let agreed = channels::check(count, configuration)?;
-        if let (Self::Waiting(_, on), Some(agreed)) = (self, agreed) {
-            *on = agreed;
-        }
-        Ok(())
-    }
-
-    pub(super) fn encrypted(&self) -> Vec<bool> {
-        match self {
-            Self::Waiting(channels, _) => channels.encrypted(),
-            _ => Vec::new(),
-        }
-    }
-}
+/// The channels of a destination.
+pub(super) type Channels = Stage<Receivers>;
 
 impl RamLoad {
     pub(super) fn start_channels(&mut self) -> Result<(), MigrationError> {
-        self.channels = match std::mem::replace(&mut self.channels, Channels::Ended) {
-            Channels::Waiting(channels, agreed) => {
-                Channels::Started(Receivers::start(channels, agreed, &self.progress)?)
-            }
-            other => other,
-        };
-        Ok(())
+        let progress = &self.progress;
+        self.channels.start_by(|channels, agreed| Receivers::start(channels, agreed, progress))
     }
 
     /// Waits for the pages of all channels up to here.

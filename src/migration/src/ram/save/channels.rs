@@ -8,51 +8,20 @@ use crate::error::MigrationError;
 use crate::page_bitmap::bytes_of;
 use crate::progress::{Counters, Progress};
 use crate::ram::changes::Piece;
+use crate::ram::channels::Stage;
 use crate::ram::channels::senders::{Pages, Senders};
-use crate::ram::{PageChannels, channels};
-use crate::stream::{Configuration, PACKET_PAGES, TARGET_PAGE_SIZE, put_end_of_section};
+use crate::stream::{PACKET_PAGES, TARGET_PAGE_SIZE, put_end_of_section};
 
-/// Channels for pages: none, or not begun, or with a thread each.
-pub(super) enum SaveChannels {
-    None,
-    Waiting(PageChannels, channels::Agreed),
-    Started(Senders),
-    /// The guest has left, or the migration has ended.
-    Ended,
-}
+/// The channels of a source.
+pub(super) type SaveChannels = Stage<Senders>;
 
 impl SaveChannels {
     pub(super) fn is_none(&self) -> bool {
         matches!(self, Self::None)
     }
 
-    pub(super) fn check(&mut self, configuration: &Configuration) -> Result<(), MigrationError> {
-        let count = match self {
-            Self::Waiting(channels, _) => Some(channels.channels.len()),
-            _ => None,
-        };
-        let agreed = channels::check(count, configuration)?;
-        if let (Self::Waiting(_, on), Some(agreed)) = (self, agreed) {
-            *on = agreed;
-        }
-        Ok(())
-    }
-
-    pub(super) fn encrypted(&self) -> Vec<bool> {
-        match self {
-            Self::Waiting(channels, _) => channels.encrypted(),
-            _ => Vec::new(),
-        }
-    }
-
     pub(super) fn start(&mut self, progress: &Arc<Progress>) -> Result<(), MigrationError> {
-        *self = match std::mem::replace(self, Self::Ended) {
-            Self::Waiting(channels, agreed) => {
-                Self::Started(Senders::start(channels, agreed, progress)?)
-            }
-            other => other,
-        };
-        Ok(())
+        self.start_by(|channels, agreed| Senders::start(channels, agreed, progress))
     }
 
     /// Dirty pages were collected.
