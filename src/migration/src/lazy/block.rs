@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -182,14 +182,30 @@ impl LazyBlock {
             1
         };
         match self.block.discarded() {
-            Ok(discarded) => discarded
-                .into_iter()
-                .map(|range| {
-                    self.block.sweep_discarded(range).map_or_else(|e| not_swept(&e), |()| 0)
-                })
-                .sum(),
+            Ok(discarded) => {
+                let swept = discarded.into_iter().map(|range| self.sweep(range));
+                swept.map(|swept| swept.map_or_else(|error| not_swept(&error), |()| 0)).sum()
+            }
             Err(error) => not_swept(&error),
         }
+    }
+
+    /// Discards what `range` holds, which was discarded, as far as it still is. Nothing is populated meanwhile: by a
+    /// device of this process no memory is taken for what is about to be, either.
+    fn sweep(&self, range: ByteRange) -> io::Result<()> {
+        let Some((start, manager)) = self.block.discard_region() else { return Ok(()) };
+        let Some(section) = range.section(start) else { return Ok(()) };
+        let mut swept = Ok(());
+        // The manager is locked meanwhile.
+        let _ = manager
+            .replay_discarded(section, &mut |section| {
+                if let (Ok(()), Some(range)) = (&swept, section.in_block(start)) {
+                    swept = self.block.sweep(range);
+                }
+                ControlFlow::Continue(())
+            })
+            .map_err(io::Error::other)?;
+        swept
     }
 
     /// Places what is outstanding. What was placed before an error has `arrived`.

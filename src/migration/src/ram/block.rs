@@ -434,28 +434,6 @@ impl MigrationBlock {
         self.backing().sweep(self.in_file(range)?)
     }
 
-    /// As [`sweep`](Self::sweep) of what of `range`, which was [discarded](Self::discarded), still is. Nothing is populated
-    /// meanwhile: by a device of this process no memory is taken for what is about to be, either.
-    ///
-    /// # Errors
-    ///
-    /// When the manager's process is gone, or the kernel refuses.
-    pub(crate) fn sweep_discarded(&self, range: ByteRange) -> io::Result<()> {
-        let Some((start, manager)) = self.discard_region() else { return Ok(()) };
-        let Some(section) = range.section(start) else { return Ok(()) };
-        let mut swept = Ok(());
-        // The manager is locked meanwhile.
-        let _ = manager
-            .replay_discarded(section, &mut |section| {
-                if let (Ok(()), Some(range)) = (&swept, section.in_block(start)) {
-                    swept = self.sweep(range);
-                }
-                ControlFlow::Continue(())
-            })
-            .map_err(io::Error::other)?;
-        swept
-    }
-
     /// Discards what the block holds, also past its used length.
     pub(super) fn sweep_all(&self) -> io::Result<()> {
         self.sweep(ByteRange::new(0, self.ram.range().len()).ok_or(io::ErrorKind::InvalidInput)?)
