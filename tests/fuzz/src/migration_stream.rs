@@ -1,10 +1,11 @@
 //! Streams of any content, and good streams with edits: loaded from a channel, restored from a
-//! file, inspected, and answered by a hostile destination.
+//! file, inspected, and answered by a hostile destination, in precopy and in postcopy.
 //!
 //! What is promised: no panic and no end without an end; the guest runs only where the migration
 //! succeeded, and on the source again where it did not; nothing gets where memory is discarded, not
 //! in use, or shared by both sides; a migration that has ended holds no block and no freeze.
 
+mod answers;
 mod changes;
 mod devices;
 mod edits;
@@ -44,6 +45,9 @@ pub(crate) const BLOCKS: usize = 8;
 /// How long a source waits for a hostile destination's verdict: longer than it takes, which tests count
 /// on, and the fuzzer does not.
 const PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 10_000 } else { 30 });
+
+/// What an input may be: its first byte.
+const KINDS: u8 = 8;
 
 /// Counts what is asked of it.
 #[derive(Default)]
@@ -202,7 +206,7 @@ fn drive(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let kind = input.u8();
     let sharing = if kind & 0x80 == 0 { Sharing::Nothing } else { Sharing::Firmware };
-    match kind % 0x80 % 7 {
+    match kind % 0x80 % KINDS {
         kind @ (0 | 1 | 5 | 6) => {
             let ending = Ending::choose(&mut input);
             match kind {
@@ -218,6 +222,7 @@ fn drive(data: &[u8]) -> bool {
         }
         2 => with_edited_file(sharing, &mut input, |_, file| restored(file, sharing)),
         3 => with_edited_file(sharing, &mut input, |bytes, _| inspected(bytes)),
+        7 => answers::answered(&mut input).0,
         _ => inspected(&edited(good_stream(sharing), &mut input)),
     }
 }
@@ -246,7 +251,7 @@ mod tests {
     fn the_seeds_reach_the_outcomes_of_each_kind() {
         let driven: Vec<_> = seeds()
             .into_iter()
-            .map(|seed| (seed[0] & 0x80, seed[0] % 0x80 % 7, drive(&seed)))
+            .map(|seed| (seed[0] & 0x80, seed[0] % 0x80 % KINDS, drive(&seed)))
             .collect();
         // Bytes alone make no guest.
         for sharing in [0, 0x80] {
@@ -259,6 +264,8 @@ mod tests {
                 (5, false),
                 (6, true),
                 (6, false),
+                (7, true),
+                (7, false),
             ] {
                 assert!(driven.contains(&(sharing, kind, well)), "{:?}", (sharing, kind, well));
             }

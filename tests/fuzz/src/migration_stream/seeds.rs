@@ -45,6 +45,8 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let answer = [0x56, 0x4d, 0, 5, 0, 0, 0, 1, 0];
     seeds.push([&[5, CLOSED, 8][..], &follows].concat());
     seeds.push([&[5, CLOSED, 17][..], &follows, &answer].concat());
+    // In postcopy: what it says was discarded, among other things.
+    seeds.extend(super::answers::seeds().into_iter().map(|seed| [&[7][..], &seed].concat()));
     let shared = seeds.iter().map(|seed| [&[seed[0] | 0x80], &seed[1..]].concat());
     seeds = shared.collect::<Vec<_>>().into_iter().chain(seeds).collect();
     // Packages in packages, after a header.
