@@ -3,7 +3,7 @@
 
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -107,6 +107,8 @@ pub struct Channel {
     /// By which its waits end when another channel of the migration fails.
     interrupt: Option<Interrupt>,
     written: u64,
+    /// Where what is written is counted as it goes, too.
+    counter: Option<Arc<AtomicU64>>,
     elsewhere: u64,
     /// No read waits longer; for the end of a migration, where the other side must answer.
     read_patience: Option<Duration>,
@@ -175,6 +177,7 @@ impl Channel {
             committed: None,
             interrupt: None,
             written: 0,
+            counter: None,
             elsewhere: 0,
             read_patience: None,
             write_patience: Patience::new(WRITE_PATIENCE),
@@ -190,6 +193,7 @@ impl Channel {
             committed: self.committed.clone(),
             interrupt: self.interrupt.clone(),
             written: 0,
+            counter: None,
             elsewhere: 0,
             read_patience: None,
             write_patience: self.write_patience.unused(),
@@ -211,6 +215,11 @@ impl Channel {
     /// Another handle of the same channel, whose waits end as cancelled once `interrupt` is raised.
     pub(super) fn interruptible(&self, interrupt: &Interrupt) -> Self {
         Self { interrupt: Some(interrupt.clone()), ..self.clone_handle() }
+    }
+
+    /// The same handle, of which `counter` counts what is written, also amid a write.
+    pub(super) fn counted_by(self, counter: &Arc<AtomicU64>) -> Self {
+        Self { counter: Some(Arc::clone(counter)), ..self }
     }
 
     /// The same handle, whose waits no interrupt ends.
@@ -352,6 +361,9 @@ impl Channel {
 impl WritePolicy for Channel {
     fn wrote(&mut self, bytes: u64) {
         self.written += bytes;
+        if let Some(counter) = &self.counter {
+            counter.fetch_add(bytes, Ordering::Relaxed);
+        }
         self.write_patience.wrote(bytes);
     }
 

@@ -429,6 +429,80 @@ fn channels_of_which_only_some_are_encrypted_are_refused_on_both_sides_before_an
     }
 }
 
+/// RAM that goes over two channels, which hold little unread, with so much patience of the main channel.
+fn over_two(
+    from: &Side,
+    progress: &Arc<Progress>,
+    patience: Duration,
+) -> (RamSave, Channel, UnixStream, Vec<UnixStream>) {
+    let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
+    let options = ListOptions::default();
+    let ram = RamSave::new(&from.blocks, options, Arc::clone(progress), tracker).unwrap();
+    let (near, far) = pairs(2);
+    for stream in &near {
+        rustix::net::sockopt::set_socket_send_buffer_size(stream, 4096).unwrap();
+    }
+    let mut ram = ram.with_channels(channels(near, progress));
+    ram.configure(&multifd()).unwrap();
+    let (main, main_far) = UnixStream::pair().unwrap();
+    let mut main = Channel::new(main, Arc::clone(progress)).unwrap();
+    main.set_write_patience(patience);
+    ram.setup(&mut main).unwrap();
+    (ram, main, main_far, far)
+}
+
+#[test]
+fn more_pages_than_wait_for_channels_that_are_not_read_end_the_downtime_as_soon() {
+    let from = Side::of_region(64 << 20);
+    fill(&from.region, 0..16 * PACKET_PAGES as u64, 1);
+    let (mut ram, mut main, _main_far, far) =
+        over_two(&from, &Arc::default(), Duration::from_millis(30));
+    let readers: Vec<_> =
+        far.into_iter().map(|far| SlowReader::start(far, Slow::Trickle)).collect();
+    let error = ram.complete(&mut main).unwrap_err().to_string();
+    assert!(error.contains("has read nothing for 30ms"), "{error}");
+    drop((ram, readers));
+}
+
+#[test]
+fn the_channel_that_is_not_read_is_named() {
+    let from = Side::of_region(1 << 20);
+    // A packet each: nothing waits behind what is being written.
+    fill(&from.region, 0..2 * PACKET_PAGES as u64, 1);
+    let (mut ram, mut main, _main_far, mut far) =
+        over_two(&from, &Arc::default(), Duration::from_millis(30));
+    let stuck = far.pop().unwrap();
+    let mut read = far.pop().unwrap();
+    let reading = thread::spawn(move || read.read_to_end(&mut Vec::new()));
+    let error = ram.iterate(&mut main, u64::MAX).unwrap_err().to_string();
+    assert!(error.contains("channel 1 ") && error.contains("has read nothing"), "{error}");
+    drop((ram, stuck));
+    reading.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_packet_that_takes_longer_than_patience_is_waited_for_while_bytes_of_it_go() {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let from = Side::new(&[0, 1]);
+    fill(&from.region, 0..PACKET_PAGES as u64, 1);
+    let (mut ram, mut main, _main_far, far) = over_two(&from, &Arc::default(), PATIENCE);
+    let readers: Vec<_> = far
+        .into_iter()
+        .map(|mut far| {
+            thread::spawn(move || {
+                // More than what is taken for gone, and less than a packet within patience.
+                let mut bytes = vec![0; 16 << 10];
+                while far.read_exact(&mut bytes).is_ok() {
+                    thread::sleep(PATIENCE / 20);
+                }
+            })
+        })
+        .collect();
+    ram.complete(&mut main).unwrap();
+    drop(ram);
+    readers.into_iter().for_each(|reader| reader.join().unwrap());
+}
+
 #[test]
 fn a_channel_that_is_not_read_can_be_cancelled_and_ends_the_downtime_when_its_patience_does() {
     // And ends with the destination, whatever of it takes no channel up.
@@ -436,19 +510,8 @@ fn a_channel_that_is_not_read_can_be_cancelled_and_ends_the_downtime_when_its_pa
         let from = Side::new(&[0, 1, 2]);
         fill(&from.region, 0..192, 1);
         let progress = Arc::new(Progress::new());
-        let tracker = |_: &MigrationBlock| -> Box<dyn DirtyTracker> { Box::<Script>::default() };
-        let options = ListOptions::default();
-        let ram = RamSave::new(&from.blocks, options, Arc::clone(&progress), tracker).unwrap();
-        let (near, far) = pairs(2);
-        for stream in &near {
-            rustix::net::sockopt::set_socket_send_buffer_size(stream, 4096).unwrap();
-        }
-        let mut ram = ram.with_channels(channels(near, &progress));
-        ram.configure(&multifd()).unwrap();
-        let (main, _main_far) = UnixStream::pair().unwrap();
-        let mut main = Channel::new(main, Arc::clone(&progress)).unwrap();
-        main.set_write_patience(Duration::from_millis(30));
-        ram.setup(&mut main).unwrap();
+        let patience = Duration::from_millis(30);
+        let (mut ram, mut main, _main_far, far) = over_two(&from, &progress, patience);
         let readers: Vec<_> =
             far.into_iter().map(|far| SlowReader::start(far, Slow::Trickle)).collect();
         if cancels {

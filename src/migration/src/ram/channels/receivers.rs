@@ -34,7 +34,7 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     /// Bytes that came on all of them.
-    heard: AtomicU64,
+    heard: Arc<AtomicU64>,
     agreed: Agreed,
     /// Ends the reads of all of them.
     interrupt: Interrupt,
@@ -76,7 +76,7 @@ impl Receivers {
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             changed: Condvar::new(),
-            heard: AtomicU64::new(0),
+            heard: Arc::default(),
             agreed,
             interrupt: Interrupt::default(),
             progress: Arc::clone(progress),

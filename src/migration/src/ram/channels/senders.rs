@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::threads::{self, FirstFailure, MOMENT, Watch};
 use super::zstd::Compressor;
@@ -61,13 +61,15 @@ struct Shared {
     work: Vec<Condvar>,
     /// Work was taken or done, or one has failed.
     done: Condvar,
-    written: AtomicU64,
+    written: Arc<AtomicU64>,
     packets: AtomicU64,
     progress: Arc<Progress>,
 }
 
 struct State {
     queues: Vec<VecDeque<Job>>,
+    /// Whether a channel has taken a job and has not finished it.
+    working: Vec<bool>,
     /// Jobs that are waiting or in work.
     unfinished: usize,
     ended: bool,
@@ -86,6 +88,7 @@ impl Senders {
         let interrupt = Interrupt::default();
         let state = State {
             queues: (0..count).map(|_| VecDeque::new()).collect(),
+            working: vec![false; count],
             unfinished: 0,
             ended: false,
             failure: FirstFailure::default(),
@@ -94,7 +97,7 @@ impl Senders {
             state: Mutex::new(state),
             work: (0..count).map(|_| Condvar::new()).collect(),
             done: Condvar::new(),
-            written: AtomicU64::new(0),
+            written: Arc::default(),
             packets: AtomicU64::new(1),
             progress: Arc::clone(progress),
         });
@@ -113,6 +116,7 @@ impl Senders {
             let Agreed { uuid, zstd } = agreed;
             let greeting = Greeting { uuid, id: short(number), channels: short(count) };
             let channel = senders.channels[number].interruptible(&senders.interrupt);
+            let channel = channel.counted_by(&senders.shared.written);
             let shared = Arc::clone(&senders.shared);
             let failing = Arc::clone(&shared);
             let serve = move || Sender::new(&shared, number, channel, zstd)?.serve(&greeting);
@@ -126,8 +130,18 @@ impl Senders {
         Ok(senders)
     }
 
-    /// Has a channel send pages, when one has room for them. Never two of a page between two barriers.
-    pub(crate) fn send(&mut self, pages: Pages) -> Result<(), MigrationError> {
+    /// Patience with [`send`](Self::send), which lasts while bytes go out by any channel.
+    pub(crate) fn watch(&self, patience: Duration) -> Watch {
+        Watch::new(patience, &self.shared.written)
+    }
+
+    /// Has a channel send pages, when one has room for them, which is waited for as long as `watch` has it. Never
+    /// two of a page between two barriers.
+    pub(crate) fn send(
+        &mut self,
+        pages: Pages,
+        watch: &mut Option<Watch>,
+    ) -> Result<(), MigrationError> {
         self.unsynced = true;
         let mut state = self.shared.state.lock();
         loop {
@@ -141,9 +155,7 @@ impl Senders {
                 self.shared.work[shortest].notify_one();
                 return Ok(());
             }
-            self.shared.check_wanted()?;
-            // Each write has an end, so this has one.
-            self.shared.done.wait_for(&mut state, MOMENT);
+            self.shared.wait(&mut state, watch)?;
         }
     }
 
@@ -180,20 +192,11 @@ impl Senders {
 
     /// Waits until all is written, for as long as `patience` has it.
     pub(crate) fn drain(&self, patience: Option<Duration>) -> Result<(), MigrationError> {
-        let mut watch = patience.map(|limit| Watch::new(limit, &self.shared.written));
+        let mut watch = patience.map(|patience| self.watch(patience));
         let mut state = self.shared.state.lock();
         while state.unfinished != 0 {
             state.check()?;
-            self.shared.check_wanted()?;
-            let begin = Instant::now();
-            self.shared.done.wait_for(&mut state, MOMENT);
-            let Some(watch) = &mut watch else { continue };
-            watch.waited(begin);
-            if watch.patience().left().is_zero() && state.unfinished != 0 {
-                let stuck = state.queues.iter().position(|queue| !queue.is_empty()).unwrap_or(0);
-                let ended = watch.patience().ended();
-                return Err(of_channel(stuck, MigrationError::io("send pages")(ended)));
-            }
+            self.shared.wait(&mut state, &mut watch)?;
         }
         state.check()
     }
@@ -235,12 +238,37 @@ impl State {
         self.unfinished += 1;
     }
 
+    /// A channel that is waited for.
+    fn stuck(&self) -> usize {
+        let mut busy = self.queues.iter().zip(&self.working);
+        busy.position(|(queue, working)| *working || !queue.is_empty()).unwrap_or(0)
+    }
+
     fn check(&mut self) -> Result<(), MigrationError> {
         self.failure.check("pages were being sent")
     }
 }
 
 impl Shared {
+    /// Waits for a moment for jobs to be taken or done, while there is patience.
+    fn wait(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        watch: &mut Option<Watch>,
+    ) -> Result<(), MigrationError> {
+        self.check_wanted()?;
+        if let Some(watch) = watch.as_ref().filter(|watch| watch.patience().left().is_zero()) {
+            let ended = watch.patience().ended();
+            return Err(of_channel(state.stuck(), MigrationError::io("send pages")(ended)));
+        }
+        let begin = Instant::now();
+        self.done.wait_for(state, MOMENT);
+        if let Some(watch) = watch {
+            watch.waited(begin);
+        }
+        Ok(())
+    }
+
     fn wake_all(&self) {
         self.work.iter().for_each(|work| {
             work.notify_one();
@@ -270,6 +298,7 @@ impl Shared {
                 return None;
             }
             if let Some(job) = state.queues[number].pop_front() {
+                state.working[number] = true;
                 self.done.notify_all();
                 return Some(job);
             }
@@ -323,7 +352,9 @@ impl<'a> Sender<'a> {
                 Job::Sync => self.packet("", true, 0, 0, None),
             }
             self.write()?;
-            self.shared.state.lock().unfinished -= 1;
+            let mut state = self.shared.state.lock();
+            (state.unfinished, state.working[self.number]) = (state.unfinished - 1, false);
+            drop(state);
             self.shared.done.notify_all();
         }
         Ok(())
@@ -414,10 +445,6 @@ impl<'a> Sender<'a> {
         if self.gathered.len_bytes() == 0 {
             return Ok(());
         }
-        let before = self.channel.written();
-        let written = self.channel.write_gathered(&mut self.gathered);
-        let bytes = self.channel.written() - before;
-        self.shared.written.fetch_add(bytes, Ordering::Relaxed);
-        written.map_err(MigrationError::io("send pages"))
+        self.channel.write_gathered(&mut self.gathered).map_err(MigrationError::io("send pages"))
     }
 }

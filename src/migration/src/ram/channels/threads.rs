@@ -1,5 +1,6 @@
 //! What the threads of both sides have in common: how they start, end and fail, and how long they are waited for.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -73,16 +74,17 @@ impl FirstFailure {
 }
 
 /// Patience with all threads, which lasts while bytes pass through any of them.
-pub(super) struct Watch<'a> {
-    bytes: &'a AtomicU64,
+pub(crate) struct Watch {
+    bytes: Arc<AtomicU64>,
     seen: u64,
     patience: Patience,
 }
 
-impl<'a> Watch<'a> {
+impl Watch {
     /// Waits for `limit`, all in all, while `bytes`, which counts what passes, does not grow.
-    pub(super) fn new(limit: Duration, bytes: &'a AtomicU64) -> Self {
-        Self { bytes, seen: bytes.load(Ordering::Relaxed), patience: Patience::new(limit) }
+    pub(super) fn new(limit: Duration, bytes: &Arc<AtomicU64>) -> Self {
+        let (bytes, seen) = (Arc::clone(bytes), bytes.load(Ordering::Relaxed));
+        Self { bytes, seen, patience: Patience::new(limit) }
     }
 
     /// It was waited since `begin`.

@@ -104,12 +104,16 @@ impl RamSave {
         }
         let short = most != u64::MAX;
         let most = most.min(budget.div_ceil(TARGET_PAGE_SIZE));
+        // Of one patience with all packets, so that channels which are hardly read end it.
+        let patience = out.write_patience();
+        let senders = self.channels.started()?;
+        let mut watch = patience.map(|patience| senders.watch(patience));
         let (mut seen, mut look) = (0, SHORT_PAGES);
         while seen < most {
             let room = (PACKET_PAGES as u64).min(most - seen);
             let Some((count, pages)) = self.next_packet(room)? else { break };
             seen += count;
-            self.channels.started()?.send(pages)?;
+            self.channels.started()?.send(pages, &mut watch)?;
             if short && seen >= look {
                 look = seen + SHORT_PAGES;
                 if self.changes.as_ref().is_some_and(|changes| changes.holds_up()) {
