@@ -58,16 +58,24 @@ pub fn channel_to(
     links: &Links,
     progress: &Arc<Progress>,
 ) -> anyhow::Result<Channel> {
-    let server = match parse(address)? {
-        Address::Unix(_) => "localhost",
-        Address::Tcp(host) => host.rsplit_once(':').map_or(host, |(host, _)| host),
-    };
+    let server = server_name(&parse(address)?);
     let client =
         links.tls_dir.as_deref().map(|dir| TlsClient::from_dir(dir, server)).transpose()?;
     let socket = connect(address)?;
     match client {
         Some(client) => Ok(client.connect(socket, progress)?),
         None => Ok(Channel::new(socket, Arc::clone(progress))?),
+    }
+}
+
+/// The name in the certificate of who listens there. Addresses of IPv6 are in brackets, and names are not.
+fn server_name<'a>(address: &Address<'a>) -> &'a str {
+    match *address {
+        Address::Unix(_) => "localhost",
+        Address::Tcp(host) => {
+            let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
+            host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
+        }
     }
 }
 
@@ -177,6 +185,18 @@ mod tests {
         for wrong in ["", "unix:", "tcp:localhost", "udp:1:2", "/a/path"] {
             assert!(connect(wrong).is_err(), "{wrong:?}");
             assert!(Listener::bind(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_certificate_has_the_name_or_address_of_the_host() {
+        for (address, name) in [
+            ("unix:/a/path", "localhost"),
+            ("tcp:there.example:4444", "there.example"),
+            ("tcp:192.0.2.1:4444", "192.0.2.1"),
+            ("tcp:[2001:db8::1]:4444", "2001:db8::1"),
+        ] {
+            assert_eq!(server_name(&parse(address).unwrap()), name);
         }
     }
 
