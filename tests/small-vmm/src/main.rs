@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, value_parser};
 use small_vmm::demo::{self, DemoOptions, Parts, parse_size};
 use small_vmm::guest::{self, GuestOptions};
 use small_vmm::machine::MachineOptions;
@@ -33,8 +33,8 @@ enum Command {
         #[arg(long)]
         tcp: bool,
         /// Migrate pages over this many channels of their own, 1 to 64.
-        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-        channels: usize,
+        #[arg(long, value_name = "N", value_parser = value_parser!(u8).range(1..=64))]
+        channels: Option<u8>,
         /// Compress pages on their channels, at a level of 1 (the fastest, unless given) to 20.
         #[arg(long, value_name = "zstd[:LEVEL]", requires = "channels", value_parser = parse_compress)]
         compress: Option<u8>,
@@ -86,8 +86,8 @@ enum Command {
         #[arg(long, value_name = "ADDRESS")]
         incoming: Option<String>,
         /// Of that guest: how many channels its pages come over, 1 to 64.
-        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-        channels: usize,
+        #[arg(long, value_name = "N", value_parser = value_parser!(u8).range(1..=64))]
+        channels: Option<u8>,
         /// Of that guest: its pages come compressed; the level is the source's.
         #[arg(long, value_name = "zstd[:LEVEL]", requires = "channels", value_parser = parse_compress)]
         compress: Option<u8>,
@@ -120,6 +120,7 @@ fn main() -> ExitCode {
         } => {
             let parts = Parts { postcopy, break_channel, snapshot, resize };
             let tls = (tls || tls_dir.is_some()).then_some(tls_dir);
+            let channels = channels.map_or(0, usize::from);
             demo::run(&DemoOptions { daemon, region_size, tcp, channels, compress, tls, parts })
         }
         Command::Soak { daemon, minutes, seed } => {
@@ -147,6 +148,7 @@ fn main() -> ExitCode {
                 compat_level,
             };
             let incoming = incoming.filter(|from| from != "defer");
+            let channels = channels.map_or(0, usize::from);
             let links = Links { channels, tls_dir, zstd: compress };
             guest::run(GuestOptions { machine, incoming, links }, stdin().lock(), stdout().lock())
                 .map(|()| true)

@@ -67,6 +67,7 @@ pub struct Parts {
 ///
 /// When it cannot go on.
 pub fn run(options: &DemoOptions) -> anyhow::Result<bool> {
+    check(options)?;
     let region_size = options.region_size;
     ensure!(
         region_size >= 64 * MIB && region_size.is_multiple_of(64 * MIB),
@@ -83,6 +84,25 @@ pub fn run(options: &DemoOptions) -> anyhow::Result<bool> {
     Ok(wrong.is_empty())
 }
 
+/// Refuses what would be asked for in vain: TLS above all, since all would go in the clear.
+fn check(options: &DemoOptions) -> anyhow::Result<()> {
+    let Parts { postcopy, break_channel, snapshot, resize } = options.parts;
+    if resize {
+        ensure!(
+            !break_channel && !snapshot,
+            "--resize goes with --tcp, --channels, --tls, --compress and --postcopy only"
+        );
+        return Ok(());
+    }
+    let has_links = options.channels != 0 || options.compress.is_some() || options.tls.is_some();
+    ensure!(
+        !has_links || !(postcopy || break_channel || snapshot),
+        "--channels, --compress, --tls and --tls-dir go with the usual parts and with --resize only: --postcopy, \
+         --break-channel and --snapshot show a guest without them"
+    );
+    Ok(())
+}
+
 /// Everything that was wrong.
 fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>> {
     let DemoOptions { region_size, tcp, parts, channels, compress, .. } = *options;
@@ -97,10 +117,6 @@ fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>
     };
     let links = Links { channels, tls_dir, zstd: compress };
     if parts.resize {
-        ensure!(
-            !parts.break_channel && !parts.snapshot,
-            "--resize goes with --tcp, --channels, --tls, --compress and --postcopy only"
-        );
         return resize::run(daemon, region_size, tcp, &links, parts.postcopy);
     }
     let mut wrong = Vec::new();
@@ -118,4 +134,42 @@ fn run_parts(daemon: &Path, options: &DemoOptions) -> anyhow::Result<Vec<String>
         wrong.extend(migration::run(daemon, region_size, tcp, &links)?);
     }
     Ok(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_part_does_not_show_is_refused_rather_than_left_out() {
+        let usual = DemoOptions {
+            daemon: None,
+            region_size: 64 * MIB,
+            tcp: true,
+            channels: 0,
+            compress: None,
+            tls: None,
+            parts: Parts::default(),
+        };
+        let tls = DemoOptions { tls: Some(None), ..usual.clone() };
+        let channels = DemoOptions { channels: 4, ..usual.clone() };
+        let postcopy = Parts { postcopy: true, ..Parts::default() };
+        let snapshot = Parts { snapshot: true, ..Parts::default() };
+        let break_channel = Parts { break_channel: true, ..Parts::default() };
+        for parts in [postcopy, snapshot, break_channel] {
+            check(&DemoOptions { parts, ..usual.clone() }).unwrap();
+            for links in [&tls, &channels] {
+                let refused = check(&DemoOptions { parts, ..links.clone() }).unwrap_err();
+                assert!(refused.to_string().contains("with --resize only"), "{refused}");
+            }
+        }
+        let resize = Parts { resize: true, ..postcopy };
+        for links in [&usual, &tls, &channels] {
+            check(links).unwrap();
+            check(&DemoOptions { parts: resize, ..links.clone() }).unwrap();
+        }
+        assert!(
+            check(&DemoOptions { parts: Parts { snapshot: true, ..resize }, ..usual }).is_err()
+        );
+    }
 }
