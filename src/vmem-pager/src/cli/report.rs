@@ -8,7 +8,7 @@ use std::panic::Location;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use migration::MigrationInfo;
@@ -287,9 +287,15 @@ pub struct Following {
 }
 
 impl Drop for Following {
+    /// Waits for the thread, but not for long: it draws on a terminal, which may be stopped.
     fn drop(&mut self) {
         drop(self.end.take());
-        if let Some(thread) = self.thread.take() {
+        let Some(thread) = self.thread.take() else { return };
+        let deadline = Instant::now() + FLUSH;
+        while !thread.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        if thread.is_finished() {
             let _ = thread.join();
         }
     }
@@ -298,6 +304,17 @@ impl Drop for Following {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_terminal_that_is_stopped_does_not_hold_up_the_end_of_a_run() {
+        let (goes_on, stopped) = mpsc::channel::<()>();
+        let thread = thread::spawn(move || {
+            let _ = stopped.recv_timeout(Duration::from_secs(60));
+        });
+        drop(Following { end: None, thread: Some(thread) });
+        // Nothing has let it continue, or ended it.
+        goes_on.send(()).expect("it still draws");
+    }
 
     #[derive(Clone, Default)]
     struct Kept(Arc<Mutex<Vec<u8>>>);
