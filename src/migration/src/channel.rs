@@ -253,9 +253,8 @@ impl Channel {
 
     /// Why a write failed, where a peer that wants TLS has said so before it closed.
     fn explain(&self, error: io::Error) -> io::Error {
-        let broken = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
         match self.transport.descriptor() {
-            Some(descriptor) if broken.contains(&error.kind()) && speaks_tls(descriptor) => {
+            Some(descriptor) if is_broken(&error) && speaks_tls(descriptor) => {
                 io::Error::other(FormatError::Tls)
             }
             _ => error,
@@ -356,6 +355,11 @@ impl Channel {
             waited => waited,
         }
     }
+}
+
+/// Whether the peer has closed the connection.
+pub(crate) fn is_broken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 impl WritePolicy for Channel {

@@ -8,7 +8,7 @@ use thiserror::Error;
 use vmstate::wire::WireError;
 
 use super::ram::BlockError;
-use super::stream::FormatError;
+use super::stream::{FormatError, ReturnMessage};
 
 /// Why a migration fails. The guest goes on where it ran before.
 #[derive(Debug, Error)]
@@ -232,6 +232,16 @@ pub enum MigrationError {
 
 fn why(reason: Option<&str>) -> String {
     reason.map_or("; its own report says why".to_owned(), |reason| format!(": {reason}"))
+}
+
+impl MigrationError {
+    /// What a message of the destination says that is not expected.
+    pub(crate) fn unexpected(message: &ReturnMessage) -> Self {
+        match message {
+            ReturnMessage::Shut(code) if *code != 0 => Self::Refused { code: *code, reason: None },
+            other => Self::Unexpected(format!("{other:?}")),
+        }
+    }
 }
 
 impl From<FormatError> for MigrationError {

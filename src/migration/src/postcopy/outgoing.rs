@@ -68,12 +68,7 @@ impl AnswerRequests<'_> {
     /// Sends the pages of a request at once.
     pub(crate) fn answer(&mut self, message: ReturnMessage) -> Result<(), MigrationError> {
         let ReturnMessage::RequestPages { block, start, len } = message else {
-            return match message {
-                ReturnMessage::Shut(code) if code != 0 => {
-                    Err(MigrationError::Refused { code, reason: None })
-                }
-                other => Err(unexpected(&other)),
-            };
+            return Err(MigrationError::unexpected(&message));
         };
         let (block, range) = self.asked.find(block.as_deref(), start, len)?;
         let mut gathered = GatherWrite::new();
@@ -227,7 +222,7 @@ impl Stream<'_, '_> {
                     let outstanding = received::read(back, &block, nr_pages)?;
                     self.memory.lock().not_received(&block, outstanding)?;
                 }
-                other => return Err(unexpected(&other)),
+                other => return Err(MigrationError::unexpected(&other)),
             }
         }
         let mut bytes = Vec::new();
@@ -235,7 +230,7 @@ impl Stream<'_, '_> {
         write(main, &bytes)?;
         match ReturnMessage::read(back)? {
             ReturnMessage::ResumeAck => {}
-            other => return Err(unexpected(&other)),
+            other => return Err(MigrationError::unexpected(&other)),
         }
         back.get_mut().set_read_patience(None);
         Ok(())
@@ -359,11 +354,8 @@ impl Stream<'_, '_> {
                     requests.done();
                     return Ok(());
                 }
-                ReturnMessage::Shut(code) => {
-                    return Err(MigrationError::Refused { code, reason: None });
-                }
                 ReturnMessage::Pong(_) | ReturnMessage::SwitchoverAck => {}
-                other => return Err(unexpected(&other)),
+                other => return Err(MigrationError::unexpected(&other)),
             }
         }
     }
@@ -380,8 +372,4 @@ fn put_end(gathered: &mut GatherWrite, section_id: u32) {
     put_end_of_section(&mut bytes);
     put_footer(&mut bytes, section_id);
     gathered.push_bytes(&bytes);
-}
-
-fn unexpected(message: &ReturnMessage) -> MigrationError {
-    MigrationError::Unexpected(format!("{message:?}"))
 }

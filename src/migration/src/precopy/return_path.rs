@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use vmstate::wire::WireReader;
 
-use crate::channel::Channel;
 use crate::channel::patience::deadline;
+use crate::channel::{Channel, is_broken as is_channel_broken};
 use crate::error::MigrationError;
 use crate::progress::Progress;
 use crate::stream::{FormatError, ReturnMessage};
@@ -274,10 +274,9 @@ fn channel_of() -> (std::sync::mpsc::Sender<Heard>, Receiver<Heard>) {
 
 /// Whether the other side may have closed it on purpose.
 fn is_broken(error: &MigrationError) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset};
     match error {
         MigrationError::Channel { .. } => true,
-        MigrationError::Io { source, .. } => matches!(source.kind(), BrokenPipe | ConnectionReset),
+        MigrationError::Io { source, .. } => is_channel_broken(source),
         _ => false,
     }
 }
@@ -304,10 +303,7 @@ fn is_last(message: &ReturnMessage) -> bool {
 
 pub(super) fn unexpected(heard: Heard) -> MigrationError {
     match heard {
-        Ok(ReturnMessage::Shut(code)) if code != 0 => {
-            MigrationError::Refused { code, reason: None }
-        }
-        Ok(message) => MigrationError::Unexpected(format!("{message:?}")),
+        Ok(message) => MigrationError::unexpected(&message),
         Err(error) => error,
     }
 }

@@ -11,10 +11,10 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 use rustls::Connection;
 
 use super::error::{Role, TlsError};
-use crate::channel::POLL;
 use crate::channel::descriptor::Descriptor;
 use crate::channel::patience::deadline;
 use crate::channel::transport::{Ready, Transport};
+use crate::channel::{POLL, is_broken};
 use crate::progress::Progress;
 
 /// The most bytes that are held encrypted, and that one call takes or gives.
@@ -153,11 +153,6 @@ impl State {
         }
         error
     }
-}
-
-/// Whether the peer has closed the connection.
-fn is_broken(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 impl TlsTransport {
