@@ -25,13 +25,14 @@ use migration::snapshot::{
     save_in_background,
 };
 use migration::stream::Configuration;
+use migration::test_utils::breaking;
 use migration::{Guest, MigrationInfo, NoDevices, Progress};
 
 use device::Reserving;
 use guest::{Vm, no_work};
 use huge_page_pool::Pool;
 use memory::{BLOCK, Kind, Pattern, Side, say};
-use moving::{PageWay, breaking, run_by};
+use moving::{PageWay, run_by};
 
 /// One at a time: the machine's pool of huge pages is shared, and so are its cores.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -146,7 +147,8 @@ fn migrate(
     attempts: usize,
 ) -> MigrationInfo {
     // Enough for the guest to be handed over, and for some of its memory.
-    let breaks = |attempt| breaking(from.block.used_length() as usize / 8 * attempt + 20_000);
+    let breaks =
+        |attempt| breaking(from.block.used_length() as usize / 8 * attempt + 20_000).unwrap();
     let mut links: Vec<_> = (1..attempts).map(breaks).collect();
     links.push(UnixStream::pair().unwrap());
     let (sent, received) = run_by(from, to, (here, there), how, links, || {});

@@ -1,6 +1,5 @@
 //! A guest that is moved over sockets: the two ends, and channels that break.
 
-use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -173,31 +172,4 @@ impl Reconnect for Next {
         let channel = |stream| Channel::new(stream, Arc::clone(&self.1)).unwrap();
         Some(Channels { main: channel(main), urgent: Some(channel(urgent)) })
     }
-}
-
-/// A channel that breaks after `limit` bytes went to the destination.
-pub fn breaking(limit: usize) -> (UnixStream, UnixStream) {
-    use std::io::{Read, Write};
-    use std::net::Shutdown;
-    let (source, mut near) = UnixStream::pair().unwrap();
-    let (mut far, destination) = UnixStream::pair().unwrap();
-    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-    thread::spawn(move || {
-        let _ = io::copy(&mut back_from, &mut back_to);
-        let _ = back_to.shutdown(Shutdown::Both);
-    });
-    thread::spawn(move || {
-        let (mut buffer, mut left) = (vec![0; 64 << 10], limit);
-        while left != 0 {
-            let read = near.read(&mut buffer).unwrap_or(0);
-            let pass = read.min(left);
-            if read == 0 || far.write_all(&buffer[..pass]).is_err() {
-                break;
-            }
-            left -= pass;
-        }
-        let _ = far.shutdown(Shutdown::Both);
-        let _ = near.shutdown(Shutdown::Both);
-    });
-    (source, destination)
 }

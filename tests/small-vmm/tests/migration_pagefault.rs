@@ -15,7 +15,7 @@ use small_vmm::migration::{MigrateOptions, PostcopyOptions, When};
 use small_vmm::relay::Relay;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
-use common::postcopy::{assert_completed, relay, wait_on_the_way};
+use common::postcopy::{assert_completed, assert_moved, relay, wait_on_the_way};
 use common::{BLOCK, Host, MIB, PATIENCE, PLUGGED, REGION, TOUCHED, to_address, wait_until};
 
 /// What a daemon logs that waits for pages.
@@ -89,9 +89,7 @@ fn a_guest_grows_before_all_memory_has_arrived() {
     let report = to.vmm.migration().unwrap();
     assert_eq!(report.status, "postcopy-active", "{report:?}");
     relay.hold_after(u64::from(u32::MAX));
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     assert_plugs(&mut to);
     to.vmm.quit().unwrap();
 }
@@ -115,9 +113,7 @@ fn a_guest_shrinks_and_grows_while_its_memory_arrives_and_nothing_unplugged_hold
         }
         drips.join().unwrap();
     });
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     let report = to.vmm.report().unwrap();
     assert_eq!((report.plugged, report.resident), (PLUGGED / 2, TOUCHED / 2), "{report:?}");
     assert!(report.healthy, "{report:?}");
@@ -171,9 +167,7 @@ fn a_daemon_that_is_started_again_in_postcopy_waits_for_pages_as_the_one_before(
     assert!(relay.is_holding());
     assert_eq!(to.vmm.migration().unwrap().status, "postcopy-active");
     relay.hold_after(u64::from(u32::MAX));
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     assert_plugs(&mut to);
     // What it has looked at is there, too.
     assert_eq!(to.vmm.report().unwrap().resident, TOUCHED + 2 * BLOCK);
@@ -200,9 +194,7 @@ fn a_daemon_that_has_other_blocks_when_it_is_started_again_is_busy_until_all_has
     wait_busy(&mut to);
     assert!(relay.is_holding());
     relay.hold_after(u64::from(u32::MAX));
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     assert_plugs(&mut to);
     let report = to.vmm.report().unwrap();
     assert_eq!((report.resident, report.blocks_stay), (TOUCHED, None));
@@ -217,9 +209,7 @@ fn a_daemon_that_cannot_wait_for_pages_gets_no_memory_before_all_has_arrived() {
     let error = to.vmm.tell(Command::Reconnect).unwrap_err().to_string();
     assert!(error.starts_with("memory is outstanding"), "{error}");
     relay.hold_after(u64::from(u32::MAX));
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     // The guest has run on without it, and lost nothing.
     to.assert_guest_runs();
     to.vmm.tell(Command::Reconnect).unwrap();
@@ -265,9 +255,7 @@ fn a_daemon_that_starts_itself_anew_for_another_attempt_is_followed_from_its_beg
     assert!(to.daemon.wait_logged("starting anew", PATIENCE), "{}", to.daemon.stderr());
     grow(&mut to);
     relay.hold_after(u64::from(u32::MAX));
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     assert_plugs(&mut to);
     to.vmm.quit().unwrap();
 }
@@ -367,9 +355,7 @@ fn a_daemon_that_is_started_again_before_the_guest_runs_waits_for_the_ring() {
     assert_eq!(continued.lost, None);
     assert!(has_ring(&mut to), "the daemon did not wait for the ring");
     let _relay = recovering.join().unwrap();
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     to.assert_guest_works();
     to.vmm.quit().unwrap();
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use small_vmm::guest::Command;
 use small_vmm::migration::{MigrateOptions, PostcopyOptions, When};
 
-use common::postcopy::{assert_completed, relay, wait_on_the_way};
+use common::postcopy::{assert_completed, assert_moved, relay, wait_on_the_way};
 use common::{Host, MIB, PAGE, PATIENCE, PLUGGED, REGION, TOUCHED, to_address};
 
 #[test]
@@ -80,9 +80,7 @@ fn a_daemon_that_is_started_again_and_cannot_wait_for_pages_gets_the_ring_when_a
     to.daemon.restart().unwrap();
     to.vmm.tell(Command::Reconnect).unwrap();
     relay.hold_after(u64::from(u32::MAX));
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     to.assert_guest_works();
     assert_eq!(to.vmm.report().unwrap().resident, TOUCHED);
     to.vmm.quit().unwrap();

@@ -14,7 +14,7 @@ use small_vmm::guest::Command;
 use small_vmm::relay::Relay;
 use virtio_mem::discard_channel::RemoteRamDiscardManager;
 
-use common::postcopy::{assert_completed, relay, wait_on_the_way};
+use common::postcopy::{assert_completed, assert_moved, relay, wait_on_the_way};
 use common::{BLOCK, Host, PATIENCE, PLUGGED, REGION, TOUCHED, wait_until};
 
 /// A guest that runs over there, and part of whose memory is held back.
@@ -131,9 +131,7 @@ fn a_daemon_that_is_killed_where_the_guest_was_does_not_matter_any_more() {
     let (mut from, mut to, relay) = on_the_way();
     while_blocks_change(&mut to, &relay, (GROWS_AND_SHRINKS, 4), |_| from.daemon.kill().unwrap());
     relay.hold_after(u64::from(u32::MAX));
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     to.assert_guest_works();
     to.vmm.quit().unwrap();
 }
@@ -143,9 +141,7 @@ fn a_daemon_that_is_killed_and_not_started_again_is_lost_and_the_guest_is_not() 
     let (mut from, mut to, relay) = on_the_way();
     while_blocks_change(&mut to, &relay, (GROWS_AND_SHRINKS, 4), |to| to.daemon.kill().unwrap());
     relay.hold_after(u64::from(u32::MAX));
-    assert_completed(&mut from);
-    assert_completed(&mut to);
-    from.assert_no_guest();
+    assert_moved(&mut from, &mut to);
     to.assert_guest_runs();
     let report = to.vmm.report().unwrap();
     assert!(report.lost.is_some(), "{report:?}");
@@ -167,9 +163,7 @@ fn a_daemon_that_is_killed_and_started_again_has_the_blocks_of_its_guest_wheneve
             }
         });
         relay.hold_after(u64::from(u32::MAX));
-        assert_completed(&mut from);
-        assert_completed(&mut to);
-        from.assert_no_guest();
+        assert_moved(&mut from, &mut to);
         to.assert_guest_works();
         let report = to.vmm.report().unwrap();
         assert!(report.resident <= TOUCHED, "{report:?}");
@@ -252,9 +246,7 @@ fn a_daemon_that_dies_in_the_midst_of_a_request_does_it_in_the_end() {
         }
         kill_in_the_midst(&mut to, &relay, asked);
         relay.hold_after(u64::from(u32::MAX));
-        assert_completed(&mut from);
-        assert_completed(&mut to);
-        from.assert_no_guest();
+        assert_moved(&mut from, &mut to);
         let requested = if asked == Asked::Plug { PLUGGED + BLOCK } else { PLUGGED };
         to.vmm.tell(Command::Settle { requested }).unwrap();
         to.assert_guest_works();

@@ -101,6 +101,7 @@ mod tests {
         let mut cut = WireReader::new(&bytes[8..bytes.len() - 1]);
         assert!(read(&mut cut, "ram", 70).is_err());
     }
+
     #[test]
     fn what_is_no_longer_outstanding_is_told_in_as_few_ranges_as_there_are_gaps() {
         let pages = |runs: &[std::ops::Range<u64>]| {

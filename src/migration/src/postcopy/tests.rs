@@ -19,6 +19,7 @@ use crate::progress::{MigrationInfo, Progress, Status};
 use crate::ram::{ListOptions, MigrationBlock, PageChannels, RamBlocks, RamLoad, RamSave};
 use crate::stream::{CAPABILITY_MULTIFD, Configuration};
 use crate::test_support::{Late, PAGE, PATIENCE, Side, at_the_verdict, fill, late, tcp_pair};
+use crate::test_utils::breaking;
 
 mod bandwidth;
 mod elastic;
@@ -117,32 +118,6 @@ impl Reconnect for Prepared {
         let urgent = urgent.map(|urgent| channel(urgent.into()));
         Some(Channels { main: channel(main), urgent })
     }
-}
-
-/// Passes bytes on until `limit` of them went to the destination, then breaks the channel.
-fn relay(limit: usize) -> (UnixStream, UnixStream) {
-    use std::io::{Read, Write};
-    let (source, mut near) = UnixStream::pair().unwrap();
-    let (mut far, destination) = UnixStream::pair().unwrap();
-    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-    thread::spawn(move || {
-        let _ = io::copy(&mut back_from, &mut back_to);
-        let _ = back_to.shutdown(std::net::Shutdown::Both);
-    });
-    thread::spawn(move || {
-        let (mut buffer, mut left) = (vec![0; 4096], limit);
-        while left != 0 {
-            let read = near.read(&mut buffer).unwrap_or(0);
-            let pass = read.min(left);
-            if read == 0 || far.write_all(&buffer[..pass]).is_err() {
-                break;
-            }
-            left -= pass;
-        }
-        let _ = far.shutdown(std::net::Shutdown::Both);
-        let _ = near.shutdown(std::net::Shutdown::Both);
-    });
-    (source, destination)
 }
 
 struct Run {
@@ -383,7 +358,7 @@ fn channels_for_pages_end_before_the_guest_leaves_and_a_recovery_is_without_them
         let mut parameters = Parameters::new(Configuration::new("test"));
         parameters.configuration.capabilities.push(CAPABILITY_MULTIFD.to_owned());
         parameters.configuration.uuid = Some([3; 16]);
-        let channels = [relay(150_000), UnixStream::pair().unwrap()];
+        let channels = [breaking(150_000).unwrap(), UnixStream::pair().unwrap()];
         let channels = channels.map(|(near, far)| (near.into(), far.into())).into();
         let run = migrate_by(parameters, &from, &to, expected, when, true, channels);
         run.outgoing.unwrap();
@@ -401,7 +376,8 @@ fn a_channel_broken_anywhere_is_recovered_any_number_of_times() {
         let (from, expected) = filled();
         let to = Side::new(&[1, 4, 5, 9]);
         // Broken three times, the last time in the handshake of a recovery.
-        let channels = vec![relay(limit), relay(limit / 3 + 100), relay(9), relay(usize::MAX)];
+        let channels =
+            [limit, limit / 3 + 100, 9, usize::MAX].map(|limit| breaking(limit).unwrap()).into();
         let run = migrate(&from, &to, expected, SwitchWhen::AtOnce, limit % 2 == 0, channels);
         match (&run.outgoing, &run.incoming) {
             (Ok(()), Ok(())) => recovered += 1,

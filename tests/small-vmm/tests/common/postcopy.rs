@@ -57,3 +57,10 @@ pub fn assert_completed(host: &mut Host) -> MigrationReport {
     assert_eq!(report.status, "completed", "{report:?}");
     report
 }
+
+/// Waits until both sides have completed, and checks that the guest is no longer at the first.
+pub fn assert_moved(from: &mut Host, to: &mut Host) {
+    assert_completed(from);
+    assert_completed(to);
+    from.assert_no_guest();
+}

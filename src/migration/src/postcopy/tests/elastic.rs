@@ -1,11 +1,12 @@
 //! Guests that plug and unplug while their memory arrives.
 
-use std::io::{Read, Write};
+use std::ops::ControlFlow;
 
 use super::steering::states_of;
 use super::*;
 use crate::stream::{Command, put_command};
 use crate::test_support::BLOCK;
+use crate::test_utils::relay;
 
 const PAGES: u64 = BLOCK / PAGE;
 
@@ -92,31 +93,19 @@ fn what_is_unplugged_costs_no_bytes_where_the_source_knows_of_that() {
 /// Source and destination of a connection on which `then` is done when the source has heard what was received, and
 /// before the destination hears that it resumes.
 fn before_the_resume(then: impl FnOnce() + Send + 'static) -> (UnixStream, UnixStream) {
-    let (source, mut near) = UnixStream::pair().unwrap();
-    let (mut far, destination) = UnixStream::pair().unwrap();
-    let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-    thread::spawn(move || {
-        let _ = io::copy(&mut back_from, &mut back_to);
-        let _ = back_to.shutdown(std::net::Shutdown::Both);
-    });
     let mut resume = Vec::new();
     put_command(&mut resume, &Command::PostcopyResume);
-    let (mut then, mut buffer) = (Some(then), vec![0; 4096]);
-    thread::spawn(move || {
-        while let Ok(read @ 1..) = near.read(&mut buffer) {
-            // The source waits for an answer before and after it.
-            if buffer[..read] == resume
-                && let Some(then) = then.take()
-            {
-                then();
-            }
-            if far.write_all(&buffer[..read]).is_err() {
-                break;
-            }
+    let mut then = Some(then);
+    let relayed = relay(move |bytes| {
+        // The source waits for an answer before and after it.
+        if bytes == resume
+            && let Some(then) = then.take()
+        {
+            then();
         }
-        let _ = far.shutdown(std::net::Shutdown::Both);
+        ControlFlow::Continue(())
     });
-    (source, destination)
+    relayed.unwrap()
 }
 
 #[test]
@@ -161,7 +150,11 @@ fn a_channel_that_breaks_brings_nothing_back_that_was_unplugged() {
     let (mut limit, mut recovered) = (4000, 0);
     while limit < 400_000 {
         let (from, to) = sides(true);
-        let channels = vec![relay(limit), relay(limit / 2 + 300), UnixStream::pair().unwrap()];
+        let channels = vec![
+            breaking(limit).unwrap(),
+            breaking(limit / 2 + 300).unwrap(),
+            UnixStream::pair().unwrap(),
+        ];
         let run = migrate(&from, &to, limit % 2 == 0, channels);
         if run.incoming.is_err() && run.runs.1 == 0 {
             // Before the guest was handed over, it stays.
